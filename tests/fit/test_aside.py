@@ -7,6 +7,7 @@ import pytest
 from torch import nn
 
 from billhook.fit.calibration import FitCalibration
+from billhook.fit.lightning import LightningFit
 from billhook.fit.measure import _validating
 
 
@@ -24,7 +25,7 @@ def test_who_is_asked_last_is_asked_first_no_longer(own):
         vars(module)["log"] = record
     trainer = SimpleNamespace(state=SimpleNamespace(stage="fit"))
     lines = type("Lines", (), {"metrics": {}, "__call__": lambda self, *given: logged.append(("lines", *given))})()
-    with FitCalibration().undisturbed(module):
+    with FitCalibration().undisturbed(LightningFit(trainer, module)):
         module.log("a", 1)
         with _validating(trainer, module, lines):
             module.log("b", 2)

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 import billhook as bh
-from billhook.fit.calibration import gradient_precision
+from billhook.fit.lightning import LightningFit
 from kit.events import END, EVENTS, FEW, Own, Watch, figures, fit, loader, same_after_reload
 from kit.fits import same, trainer, weights
 
@@ -105,7 +105,8 @@ def test_gradients_that_float16_would_lose_are_not_lost(tmp_path, importance):
 
 def test_bfloat16_in_the_place_of_float16_keeps_no_casts():
     strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    with gradient_precision(SimpleNamespace(precision_plugin=float16()["plugins"], strategy=strategy)):
+    run = SimpleNamespace(precision_plugin=float16()["plugins"], strategy=strategy)
+    with LightningFit(run, Own()).gradient_context():
         assert torch.get_autocast_dtype("cpu") == torch.bfloat16
         assert torch.is_autocast_enabled("cpu")
         assert not torch.is_autocast_cache_enabled()

@@ -17,7 +17,6 @@ from lightning.pytorch.tuner import Tuner
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import billhook as bh
-from billhook.fit.run import callbacks_of
 from kit.events import AFTER, DENSE, END, EVENTS, FEW, Own, Watch, close, figures, fit, loader, same_after_reload
 from kit.families import recompute
 from kit.fits import same, trainer, weights
@@ -336,4 +335,5 @@ def test_uptraining_sets_the_length(tmp_path, event):
     run.fit(lit, loader(), loader(4, 4))
     assert run.global_step == 4
     assert [seen for _, seen in watch.seen] == [DENSE, DENSE, AFTER[event], AFTER[event]]
-    assert callbacks_of(run, bh.Uptraining)[0].steps == 4
+    (uptraining,) = (callback for callback in run.callbacks if isinstance(callback, bh.Uptraining))
+    assert uptraining.steps == 4

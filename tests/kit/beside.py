@@ -130,13 +130,14 @@ def beside(folder, name, strategy, ranks=1, layers=LAYERS):
     rest = size(lit.parameters()) - layers * block
     happen, there = callback.apply_event, set()
 
-    def apply_event(run, module, moment):
+    def apply_event(run, moment):
+        module = run.module
         for part in (module.net, *module.net.model.layers):
             part.reshard()
         there.update(module.parameters())
         with Held(kept(module, run)) as held:
             before = held.now()
-            happen(run, module, moment)
+            happen(run, moment)
         found.append(held.most - before)
 
     callback.apply_event = apply_event

@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 import billhook as bh
 from billhook.engine.sharding import full_tensor
+from billhook.fit.lightning import LightningFit
 from billhook.fit.ranks import check_identical
 from kit.fits import data, module, trainer
 from kit.sharding import sharding
@@ -73,7 +74,7 @@ class Run:
         run = trainer(self.out, callbacks, 5, devices=self.ranks, strategy=strategy, limit_val_batches=0)
         run.fit(module(), data(self.files, batch_size=4 // self.ranks), ckpt_path=path)
         result = [kept.at, given[0].masks, given[1].events]
-        check_identical(run, "the test", "what came of the fit", result)
+        check_identical(LightningFit(run, run.lightning_module), "the test", "what came of the fit", result)
         if run.is_global_zero:
             torch.save(result, self.out / f"{name}.pt")
 

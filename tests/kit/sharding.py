@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import billhook as bh
 from billhook.engine.sharding import full_tensor, is_sharded
 from billhook.engine.shards import ShardStore
-from billhook.fit.measure import measure
+from billhook.fit.lightning import LightningFit
 from kit import prunes
 from kit.families import llama, recompute
 from kit.fits import data, module, trainer
@@ -94,7 +94,7 @@ class Looks(pl.Callback):
     """Validates before training, as Report does."""
 
     def on_train_start(self, trainer, pl_module):
-        measure(trainer, pl_module, 1)
+        LightningFit(trainer, pl_module).validate(1)
 
 
 @dataclass(frozen=True)

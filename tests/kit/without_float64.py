@@ -54,13 +54,12 @@ def validated(model, device):
     for value, size in ((1.0, 2), (2.5, 6)):
         logged("loss", value, batch_size=size)
         logged("least", torch.tensor(value, device=device), batch_size=size, reduce_fx=min)
-    strategy = SimpleNamespace(root_device=device, reduce=lambda tensor, reduce_op: tensor)
-    return logged.values(SimpleNamespace(world_size=1, strategy=strategy))
+    return logged.values(SimpleNamespace(world_size=1, device=device, reduce=lambda tensor, reduction="sum": tensor))
 
 
 def summed_over_ranks(model, device):
-    strategy = SimpleNamespace(root_device=device, reduce=lambda tensor, reduce_op: 2 * tensor)
-    return sum_over_ranks(SimpleNamespace(world_size=1, strategy=strategy), torch.tensor([0.5, 3.0], dtype=torch.float64))
+    fit = SimpleNamespace(world_size=1, device=device, reduce=lambda tensor: 2 * tensor)
+    return sum_over_ranks(fit, torch.tensor([0.5, 3.0], dtype=torch.float64))
 
 
 def drawn(model, device):

@@ -5,8 +5,6 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from transformers import PreTrainedModel
 
@@ -14,13 +12,10 @@ from billhook.arguments import check_int, check_types
 from billhook.calibration.calibration import Calibration, OtherTexts, check_other_texts, evaluation_batches
 from billhook.checkpoints.card import label_of
 from billhook.engine.sharding import is_sharded, reshard
-from billhook.fit.calibration import FitCalibration, find_tokenizer
+from billhook.fit.calibration import FitCalibration
 from billhook.fit.event import Event, EventCallback, EventFollower
-from billhook.fit.lightning_internals import averaging_callbacks, is_tuning
-from billhook.fit.measure import log_metrics
+from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_identical, comm_of, fail_together
-from billhook.fit.run import callbacks_of, check_strategy, drop_pending, once_model_exists
-from billhook.model.find import find_transformer
 from billhook.report.degradation import DenseReference, TextDegradation, degradation_warning
 from billhook.report.generation import generates
 
@@ -70,52 +65,50 @@ class Degradation(EventFollower):
         """The key of this callback's state in checkpoints."""
         return "Damage"  # the class's first name, so that runs resume from checkpoints of that time
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Checks the trainer and evaluates the dense model once it exists."""
-        if stage == "fit":
-            check_strategy(trainer, "Degradation")
-            for callback, _ in averaging_callbacks(trainer):
-                check_listed_after(trainer, self, callback)
-            self.begin(trainer, pl_module)
+    def prepare(self, fit: Fit) -> None:
+        """Checks the run and evaluates the dense model once it exists."""
+        fit.check_strategy("Degradation")
+        for callback, _ in fit.averages:
+            check_listed_after(fit, self, callback)
+        self.begin(fit)
 
-    def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def begin(self, fit: Fit) -> None:
         """Evaluates the dense model once it exists; idempotent."""
         if self._begun:
             return
-        check_strategy(trainer, "Degradation")
+        fit.check_strategy("Degradation")
         self._begun, self.last = True, None
-        if self._dense is None or trainer.global_step == 0:  # otherwise an earlier training run continues
-            once_model_exists(pl_module, partial(self._read, trainer, pl_module))
+        if self._dense is None or fit.step == 0:  # otherwise an earlier training run continues
+            fit.once_model_exists(partial(self._read, fit))
 
-    def _read(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        model = find_transformer(pl_module)
+    def _read(self, fit: Fit) -> None:
+        model = fit.model
         if not generates(model):
             raise ValueError(
                 f"Degradation does not support {type(model).__name__}, which does not predict next tokens. Remove the callback."
             )
-        with fail_together(trainer, "Degradation"), _undisturbed(trainer, pl_module, model):
-            read = evaluation_batches(self.texts, model, self.examples, self.also, find_tokenizer(trainer))
-            check_identical(trainer, "Degradation", "the evaluation examples", [batch["input_ids"] for batch in read])
-            self._dense = DenseReference(model, read, list(self.texts.named), comm_of(trainer))
+        with fail_together(fit, "Degradation"), _undisturbed(fit, model):
+            read = evaluation_batches(self.texts, model, self.examples, self.also, fit.tokenizer)
+            check_identical(fit, "Degradation", "the evaluation examples", [batch["input_ids"] for batch in read])
+            self._dense = DenseReference(model, read, list(self.texts.named), comm_of(fit))
 
-    def on_event(self, trainer: pl.Trainer, event: Event) -> None:
+    def on_event(self, fit: Fit, event: Event) -> None:
         """Evaluates the model after an event; after the last event if several share a step."""
-        if any(event is callback.events[-1] for callback in callbacks_of(trainer, EventCallback) if callback.events):
-            event["degradation"] = self._measure(trainer, f"after {label_of(event)}")
+        if any(event is callback.events[-1] for callback in fit.callbacks(EventCallback) if callback.events):
+            event["degradation"] = self._measure(fit, f"after {label_of(event)}")
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def end_training(self, fit: Fit) -> None:
         """Evaluates the model at the end of training."""
-        if not is_tuning(trainer):
-            self.last = self._measure(trainer, "end of training")
+        if not fit.is_tuning:
+            self.last = self._measure(fit, "end of training")
 
-    def _measure(self, trainer: pl.Trainer, when: str) -> list[dict[str, Any]]:
+    def _measure(self, fit: Fit, when: str) -> list[dict[str, Any]]:
         """Evaluates the current model, logs the results, and warns."""
         assert self._dense is not None
-        pl_module, step = trainer.lightning_module, trainer.global_step
-        model = find_transformer(pl_module)
-        with fail_together(trainer, "Degradation"), _undisturbed(trainer, pl_module, model):
+        model, step = fit.model, fit.step
+        with fail_together(fit, "Degradation"), _undisturbed(fit, model):
             degradation = self._dense.degradation(model)
-        log_metrics(trainer, _metrics(degradation))
+        fit.log_metrics(_metrics(degradation))
         if warning := degradation_warning(degradation):
             rank_zero_warn(f"Degradation, step {step}, {when}: {warning}")
         return [text.to_json() for text in degradation]
@@ -132,19 +125,14 @@ class Degradation(EventFollower):
                 "Perplexity ratios use the dense perplexities stored in the checkpoint; KL divergence is not measured."
             )
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def release(self, fit: Fit, completed: bool) -> None:
         """Lets the next training run evaluate its dense model."""
         self._begun = False
-        drop_pending(pl_module)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Does the same as `teardown`, which Lightning does not call after an error."""
-        self.teardown(trainer, pl_module, "fit")
 
 
-def check_listed_after(trainer: pl.Trainer, first: Callback, second: Callback) -> None:
+def check_listed_after(fit: Fit, first: object, second: object) -> None:
     """Raises `ValueError` if the first callback is listed before the second."""
-    order = callbacks_of(trainer, Callback)
+    order = list(fit.all_callbacks)
     if order.index(first) < order.index(second):
         raise ValueError(f"{type(first).__name__} must be listed after {type(second).__name__} in Trainer(callbacks=...).")
 
@@ -159,14 +147,14 @@ def _metrics(degradation: list[TextDegradation]) -> dict[str, float]:
 
 
 @contextmanager
-def _undisturbed(trainer: pl.Trainer, pl_module: pl.LightningModule, model: PreTrainedModel) -> Iterator[None]:
+def _undisturbed(fit: Fit, model: PreTrainedModel) -> Iterator[None]:
     """Restores training state afterward; meanwhile, the model is on the training device."""
-    home, device = model.device, trainer.strategy.root_device
+    home, device = model.device, fit.device
     moves = home != device and not is_sharded(model)
     if moves:
         model.to(device)  # type: ignore[arg-type]
     try:
-        with FitCalibration().undisturbed(pl_module), trainer.precision_plugin.forward_context():
+        with FitCalibration().undisturbed(fit), fit.forward_context():
             yield
     finally:
         reshard(model)

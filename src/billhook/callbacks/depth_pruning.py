@@ -4,20 +4,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 
-import lightning.pytorch as pl
-from torch import nn
 from torch.optim import Optimizer
 
 from billhook.arguments import check_types
 from billhook.engine.passes import blockwise
 from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event
+from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_close, check_identical, comm_of
-from billhook.fit.run import At, check_at, round_targets
 from billhook.fit.shape_event import ShapeCallback
+from billhook.fit.targets import At, check_at, round_targets
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import Importance, make_run
-from billhook.model.find import find_transformer
 from billhook.model.plan import Weights, apply_plan
 from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan
@@ -93,54 +91,54 @@ class DepthPruning(ShapeCallback):
         """True until the blocks have been removed."""
         return self.last_event_step < 0
 
-    def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
+    def check(self, fit: Fit) -> None:
         """Raises `ValueError` if the model has no blocks."""
-        find_units(model, "block")
+        find_units(fit.module, "block")
 
-    def steps(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
+    def steps(self, total: int | None, fit: Fit) -> dict[int, float]:
         """Returns the step of the event."""
-        return round_targets(1.0, self.at, total, trainer, "blocks")
+        return round_targets(1.0, self.at, total, fit, "blocks")
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def resolve(self, fit: Fit) -> None:
         """Resolves the step and checks that the model has enough blocks."""
-        super().on_fit_start(trainer, pl_module)
+        super().resolve(fit)
         if self.last_event_step < 0:
-            count_blocks(pl_module, self.amount)
+            count_blocks(fit.module, self.amount)
 
-    def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+    def apply_event(self, fit: Fit, step: int) -> None:
         """Removes the blocks and logs the event."""
-        self.apply_change(trainer, pl_module, partial(self._remove, trainer, pl_module, step))
+        self.apply_change(fit, partial(self._remove, fit, step))
 
     def label(self, event: Event) -> str:
         """Returns the number of removed blocks."""
         assert self.plan is not None
         return f"depth, {self.plan.words}"
 
-    def _remove(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int, optimizers: list[Optimizer]) -> str:
+    def _remove(self, fit: Fit, step: int, optimizers: list[Optimizer]) -> str:
         """Ranks the blocks and removes the least important; returns a description."""
-        self.plan, weights, how = self._plan(trainer, pl_module)
+        self.plan, weights, how = self._plan(fit)
         plan = self.plan
-        apply_plan(pl_module, plan, optimizers, weights)
+        apply_plan(fit.module, plan, optimizers, weights)
         self.last_event_step, self.last_target = step, 1.0
         before, after = _total(plan.before), _total(plan.after)
         removed = "; ".join(f"{', '.join(map(str, numbers))} of {name}" for name, numbers in plan.units.items()) or "none"
         return f"{before} -> {after} blocks ({type(self.importance).__name__}{how}): without {removed}"
 
-    def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> tuple[BlockPlan, Weights | None, str]:
+    def _plan(self, fit: Fit) -> tuple[BlockPlan, Weights | None, str]:
         """Returns a plan of the blocks to remove, repaired weights, and a description of these."""
-        model = find_transformer(pl_module)
+        model = fit.model
         units = find_units(model, "block")
         if self.repair is not None:  # whose consumer layers need their non-padding tokens
             units |= units_of(model, trace(model), ["head", "channel"])
-        with self.calibration.undisturbed(pl_module), trainer.precision_plugin.forward_context():
-            runs = [make_run(model, units, *pair) for pair in self.calibration.pairs(trainer, pl_module)]
-            plan = plan_amount(model, self.amount, self.importance, runs, greedy=self.greedy, comm=comm_of(trainer))
+        with self.calibration.undisturbed(fit), fit.forward_context():
+            runs = [make_run(model, units, *pair) for pair in self.calibration.pairs(fit)]
+            plan = plan_amount(model, self.amount, self.importance, runs, greedy=self.greedy, comm=comm_of(fit))
             assert isinstance(plan, BlockPlan)
-            check_identical(trainer, "DepthPruning", "the blocks to remove", plan.units)
-            with blockwise(pl_module) if self.repair is not None else nullcontext():
-                comm = comm_of(trainer, self.calibration.shared(trainer))
+            check_identical(fit, "DepthPruning", "the blocks to remove", plan.units)
+            with blockwise(fit.module) if self.repair is not None else nullcontext():
+                comm = comm_of(fit, self.calibration.shared(fit))
                 weights, why = repair_if_requested(model, plan, runs, self.repair, comm)
-                check_close(trainer, "DepthPruning", "the repaired weights", model, weights or {})
+                check_close(fit, "DepthPruning", "the repaired weights", model, weights or {})
         return plan, weights, f", {'repaired' if weights else why}" if weights or why else ""
 
 

@@ -10,9 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -31,14 +29,11 @@ from billhook.engine.sharded_files import write_sharded
 from billhook.engine.sharding import is_sharded, reshard
 from billhook.engine.store import store_of
 from billhook.fit.event import events_of, start_metrics
-from billhook.fit.lightning_internals import is_tuning
-from billhook.fit.measure import log_card
-from billhook.fit.preprocessors import find_preprocessors
+from billhook.fit.fit import Fit
+from billhook.fit.lightning import FitCallback
 from billhook.fit.ranks import from_first_rank, on_first_rank
-from billhook.fit.run import callbacks_of, check_takes_steps, is_dev_run, training_record
 from billhook.folder_lock import FolderLock
 from billhook.model.checkpoint_shape import save_shape
-from billhook.model.find import find_transformer
 from billhook.model.preprocessors import Preprocessor, load_preprocessor
 from billhook.serving.converter import find_converter
 from billhook.serving.worker import Missing
@@ -52,7 +47,7 @@ To try again, run `billhook export {ckpt} OUT`. To read the weights, use torch.l
 """
 
 
-class Export(Callback):
+class Export(FitCallback):
     """Saves a verified Hugging Face checkpoint at the end of training.
 
     The checkpoint is reloaded and compared before it replaces `folder`. A trial export before the first step reports problems
@@ -115,23 +110,22 @@ class Export(Callback):
         self._along, self._begun = list[Preprocessor](), False
         self._claim: FolderLock | None = None
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def prepare(self, fit: Fit) -> None:
         """Checks the folder and loads a tokenizer or processor given by name."""
-        if stage == "fit":
-            check_takes_steps(trainer, "Export")
-            check_target(self.folder)
-            if self.gguf is not None:
-                check_gguf(self.gguf)
-                find_converter(self.converter)
-            if self.push_to_hub is not None:
-                on_first_rank(trainer, "Export", partial(check_token, "push_to_hub", self.push_to_hub))
-            for callback in callbacks_of(trainer, Degradation):
-                check_listed_after(trainer, self, callback)
-            if not is_dev_run(trainer):
-                self._tell_replaced()
-            self.saved, self._begun, self._along = None, False, []
-            if self.tokenizer is not None:
-                self._along = [load_preprocessor(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer]
+        fit.check_takes_steps("Export")
+        check_target(self.folder)
+        if self.gguf is not None:
+            check_gguf(self.gguf)
+            find_converter(self.converter)
+        if self.push_to_hub is not None:
+            on_first_rank(fit, "Export", partial(check_token, "push_to_hub", self.push_to_hub))
+        for callback in fit.callbacks(Degradation):
+            check_listed_after(fit, self, callback)
+        if not fit.is_trial:
+            self._tell_replaced()
+        self.saved, self._begun, self._along = None, False, []
+        if self.tokenizer is not None:
+            self._along = [load_preprocessor(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer]
 
     def _tell_replaced(self) -> None:
         """Logs before training which files will be replaced."""
@@ -144,31 +138,31 @@ class Export(Callback):
         """Claims the folder, if it has not been yet."""
         self._claim = self._claim or FolderLock(Path(self.folder).resolve())
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def resolve(self, fit: Fit) -> None:
         """Checks that the checkpoint would load, and locks the folder."""
-        check_names(find_transformer(pl_module))
+        check_names(fit.model)
         # not in `setup`: a ModelCheckpoint would warn about the lock file next to the folder
-        on_first_rank(trainer, "Export", self._claimed)
+        on_first_rank(fit, "Export", self._claimed)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def begin_training(self, fit: Fit) -> None:
         """Finds the tokenizer or processor to save; warns if there is none."""
-        self._along = self._along or find_preprocessors(trainer, pl_module)
+        self._along = self._along or fit.preprocessors()
         if not self._along:
             rank_zero_warn(
                 f"Export: no tokenizer or processor was found in the data module, the module, the loaders, or the base model's "
                 f"folder, so none is saved to {self.folder}. Pass Export(tokenizer=...)."
             )
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int) -> None:
+    def before_batch(self, fit: Fit, batch: object) -> None:
         """Keeps an example of the first batch for verification, and runs the trial export."""
-        if self._begun or is_tuning(trainer):
+        if self._begun or fit.is_tuning:
             return
-        self._begun, model = True, find_transformer(pl_module)
+        self._begun, model = True, fit.model
         self._probe = self.probe or _inputs_in(batch, model)
         if not self.rehearse:
             return
         with blockwise(model):
-            on_first_rank(trainer, "Export", partial(self._rehearse, model), store_of(model).independently)
+            on_first_rank(fit, "Export", partial(self._rehearse, model), store_of(model).independently)
 
     def _rehearse(self, model: PreTrainedModel) -> None:
         """Saves the model next to the folder and deletes the result, to report problems early."""
@@ -196,48 +190,41 @@ class Export(Callback):
                 f"{str(error).removesuffix('.')}. Pass other forward inputs as Export(probe={{...}})."
             ) from error
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def end_training(self, fit: Fit) -> None:
         """Saves on the first rank; the others wait."""
-        if is_dev_run(trainer):
+        if fit.is_trial:
             rank_zero_info(f"billhook: fast_dev_run, so {self.folder} was not written")
             return
-        model, failed = find_transformer(pl_module), list[Exception]()
+        model, failed = fit.model, list[Exception]()
         with blockwise(model):
-            on_first_rank(trainer, "Export", partial(self._export, trainer, model, failed), store_of(model).independently)
+            on_first_rank(fit, "Export", partial(self._export, fit, model, failed), store_of(model).independently)
         full = any(isinstance(error, OSError) and error.errno == errno.ENOSPC for error in failed)
         words = [f"{type(error).__name__}: {error}" for error in failed if not full]
-        for why in from_first_rank(trainer, "Export", "the error", words):
-            self._keep(trainer, model, why)
-        on_first_rank(trainer, "Export", partial(_raise, failed))
+        for why in from_first_rank(fit, "Export", "the error", words):
+            self._keep(fit, model, why)
+        on_first_rank(fit, "Export", partial(_raise, failed))
 
-    def _export(self, trainer: pl.Trainer, model: PreTrainedModel, failed: list[Exception]) -> None:
+    def _export(self, fit: Fit, model: PreTrainedModel, failed: list[Exception]) -> None:
         """Saves, converts, and logs; on error, appends to `failed`, so that ranks keep weights."""
         try:
-            self._save(trainer, model)
+            self._save(fit, model)
         except Exception as error:  # noqa: BLE001 - raised again later
             failed.append(error)
             return
         self._convert()
         if self.saved is not None:
-            log_card(trainer, Path(self.saved.folder) / CARD)
+            fit.log_card(Path(self.saved.folder) / CARD)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def release(self, fit: Fit, completed: bool) -> None:
         """Lets other runs write to the folder."""
-        self._let_go()
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Lets other runs write to the folder."""
-        self._let_go()
-
-    def _let_go(self) -> None:
         if self._claim is not None:
             self._claim.release()
             self._claim = None
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def close(self, fit: Fit) -> None:
         """Pushes the checkpoint from the first rank; the others wait."""
         if self.push_to_hub is not None:
-            on_first_rank(trainer, "Export", partial(self._push, self.push_to_hub))
+            on_first_rank(fit, "Export", partial(self._push, self.push_to_hub))
 
     def _push(self, repository: str) -> None:
         """Pushes the saved checkpoint, if any; warns if that fails."""
@@ -262,18 +249,18 @@ class Export(Callback):
             return
         rank_zero_info(f"billhook: {self.gguf} is {written}")
 
-    def _save(self, trainer: pl.Trainer, model: PreTrainedModel) -> None:
-        degradation = [{"degradation": callback.last} for callback in callbacks_of(trainer, Degradation)]
-        start = {"start": start_metrics(trainer)} if start_metrics(trainer) else {}
-        record = {"steps": trainer.global_step, **start, "events": events_of(trainer), **training_record(trainer)}
+    def _save(self, fit: Fit, model: PreTrainedModel) -> None:
+        degradation = [{"degradation": callback.last} for callback in fit.callbacks(Degradation)]
+        start = {"start": start_metrics(fit)} if start_metrics(fit) else {}
+        record = {"steps": fit.step, **start, "events": events_of(fit), **fit.record()}
         record |= degradation[0] if degradation else {}
         self.saved = save(model, self._free_folder(), self._along, record, self._probe)
         adapters = f"; {self.saved.adapters}" if self.saved.adapters else ""
         rank_zero_info(f"billhook: saved to {self.saved.folder}, {self.saved.format}{adapters}")
 
-    def _keep(self, trainer: pl.Trainer, model: PreTrainedModel, why: str) -> None:
+    def _keep(self, fit: Fit, model: PreTrainedModel, why: str) -> None:
         """Keeps the weights if the export failed; each rank writes its shards."""
-        folder = Path(from_first_rank(trainer, "Export", "a folder for the weights", _unused(f"{self.folder}-unverified")))
+        folder = Path(from_first_rank(fit, "Export", "a folder for the weights", _unused(f"{self.folder}-unverified")))
         reshard(model)
         checkpoint: dict[str, Any] = {"state_dict": model.state_dict()}
         save_adapters(model, checkpoint)
@@ -282,8 +269,8 @@ class Export(Callback):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if is_sharded(model):
-                write_sharded(folder / "weights.ckpt", checkpoint, trainer.is_global_zero)
-            elif trainer.is_global_zero:
+                write_sharded(folder / "weights.ckpt", checkpoint, fit.rank == 0)
+            elif fit.rank == 0:
                 torch.save(checkpoint, folder / "weights.ckpt")
             (folder / "UNVERIFIED.txt").write_text(UNVERIFIED.format(error=why, ckpt=folder / "weights.ckpt"))
         except (OSError, CheckpointException):

@@ -4,11 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.trainer.states import TrainerFn
 from torch import nn
 
 from billhook.checkpoints.export import MASKED
+from billhook.fit.fit import Fit
 from billhook.fit.shape_event import ShapeCallback
 from billhook.units.gates import Mask, mask, zero_units
 from billhook.units.units import Per
@@ -51,43 +50,34 @@ class HeadMasking(ShapeCallback):
                 self.mask(module, heads)
             raise
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def begin_training(self, fit: Fit) -> None:
         """Restores a checkpoint's masks and applies events due before the first step."""
-        self.mask(pl_module, self.heads)
-        super().on_train_start(trainer, pl_module)
+        self.mask(fit.module, self.heads)
+        super().begin_training(fit)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def before_evaluation(self, fit: Fit) -> None:
         """Restores a checkpoint's masks in validation, testing, and prediction."""
-        if trainer.state.fn != TrainerFn.FITTING and self._mask is None:
-            self.mask(pl_module, self.heads)
+        if self._mask is None:
+            self.mask(fit.module, self.heads)
 
-    on_test_start = on_predict_start = on_validation_start
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def end_training(self, fit: Fit) -> None:
         """Zeroes consumer weights of masked heads, so that the saved model gives the same outputs."""
-        self._zero(pl_module)
-        super().on_train_end(trainer, pl_module)
+        self._zero(fit.module)
+        super().end_training(fit)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Removes all hooks; zeroes consumer weights again, in case a callback averaged them."""
-        if stage == "fit":
-            self._zero(pl_module)
-        super().teardown(trainer, pl_module, stage)
+    def release(self, fit: Fit, completed: bool) -> None:
+        """Removes all hooks; after training, zeroes consumer weights again, in case a callback averaged them."""
+        if completed:
+            self._zero(fit.module)
+        self.unmask()
 
     def _zero(self, module: nn.Module) -> None:
         if self._mask is not None:
             zero_units(module, self.heads, per=self.per)
 
-    def release_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Removes all hooks."""
-        self.unmask()
-        super().release_masks(trainer, pl_module)
-
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the shape and the masks, which `billhook export` reads."""
-        super().on_save_checkpoint(trainer, pl_module, checkpoint)
-        if self.heads:
-            checkpoint[MASKED] = {"per": self.per, "heads": self.heads}
+    def checkpoint_entries(self) -> dict[str, Any]:
+        """Returns the masks, which `billhook export` reads."""
+        return {MASKED: {"per": self.per, "heads": self.heads}} if self.heads else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns events and masked heads."""

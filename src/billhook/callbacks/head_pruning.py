@@ -8,9 +8,6 @@ from functools import partial
 from itertools import takewhile
 from typing import Any, Literal
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
-from torch import nn
 from torch.optim import Optimizer
 
 from billhook.arguments import check_fraction, check_one_of, check_types
@@ -18,15 +15,14 @@ from billhook.callbacks.export import Export
 from billhook.callbacks.head_masking import HeadMasking
 from billhook.callbacks.head_ranking import HeadRanking, HeadRecord
 from billhook.engine.passes import blockwise
-from billhook.fit.calibration import CalibrationLike, FitCalibration, gradient_precision
+from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event, log_event
-from billhook.fit.measure import measure
+from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_close, check_identical, comm_of, fail_together
-from billhook.fit.run import At, callbacks_of, check_at, round_targets
 from billhook.fit.shape_event import check_no_shape_changes
+from billhook.fit.targets import At, check_at, round_targets
 from billhook.importance.gate_gradient import GateGradient
 from billhook.importance.score import Importance, make_run
-from billhook.model.find import find_transformer
 from billhook.model.plan import ModelPlan, Weights, apply_plan
 from billhook.plots.style import Plot
 from billhook.pruning.choice import HeadOptions
@@ -217,70 +213,70 @@ class HeadPruning(HeadMasking):
         """True if no shape changes during training."""
         return self.remove == "never"
 
-    def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
+    def check(self, fit: Fit) -> None:
         """Raises `ValueError` if the model has no heads, or `Export` is listed first."""
-        find_units(model, "head")
-        earlier = takewhile(lambda callback: callback is not self, callbacks_of(trainer, Callback))
+        find_units(fit.module, "head")
+        earlier = takewhile(lambda callback: callback is not self, fit.all_callbacks)
         if self.remove == "never" and any(isinstance(callback, Export) for callback in earlier):
             raise ValueError(
                 "HeadPruning(remove='never') must be listed before Export, because it zeroes weights at the end of training."
             )
 
-    def steps(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
+    def steps(self, total: int | None, fit: Fit) -> dict[int, float]:
         """Returns the target ratio of each round by step."""
-        return round_targets(self.ratio, self.at, total, trainer, "ratio")
+        return round_targets(self.ratio, self.at, total, fit, "ratio")
 
-    def shape_steps(self, total: int | None, trainer: pl.Trainer) -> list[int]:
+    def shape_steps(self, total: int | None, fit: Fit) -> list[int]:
         """Returns the steps at which shapes change."""
-        rounds = super().shape_steps(total, trainer)
+        rounds = super().shape_steps(total, fit)
         return {"end": rounds[-1:], "rounds": rounds, "never": []}[self.remove]
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def resolve(self, fit: Fit) -> None:
         """Resolves the rounds and checks the ratio and other callbacks' shape changes."""
-        super().on_fit_start(trainer, pl_module)
+        super().resolve(fit)
         if self._stopped or not self._steps:
             self._steps = {}
             return
         first, last = min(self._steps), max(self._steps) if self.remove != "never" else sys.maxsize
-        check_no_shape_changes(trainer, self, first, last, "masked heads", lambda _: "")
-        self.ranks.check(find_transformer(pl_module), self.record, max(self._steps.values()))
+        check_no_shape_changes(fit, self, first, last, "masked heads", lambda _: "")
+        self.ranks.check(fit.model, self.record, max(self._steps.values()))
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def begin_training(self, fit: Fit) -> None:
         """Checks that the metric is logged and applies events that are due before the first step."""
         if self.stop is not None:
-            self.stop.value(measure(trainer, pl_module, 1))
-        super().on_train_start(trainer, pl_module)
+            self.stop.value(fit.validate(1))
+        super().begin_training(fit)
 
-    def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+    def apply_event(self, fit: Fit, step: int) -> None:
         """Masks the heads of a round; undoes it if the metric is worse; removes masked heads."""
-        with self.restore_masks_on_error(pl_module):
-            before, earlier = self.validate(trainer, pl_module), self.heads
+        with self.restore_masks_on_error(fit.module):
+            before, earlier = self.validate(fit), self.heads
             if self.stop is not None:
                 self.best = self.stop.best(self.stop.value(before), self.best)
-            with fail_together(trainer, "HeadPruning"):
+            with fail_together(fit, "HeadPruning"):
                 ratio = self._steps[step]
-                chosen = self.ranks.choose(trainer, pl_module, self.calibration, self.record, earlier, ratio)
-                check_identical(trainer, "HeadPruning", "the masked heads", chosen)
-            self.mask(pl_module, chosen)
-            after, what, worse = self.validate(trainer, pl_module), f"{sum(map(len, chosen.values()))} heads masked", False
+                chosen = self.ranks.choose(fit, self.calibration, self.record, earlier, ratio)
+                check_identical(fit, "HeadPruning", "the masked heads", chosen)
+            self.mask(fit.module, chosen)
+            after, what, worse = self.validate(fit), f"{sum(map(len, chosen.values()))} heads masked", False
             if self.stop is not None and self.best is not None:
                 value = self.stop.value(after)
                 worse = self.stop.is_worse(value, self.best)
-                check_identical(trainer, "HeadPruning", f"whether monitor={self.stop.monitor!r} is worse", worse)
+                check_identical(fit, "HeadPruning", f"whether monitor={self.stop.monitor!r} is worse", worse)
                 if worse:
-                    self.mask(pl_module, earlier)
+                    self.mask(fit.module, earlier)
                     what += f", undone: {self.stop.monitor} {value:g}, at best {self.best:g}"
                     after = before
                 self.best = self.stop.best(self.stop.value(after), self.best)
-            change = partial(self._finish, trainer, pl_module, step, worse, what)
+            change = partial(self._finish, fit, step, worse, what)
             if self.heads and (self.remove == "rounds" or (self.remove == "end" and (worse or step == max(self._steps)))):
-                event = self.reshape(trainer, pl_module, before, change)
+                event = self.reshape(fit, before, change)
             else:
-                event = self.record_event(trainer, find_transformer(pl_module), before, change)
+                event = self.record_event(fit, before, change)
         event["after"] |= after
-        log_event(trainer, event)
+        log_event(fit, event)
         metric = next(iter(before), "") if self.stop is None else self.stop.monitor
-        self.record.note(trainer, self.heads, metric, before, event["after"])
+        self.record.note(fit, self.heads, metric, before, event["after"])
 
     def plots(self) -> dict[str, Plot]:
         """Returns a plot of head importance, removed heads, and the metric, once there are scores."""
@@ -290,34 +286,26 @@ class HeadPruning(HeadMasking):
         """Returns the change, without the metric of a round that was undone."""
         return str(event["what"]).partition(": ")[0]
 
-    def _repaired(self, trainer: pl.Trainer, module: pl.LightningModule, plan: ModelPlan) -> tuple[Weights | None, str]:
+    def _repaired(self, fit: Fit, plan: ModelPlan) -> tuple[Weights | None, str]:
         """Returns weights that compensate for the heads that a plan removes, and a description of these."""
         if self.repair is None:
             return None, ""
-        model = find_transformer(module)
-        with self.calibration.undisturbed(module), gradient_precision(trainer), blockwise(module):
-            runs = [make_run(model, find_units(model, "head"), *pair) for pair in self.calibration.pairs(trainer, module)]
-            comm = comm_of(trainer, self.calibration.shared(trainer))
+        model = fit.model
+        with self.calibration.undisturbed(fit), fit.gradient_context(), blockwise(fit.module):
+            runs = [make_run(model, find_units(model, "head"), *pair) for pair in self.calibration.pairs(fit)]
+            comm = comm_of(fit, self.calibration.shared(fit))
             weights, why = repair_if_requested(model, plan, runs, self.repair, comm)
-            check_close(trainer, "HeadPruning", "the repaired weights", model, weights or {})
+            check_close(fit, "HeadPruning", "the repaired weights", model, weights or {})
         return weights, f", {'repaired' if weights else why}"
 
-    def _finish(
-        self,
-        trainer: pl.Trainer,
-        module: pl.LightningModule,
-        step: int,
-        worse: bool,
-        what: str,
-        optimizers: list[Optimizer] | None = None,
-    ) -> str:
+    def _finish(self, fit: Fit, step: int, worse: bool, what: str, optimizers: list[Optimizer] | None = None) -> str:
         """Ends a round, removing masked heads if optimizers are given; returns a description."""
         if optimizers is not None:
             self.unmask()
-            plan = plan_units(module, self.heads, per=self.per)
+            plan = plan_units(fit.module, self.heads, per=self.per)
             assert isinstance(plan, UnitPlan)
-            weights, how = self._repaired(trainer, module, plan)
-            apply_plan(module, plan, optimizers, weights)
+            weights, how = self._repaired(fit, plan)
+            apply_plan(fit.module, plan, optimizers, weights)
             self.record.removed(self.heads)
             self.heads = {}
             before, after = (sum(lengths[0] for lengths in counts.values()) for counts in (plan.before, plan.after))

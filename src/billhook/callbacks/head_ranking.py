@@ -4,18 +4,16 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
-import lightning.pytorch as pl
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.engine.passes import blockwise
 from billhook.engine.sharding import sizes_only
-from billhook.fit.calibration import FitCalibration, gradient_precision
-from billhook.fit.measure import log_plot
+from billhook.fit.calibration import FitCalibration
+from billhook.fit.fit import Fit
 from billhook.fit.ranks import comm_of, on_first_rank
 from billhook.importance.score import Importance, make_run, score_units
-from billhook.model.find import find_transformer
 from billhook.plots.heads import heads
 from billhook.plots.style import Plot
 from billhook.pruning.choice import HeadOptions, choose, choose_including
@@ -67,7 +65,7 @@ class HeadRecord:
 
     def note(
         self,
-        trainer: pl.Trainer,
+        fit: Fit,
         masked: Mapping[str, Sequence[int]],
         metric: str,
         before: Mapping[str, float],
@@ -78,8 +76,8 @@ class HeadRecord:
         share, last = sum(map(len, removed.values())) / sum(self.first.values()), self.curve[-1][0] if self.curve else 0.0
         self.metric = metric
         self.curve += [(at, values[metric]) for at, values in ((last, before), (share, after)) if metric in values]
-        if trainer.loggers:
-            on_first_rank(trainer, "HeadPruning", lambda: log_plot(trainer, "heads", self.draw(masked)))
+        if fit.logs:
+            on_first_rank(fit, "HeadPruning", lambda: fit.log_plot("heads", self.draw(masked)))
 
     def draw(self, masked: Mapping[str, Sequence[int]]) -> Plot:
         """Plots head scores, removed and masked heads, and the metric."""
@@ -112,22 +110,21 @@ class HeadRanking:
 
     def choose(
         self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
+        fit: Fit,
         calibration: FitCalibration,
         record: HeadRecord,
         masked: Mapping[str, Sequence[int]],
         ratio: float,
     ) -> dict[str, list[int]]:
         """Returns the heads to mask, including heads that are masked already; records the scores."""
-        model = find_transformer(pl_module)
+        model = fit.model
         heads = find_units(model, "head")
         record.begin({name: units.count(self.options.per) for name, units in heads.items()})
-        with calibration.undisturbed(pl_module), gradient_precision(trainer), blockwise(pl_module):
-            pairs = calibration.pairs(trainer, pl_module) if self.importance.needs_data else ()
+        with calibration.undisturbed(fit), fit.gradient_context(), blockwise(fit.module):
+            pairs = calibration.pairs(fit) if self.importance.needs_data else ()
             trials = [make_run(model, heads, *pair) for pair in pairs]
             scores = score_units(
-                model, heads, self.importance, trials, None, self.options.normalize, self.options.per, comm_of(trainer)
+                model, heads, self.importance, trials, None, self.options.normalize, self.options.per, comm_of(fit)
             )
         lowest = partial(self._lowest, heads, record.left(ratio))
         record.scored(scores)

@@ -7,7 +7,6 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -22,8 +21,9 @@ from billhook.engine.sharding import sizes_only
 from billhook.engine.store import store_of
 from billhook.fit.calibration import BatchAndLoss, CalibrationLike, FitCalibration
 from billhook.fit.event import Event
+from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_close, check_identical, comm_of, fail_together, from_first_rank, sum_over_ranks
-from billhook.fit.run import At, callbacks_of
+from billhook.fit.targets import At
 from billhook.kv_heads.attentions import Attentions
 from billhook.kv_heads.config import kv_heads_by_layer, kv_heads_of, next_layers
 from billhook.kv_heads.convert import batches_needed, check_ready, check_repair, equal_heads, fitting, turned_weights
@@ -60,15 +60,15 @@ class Preparation:
         """True if heads are rotated or layers are repaired."""
         return self.method.turns or self.repair is not None
 
-    def check_data(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def check_data(self, fit: Fit) -> None:
         """Raises `ValueError` if there are too few batches, or they can be read only once."""
         least, what = batches_needed(self.method, self.repair)
         if not least:
             return
-        self.calibration.check(trainer)
-        with self.calibration.undisturbed(pl_module):
-            count = sum(1 for _ in islice(self._pairs(trainer, pl_module), least))
-        every = int(sum_over_ranks(trainer, torch.tensor(count)))
+        self.calibration.check(fit)
+        with self.calibration.undisturbed(fit):
+            count = sum(1 for _ in islice(self._pairs(fit), least))
+        every = int(sum_over_ranks(fit, torch.tensor(count)))
         if every < least:
             held_out = ", because some are held out" if least > 1 else ""
             needed = "1 batch" if least == 1 else f"{least} batches"
@@ -76,66 +76,64 @@ class Preparation:
                 f"calibration: {what} needs at least {needed}{held_out}, got {every} on all devices. Use more examples."
             )
 
-    def ready(self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: KVHeadPlan) -> tuple[KVHeadPlan, Weights, str]:
+    def ready(self, fit: Fit, plan: KVHeadPlan) -> tuple[KVHeadPlan, Weights, str]:
         """Returns the plan with optimizer restarts, the new weights, and a description."""
-        model, groups = find_transformer(pl_module), dict.fromkeys(plan.layers, plan.after)
-        with self.calibration.undisturbed(pl_module):
-            batches = list(self._pairs(trainer, pl_module))
-            comm = comm_of(trainer, self.calibration.shared(trainer))
+        model, groups = fit.model, dict.fromkeys(plan.layers, plan.after)
+        with self.calibration.undisturbed(fit):
+            batches = list(self._pairs(fit))
+            comm = comm_of(fit, self.calibration.shared(fit))
             new = equal_heads(Attentions(model, groups, comm), self.method, batches, self.repair)
         plan, weights = fitting(model, plan, new)
         if not self.method.turns:  # the mean pools unchanged weights
             weights = weights.without(plan.parameters)
         return replace(plan, restart=tuple(changed_names(model, weights))), weights, new.how
 
-    def check_same(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, plan: KVHeadPlan, weights: Weights, trained: bool
-    ) -> None:
+    def check_same(self, fit: Fit, plan: KVHeadPlan, weights: Weights, trained: bool) -> None:
         """Checks that all ranks apply the same conversion.
 
         Before DDP wraps the model, each rank may have its own weights. New weights may differ by rounding; the first rank's
         are used once DDP wraps or FSDP2 shards the model.
         """
-        model = find_transformer(pl_module)
+        model = fit.model
         pooled = {name: [pooling.dim, np.asarray(pooling.index)] for name, pooling in plan.parameters.items()}
-        check_identical(trainer, "KVHeadConversion", "the pooled heads", [str(self.method), str(self.repair), pooled, plan.rope])
+        check_identical(fit, "KVHeadConversion", "the pooled heads", [str(self.method), str(self.repair), pooled, plan.rope])
         if trained:
             before = {name: model.get_parameter(name) for name in plan.parameters}
-            check_close(trainer, "KVHeadConversion", "the pooled heads", model, before)
+            check_close(fit, "KVHeadConversion", "the pooled heads", model, before)
 
-    def turned(self, trainer: pl.Trainer, pl_module: pl.LightningModule, groups: Mapping[str, int]) -> Weights:
+    def turned(self, fit: Fit, groups: Mapping[str, int]) -> Weights:
         """Returns weights with each group's heads in a shared basis and the same outputs."""
-        with self.calibration.undisturbed(pl_module):
-            batches, (method,) = list(self._pairs(trainer, pl_module)), self.method.candidates
-            return turned_weights(find_transformer(pl_module), groups, method, batches, comm_of(trainer))
+        with self.calibration.undisturbed(fit):
+            batches, (method,) = list(self._pairs(fit)), self.method.candidates
+            return turned_weights(fit.model, groups, method, batches, comm_of(fit))
 
-    def _pairs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[BatchAndLoss]:
+    def _pairs(self, fit: Fit) -> Iterator[BatchAndLoss]:
         """Yields this rank's batches; none if they are optional and can be read only once."""
         if not batches_needed(self.method, self.repair)[0]:
             try:
-                self.calibration.check(trainer)
+                self.calibration.check(fit)
             except ValueError:
                 return
-        for batch, loss in self.calibration.pairs(trainer, pl_module):
-            yield batch, partial(_precisely, trainer, loss)
+        for batch, loss in self.calibration.pairs(fit):
+            yield batch, partial(_precisely, fit, loss)
 
 
-def _precisely(trainer: pl.Trainer, loss: Any, model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
+def _precisely(fit: Fit, loss: Any, model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
     """Computes the loss in the training precision, while statistics use full precision."""
-    with trainer.precision_plugin.forward_context():
+    with fit.forward_context():
         value: Tensor = loss(model, batch)
     return value
 
 
-def _same(trainer: pl.Trainer, model: nn.Module, weights: Weights) -> Weights:
+def _same(fit: Fit, model: nn.Module, weights: Weights) -> Weights:
     """Returns the first rank's new weights; raises `RanksDiffer` if the models differ."""
     what = "KVHeadConversion", "the rotated heads"
     if store_of(model).on_ranks:  # each rank has shards of the first rank's weights
         return weights
-    check_close(trainer, *what, model, {name: model.get_parameter(name) for name in weights})
-    if trainer.world_size == 1:
+    check_close(fit, *what, model, {name: model.get_parameter(name) for name in weights})
+    if fit.world_size == 1:
         return weights
-    return {name: from_first_rank(trainer, *what, weights[name]).to(weights[name].device) for name in weights}
+    return {name: from_first_rank(fit, *what, weights[name]).to(weights[name].device) for name in weights}
 
 
 @dataclass
@@ -146,29 +144,27 @@ class Moving:
     turned: list[int] = field(default_factory=list)  # the stages whose heads are in one basis
     path: KVHeadPlan | None = None  # the target, for the current shape of the model
 
-    def move(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, preparation: Preparation, stage: int, share: float
-    ) -> None:
+    def move(self, fit: Fit, preparation: Preparation, stage: int, share: float) -> None:
         """Moves the heads of a stage by a share of the distance to the pooled head."""
-        model = find_transformer(pl_module)
+        model = fit.model
         if self.path is None:
             return
         if preparation.method.turns and stage not in self.turned:
             groups = dict.fromkeys(self.path.layers, self.path.after)
-            with fail_together(trainer, "KVHeadConversion"):
-                with blockwise(pl_module):
-                    weights = preparation.turned(trainer, pl_module, groups)
-                    weights = _same(trainer, model, weights)
-                assign_values(model, weights, trainer.optimizers)
+            with fail_together(fit, "KVHeadConversion"):
+                with blockwise(fit.module):
+                    weights = preparation.turned(fit, groups)
+                    weights = _same(fit, model, weights)
+                assign_values(model, weights, fit.optimizers)
             self.turned.append(stage)
         approach(model, self.path.parameters, share, preparation.method.pool)
-        self.moved = trainer.global_step
+        self.moved = fit.step
 
-    def fits(self, pl_module: pl.LightningModule) -> bool:
+    def fits(self, fit: Fit) -> bool:
         """Returns whether `path` matches the current shape of the model."""
         if self.path is None:
             return False
-        model, pooled = find_transformer(pl_module), self.path.parameters
+        model, pooled = fit.model, self.path.parameters
         try:
             return all(model.get_parameter(name).shape[pooling.dim] == len(pooling.index) for name, pooling in pooled.items())
         except AttributeError:  # of a removed block
@@ -248,8 +244,9 @@ class KVHeadConversion(StageCallback):
     def _by_layer(self) -> bool:
         return isinstance(self.at[0], Schedule)
 
-    def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
+    def check(self, fit: Fit) -> None:
         """Raises `ValueError` if the model cannot be converted to the number of KV heads."""
+        model = fit.module
         most = self._most(model)
         first = next((heads for heads in self.heads if heads < most), self.heads[-1])
         if first == most:
@@ -258,9 +255,9 @@ class KVHeadConversion(StageCallback):
         if self._by_layer:
             check_in_part(model, plan_kv_heads(model, first, layers=plan.layers[-1:], encoder=self.encoder))
         if self.preparation.needed:
-            check_ready(find_transformer(model), plan, self.preparation.repair)
-        means = (callback for callback in callbacks_of(trainer, KVHeadConversion) if type(callback.preparation.method) is Mean)
-        if next(means, None) is self and not self.preparation.needed and not adapter_layers(find_transformer(model)):
+            check_ready(fit.model, plan, self.preparation.repair)
+        means = (callback for callback in fit.callbacks(KVHeadConversion) if type(callback.preparation.method) is Mean)
+        if next(means, None) is self and not self.preparation.needed and not adapter_layers(fit.model):
             rank_zero_info(HINT)
 
     def reached(self, model: nn.Module) -> set[int]:
@@ -271,12 +268,12 @@ class KVHeadConversion(StageCallback):
         now = kv_heads_by_layer(model, self.encoder)
         return {number for number, stage in enumerate(self._stages) if not next_layers(now, self.heads[0], stage.share)}
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def resolve(self, fit: Fit) -> None:
         """Resolves the steps and checks the stages against the loaded model."""
-        super().on_fit_start(trainer, pl_module)
+        super().resolve(fit)
         least, most = (
-            min(heads for callback in callbacks_of(trainer, KVHeadConversion) for heads in callback.heads),
-            self._most(pl_module),
+            min(heads for callback in fit.callbacks(KVHeadConversion) for heads in callback.heads),
+            self._most(fit.module),
         )
         if most < least:
             raise ValueError(
@@ -284,24 +281,24 @@ class KVHeadConversion(StageCallback):
                 "the settings of the run that saved it."
             )
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def begin_training(self, fit: Fit) -> None:
         """Checks the batches and applies events that are due before the first step."""
-        if self._most(pl_module) > self.heads[-1]:
-            with fail_together(trainer, "KVHeadConversion"):
-                self.preparation.check_data(trainer, pl_module)
-        super().on_train_start(trainer, pl_module)
+        if self._most(fit.module) > self.heads[-1]:
+            with fail_together(fit, "KVHeadConversion"):
+                self.preparation.check_data(fit)
+        super().begin_training(fit)
 
-    def change(self, model: nn.Module, stage: int, optimizers: list[Optimizer]) -> str:
+    def change(self, fit: Fit, stage: int, optimizers: list[Optimizer]) -> str:
         """Converts the heads of a stage and returns a description."""
-        assert isinstance(model, pl.LightningModule)
+        model = fit.module
         plan, preparation = self._plan(model, stage), self.preparation
         weights: Weights = {}
         how = str(preparation.method)
         if self.over and self._stages[stage].begin <= self._moving.moved:
             how += f", over {self._stages[stage].over} steps"
         elif preparation.needed:
-            plan, weights, how = preparation.ready(model.trainer, model, plan)
-        preparation.check_same(model.trainer, model, plan, weights, trained=bool(optimizers))
+            plan, weights, how = preparation.ready(fit, plan)
+        preparation.check_same(fit, plan, weights, trained=bool(optimizers))
         apply_plan(model, plan, optimizers, weights)
         where = (
             f" in {len(plan.layers)} of {len(kv_heads_by_layer(model, self.encoder))} attention modules" if self._by_layer else ""
@@ -313,16 +310,16 @@ class KVHeadConversion(StageCallback):
         brief, *more = re.split("[,;]", str(event["what"]), maxsplit=1)
         return f"{brief})" if more else brief
 
-    def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        after, step = self._last_step, trainer.global_step
-        super()._run(trainer, pl_module)
+    def _run(self, fit: Fit) -> None:
+        after, step = self._last_step, fit.step
+        super()._run(fit)
         moving = [index for index, stage in enumerate(self._stages) if stage.begin <= step < stage.step]
         if moving and step > self._moving.moved:
             stage, stride = moving[0], max(1, step - after) if after >= 0 else 1
-            if not self._moving.fits(pl_module):
-                self._moving.path = None if stage in self._done else self._plan(pl_module, stage)
+            if not self._moving.fits(fit):
+                self._moving.path = None if stage in self._done else self._plan(fit.module, stage)
             share = min(1.0, stride / (self._stages[stage].step - step))
-            self._moving.move(trainer, pl_module, self.preparation, stage, share)
+            self._moving.move(fit, self.preparation, stage, share)
 
     def _plan(self, model: nn.Module, stage: int) -> KVHeadPlan:
         """Returns the plan of a stage for the current model."""

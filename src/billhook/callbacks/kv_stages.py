@@ -6,16 +6,15 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 
-import lightning.pytorch as pl
 from torch import nn
 from torch.optim import Optimizer
 
 from billhook.arguments import check_int
 from billhook.fit.calibration import FitCalibration
 from billhook.fit.event import log_event
-from billhook.fit.lightning_internals import is_tuning
-from billhook.fit.run import At, callbacks_of, check_at, is_dev_run, resolve_at, share_targets, training_steps
-from billhook.fit.shape_event import ShapeCallback, unwrapped
+from billhook.fit.fit import Fit
+from billhook.fit.shape_event import ShapeCallback
+from billhook.fit.targets import At, check_at, resolve_at, share_targets
 from billhook.kv_heads.methods import KVMethod
 from billhook.repairs.repair import RepairConfig
 from billhook.schedules import Schedule, check_step
@@ -118,7 +117,7 @@ class StageCallback(ShapeCallback):
         """Returns the indices of stages that the model's shape has reached."""
 
     @abstractmethod
-    def change(self, model: nn.Module, stage: int, optimizers: list[Optimizer]) -> str:
+    def change(self, fit: Fit, stage: int, optimizers: list[Optimizer]) -> str:
         """Applies a stage and returns a description."""
 
     @property
@@ -126,26 +125,26 @@ class StageCallback(ShapeCallback):
         """True if no shape changes during training."""
         return all(entry == "start" for entry in self.at)
 
-    def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def begin(self, fit: Fit) -> None:
         """Checks all stages and applies stages at the start."""
-        super().begin(trainer, pl_module)
-        others = [entry for callback in callbacks_of(trainer, StageCallback) for entry in callback.at if entry != "start"]
-        if is_dev_run(trainer) or (trainer.max_steps > 0 and trainer.max_epochs in (-1, None)):
-            self.check_together(trainer, trainer.max_steps)
+        super().begin(fit)
+        others = [entry for callback in fit.callbacks(StageCallback) for entry in callback.at if entry != "start"]
+        if fit.max_steps is not None:
+            self.check_together(fit, fit.max_steps)
         elif others and "start" in self.at:
             raise ValueError(
                 f"at={self.at}: 'start' together with later stages ({others}) needs a known training length. Set "
                 "Trainer(max_steps=...) alone, or use 0 instead of 'start'."
             )
         for index, entry in enumerate(self.at):
-            if entry == "start" and not is_tuning(trainer) and index not in self.reached(pl_module):
-                with unwrapped(trainer, self.blockwise):  # `configure_model` may have sharded it
-                    event = self.record_event(trainer, pl_module, {}, partial(self.change, pl_module, index, []))
-                log_event(trainer, event)
+            if entry == "start" and not fit.is_tuning and index not in self.reached(fit.module):
+                with fit.reshaping(self.blockwise):  # `configure_model` may have sharded it
+                    event = self.record_event(fit, {}, partial(self.change, fit, index, []))
+                log_event(fit, event)
 
-    def stages(self, total: int | None, trainer: pl.Trainer) -> list[Stage]:
+    def stages(self, total: int | None, fit: Fit) -> list[Stage]:
         """Returns the stages with resolved steps; a fraction `over` gives at least 1 step."""
-        trial, first, over = is_dev_run(trainer), self.at[0], int(self.over)
+        trial, first, over = fit.is_trial, self.at[0], int(self.over)
         if isinstance(self.over, float) and self.over:
             over = max(1, resolve_at(self.over, total, name="over"))
         if isinstance(first, Schedule):
@@ -164,38 +163,36 @@ class StageCallback(ShapeCallback):
             stages.append(Stage(step, heads, share, over=min(over, max(step, 0)) if trial else over))
         return stages
 
-    def shape_steps(self, total: int | None, trainer: pl.Trainer) -> list[int]:
+    def shape_steps(self, total: int | None, fit: Fit) -> list[int]:
         """Returns the step of each stage; -1 means before the optimizer exists."""
-        return [stage.step for stage in self.stages(total, trainer)]
+        return [stage.step for stage in self.stages(total, fit)]
 
-    def steps(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
+    def steps(self, total: int | None, fit: Fit) -> dict[int, float]:
         """Returns the steps of the stages, each with the target 1."""
-        return dict.fromkeys(self.shape_steps(total, trainer), 1.0)
+        return dict.fromkeys(self.shape_steps(total, fit), 1.0)
 
-    def check_together(self, trainer: pl.Trainer, total: int | None) -> None:
+    def check_together(self, fit: Fit, total: int | None) -> None:
         """Raises `ValueError` if stages of all callbacks share a step or contradict each other."""
-        stages = [
-            (stage, callback) for callback in callbacks_of(trainer, StageCallback) for stage in callback.stages(total, trainer)
-        ]
+        stages = [(stage, callback) for callback in fit.callbacks(StageCallback) for stage in callback.stages(total, fit)]
         steps = [stage.step for stage, _ in stages]
-        if is_dev_run(trainer):
+        if fit.is_trial:
             return
         if len(set(steps)) < len(steps):
             raise ValueError(f"two {type(self).__name__} stages have the same step: {sorted(steps)}. Use other steps.")
         check_order(stages)
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def resolve(self, fit: Fit) -> None:
         """Resolves the steps and checks the stages."""
-        total = training_steps(trainer)
-        self.check_together(trainer, total)
-        self._stages = self.stages(total, trainer)
+        total = fit.length
+        self.check_together(fit, total)
+        self._stages = self.stages(total, fit)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def begin_training(self, fit: Fit) -> None:
         """Applies events that are due before the first step, or that a resumed checkpoint lacks."""
-        self._done = self.reached(pl_module)
+        self._done = self.reached(fit.module)
         if any(stage.step == -1 and number not in self._done for number, stage in enumerate(self._stages)):
             self.events = []  # a checkpoint without this callback undid the stage at the start
-        super().on_train_start(trainer, pl_module)
+        super().begin_training(fit)
 
     def due(self, model: nn.Module, step: int) -> list[int]:
         """Returns the indices of stages that are due, in the order of their steps."""
@@ -206,8 +203,8 @@ class StageCallback(ShapeCallback):
         """Returns the steps of the pending stages."""
         return [stage.step for number, stage in enumerate(self._stages) if stage.step > step and number not in self._done]
 
-    def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: int) -> None:
+    def apply_event(self, fit: Fit, stage: int) -> None:
         """Applies a stage, unless the model already has as few heads."""
-        if stage not in self.reached(pl_module):
-            self.apply_change(trainer, pl_module, partial(self.change, pl_module, stage))
+        if stage not in self.reached(fit.module):
+            self.apply_change(fit, partial(self.change, fit, stage))
         self._done.add(stage)

@@ -4,25 +4,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 
 from billhook.arguments import check_int, check_path, check_types
 from billhook.callbacks.degradation import Degradation, check_listed_after
 from billhook.callbacks.export import Export
 from billhook.checkpoints.card import label_of
-from billhook.fit.event import Event, EventCallback, events_of, metrics_of_callbacks, record_start, start_metrics, starts_fresh
-from billhook.fit.measure import log_plot, measure
+from billhook.fit.event import Event, EventCallback, events_of, metrics_of_callbacks, record_start, start_metrics
+from billhook.fit.fit import Fit
+from billhook.fit.lightning import FitCallback
 from billhook.fit.ranks import on_first_rank
-from billhook.fit.run import callbacks_of
 from billhook.plots.style import PLOT_SUFFIXES
 from billhook.plots.validation import validation
 from billhook.report.degradation import TextDegradation, degradation_table
 from billhook.report.summary import Stage, stage_table, summary
 
 
-class Report(Callback):
+class Report(FitCallback):
     """Prints a table of size and quality before and after each event, and plots validation.
 
     Put it last, after `Export`, so that it reports the checkpoint. It also prints the results of `Degradation`. The plot is sent
@@ -56,43 +54,43 @@ class Report(Callback):
         self.first: Event | None = None
         self._dtype = ""
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def prepare(self, fit: Fit) -> None:
         """Clears results and checks the order of callbacks."""
-        if stage == "fit":
-            for callback in callbacks_of(trainer, Degradation):
-                check_listed_after(trainer, self, callback)
-            self.history, self.first = [], None
-            if Path(self.plot_file).is_file():
-                rank_zero_info(f"billhook: the plot {self.plot_file} will be replaced")
+        for callback in fit.callbacks(Degradation):
+            check_listed_after(fit, self, callback)
+        self.history, self.first = [], None
+        if Path(self.plot_file).is_file():
+            rank_zero_info(f"billhook: the plot {self.plot_file} will be replaced")
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def begin_training(self, fit: Fit) -> None:
         """Measures the model before training."""
         if self.first is None:
-            numbers, num_events = self._measured(trainer, pl_module), len(events_of(trainer))
-            self.first = {"step": trainer.global_step, "after": numbers, "events": num_events}
-            if starts_fresh(trainer) and not num_events:
-                record_start(trainer, numbers)
+            numbers, num_events = self._measured(fit), len(events_of(fit))
+            self.first = {"step": fit.step, "after": numbers, "events": num_events}
+            if fit.starts_fresh and not num_events:
+                record_start(fit, numbers)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def after_validation(self, fit: Fit) -> None:
         """Stores the logged validation metric."""
-        if not trainer.sanity_checking and trainer.state.fn == "fit" and (name := self._name(trainer.callback_metrics)):
-            self.history.append([trainer.global_step, float(trainer.callback_metrics[name])])
+        metrics = fit.validation_metrics
+        if name := self._name(metrics):
+            self.history.append([fit.step, metrics[name]])
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def end_training(self, fit: Fit) -> None:
         """Validates the final model, prints the table, and saves the plot."""
-        on_first_rank(trainer, "Report", partial(self._report, trainer, self._measured(trainer, pl_module)))
+        on_first_rank(fit, "Report", partial(self._report, fit, self._measured(fit)))
 
-    def _measured(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Any]:
-        metrics = metrics_of_callbacks(trainer, pl_module)
-        report = summary(pl_module)
+    def _measured(self, fit: Fit) -> dict[str, Any]:
+        metrics = metrics_of_callbacks(fit)
+        report = summary(fit.module)
         self._dtype = report.dtype
-        return report.numbers() | metrics | measure(trainer, pl_module, self.measure_batches)
+        return report.numbers() | metrics | fit.validate(self.measure_batches)
 
-    def _report(self, trainer: pl.Trainer, last: dict[str, Any]) -> None:
-        events = events_of(trainer)
-        stages = self._stages(trainer, events, Stage("end of training", trainer.global_step, last))
+    def _report(self, fit: Fit, last: dict[str, Any]) -> None:
+        events = events_of(fit)
+        stages = self._stages(fit, events, Stage("end of training", fit.step, last))
         notes = [(f"step {e['step']}", e["what"]) for e in events if label_of(e) != e["what"]]
-        for callback in callbacks_of(trainer, Export):
+        for callback in fit.callbacks(Export):
             if callback.saved is not None:
                 notes += [("checkpoint", callback.saved.folder), ("format", callback.saved.format)]
                 notes += [("verified", f"largest logit difference {callback.saved.difference:.3g}")]
@@ -100,19 +98,19 @@ class Report(Callback):
             Path(self.plot_file).parent.mkdir(parents=True, exist_ok=True)
             marks = [(e["step"], label_of(e), e["before"].get(name), e["after"].get(name)) for e in events]
             dense = stages[0].numbers.get(name) if events else None
-            figure = validation(self._points(name, last, trainer.global_step), marks, name, dense)
+            figure = validation(self._points(name, last, fit.step), marks, name, dense)
             figure.savefig(self.plot_file)
-            log_plot(trainer, "report", figure)
+            fit.log_plot("report", figure)
             notes.append(("plot", self.plot_file))
         elif self.metric:
             rank_zero_warn(f"metric={self.metric!r} is not logged in validation, so no plot is drawn. Logged: {', '.join(last)}.")
-        notes += self._save_plots(trainer)
-        print("\n".join(["", stage_table(stages, notes, name, self._dtype), "", *self._degradation(trainer, events)]))
+        notes += self._save_plots(fit)
+        print("\n".join(["", stage_table(stages, notes, name, self._dtype), "", *self._degradation(fit, events)]))
 
-    def _save_plots(self, trainer: pl.Trainer) -> list[tuple[str, str]]:
+    def _save_plots(self, fit: Fit) -> list[tuple[str, str]]:
         """Saves the plots of other callbacks next to `plot_file`; returns their kinds and paths."""
         saved = list[tuple[str, str]]()
-        for callback in callbacks_of(trainer, EventCallback):
+        for callback in fit.callbacks(EventCallback):
             for kind, plot in callback.plots().items():
                 path = Path(self.plot_file)
                 path = path.with_stem(f"{path.stem}_{kind}{len(saved) or ''}")
@@ -121,21 +119,21 @@ class Report(Callback):
                 saved.append((kind, str(path)))
         return saved
 
-    def _degradation(self, trainer: pl.Trainer, events: list[Event]) -> list[str]:
+    def _degradation(self, fit: Fit, events: list[Event]) -> list[str]:
         """Returns a table of degradation after each event that was evaluated, and at the end."""
         results = [(f"after {label_of(event)}", event["degradation"]) for event in events if "degradation" in event]
-        for callback in callbacks_of(trainer, Degradation):
+        for callback in fit.callbacks(Degradation):
             if callback.last is not None:
                 results.append(("end of training", callback.last))
         return [f"{when}\n{degradation_table(list(map(TextDegradation.from_json, texts)))}\n" for when, texts in results]
 
-    def _stages(self, trainer: pl.Trainer, events: list[Event], last: Stage) -> list[Stage]:
+    def _stages(self, fit: Fit, events: list[Event], last: Stage) -> list[Stage]:
         first = self.first or {"step": 0, "after": {}, "events": 0}
         if not events:
             return [Stage("start of training", first["step"], first["after"]), last]
         # the first measurement is of the dense model, unless events came first
         num_events = first["events"]
-        start = start_metrics(trainer) | (events[0]["before"] if num_events else first["after"])
+        start = start_metrics(fit) | (events[0]["before"] if num_events else first["after"])
         dense = Stage("dense", events[0]["step"] if num_events else first["step"], start)
         after = [Stage(f"after {label_of(event)}", event["step"], event["after"]) for event in events]
         if num_events:

@@ -5,9 +5,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import lightning.pytorch as pl
 from lightning_utilities.core.rank_zero import rank_zero_warn
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -18,15 +17,14 @@ from billhook.engine.lazy import LazyTensors
 from billhook.engine.passes import blockwise
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_leaves
-from billhook.fit.calibration import CalibrationLike, FitCalibration, gradient_precision
+from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event, describe_callback, log_event, percent_change, record_not_refitted
+from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_close, check_identical, fail_together, from_first_rank
-from billhook.fit.run import At, check_at, round_targets
 from billhook.fit.shape_event import ShapeCallback
-from billhook.fit.training_step import training_loss, training_runs
+from billhook.fit.targets import At, check_at, round_targets
 from billhook.importance.obs import OBS
 from billhook.model.cache import signature
-from billhook.model.find import find_transformer
 from billhook.model.layers import is_linear
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
@@ -112,46 +110,46 @@ class Shrinking(ShapeCallback):
         """True: the search measures candidates on calibration data."""
         return True
 
-    def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def begin(self, fit: Fit) -> None:
         """Checks the model and its weights once it exists."""
-        with blockwise(pl_module):
-            self.check(pl_module, trainer)
+        with blockwise(fit.module):
+            self.check(fit)
 
-    def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
+    def check(self, fit: Fit) -> None:
         """Raises `ValueError` if the model cannot meet the budget, or adapters have been trained."""
-        subject = find_transformer(model)
+        subject = fit.model
         if adapter_layers(subject) and self.at != "start":
             raise ValueError(
                 f"at={self.at!r} must be 'start' if the model has adapters, because Shrinking needs untrained adapters."
             )
-        if trainer.ckpt_path is None:
+        if not fit.resumes:
             self._candidates(subject)
 
-    def steps(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
+    def steps(self, total: int | None, fit: Fit) -> dict[int, float]:
         """Returns the step of the event."""
-        return round_targets(1.0, self.at, total, trainer, "at")
+        return round_targets(1.0, self.at, total, fit, "at")
 
-    def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+    def apply_event(self, fit: Fit, step: int) -> None:
         """Searches, then removes units and repairs the rest."""
-        metrics, model = self.validate(trainer, pl_module), find_transformer(pl_module)
-        with fail_together(trainer, "Shrinking"), blockwise(pl_module):
+        metrics, model = self.validate(fit), fit.model
+        with fail_together(fit, "Shrinking"), blockwise(fit.module):
             scope, pool_heads = self._candidates(model), not adapter_layers(model)
             self._known.clear()
             with adapters_removed(model):
-                measurement, chosen = self._search(trainer, pl_module, scope, pool_heads)
-            check_identical(trainer, "Shrinking", "the plan", lambda: [plan.to_json() for plan in chosen.planned.plans])
-        event = self.reshape(trainer, pl_module, metrics, partial(self._remove, model, chosen.planned))
+                measurement, chosen = self._search(fit, scope, pool_heads)
+            check_identical(fit, "Shrinking", "the plan", lambda: [plan.to_json() for plan in chosen.planned.plans])
+        event = self.reshape(fit, metrics, partial(self._remove, model, chosen.planned))
         record_not_refitted(event, chosen.planned.not_refitted)
         self.last_event_step, self.last_target = step, 1.0
         with (
-            fail_together(trainer, "Shrinking"),
-            self.calibration.undisturbed(pl_module),
-            gradient_precision(trainer),
+            fail_together(fit, "Shrinking"),
+            self.calibration.undisturbed(fit),
+            fit.gradient_context(),
             adapters_removed(model),
         ):
             self.shrunk = measure_result(measurement, chosen)
-        event["after"] |= self.validate(trainer, pl_module)
-        log_event(trainer, event)
+        event["after"] |= self.validate(fit)
+        log_event(fit, event)
 
     def _candidates(self, model: PreTrainedModel) -> SearchScope:
         """Finds the candidates; raises `ValueError` if the budget or an adapter is not legal.
@@ -173,25 +171,21 @@ class Shrinking(ShapeCallback):
         self._known = {seen: scope} if seen is not None else {}
         return scope
 
-    def _search(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, scope: SearchScope, pool_heads: bool
-    ) -> tuple[Measurement, SearchResult]:
+    def _search(self, fit: Fit, scope: SearchScope, pool_heads: bool) -> tuple[Measurement, SearchResult]:
         """Searches on the same batches on each rank; `pool_heads` allows pooling KV heads."""
         model = scope.model
-        with self.calibration.undisturbed(pl_module), gradient_precision(trainer):
-            batches = list(self.calibration.read(trainer, same_on_ranks=True))
-            check_identical(trainer, "Shrinking", "the settings", partial(describe_callback, self))
-            check_identical(
-                trainer, "Shrinking", "the batches", [leaf for leaf in tree_leaves(batches) if isinstance(leaf, Tensor)]
-            )
-            check_close(trainer, "Shrinking", "the model", model, dict(model.named_parameters()))
-            broadcast = partial(from_first_rank, trainer, "Shrinking", "the measurements")
+        with self.calibration.undisturbed(fit), fit.gradient_context():
+            batches = list(self.calibration.read(fit, same_on_ranks=True))
+            check_identical(fit, "Shrinking", "the settings", partial(describe_callback, self))
+            check_identical(fit, "Shrinking", "the batches", [leaf for leaf in tree_leaves(batches) if isinstance(leaf, Tensor)])
+            check_close(fit, "Shrinking", "the model", model, dict(model.named_parameters()))
+            broadcast = partial(from_first_rank, fit, "Shrinking", "the measurements")
             fitted, held_out = split_batches(batches)
-            runs, searched = (_runs(pl_module, model, some) for some in (fitted, search_batches(fitted, scope.widest)))
+            runs, searched = (_runs(fit, model, some) for some in (fitted, search_batches(fitted, scope.widest)))
             repair, not_repaired = resolve_repair(scope, runs, self.search.repair)
             if not_repaired:
                 rank_zero_warn(f"Shrinking: {not_repaired}")
-            predicting = training_runs(pl_module, model, held_out)
+            predicting = fit.runs(model, held_out)
             measurement = measure(
                 scope, searched, predicting, self.search.importance or OBS(), repair, pool_heads=pool_heads, broadcast=broadcast
             )
@@ -227,10 +221,10 @@ def _above(model: PreTrainedModel, planned: ShrinkPlan) -> Iterator[UnitPlan | B
             yield plan_units(model, plan.units, dict.fromkeys(plan.kinds.values()))
 
 
-def _runs(pl_module: pl.LightningModule, model: PreTrainedModel, batches: Sequence[Any]) -> list[Run]:
+def _runs(fit: Fit, model: PreTrainedModel, batches: Sequence[Any]) -> list[Run]:
     """Returns runs with the training loss and each linear layer's non-padding tokens."""
     linear_layers = {name: module for name, module in model.named_modules() if is_linear(module)}
     runs = list[Run]()
     for number, batch in enumerate(batches):
-        runs.append(run_with_loss(model, linear_layers, batch, training_loss(pl_module, number)))
+        runs.append(run_with_loss(model, linear_layers, batch, fit.loss(number)))
     return runs

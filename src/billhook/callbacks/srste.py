@@ -3,7 +3,6 @@
 from functools import partial
 from typing import Any
 
-import lightning.pytorch as pl
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -11,10 +10,10 @@ from billhook.arguments import check_types
 from billhook.callbacks.weight_pruning import WeightPruning
 from billhook.fit.calibration import CalibrationLike
 from billhook.fit.event import Event
+from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_identical, comm_of, fail_together
-from billhook.fit.run import At, check_learning_strategy, is_dev_run, resolve_at
 from billhook.fit.shape_event import ShapeCallback
-from billhook.model.find import find_transformer
+from billhook.fit.targets import At, resolve_at
 from billhook.schedules import Step, check_step
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.learned_masks import LearnedMasks, MaskRule, find_mask_rules
@@ -89,16 +88,16 @@ class SRSTE(WeightPruning):
         """The keep-masks (bool) by linear layer: learned until `end`, then fixed."""
         return dict(self._learned.masks) or super().masks
 
-    def check_trainer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def check_fit(self, fit: Fit) -> None:
         """Raises `ValueError` if the strategy does not support learned masks."""
-        super().check_trainer(trainer, pl_module)
-        check_learning_strategy(trainer, type(self).__name__)
+        super().check_fit(fit)
+        fit.check_learned_masks(type(self).__name__)
 
-    def steps(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
+    def steps(self, total: int | None, fit: Fit) -> dict[int, float]:
         """Returns the first step of learning (sparsity 0) and the step at which masks are fixed."""
-        ((begin, sparsity),) = super().steps(total, trainer).items()
-        end = resolve_at(self.end, total, is_dev_run(trainer), "end")
-        if end <= begin and not is_dev_run(trainer):
+        ((begin, sparsity),) = super().steps(total, fit).items()
+        end = resolve_at(self.end, total, fit.is_trial, "end")
+        if end <= begin and not fit.is_trial:
             raise ValueError(f"end={self.end} is step {end}, but masks are learned from step {begin} on. Use a later end.")
         return {begin: 0.0, max(begin + 1, end): sparsity}
 
@@ -112,37 +111,37 @@ class SRSTE(WeightPruning):
     def _cannot_follow(self, callback: ShapeCallback) -> str | None:
         return ", and learned masks use the layers' inputs at that step"
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def begin_training(self, fit: Fit) -> None:
         """Restores a checkpoint's masks and applies events due before the first step."""
-        self._learned.attach(find_transformer(pl_module), trainer.optimizers)
-        super().on_train_start(trainer, pl_module)
+        self._learned.attach(fit.model, fit.optimizers)
+        super().begin_training(fit)
 
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+    def before_optimizer_step(self, fit: Fit, optimizer: Optimizer) -> None:
         """Adds the decay of masked weights to the gradients while masks are learned."""
         self._learned.decay(optimizer, self.decay)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def end_training(self, fit: Fit) -> None:
         """Fixes masks that are still being learned."""
         if self._learned.masks:
-            self._fix(trainer, pl_module, {})
-        super().on_train_end(trainer, pl_module)
+            self._fix(fit, {})
+        super().end_training(fit)
 
-    def event_at(self, trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: dict[str, float], step: int) -> Event:
+    def event_at(self, fit: Fit, metrics: dict[str, float], step: int) -> Event:
         """Starts to learn masks, or fixes them."""
         if step < max(self._steps):
-            return self._begin(trainer, pl_module, metrics, step)
-        return self._fix(trainer, pl_module, metrics)
+            return self._begin(fit, metrics, step)
+        return self._fix(fit, metrics)
 
-    def _begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: dict[str, float], step: int) -> Event:
-        with fail_together(trainer, "SRSTE"):
-            chosen = self._choose(trainer, pl_module, self._steps[max(self._steps)])
-            check_identical(trainer, "SRSTE", "the scores of masks", {name: scorer.state() for name, scorer in chosen.items()})
-            return self.record_event(trainer, find_transformer(pl_module), metrics, partial(self._learn, chosen, step))
+    def _begin(self, fit: Fit, metrics: dict[str, float], step: int) -> Event:
+        with fail_together(fit, "SRSTE"):
+            chosen = self._choose(fit, self._steps[max(self._steps)])
+            check_identical(fit, "SRSTE", "the scores of masks", {name: scorer.state() for name, scorer in chosen.items()})
+            return self.record_event(fit, metrics, partial(self._learn, chosen, step))
 
-    def _choose(self, trainer: pl.Trainer, pl_module: pl.LightningModule, sparsity: float) -> dict[str, MaskRule]:
-        model = find_transformer(pl_module)
-        with self._runs(trainer, pl_module) as runs:
-            return find_mask_rules(model, self.criterion, runs, sparsity, self.pattern, self.options, comm_of(trainer))
+    def _choose(self, fit: Fit, sparsity: float) -> dict[str, MaskRule]:
+        model = fit.model
+        with self._runs(fit) as runs:
+            return find_mask_rules(model, self.criterion, runs, sparsity, self.pattern, self.options, comm_of(fit))
 
     def _learn(self, chosen: dict[str, MaskRule], step: int) -> str:
         self._learned.begin(chosen)
@@ -150,11 +149,11 @@ class SRSTE(WeightPruning):
         sparsity, end = sparsity_of(self._learned.masks.values()), max(self._steps)
         return f"{self._how} masks of sparsity {sparsity:.4f} in {len(chosen)} linear layers are learned until step {end}"
 
-    def _fix(self, trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: dict[str, float]) -> Event:
-        with fail_together(trainer, "SRSTE"):
+    def _fix(self, fit: Fit, metrics: dict[str, float]) -> Event:
+        with fail_together(fit, "SRSTE"):
             masks = self._learned.masks
-            check_identical(trainer, "SRSTE", "the masks", masks)
-            event = self.record_event(trainer, find_transformer(pl_module), metrics, partial(self._hold_learned, masks))
+            check_identical(fit, "SRSTE", "the masks", masks)
+            event = self.record_event(fit, metrics, partial(self._hold_learned, masks))
         event["after"]["sparsity"] = sparsity_of(masks.values())
         return event
 
@@ -178,7 +177,7 @@ class SRSTE(WeightPruning):
         super().load_state_dict(state_dict)
         self._learned.load_state_dict(state_dict.get("learned", {}))
 
-    def release_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def release(self, fit: Fit, completed: bool) -> None:
         """Applies masks once more and removes all hooks."""
         self._learned.detach()
-        super().release_masks(trainer, pl_module)
+        super().release(fit, completed)

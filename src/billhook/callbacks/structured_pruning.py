@@ -4,19 +4,18 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import lightning.pytorch as pl
 from torch import nn
 from torch.optim import Optimizer
 
 from billhook.arguments import check_int, check_types
 from billhook.engine.passes import blockwise
-from billhook.fit.calibration import CalibrationLike, FitCalibration, gradient_precision
+from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event, log_event, percent_change, record_not_refitted
+from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_close, check_identical, comm_of, fail_together
-from billhook.fit.run import At, check_at, round_targets
 from billhook.fit.shape_event import ShapeCallback
+from billhook.fit.targets import At, check_at, round_targets
 from billhook.importance.score import Importance, make_run
-from billhook.model.find import find_transformer
 from billhook.model.plan import Weights, apply_plan
 from billhook.pruning.amount import Amount
 from billhook.pruning.plan import UnitPlan
@@ -94,56 +93,54 @@ class StructuredPruning(ShapeCallback):
         """True if scores or the repair use batches."""
         return self.importance is None or self.importance.needs_data or isinstance(self.repair, RepairConfig)
 
-    def check(self, model: nn.Module, trainer: pl.Trainer) -> None:
+    def check(self, fit: Fit) -> None:
         """Raises `ValueError` if the amount cannot be removed."""
-        if trainer.ckpt_path is None:
-            RatioSearch(find_transformer(model), self.amount).check()
+        if not fit.resumes:
+            RatioSearch(fit.model, self.amount).check()
 
-    def steps(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
+    def steps(self, total: int | None, fit: Fit) -> dict[int, float]:
         """Returns the target share of the amount by step."""
-        return round_targets(1.0, self.at, total, trainer, "amount")
+        return round_targets(1.0, self.at, total, fit, "amount")
 
-    def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+    def apply_event(self, fit: Fit, step: int) -> None:
         """Removes the amount that is due, in rounds with new scores each."""
-        metrics, before, goal = self.validate(trainer, pl_module), len(self.events), self._steps[step]
+        metrics, before, goal = self.validate(fit), len(self.events), self._steps[step]
         for number in range(1, self.rounds + 1):
             share = self.last_target + (goal - self.last_target) * number / self.rounds
-            with fail_together(trainer, "StructuredPruning"):
-                plan, weights, how, left = self._plan(trainer, pl_module, share)
+            with fail_together(fit, "StructuredPruning"):
+                plan, weights, how, left = self._plan(fit, share)
             if plan is not None:
                 first = len(self.events) == before
-                change = partial(self._remove, pl_module, plan, weights, how)
-                event = self.reshape(trainer, pl_module, metrics if first else {}, change)
+                change = partial(self._remove, fit.module, plan, weights, how)
+                event = self.reshape(fit, metrics if first else {}, change)
                 record_not_refitted(event, left)
         self.last_event_step, self.last_target = step, goal
         for event in self.events[before:][-1:]:
-            event["after"] |= self.validate(trainer, pl_module)
+            event["after"] |= self.validate(fit)
         for event in self.events[before:]:
-            log_event(trainer, event)
+            log_event(fit, event)
 
-    def _plan(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, share: float
-    ) -> tuple[UnitPlan | None, Weights | None, str, str]:
+    def _plan(self, fit: Fit, share: float) -> tuple[UnitPlan | None, Weights | None, str, str]:
         """Plans a share of the amount for the current model.
 
         Returns:
             Plan (None if there is nothing to remove), repaired weights, description, and the reason if layers were not refitted.
         """
-        model = find_transformer(pl_module)
+        model = fit.model
         search = RatioSearch(model, self.amount)
         self._first = self._first or Baseline.of(search)
         part = self._first.part(search, share)
         if part is None:  # depends on numbers of units only, which are equal on all ranks
             return None, None, "", ""
-        with self.calibration.undisturbed(pl_module), gradient_precision(trainer), blockwise(pl_module):
-            comm = comm_of(trainer, self.calibration.shared(trainer))
-            pairs = self.calibration.pairs(trainer, pl_module) if self.needs_data else ()
+        with self.calibration.undisturbed(fit), fit.gradient_context(), blockwise(fit.module):
+            comm = comm_of(fit, self.calibration.shared(fit))
+            pairs = self.calibration.pairs(fit) if self.needs_data else ()
             runs = [make_run(model, part.units, *pair) for pair in pairs]
             importance = self.importance or default_importance(part.units)
             plan = plan_from_search(part, importance, runs, comm=comm)
             weights, why = repair_if_requested(model, plan, runs, self.repair if self.needs_data else None, comm)
-            check_identical(trainer, "StructuredPruning", "the plan", plan.to_json)
-            check_close(trainer, "StructuredPruning", "the repaired weights", model, weights or {})
+            check_identical(fit, "StructuredPruning", "the plan", plan.to_json)
+            check_close(fit, "StructuredPruning", "the repaired weights", model, weights or {})
             done = "repaired" if weights else why
             return plan, weights, f"{type(importance).__name__}{f', {done}' if done else ''}", why
 

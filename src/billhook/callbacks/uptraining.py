@@ -4,24 +4,19 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from billhook.arguments import check_fraction, check_types
 from billhook.engine.trees import tree_leaves
 from billhook.fit.event import LengthSetter
-from billhook.fit.lightning_internals import set_length
+from billhook.fit.fit import Fit
 from billhook.fit.ranks import fail_together, sum_over_ranks
-from billhook.fit.run import callbacks_of, is_dev_run, isolated_rng
-
-LIGHTNING_EPOCHS = 1000
-"""Lightning's `max_epochs` if neither it nor `max_steps` is set."""
+from billhook.fit.run import isolated_rng
 
 
 class Uptraining(LengthSetter):
@@ -68,38 +63,23 @@ class Uptraining(LengthSetter):
         self.alpha, self.pretraining_steps, self.pretraining_tokens = alpha, pretraining_steps, pretraining_tokens
         self.steps: int | None = None
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def prepare(self, fit: Fit) -> None:
         """Sets the training length."""
-        if stage == "fit":
-            self.set_length(trainer)
+        self.set_length(fit)
 
-    def set_length(self, trainer: pl.Trainer) -> None:
-        """Sets the training length; callbacks that need it in their own `setup` call this earlier."""
-        if is_dev_run(trainer):
-            return
-        if trainer.max_epochs not in (None, -1, LIGHTNING_EPOCHS):
-            raise ValueError(
-                f"max_epochs={trainer.max_epochs} of the Trainer conflicts with Uptraining, which sets the training length. Use "
-                "-1."
-            )
-        self.steps = steps = self._length(trainer)
-        if trainer.max_steps not in (-1, steps):
-            raise ValueError(
-                f"max_steps={trainer.max_steps} of the Trainer conflicts with Uptraining, which sets the training length to "
-                f"{steps} steps. Remove max_steps."
-            )
-        if trainer.max_steps == -1:
-            rank_zero_info(f"billhook: uptraining for {steps:,} steps ({self.alpha:g} of pretraining)")
-        set_length(trainer, steps)
+    def set_length(self, fit: Fit) -> None:
+        """Sets the training length; callbacks that need it in their own `prepare` call this earlier."""
+        if not fit.is_trial:
+            self.steps = fit.set_length("Uptraining", partial(self._length, fit))
 
-    def _length(self, trainer: pl.Trainer) -> int:
+    def _length(self, fit: Fit) -> int:
         """Returns the number of optimizer steps."""
         alpha = Fraction(str(self.alpha))  # the float 0.07 is slightly larger than 0.07
         if self.pretraining_tokens is None:
             assert self.pretraining_steps is not None
             return math.ceil(alpha * int(self.pretraining_steps))
-        with fail_together(trainer, "Uptraining"):
-            return math.ceil(alpha * int(self.pretraining_tokens) / _tokens_per_step(trainer))
+        with fail_together(fit, "Uptraining"):
+            return math.ceil(alpha * int(self.pretraining_tokens) / _tokens_per_step(fit))
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the training length."""
@@ -115,15 +95,13 @@ class Uptraining(LengthSetter):
             )
 
 
-def _tokens_per_step(trainer: pl.Trainer) -> int:
+def _tokens_per_step(fit: Fit) -> int:
     """Counts the tokens of the first batch on all devices, times the accumulated batches."""
     hint = "Use pretraining_steps."
-    if not trainer.lightning_module.automatic_optimization or callbacks_of(trainer, GradientAccumulationScheduler):
+    if (batches := fit.batches_per_step) is None:
         raise ValueError(f"pretraining_tokens needs a fixed number of batches per optimizer step, known before training. {hint}")
-    if trainer.train_dataloader is None:
-        trainer.fit_loop.setup_data()
     count = 0
-    for loader in tree_leaves(trainer.train_dataloader):
+    for loader in tree_leaves(fit.train_data):
         if isinstance(loader.dataset if isinstance(loader, DataLoader) else loader, Iterator):
             raise ValueError(f"pretraining_tokens cannot count a batch of training data that can be read only once. {hint}")
         with _untouched(loader):
@@ -132,7 +110,7 @@ def _tokens_per_step(trainer: pl.Trainer) -> int:
             raise ValueError(f"pretraining_tokens: the training batches have no 'input_ids' to count. {hint}")
         mask = batch.get("attention_mask")
         count += int((mask != 0).sum()) if isinstance(mask, Tensor) else batch["input_ids"].numel()
-    return int(sum_over_ranks(trainer, torch.tensor(count))) * trainer.accumulate_grad_batches
+    return int(sum_over_ranks(fit, torch.tensor(count))) * batches
 
 
 @contextmanager

@@ -7,8 +7,6 @@ from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, Literal
 
-import lightning.pytorch as pl
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
@@ -21,11 +19,10 @@ from billhook.engine.sharding import full_tensor, reshard
 from billhook.engine.zeros import zeros_by_name
 from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event, EventCallback, ShapeFollower, log_event
-from billhook.fit.lightning_internals import averaging_callbacks
+from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_identical, comm_of, fail_together
-from billhook.fit.run import At, check_at, check_masking_strategy, round_targets
 from billhook.fit.shape_event import ShapeCallback, check_no_shape_changes
-from billhook.fit.training_step import training_runs
+from billhook.fit.targets import At, check_at, round_targets
 from billhook.model.find import find_transformer
 from billhook.schedules import Schedule
 from billhook.sparsity.checks import check_matching, check_pruning, find_countable_adapters, needs_data
@@ -129,18 +126,18 @@ class WeightPruning(EventCallback, ShapeFollower):
         """The enforced keep-masks (bool) by linear layer; sharded ranks must call it together."""
         return {name: full_tensor(mask) for name, mask in self._hold.masks.items()}
 
-    def check_trainer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def check_fit(self, fit: Fit) -> None:
         """Raises `ValueError` if the strategy does not support masks."""
-        check_masking_strategy(trainer, type(self).__name__)
+        fit.check_masking(type(self).__name__)
 
-    def steps(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
+    def steps(self, total: int | None, fit: Fit) -> dict[int, float]:
         """Returns the target sparsity of each round by step."""
-        return round_targets(self.amount, self.at, total, trainer, "sparsity")
+        return round_targets(self.amount, self.at, total, fit, "sparsity")
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def resolve(self, fit: Fit) -> None:
         """Resolves the rounds and checks the model."""
-        super().on_fit_start(trainer, pl_module)
-        model = find_transformer(pl_module)
+        super().resolve(fit)
+        model = fit.model
         layers = check_pruning(model, self.criterion, self.pattern, self.options)
         self._layers = list(layers)
         self.check_layers(layers)
@@ -150,7 +147,7 @@ class WeightPruning(EventCallback, ShapeFollower):
         if self._steps and not self._masks_lora:
             _warn_unmasked_adapters(set(find_adapters(model)) & set(layers))
         if self._steps:
-            check_no_shape_changes(trainer, self, min(self._steps), sys.maxsize, "made masks", self._cannot_follow)
+            check_no_shape_changes(fit, self, min(self._steps), sys.maxsize, "made masks", self._cannot_follow)
 
     def check_layers(self, layers: dict[str, nn.Module]) -> None:
         """Raises `ValueError` if the layers cannot be pruned; a subclass may check more."""
@@ -167,37 +164,35 @@ class WeightPruning(EventCallback, ShapeFollower):
         """Adapts masks to the model's new shape."""
         self._hold.follow()
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def begin_training(self, fit: Fit) -> None:
         """Enforces a checkpoint's masks and applies events due before the first step."""
-        averaged = [find_transformer(copy) for _, copy in averaging_callbacks(trainer) if copy is not None]
-        self._hold.attach(find_transformer(pl_module), trainer.optimizers, averaged, self._adapted)
-        super().on_train_start(trainer, pl_module)
+        averaged = [find_transformer(copy) for _, copy in fit.averages if copy is not None]
+        self._hold.attach(fit.model, fit.optimizers, averaged, self._adapted)
+        super().begin_training(fit)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def end_training(self, fit: Fit) -> None:
         """Applies masks to weights that other callbacks have replaced."""
         self._hold.apply()
-        super().on_train_end(trainer, pl_module)
+        super().end_training(fit)
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def before_evaluation(self, fit: Fit) -> None:
         """Masks LoRA at zero weights in validation, testing, and prediction without training."""
-        if self._masks_lora and trainer.state.fn != TrainerFn.FITTING:
-            mask_nonzero(find_transformer(pl_module))
+        if self._masks_lora:
+            mask_nonzero(fit.model)
 
-    on_test_start = on_predict_start = on_validation_start
-
-    def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+    def apply_event(self, fit: Fit, step: int) -> None:
         """Prunes to the target sparsity of a round and logs the event."""
-        event = self.event_at(trainer, pl_module, self.validate(trainer, pl_module), step)
-        event["after"] |= self.validate(trainer, pl_module)
-        log_event(trainer, event)
+        event = self.event_at(fit, self.validate(fit), step)
+        event["after"] |= self.validate(fit)
+        log_event(fit, event)
 
-    def event_at(self, trainer: pl.Trainer, pl_module: pl.LightningModule, metrics: dict[str, float], step: int) -> Event:
+    def event_at(self, fit: Fit, metrics: dict[str, float], step: int) -> Event:
         """Prunes to the target sparsity of a round and returns the event."""
-        model = find_transformer(pl_module)
-        with fail_together(trainer, "WeightPruning"):
-            pruning = self._plan(trainer, pl_module, self._steps[step])
-            check_identical(trainer, "WeightPruning", "the masks", pruning.decided)
-            event = self.record_event(trainer, model, metrics, partial(self._apply, model, pruning, step))
+        model = fit.model
+        with fail_together(fit, "WeightPruning"):
+            pruning = self._plan(fit, self._steps[step])
+            check_identical(fit, "WeightPruning", "the masks", pruning.decided)
+            event = self.record_event(fit, metrics, partial(self._apply, model, pruning, step))
         event["after"]["sparsity"] = pruning.sparsity
         return event
 
@@ -227,9 +222,9 @@ class WeightPruning(EventCallback, ShapeFollower):
     def _how(self) -> str:
         return f"{type(self.criterion).__name__}, {self.pattern}:"
 
-    def _plan(self, trainer: pl.Trainer, pl_module: pl.LightningModule, sparsity: float) -> WeightPlan:
-        model = find_transformer(pl_module)
-        with self._runs(trainer, pl_module) as runs:
+    def _plan(self, fit: Fit, sparsity: float) -> WeightPlan:
+        model = fit.model
+        with self._runs(fit) as runs:
             return prune(
                 model,
                 self.criterion,
@@ -238,17 +233,17 @@ class WeightPruning(EventCallback, ShapeFollower):
                 self.pattern,
                 options=self.options,
                 count_adapters=self._counts,
-                reduce=comm_of(trainer),
+                reduce=comm_of(fit),
                 dry_run=True,
             )
 
     @contextmanager
-    def _runs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[Batches | None]:
+    def _runs(self, fit: Fit) -> Iterator[Batches | None]:
         """Yields calibration runs, gathering block by block; None if no data is needed."""
-        model = find_transformer(pl_module)
-        precision = trainer.precision_plugin.forward_context() if self.needs_data else nullcontext()
-        with self.calibration.undisturbed(pl_module), precision, blockwise(pl_module):
-            yield training_runs(pl_module, model, self.calibration.read(trainer)) if self.needs_data else None
+        model = fit.model
+        precision = fit.forward_context() if self.needs_data else nullcontext()
+        with self.calibration.undisturbed(fit), precision, blockwise(fit.module):
+            yield fit.runs(model, self.calibration.read(fit)) if self.needs_data else None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns events and masks."""
@@ -259,7 +254,6 @@ class WeightPruning(EventCallback, ShapeFollower):
         super().load_state_dict(state_dict)
         self._hold.load_state_dict(state_dict["masks"])
 
-    def release_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def release(self, fit: Fit, completed: bool) -> None:
         """Applies masks once more and removes all hooks."""
         self._hold.detach()
-        super().release_masks(trainer, pl_module)

@@ -2,34 +2,28 @@
 
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.plugins.precision import MixedPrecision
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import PreTrainedTokenizerBase
 
 from billhook.arguments import check_int
 from billhook.calibration.calibration import Batches, Calibration
 from billhook.calibration.generated import GENERATED
 from billhook.engine.batches import Batch
 from billhook.engine.passes import blockwise
-from billhook.engine.state import overridden
 from billhook.engine.trees import tree_flatten, tree_leaves, tree_unflatten
-from billhook.fit.lightning_internals import to_device
+from billhook.fit.fit import Fit, Loss
 from billhook.fit.run import isolated_rng
-from billhook.fit.training_step import training_loss
-from billhook.model.find import find_transformer
 from billhook.repairs.residuals import strip_argument
 
-BatchAndLoss = tuple[Any, Callable[[nn.Module, Any], Tensor]]
+BatchAndLoss = tuple[Any, Loss]
 """A batch, and the loss as a function of model and batch."""
 
 
@@ -75,22 +69,22 @@ class FitCalibration:
             return cls(examples=batches)
         return cls(batches, examples)
 
-    def shared(self, trainer: pl.Trainer) -> bool:
+    def shared(self, fit: Fit) -> bool:
         """Returns whether ranks share each batch, as in training, instead of dividing batches."""
-        return self.batches is None and _hook(trainer.lightning_module) is None
+        return self.batches is None and _hook(fit) is None
 
-    def check(self, trainer: pl.Trainer) -> None:
+    def check(self, fit: Fit) -> None:
         """Raises `ValueError` if the training data cannot be used for calibration."""
-        module = trainer.lightning_module
-        if not self.shared(trainer):
+        module = fit.module
+        if not self.shared(fit):
             return
-        if not module.automatic_optimization:
+        if fit.updates_in_step:
             raise ValueError(
                 f"calibration: examples of training data are not supported by {type(module).__name__}, which uses manual "
                 "optimization: its training_step would update weights. Pass batches (dictionaries of the model's inputs) or a "
                 "Calibration as calibration=, or define calibration_batches(self) in the module."
             )
-        for loader in tree_leaves(trainer.train_dataloader):
+        for loader in tree_leaves(fit.train_data):
             source = loader.dataset if isinstance(loader, DataLoader) else loader
             if isinstance(source, Iterator):
                 raise ValueError(
@@ -98,35 +92,35 @@ class FitCalibration:
                     "once. Pass batches or a Calibration."
                 )
 
-    def read(self, trainer: pl.Trainer, same_on_ranks: bool = False) -> Iterator[Any]:
+    def read(self, fit: Fit, same_on_ranks: bool = False) -> Iterator[Any]:
         """Yields this rank's batches on its device, or all batches with `same_on_ranks`."""
-        rank, ranks = (0, 1) if same_on_ranks else (trainer.global_rank, trainer.world_size)
-        hook = _hook(trainer.lightning_module)
+        rank, ranks = (0, 1) if same_on_ranks else (fit.rank, fit.world_size)
+        hook = _hook(fit)
         if self.batches is None and hook is not None:
             source = hook()
             if not isinstance(source, Iterable):
-                name = f"calibration_batches of {type(trainer.lightning_module).__name__}"
+                name = f"calibration_batches of {type(fit.module).__name__}"
                 raise ValueError(f"calibration: {name} returned {source!r}. Return batches, such as a list of dictionaries.")
             batches: Iterable[Any] = _first(source, self.examples, rank, ranks)
         elif self.batches is None:
-            loaders, structure = tree_flatten(trainer.train_dataloader)
+            loaders, structure = tree_flatten(fit.train_data)
             columns = [_examples(loader, self.examples, rank, ranks) for loader in loaders]
             batches = (tree_unflatten(row, structure) for row in zip(*columns, strict=False))
         else:
-            every_batch = _text(self.batches, trainer) if isinstance(self.batches, Calibration) else self.batches
+            every_batch = _text(self.batches, fit) if isinstance(self.batches, Calibration) else self.batches
             batches = islice(every_batch, rank, None, ranks)
-        return map(partial(_moved, trainer), batches)
+        return map(partial(_moved, fit), batches)
 
-    def pairs(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> Iterator[BatchAndLoss]:
+    def pairs(self, fit: Fit) -> Iterator[BatchAndLoss]:
         """Yields this rank's batches, each with its training loss."""
-        return ((batch, training_loss(pl_module, number)) for number, batch in enumerate(self.read(trainer)))
+        return ((batch, fit.loss(number)) for number, batch in enumerate(self.read(fit)))
 
     @contextmanager
-    def undisturbed(self, pl_module: pl.LightningModule) -> Iterator[None]:
+    def undisturbed(self, fit: Fit) -> Iterator[None]:
         """Seeds random state and disables logging within; restores both afterward."""
-        trained = {parameter: parameter.requires_grad for parameter in pl_module.parameters()}
+        trained = {parameter: parameter.requires_grad for parameter in fit.module.parameters()}
         try:
-            with overridden(pl_module, log=lambda *_, **__: None), isolated_rng(), torch.no_grad():
+            with fit.undisturbed(), isolated_rng(), torch.no_grad():
                 torch.manual_seed(self.seed)
                 random.seed(self.seed)
                 np.random.seed(self.seed % 2**32)
@@ -144,30 +138,24 @@ CalibrationLike = FitCalibration | Batches | int | None
 """Batches, a `Calibration`, a number of training examples, or a `FitCalibration` with a seed."""
 
 
-def _hook(pl_module: pl.LightningModule) -> Callable[[], Any] | None:
+def _hook(fit: Fit) -> Callable[[], Any] | None:
     """Returns the `calibration_batches` method of a custom module, if any."""
-    hook = getattr(pl_module, "calibration_batches", None)
+    hook = getattr(fit.module, "calibration_batches", None)
     return hook if callable(hook) else None
 
 
-def _text(calibration: Calibration, trainer: pl.Trainer) -> list[Batch]:
+def _text(calibration: Calibration, fit: Fit) -> list[Batch]:
     """Returns calibration batches for the model; every rank reads all of them."""
-    model = find_transformer(trainer.lightning_module)
-    with blockwise(trainer.lightning_module) if GENERATED in calibration.named else nullcontext():  # for each token a block comes
-        batches = calibration.read(model, find_tokenizer(trainer))
+    model = fit.model
+    with blockwise(fit.module) if GENERATED in calibration.named else nullcontext():  # for each token a block comes
+        batches = calibration.read(model, fit.tokenizer)
     labelled = model.can_generate() and not model.config.is_encoder_decoder  # every token is a label
     return [Batch(batch | {"labels": batch["input_ids"].clone()}, batch.source) for batch in batches] if labelled else batches
 
 
-def find_tokenizer(trainer: pl.Trainer) -> PreTrainedTokenizerBase | None:
-    """Returns the tokenizer of the data module, if any."""
-    tokenizer = getattr(getattr(trainer, "datamodule", None), "tokenizer", None)
-    return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
-
-
-def _moved(trainer: pl.Trainer, batch: Any) -> Any:  # noqa: ANN401
+def _moved(fit: Fit, batch: Any) -> Any:  # noqa: ANN401
     """Moves a batch to this rank's device."""
-    moved = to_device(trainer, batch)
+    moved = fit.to_device(batch)
     return Batch(moved, batch.source) if isinstance(batch, Batch) else moved
 
 
@@ -202,13 +190,3 @@ def _first(batches: Iterable[Any], number: int, rank: int, ranks: int) -> Iterat
 def _size(batch: Any) -> int:  # noqa: ANN401
     leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
     return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 1)
-
-
-def gradient_precision(trainer: pl.Trainer) -> AbstractContextManager[object]:
-    """Returns the training precision, replacing float16, which loses unscaled gradients."""
-    plugin = trainer.precision_plugin
-    if not isinstance(plugin, MixedPrecision) or plugin.precision != "16-mixed":
-        return plugin.forward_context()
-    # float16 training scales the loss, but scores do not; emulated bfloat16 is slow
-    has_bfloat16 = trainer.strategy.root_device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(plugin.device, torch.bfloat16, cache_enabled=False) if has_bfloat16 else nullcontext()

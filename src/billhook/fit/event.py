@@ -6,28 +6,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 
 from billhook.arguments import check_int
 from billhook.calibration.calibration import Calibration
 from billhook.checkpoints.card import current_names
-from billhook.checkpoints.export import TRAINED
 from billhook.fit.calibration import FitCalibration
-from billhook.fit.checkpoint_hooks import ResumeState, add_resume_state, unwrap_hooks, wrap_hooks
-from billhook.fit.lightning_internals import is_tuning
-from billhook.fit.measure import log_metrics, log_settings, measure
-from billhook.fit.run import (
-    callbacks_of,
-    check_takes_steps,
-    drop_pending,
-    is_dev_run,
-    remaining_rounds,
-    training_record,
-    training_steps,
-)
+from billhook.fit.fit import Fit
+from billhook.fit.lightning import FitCallback, ShapeSavingCallback
+from billhook.fit.targets import remaining_rounds
 from billhook.report.summary import summary
 from billhook.schedules import Schedule
 
@@ -39,7 +27,7 @@ UNLOGGED = ("zeros", "flops")
 """Metrics that are recorded but not logged."""
 
 
-class ShapeFollower(Callback, ABC):
+class ShapeFollower(FitCallback, ABC):
     """A callback with state in the shapes of the model's tensors, updated when shapes change."""
 
     @abstractmethod
@@ -47,27 +35,27 @@ class ShapeFollower(Callback, ABC):
         """Adapts the state to the model's new shape."""
 
 
-class LengthSetter(Callback, ABC):
+class LengthSetter(FitCallback, ABC):
     """A callback that sets the training length, which others may need in their own `setup`."""
 
     @abstractmethod
-    def set_length(self, trainer: pl.Trainer) -> None:
+    def set_length(self, fit: Fit) -> None:
         """Sets the training length; idempotent."""
 
 
-class EventFollower(Callback, ABC):
+class EventFollower(FitCallback, ABC):
     """A callback that evaluates the model before the first event and after each event."""
 
     @abstractmethod
-    def begin(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def begin(self, fit: Fit) -> None:
         """Evaluates the model once it exists, before any event; idempotent."""
 
     @abstractmethod
-    def on_event(self, trainer: pl.Trainer, event: Event) -> None:
+    def on_event(self, fit: Fit, event: Event) -> None:
         """Evaluates the model after an event and may add results to the event."""
 
 
-class EventCallback(Callback, ABC):
+class EventCallback(ShapeSavingCallback, ABC):
     """A callback that changes the model at given steps.
 
     Events are measured and logged, and are not repeated after a resume.
@@ -92,7 +80,6 @@ class EventCallback(Callback, ABC):
         self.calibration, self.measure_batches = calibration, measure_batches
         self._steps: dict[int, float] = {}
         self._last_step = -1
-        self._resume: ResumeState | None = None
         self.reset()
 
     def reset(self) -> None:
@@ -103,15 +90,15 @@ class EventCallback(Callback, ABC):
         self._validated: dict[str, Any] = {}
 
     @abstractmethod
-    def check_trainer(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def check_fit(self, fit: Fit) -> None:
         """Raises `ValueError` if the trainer's strategy or callbacks do not support the events."""
 
     @abstractmethod
-    def steps(self, total: int | None, trainer: pl.Trainer) -> dict[int, float]:
+    def steps(self, total: int | None, fit: Fit) -> dict[int, float]:
         """Returns the target amount by step; `total` is the training length, if known."""
 
     @abstractmethod
-    def apply_event(self, trainer: pl.Trainer, pl_module: pl.LightningModule, step: int) -> None:
+    def apply_event(self, fit: Fit, step: int) -> None:
         """Applies the event of a step, and updates `last_event_step` and `last_target`."""
 
     @property
@@ -119,45 +106,43 @@ class EventCallback(Callback, ABC):
         """True if events use batches."""
         return False
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Wraps checkpoint hooks, checks the trainer, and clears an earlier run."""
-        if stage == "fit":
-            check_takes_steps(trainer, type(self).__name__)
-            self.check_trainer(trainer, pl_module)
-            if [other.state_key for other in callbacks_of(trainer, type(self))].count(self.state_key) > 1:
-                raise ValueError(f"{type(self).__name__} ({self.state_key}) is listed twice. Use one callback with a schedule.")
-            for follower in callbacks_of(trainer, EventFollower):
-                follower.begin(trainer, pl_module)  # also if it is listed later
-        wrap_hooks(trainer, pl_module)
-        self._resume, self._steps, self._last_step = None, {}, -1
-        if stage == "fit" and trainer.global_step == 0:  # otherwise an earlier run continues
+    def prepare(self, fit: Fit) -> None:
+        """Checks the run, and clears an earlier one."""
+        fit.check_takes_steps(type(self).__name__)
+        self.check_fit(fit)
+        if [other.state_key for other in fit.callbacks(type(self))].count(self.state_key) > 1:
+            raise ValueError(f"{type(self).__name__} ({self.state_key}) is listed twice. Use one callback with a schedule.")
+        for follower in fit.callbacks(EventFollower):
+            follower.begin(fit)  # also if it is listed later
+        self._steps, self._last_step = {}, -1
+        if fit.step == 0:  # otherwise an earlier run continues
             self.reset()
-        if stage == "fit" and callbacks_of(trainer, EventCallback)[0] is self and not is_dev_run(trainer):
-            log_settings(trainer, [describe_callback(callback) for callback in callbacks_of(trainer, EventCallback)])
+        if fit.callbacks(EventCallback)[0] is self and not fit.is_trial:
+            fit.log_settings([describe_callback(callback) for callback in fit.callbacks(EventCallback)])
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def resolve(self, fit: Fit) -> None:
         """Resolves the steps of the events."""
-        steps = self.steps(training_steps(trainer), trainer)
+        steps = self.steps(fit.length, fit)
         self._steps = remaining_rounds(steps, self.last_event_step, self.last_target, type(self).__name__)
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def begin_training(self, fit: Fit) -> None:
         """Applies events that are due before the first step, or that a resumed checkpoint lacks."""
         if self.needs_data:
-            self.calibration.check(trainer)
-        if callbacks_of(trainer, EventCallback)[0] is self and starts_fresh(trainer):
-            record_start(trainer, {} if events_of(trainer) else summary(pl_module).numbers())
-            record_start(trainer, metrics_of_callbacks(trainer, pl_module))
-        self._run(trainer, pl_module)
+            self.calibration.check(fit)
+        if fit.callbacks(EventCallback)[0] is self and fit.starts_fresh:
+            record_start(fit, {} if events_of(fit) else summary(fit.module).numbers())
+            record_start(fit, metrics_of_callbacks(fit))
+        self._run(fit)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
+    def after_batch(self, fit: Fit) -> None:
         """Applies events that are due after an optimizer step."""
-        if trainer.global_step != self._last_step:  # gradient accumulation takes no step
-            self._run(trainer, pl_module)
+        if fit.step != self._last_step:  # gradient accumulation takes no step
+            self._run(fit)
 
-    def _run(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._last_step = trainer.global_step
-        for due in self.due(pl_module, trainer.global_step):
-            self.apply_event(trainer, pl_module, due)
+    def _run(self, fit: Fit) -> None:
+        self._last_step = fit.step
+        for due in self.due(fit.module, fit.step):
+            self.apply_event(fit, due)
 
     def due(self, model: nn.Module, step: int) -> list[int]:
         """Returns the step of the event that is due, if any; earlier missed steps are skipped."""
@@ -175,19 +160,19 @@ class EventCallback(Callback, ABC):
         """Returns matplotlib figures that `Report` saves, by kind."""
         return {}
 
-    def validate(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, float]:
+    def validate(self, fit: Fit) -> dict[str, float]:
         """Returns the validation metrics of the current model."""
-        return measure(trainer, pl_module, self.measure_batches)
+        return fit.validate(self.measure_batches)
 
-    def record_event(self, trainer: pl.Trainer, model: nn.Module, metrics: dict[str, float], change: Callable[[], str]) -> Event:
+    def record_event(self, fit: Fit, metrics: dict[str, float], change: Callable[[], str]) -> Event:
         """Applies a change, which returns its description, and returns a new event."""
-        before = summary(model).numbers() | metrics
+        before = summary(fit.module).numbers() | metrics
         what = change()
-        number = len(events_of(trainer))  # orders events of several callbacks at one step
-        event: Event = {"number": number, "step": trainer.global_step, "what": what, "before": before, "after": {}}
+        number = len(events_of(fit))  # orders events of several callbacks at one step
+        event: Event = {"number": number, "step": fit.step, "what": what, "before": before, "after": {}}
         event["by"] = describe_callback(self)
         self.events.append(event)  # recorded even if measuring fails
-        event["after"] |= summary(model).numbers()
+        event["after"] |= summary(fit.module).numbers()
         event["label"] = self.label(event)
         rank_zero_info(f"billhook, step {event['step']}: {what}")
         return event
@@ -196,23 +181,13 @@ class EventCallback(Callback, ABC):
         """Returns a short label of an event for tables, plots, and model cards."""
         return str(event["what"])
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def end_training(self, fit: Fit) -> None:
         """Warns if training ended before all events."""
-        if late := self.pending_steps(pl_module, trainer.global_step):
+        if late := self.pending_steps(fit.module, fit.step):
             rank_zero_warn(
-                f"{type(self).__name__}: training ended at step {trainer.global_step}, before the event at step {max(late)}"
+                f"{type(self).__name__}: training ended at step {fit.step}, before the event at step {max(late)}"
                 + (f" (the last of {len(late)} pending events)" if len(late) > 1 else "")
             )
-
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds the training record and, after training or an error, the shape."""
-        add_resume_state(trainer, pl_module, checkpoint, self._resume)
-        checkpoint[TRAINED] = self._validated | training_record(trainer)
-
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Restores the last validation metrics, until the next validation."""
-        noted = checkpoint.get(TRAINED, {})
-        self._validated = {"metrics": noted["metrics"]} if "metrics" in noted else {}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the events; the LightningModule saves the shape."""
@@ -228,23 +203,10 @@ class EventCallback(Callback, ABC):
         )
         self.start = state_dict.get("start", {})  # older versions wrote none
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Removes all hooks."""
-        self.release_masks(trainer, pl_module)
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Removes all hooks, because Lightning does not call `teardown` after an error."""
-        self.release_masks(trainer, pl_module)
-
-    def release_masks(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Removes all hooks."""
-        self._resume = unwrap_hooks(trainer, pl_module) or self._resume
-        drop_pending(pl_module)
-
-
-def events_of(trainer: pl.Trainer) -> list[Event]:
+def events_of(fit: Fit) -> list[Event]:
     """Returns the events of a run in order."""
-    events = [event for callback in callbacks_of(trainer, EventCallback) for event in callback.events]
+    events = [event for callback in fit.callbacks(EventCallback) for event in callback.events]
     return sorted(events, key=lambda event: (event["step"], event["number"]))
 
 
@@ -264,52 +226,47 @@ def record_not_refitted(event: Event, what: str) -> None:
         rank_zero_info(f"billhook, step {event['step']}: {what}")
 
 
-def starts_fresh(trainer: pl.Trainer) -> bool:
-    """Returns whether training is before its first step and not resumed."""
-    return trainer.global_step == 0 and trainer.ckpt_path is None and not is_tuning(trainer)
-
-
-def start_metrics(trainer: pl.Trainer) -> dict[str, float | None]:
+def start_metrics(fit: Fit) -> dict[str, float | None]:
     """Returns the recorded metrics of the model before any event."""
-    return {name: value for callback in callbacks_of(trainer, EventCallback) for name, value in callback.start.items()}
+    return {name: value for callback in fit.callbacks(EventCallback) for name, value in callback.start.items()}
 
 
-def metrics_of_callbacks(trainer: pl.Trainer, model: nn.Module) -> dict[str, float | None]:
-    """Returns further metrics of a model from all callbacks."""
+def metrics_of_callbacks(fit: Fit) -> dict[str, float | None]:
+    """Returns further metrics of the model from all callbacks."""
     metrics = dict[str, float | None]()
-    for callback in callbacks_of(trainer, EventCallback):
-        metrics |= callback.metrics(model)
+    for callback in fit.callbacks(EventCallback):
+        metrics |= callback.metrics(fit.module)
     return metrics
 
 
-def record_start(trainer: pl.Trainer, metrics: Mapping[str, float | None]) -> None:
+def record_start(fit: Fit, metrics: Mapping[str, float | None]) -> None:
     """Records and logs metrics of the model before any event, each once."""
-    known = start_metrics(trainer)
+    known = start_metrics(fit)
     new = {name: value for name, value in metrics.items() if name not in known}
-    for first in callbacks_of(trainer, EventCallback)[:1]:
+    for first in fit.callbacks(EventCallback)[:1]:
         first.start |= new
-        log_metrics(trainer, {name: value for name, value in new.items() if name not in UNLOGGED})
+        fit.log_metrics({name: value for name, value in new.items() if name not in UNLOGGED})
 
 
-def log_event(trainer: pl.Trainer, event: Event) -> None:
+def log_event(fit: Fit, event: Event) -> None:
     """Logs the metrics of an event and notifies event followers."""
     before, after = event["before"], event["after"]
     numbers = {key: after[key] for key in SIZES if key in after}
     for key in sorted(before.keys() & after.keys() - {*SIZES, *UNLOGGED}):
         numbers |= {f"{key}_before": before[key], f"{key}_after": after[key]}
-    if event["number"] == 0 and starts_fresh(trainer):
-        record_start(trainer, before)
-    if event["step"] or trainer.ckpt_path is None:  # a resumed run has already logged what comes before training
-        log_metrics(trainer, numbers)
-    for follower in callbacks_of(trainer, EventFollower):
-        follower.on_event(trainer, event)
+    if event["number"] == 0 and fit.starts_fresh:
+        record_start(fit, before)
+    if event["step"] or not fit.resumes:  # a resumed run has already logged what comes before training
+        fit.log_metrics(numbers)
+    for follower in fit.callbacks(EventFollower):
+        follower.on_event(fit, event)
 
 
 UNRECORDED = {"self", "measure_batches", "plot_file", "metric"}
 """Parameters that do not affect the model."""
 
 
-def describe_callback(callback: Callback) -> dict[str, Any]:
+def describe_callback(callback: object) -> dict[str, Any]:
     """Returns the class name of a callback as `callback`, and its settings as plain data."""
     unrecorded = UNRECORDED | ({"calibration"} if getattr(callback, "needs_data", None) is False else set())
     parameters, settings = inspect.signature(type(callback).__init__).parameters, dict[str, Any]()

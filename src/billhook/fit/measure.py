@@ -17,6 +17,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from billhook.engine.state import overridden
+from billhook.fit.fit import Fit
 from billhook.fit.lightning_internals import initial_hyperparameters, is_sequential, logged_step, to_device, validation_loaders
 from billhook.fit.ranks import check_identical, fail_together
 from billhook.fit.run import isolated_rng
@@ -24,20 +25,21 @@ from billhook.fit.training_step import bind_arguments
 from billhook.linalg import widest_float
 
 
-def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int | None = None) -> dict[str, float]:
+def measure(fit: Fit, trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int | None = None) -> dict[str, float]:
     """Runs `validation_step` over the validation batches and returns averaged metrics.
 
     Loops, loggers, checkpoints, random state, and modes are restored.
 
     Args:
-        trainer: The trainer, during training. Without validation, the result is empty.
+        fit: The training run.
+        trainer: Its trainer, during training. Without validation, the result is empty.
         pl_module: The module in training.
         limit: Maximum number of batches per loader. Defaults to the Trainer's limit; 0 disables validation.
     """
     if limit == 0:
         return {}
     logged = _Logged()
-    with fail_together(trainer, "validation"), _validating(trainer, pl_module, logged):
+    with fail_together(fit, "validation"), _validating(trainer, pl_module, logged):
         if (batches := validation_loaders(trainer)) is None:
             return {}
         most = [count if limit is None else min(count, limit) for count in trainer.num_val_batches]
@@ -56,7 +58,7 @@ def measure(trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int | Non
             pl_module.on_validation_end()
         finally:
             batches.limits = limits
-        return logged.values(trainer)
+        return logged.values(fit)
 
 
 class _Logged:
@@ -91,18 +93,18 @@ class _Logged:
         old = self.sums.get(name, torch.tensor([0, 0, math.inf, -math.inf, 0], dtype=torch.float64))
         self.sums[name] = torch.stack([old[0] + new[0], old[1] + new[1], old[2].min(new[2]), old[3].max(new[3]), old[4] + number])
 
-    def values(self, trainer: pl.Trainer) -> dict[str, float]:
+    def values(self, fit: Fit) -> dict[str, float]:
         """Returns values reduced over all batches and devices, and computed metrics."""
         values = {}
         names = [*self.how.items(), *self.metrics]
-        check_identical(trainer, "validation", "the logged metrics (none if a rank has no batches)", names)
+        check_identical(fit, "validation", "the logged metrics (none if a rank has no batches)", names)
         if self.sums:
-            device = trainer.strategy.root_device
+            device = fit.device
             packed = torch.stack(list(self.sums.values())).to(device, widest_float(device))
             # collectives reduce in place and need contiguous memory
             least, most, summed = packed[:, 2].clone(), packed[:, 3].clone(), packed[:, [0, 1, 4]].clone()
-            reduced: Any = trainer.strategy.reduce(summed, reduce_op="sum")
-            least, most = (trainer.strategy.reduce(t, reduce_op=op) for t, op in ((least, "min"), (most, "max")))
+            reduced = fit.reduce(summed)
+            least, most = fit.reduce(least, "min"), fit.reduce(most, "max")
             for i, (name, how) in enumerate(self.how.items()):
                 mean = reduced[i, 0] / reduced[i, 1]
                 kinds = {"min": least[i], "max": most[i], "sum": reduced[i, 2]}

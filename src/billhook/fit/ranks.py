@@ -12,15 +12,14 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext, supp
 from functools import partial
 from typing import Any, TypeVar
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from billhook.engine.comm import SINGLE_PROCESS, Comm
 from billhook.engine.parts import fingerprint
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_map_only
+from billhook.fit.fit import Fit
 from billhook.linalg import widest_float
 
 T = TypeVar("T")
@@ -37,120 +36,120 @@ class RanksDiffer(RuntimeError):
     """Raised on every rank if ranks disagree or another rank fails."""
 
 
-def sum_over_ranks(trainer: pl.Trainer, tensor: Tensor) -> Tensor:
+def sum_over_ranks(fit: Fit, tensor: Tensor) -> Tensor:
     """Sums a tensor over all ranks, in place; raises `RanksDiffer` if a rank failed."""
-    _meet(trainer, f"a sum of {tensor.dtype} {list(tensor.shape)}")
-    device = trainer.strategy.root_device
+    _meet(fit, f"a sum of {tensor.dtype} {list(tensor.shape)}")
+    device = fit.device
     dtype = widest_float(device) if tensor.dtype == torch.float64 else tensor.dtype
     on_device = tensor.to(device, dtype, copy=True)
-    return tensor.copy_(trainer.strategy.reduce(on_device, reduce_op="sum"))
+    return tensor.copy_(fit.reduce(on_device))
 
 
-def comm_of(trainer: pl.Trainer, shared: bool = False) -> Comm:
+def comm_of(fit: Fit, shared: bool = False) -> Comm:
     """Returns a `Comm` for the ranks; `shared` if ranks share each batch."""
-    if trainer.world_size == 1:
+    if fit.world_size == 1:
         return SINGLE_PROCESS
-    return Comm(partial(sum_over_ranks, trainer), trainer.global_rank, trainer.world_size, shared)
+    return Comm(partial(sum_over_ranks, fit), fit.rank, fit.world_size, shared)
 
 
-def check_identical(trainer: pl.Trainer, who: str, what: str, decided: Any) -> None:  # noqa: ANN401
+def check_identical(fit: Fit, who: str, what: str, decided: Any) -> None:  # noqa: ANN401
     """Raises `RanksDiffer` on every rank unless a decision's hash is equal on all ranks.
 
     Args:
-        trainer: The trainer of the fit.
+        fit: The training run.
         who: Name of the callback, for the message.
         what: Subject of the decision, for the message.
         decided: Tensors, arrays, numbers, strings, and lists and dictionaries of these, or a function that returns them and is
             called only if there are several ranks.
     """
-    if trainer.world_size > 1:
-        _meet(trainer, f"{who}: {what}", fingerprint(decided() if callable(decided) else decided))
+    if fit.world_size > 1:
+        _meet(fit, f"{who}: {what}", fingerprint(decided() if callable(decided) else decided))
 
 
-def from_first_rank(trainer: pl.Trainer, who: str, what: str, result: T) -> T:
+def from_first_rank(fit: Fit, who: str, what: str, result: T) -> T:
     """Returns the first rank's result on every rank, because results may differ by rounding.
 
     Args:
-        trainer: The trainer of the fit.
+        fit: The training run.
         who: Name of the callback, for messages.
         what: Name of the result, for messages.
         result: This rank's result. Returned tensors are on the CPU.
     """
-    if trainer.world_size == 1:
+    if fit.world_size == 1:
         return result
-    _meet(trainer, f"{who}: {what}")
-    first: T = trainer.strategy.broadcast(tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), result))
+    _meet(fit, f"{who}: {what}")
+    first: T = fit.broadcast(tree_map_only(Tensor, lambda tensor: tensor.detach().cpu(), result))
     return first
 
 
-def check_close(trainer: pl.Trainer, who: str, what: str, model: nn.Module, values: Mapping[str, Tensor]) -> None:
+def check_close(fit: Fit, who: str, what: str, model: nn.Module, values: Mapping[str, Tensor]) -> None:
     """Raises `RanksDiffer` on every rank if a tensor differs by more than rounding.
 
     Sharded models are not compared: each rank has shards of the first rank's result.
     """
-    if trainer.world_size == 1 or store_of(model).on_ranks:
+    if fit.world_size == 1 or store_of(model).on_ranks:
         return
     picked = {name: _picked(value) for name, value in values.items()}
-    check_identical(trainer, who, what, {name: len(numbers) for name, numbers in picked.items()})
+    check_identical(fit, who, what, {name: len(numbers) for name, numbers in picked.items()})
     near = True
-    for name, first in from_first_rank(trainer, who, what, picked).items():
+    for name, first in from_first_rank(fit, who, what, picked).items():
         if len(first):
             near &= bool((picked[name] - first).abs().max() <= NEAR * first.square().mean().sqrt())
-    _meet(trainer, f"{who}: {what}", "" if near else "another")
+    _meet(fit, f"{who}: {what}", "" if near else "another")
 
 
 @contextmanager
-def fail_together(trainer: pl.Trainer, who: str) -> Iterator[None]:
+def fail_together(fit: Fit, who: str) -> Iterator[None]:
     """Raises `RanksDiffer` on the other ranks if a rank fails; must not be nested."""
-    if trainer.world_size > 1 and (store := _store()) is not None:
-        store.delete_key(FAILED.format(trainer.global_rank))  # from an earlier run in this process
+    if fit.world_size > 1 and (store := _store()) is not None:
+        store.delete_key(FAILED.format(fit.rank))  # from an earlier run in this process
     try:
         yield
     except RanksDiffer:
         raise
     except Exception as error:
-        _raise_failure_of_others(trainer, error)
-        _report_failure(trainer, who, error)
+        _raise_failure_of_others(fit, error)
+        _report_failure(fit, who, error)
         raise
-    _meet(trainer, f"the end of {who}")
+    _meet(fit, f"the end of {who}")
 
 
 Apart = Callable[[Comm], AbstractContextManager[None]]
 """Context in which the first rank alone can load sharded blocks, as `BlockStore.independently`."""
 
 
-def on_first_rank(trainer: pl.Trainer, who: str, work: Callable[[], object], apart: Apart = lambda _: nullcontext()) -> None:
+def on_first_rank(fit: Fit, who: str, work: Callable[[], object], apart: Apart = lambda _: nullcontext()) -> None:
     """Runs `work` on the first rank; the others wait, and raise `RanksDiffer` if it fails.
 
     The others do not wait in a collective, which would time out during long work, except while a block is gathered.
 
     Args:
-        trainer: The trainer of the fit.
+        fit: The training run.
         who: Name of the callback, for messages.
         work: Function to run on the first rank.
         apart: Context in which the first rank can load sharded blocks, with the help of the others.
     """
-    if trainer.world_size == 1 or (store := _store()) is None:
-        with fail_together(trainer, who):
-            if trainer.is_global_zero:
+    if fit.world_size == 1 or (store := _store()) is None:
+        with fail_together(fit, who):
+            if fit.rank == 0:
                 work()
         return
-    turn = store.add(f"billhook/turns of {trainer.global_rank}", 1)  # the same number on every rank
+    turn = store.add(f"billhook/turns of {fit.rank}", 1)  # the same number on every rank
     done = f"billhook/turn {turn}"
-    requests = _FirstRanksRequests(trainer, store, done)
-    comm = Comm(requests, trainer.global_rank, trainer.world_size)
-    if not trainer.is_global_zero:
+    requests = _FirstRanksRequests(fit, store, done)
+    comm = Comm(requests, fit.rank, fit.world_size)
+    if fit.rank:
         with apart(comm):
             pass  # helps to gather until the first rank is done
         requests.wait(done)
         if failed := store.get(done).decode():
-            raise RanksDiffer(_stops(trainer, failed))
+            raise RanksDiffer(_stops(fit, failed))
         return
     try:
         with apart(comm):
             work()
     except BaseException as error:
-        store.set(done, _failed(trainer, error))
+        store.set(done, _failed(fit, error))
         raise
     store.set(done, "")
 
@@ -158,14 +157,14 @@ def on_first_rank(trainer: pl.Trainer, who: str, work: Callable[[], object], apa
 class _FirstRanksRequests:
     """Passes the first rank's requests to the others through the process group's store."""
 
-    def __init__(self, trainer: pl.Trainer, store: Any, done: str) -> None:  # noqa: ANN401 - see `_store`
-        self.trainer, self.store, self.done, self.times = trainer, store, done, 0
+    def __init__(self, fit: Fit, store: Any, done: str) -> None:  # noqa: ANN401 - see `_store`
+        self.fit, self.store, self.done, self.times = fit, store, done, 0
 
     def __call__(self, request: Tensor) -> Tensor:
         """Overwrites the tensor with the first rank's."""
         self.times += 1
         key = f"{self.done}, {self.times}"
-        if self.trainer.is_global_zero:
+        if self.fit.rank == 0:
             self.store.set(key, json.dumps(request.tolist()))
             return request
         self.wait(key)
@@ -175,64 +174,64 @@ class _FirstRanksRequests:
         """Waits until the first rank sets a key; raises `RanksDiffer` if it fails first."""
         while not self.store.check([key]):  # the store's own `wait` warns on each timeout
             if self.store.check([self.done]) and (failed := self.store.get(self.done).decode()):
-                raise RanksDiffer(_stops(self.trainer, failed))
+                raise RanksDiffer(_stops(self.fit, failed))
             time.sleep(0.01 if self.times else 0.1)
 
 
-def _meet(trainer: pl.Trainer, where: str, digest: str = "", failed: str = "") -> None:
+def _meet(fit: Fit, where: str, digest: str = "", failed: str = "") -> None:
     """Exchanges position, decision, and failure of each rank."""
-    if trainer.world_size == 1:
+    if fit.world_size == 1:
         return
     # fixed length and one collective for all callers: ranks that differ still receive each other's message
     padded = "\0".join((where, digest, failed)).encode()[:LENGTH].ljust(LENGTH, b"\0")
-    message = torch.frombuffer(bytearray(padded), dtype=torch.uint8).to(trainer.strategy.root_device)
+    message = torch.frombuffer(bytearray(padded), dtype=torch.uint8).to(fit.device)
     try:
-        gathered = trainer.strategy.all_gather(message).cpu().numpy()
+        gathered = fit.all_gather(message).cpu().numpy()
     except RuntimeError as error:
-        _raise_failure_of_others(trainer, error)
+        _raise_failure_of_others(fit, error)
         raise
     ranks = [row.tobytes().decode(errors="ignore").split("\0")[:3] for row in gathered]
-    _check_messages(trainer, where, ranks)
+    _check_messages(fit, where, ranks)
 
 
-def _check_messages(trainer: pl.Trainer, where: str, ranks: list[list[str]]) -> None:
+def _check_messages(fit: Fit, where: str, ranks: list[list[str]]) -> None:
     """Raises `RanksDiffer` if a rank failed, or ranks differ in position or decision."""
     positions, digests, failures = zip(*ranks, strict=True)
     if errors := list(filter(None, failures)):
-        raise RanksDiffer(_stops(trainer, "; ".join(errors)))
+        raise RanksDiffer(_stops(fit, "; ".join(errors)))
     if set(positions) != {where}:
         listed = "; ".join(f"rank {rank} is at {position}" for rank, position in enumerate(positions))
-        raise RanksDiffer(f"{_here(trainer)}: ranks are at different places: {listed}")
+        raise RanksDiffer(f"{_here(fit)}: ranks are at different places: {listed}")
     if others := [str(rank) for rank, digest in enumerate(digests) if digest != digests[0]]:
         raise RanksDiffer(
-            f"{_here(trainer)}: {where} must be identical on all ranks, but rank {', '.join(others)} differs from rank 0. "
+            f"{_here(fit)}: {where} must be identical on all ranks, but rank {', '.join(others)} differs from rank 0. "
             "Nothing was applied. Use the same arguments, seeds, weights, and versions on all ranks, and sum custom criteria and "
             "metrics over ranks."
         )
 
 
-def _report_failure(trainer: pl.Trainer, who: str, error: Exception) -> None:
+def _report_failure(fit: Fit, who: str, error: Exception) -> None:
     """Reports this rank's failure to the others."""
-    if trainer.world_size == 1:
+    if fit.world_size == 1:
         return
     with suppress(RuntimeError):  # the original error is raised
         if (store := _store()) is not None:
-            store.set(FAILED.format(trainer.global_rank), _failed(trainer, error))
-        if not isinstance(trainer.strategy, ModelParallelStrategy):  # others may be gathering shards
-            _meet(trainer, who, failed=_failed(trainer, error))
+            store.set(FAILED.format(fit.rank), _failed(fit, error))
+        if not fit.is_sharded:  # others may be gathering shards
+            _meet(fit, who, failed=_failed(fit, error))
 
 
-def _raise_failure_of_others(trainer: pl.Trainer, error: Exception) -> None:
+def _raise_failure_of_others(fit: Fit, error: Exception) -> None:
     """Raises `RanksDiffer` if a collective broke because another rank failed."""
-    if trainer.world_size == 1 or not isinstance(error, RuntimeError) or (store := _store()) is None:
+    if fit.world_size == 1 or not isinstance(error, RuntimeError) or (store := _store()) is None:
         return
-    others = (FAILED.format(rank) for rank in range(trainer.world_size) if rank != trainer.global_rank)
+    others = (FAILED.format(rank) for rank in range(fit.world_size) if rank != fit.rank)
     try:
         failed = "; ".join(store.get(key).decode() for key in others if store.check([key]))
     except RuntimeError:
         failed = "the process with the store has ended (rank 0, or torchrun on its machine). See its log"
     if failed:
-        raise RanksDiffer(_stops(trainer, failed)) from error
+        raise RanksDiffer(_stops(fit, failed)) from error
 
 
 def _store() -> Any:  # noqa: ANN401 - torch exports no name for it to type checkers
@@ -241,16 +240,16 @@ def _store() -> Any:  # noqa: ANN401 - torch exports no name for it to type chec
     return None if group is None else group.get_group_store()
 
 
-def _failed(trainer: pl.Trainer, error: BaseException) -> str:
-    return f"rank {trainer.global_rank} ({type(error).__name__}: {error})"
+def _failed(fit: Fit, error: BaseException) -> str:
+    return f"rank {fit.rank} ({type(error).__name__}: {error})"
 
 
-def _stops(trainer: pl.Trainer, failed: str) -> str:
-    return f"{_here(trainer)}: this rank stops, because another failed: {failed}"
+def _stops(fit: Fit, failed: str) -> str:
+    return f"{_here(fit)}: this rank stops, because another failed: {failed}"
 
 
-def _here(trainer: pl.Trainer) -> str:
-    return f"step {trainer.global_step}, rank {trainer.global_rank} of {trainer.world_size}"
+def _here(fit: Fit) -> str:
+    return f"step {fit.step}, rank {fit.rank} of {fit.world_size}"
 
 
 def _picked(value: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from zipfile import is_zipfile
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -17,7 +16,6 @@ from billhook.adapters.checkpoint import save_adapters
 from billhook.arguments import check_types
 from billhook.checkpoints.export import MASKED
 from billhook.engine.sharded_files import TENSORS, DeferredTensor, is_sharded_checkpoint, read_sharded
-from billhook.fit.run import callbacks_of
 from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.find import find_transformer
 from billhook.units.gates import zero_units
@@ -145,14 +143,14 @@ def _tensors_later(checkpoint: dict[str, Any]) -> tuple[BytesIO, type[ShapeInChe
 
 def unclaimed_states(trainer: pl.Trainer | None, checkpoint: dict[str, Any]) -> dict[str, Any]:
     """Returns callback states of a checkpoint that no callback of this run restores."""
-    taken = set() if trainer is None else {callback.state_key for callback in callbacks_of(trainer, Callback)}
+    taken = set() if trainer is None else {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
     return {key: state for key, state in (checkpoint.get("callbacks") or {}).items() if key not in taken}
 
 
 def check_callbacks(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     """Raises `ValueError` if a callback replaces another of its class."""
     others, states = unclaimed_states(trainer, checkpoint), checkpoint.get("callbacks") or {}
-    for callback in callbacks_of(trainer, Callback):
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
         kind = callback.state_key.partition("{")[0]  # not always the name of the class, as keys of earlier builds stay
         named = [key for key in others if key.startswith(f"{kind}{{")]
         if getattr(callback, "must_resume", False) and callback.state_key not in states and named:

@@ -1,0 +1,403 @@
+"""Lightning runs callbacks: a run as a `Fit`, and hooks that pass it on."""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler
+from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning_utilities.core.rank_zero import rank_zero_info
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase
+
+from billhook.checkpoints.export import TRAINED
+from billhook.engine.batches import Run
+from billhook.engine.state import overridden
+from billhook.fit.checkpoint_hooks import ResumeState, add_resume_state, unwrap_hooks, wrap_hooks
+from billhook.fit.fit import Fit, Loss, Reduction
+from billhook.fit.lightning_internals import averaging_callbacks, is_tuning, set_length, to_device
+from billhook.fit.measure import log_card, log_metrics, log_plot, log_settings, measure
+from billhook.fit.preprocessors import find_preprocessors
+from billhook.fit.run import drop_pending, once_model_exists, training_record, training_steps
+from billhook.fit.strategies import (
+    check_learning_strategy,
+    check_masking_strategy,
+    check_reshaping_strategy,
+    check_strategy,
+    check_takes_steps,
+    unwrapped,
+)
+from billhook.fit.training_step import training_loss, training_runs
+from billhook.model.preprocessors import Preprocessor
+
+T = TypeVar("T")
+
+LIGHTNING_EPOCHS = 1000
+"""Lightning's `max_epochs` if neither it nor `max_steps` is set."""
+
+
+class LightningFit(Fit):
+    """A run of Lightning's trainer."""
+
+    module: pl.LightningModule
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        self.trainer, self.module = trainer, module
+
+    @property
+    def all_callbacks(self) -> Sequence[object]:
+        """All callbacks, in order."""
+        return cast(Sequence[object], self.trainer.callbacks)  # type: ignore[attr-defined]
+
+    @property
+    def step(self) -> int:
+        """Number of optimizer steps so far."""
+        return self.trainer.global_step
+
+    @property
+    def length(self) -> int | None:
+        """Total number of optimizer steps; None if it is unknown."""
+        return training_steps(self.trainer)
+
+    @property
+    def max_steps(self) -> int | None:
+        """`max_steps` of the trainer, if it alone ends training."""
+        alone = self.trainer.max_steps > 0 and self.trainer.max_epochs in (-1, None)
+        return self.trainer.max_steps if alone or self.is_trial else None
+
+    def set_length(self, name: str, steps: Callable[[], int]) -> int:
+        """Sets the number of optimizer steps, unless the trainer has another."""
+        if self.trainer.max_epochs not in (None, -1, LIGHTNING_EPOCHS):
+            raise ValueError(
+                f"max_epochs={self.trainer.max_epochs} of the Trainer conflicts with {name}, which sets the training length. Use "
+                "-1."
+            )
+        length = steps()
+        if self.trainer.max_steps not in (-1, length):
+            raise ValueError(
+                f"max_steps={self.trainer.max_steps} of the Trainer conflicts with {name}, which sets the training length to "
+                f"{length} steps. Remove max_steps."
+            )
+        if self.trainer.max_steps == -1:
+            rank_zero_info(f"billhook: {name} sets the training length to {length:,} steps")
+        set_length(self.trainer, length)
+        return length
+
+    @property
+    def batches_per_step(self) -> int | None:
+        """The trainer's `accumulate_grad_batches`; None if a callback or the module decides."""
+        decided = self.updates_in_step or self.callbacks(GradientAccumulationScheduler)
+        return None if decided else self.trainer.accumulate_grad_batches
+
+    @property
+    def resumes(self) -> bool:
+        """True if training continues from a checkpoint."""
+        return self.trainer.ckpt_path is not None
+
+    @property
+    def is_trial(self) -> bool:
+        """True in a `fast_dev_run`."""
+        return bool(self.trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+    @property
+    def is_tuning(self) -> bool:
+        """True while a `Tuner` searches a learning rate or a batch size."""
+        return is_tuning(self.trainer)
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """The optimizers; empty before they exist."""
+        return self.trainer.optimizers
+
+    @property
+    def averages(self) -> list[tuple[object, nn.Module | None]]:
+        """Callbacks that average weights, each with its copy of the model, if it exists."""
+        return list[tuple[object, nn.Module | None]](averaging_callbacks(self.trainer))
+
+    @property
+    def updates_in_step(self) -> bool:
+        """True under manual optimization."""
+        return not self.module.automatic_optimization
+
+    def check_takes_steps(self, name: str) -> None:
+        """Raises `ValueError` if training takes no step, so that callbacks have no effect."""
+        check_takes_steps(self.trainer, name)
+
+    def check_strategy(self, name: str) -> None:
+        """Raises `ValueError` if the model cannot be evaluated under the strategy."""
+        check_strategy(self.trainer, name)
+
+    def check_masking(self, name: str) -> None:
+        """Raises `ValueError` if the strategy does not support masks."""
+        check_masking_strategy(self.trainer, name)
+
+    def check_learned_masks(self, name: str) -> None:
+        """Raises `ValueError` if the strategy does not support masks that change at each step."""
+        check_learning_strategy(self.trainer, name)
+
+    def check_reshaping(self, name: str) -> None:
+        """Raises `ValueError` if the strategy does not support shape changes."""
+        check_reshaping_strategy(self.trainer, name)
+
+    def once_model_exists(self, work: Callable[[], None]) -> None:
+        """Calls `work` now, or right after `configure_model`."""
+        once_model_exists(self.module, work)
+
+    def reshaping(self, blockwise: bool) -> AbstractContextManager[None]:
+        """Within, shapes may change: unwraps DDP, and gathers shards, one block at a time if `blockwise`."""
+        return unwrapped(self.trainer, blockwise)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of this rank."""
+        return self.trainer.strategy.root_device
+
+    @property
+    def rank(self) -> int:
+        """Number of this process."""
+        return self.trainer.global_rank
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes."""
+        return self.trainer.world_size
+
+    @property
+    def is_sharded(self) -> bool:
+        """True under FSDP2."""
+        return isinstance(self.trainer.strategy, ModelParallelStrategy)
+
+    def reduce(self, tensor: Tensor, reduction: Reduction = "sum") -> Tensor:
+        """Reduces a tensor over all ranks."""
+        return cast(Tensor, self.trainer.strategy.reduce(tensor, reduce_op=reduction))
+
+    def all_gather(self, tensor: Tensor) -> Tensor:
+        """Returns the tensors of all ranks, stacked."""
+        return self.trainer.strategy.all_gather(tensor)
+
+    def broadcast(self, value: T) -> T:
+        """Returns the first rank's value."""
+        return self.trainer.strategy.broadcast(value)
+
+    @property
+    def train_data(self) -> Any:  # noqa: ANN401
+        """The training loader, or a nested collection of loaders."""
+        if self.trainer.train_dataloader is None:  # before training
+            self.trainer.fit_loop.setup_data()
+        return self.trainer.train_dataloader
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """Tokenizer of the data module, if any."""
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
+
+    def preprocessors(self) -> list[Preprocessor]:
+        """Returns the tokenizer or processor that created the batches, or else the base model's."""
+        return find_preprocessors(self.trainer, self.module)
+
+    def to_device(self, batch: Any) -> Any:  # noqa: ANN401
+        """Converts and moves a batch as Lightning does before a step."""
+        return to_device(self.trainer, batch)
+
+    def runs(self, model: nn.Module, batches: Iterable[Any]) -> list[Run]:
+        """Returns a run for each batch: the model on `training_step`'s arguments for it."""
+        return training_runs(self.module, model, batches)
+
+    def loss(self, number: int) -> Loss:
+        """Returns the loss of `training_step`, or the model's under manual optimization."""
+        return training_loss(self.module, number)
+
+    def undisturbed(self) -> AbstractContextManager[object]:
+        """Within, the module logs nothing."""
+        return overridden(self.module, log=lambda *_, **__: None)
+
+    def forward_context(self) -> AbstractContextManager[object]:
+        """Returns the training precision."""
+        return self.trainer.precision_plugin.forward_context()
+
+    def gradient_context(self) -> AbstractContextManager[object]:
+        """Returns the training precision, replacing float16, which loses unscaled gradients."""
+        plugin = self.trainer.precision_plugin
+        if not isinstance(plugin, MixedPrecision) or plugin.precision != "16-mixed":
+            return plugin.forward_context()
+        return float16_replaced(self.device, plugin.device)
+
+    def validate(self, limit: int | None = None) -> dict[str, float]:
+        """Returns what `validation_step` logs for the current model; empty without validation."""
+        return measure(self, self.trainer, self.module, limit)
+
+    @property
+    def validation_metrics(self) -> dict[str, float]:
+        """The last logged metrics."""
+        return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
+
+    def record(self) -> dict[str, Any]:
+        """Returns the run's settings as `training` and last validation metrics as `metrics`."""
+        return training_record(self.trainer)
+
+    @property
+    def logs(self) -> bool:
+        """True if there are loggers."""
+        return bool(self.trainer.loggers)
+
+    def log_metrics(self, metrics: Mapping[str, float | None]) -> None:
+        """Logs metrics to every logger."""
+        log_metrics(self.trainer, metrics)
+
+    def log_settings(self, callbacks: list[Mapping[str, Any]]) -> None:
+        """Logs the settings of callbacks to every logger."""
+        log_settings(self.trainer, callbacks)
+
+    def log_plot(self, name: str, figure: Any) -> None:  # noqa: ANN401
+        """Logs a figure to every logger."""
+        log_plot(self.trainer, name, figure)
+
+    def log_card(self, card: Path) -> None:
+        """Logs a model card to every logger."""
+        log_card(self.trainer, card)
+
+
+def float16_replaced(device: torch.device, device_type: str) -> AbstractContextManager[object]:
+    """Returns autocast to bfloat16 for float16 training, which scales the loss where scores do not; emulated bfloat16 is slow."""
+    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device_type, torch.bfloat16, cache_enabled=False) if has_bfloat16 else nullcontext()
+
+
+class FitCallback(Callback):
+    """A callback whose hooks take a `Fit`. Lightning calls them through its own hooks, other trainers directly."""
+
+    def prepare(self, fit: Fit) -> None:
+        """Checks the run before the model is wrapped and optimizers are created."""
+
+    def resolve(self, fit: Fit) -> None:
+        """Resolves steps once the length of training is known; called before `begin_training`."""
+
+    def begin_training(self, fit: Fit) -> None:
+        """Starts training or resumes it, with the checkpoint loaded."""
+
+    def before_batch(self, fit: Fit, batch: object) -> None:
+        """Called before each batch."""
+
+    def before_optimizer_step(self, fit: Fit, optimizer: Optimizer) -> None:
+        """Called after gradients were clipped."""
+
+    def after_batch(self, fit: Fit) -> None:
+        """Called after each batch."""
+
+    def after_validation(self, fit: Fit) -> None:
+        """Called after each validation during training."""
+
+    def before_evaluation(self, fit: Fit) -> None:
+        """Called before validation, testing, or prediction without training."""
+
+    def end_training(self, fit: Fit) -> None:
+        """Called after the last batch."""
+
+    def close(self, fit: Fit) -> None:
+        """Called after all callbacks have ended training."""
+
+    def release(self, fit: Fit, completed: bool) -> None:
+        """Undoes what was set up, after training (`completed`), an error, or a run without training."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Calls `prepare`."""
+        if stage == "fit":
+            self.prepare(LightningFit(trainer, pl_module))
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Calls `resolve`."""
+        self.resolve(LightningFit(trainer, pl_module))
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Calls `begin_training`."""
+        self.begin_training(LightningFit(trainer, pl_module))
+
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int) -> None:
+        """Calls `before_batch`."""
+        self.before_batch(LightningFit(trainer, pl_module), batch)
+
+    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
+        """Calls `before_optimizer_step`."""
+        self.before_optimizer_step(LightningFit(trainer, pl_module), optimizer)
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
+        """Calls `after_batch`."""
+        self.after_batch(LightningFit(trainer, pl_module))
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Calls `after_validation` in training."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self.after_validation(LightningFit(trainer, pl_module))
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Calls `before_evaluation` outside of training."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            self.before_evaluation(LightningFit(trainer, pl_module))
+
+    on_test_start = on_predict_start = on_validation_start
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Calls `end_training`."""
+        self.end_training(LightningFit(trainer, pl_module))
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Calls `close`."""
+        self.close(LightningFit(trainer, pl_module))
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Calls `release`."""
+        self.release(LightningFit(trainer, pl_module), completed=stage == "fit")
+        drop_pending(pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Calls `release`, because Lightning does not call `teardown` after an error."""
+        self.release(LightningFit(trainer, pl_module), completed=False)
+        drop_pending(pl_module)
+
+
+class ShapeSavingCallback(FitCallback):
+    """A callback that makes Lightning's checkpoints hold the shape, adapters, and random state of a run."""
+
+    _resume: ResumeState | None = None
+    _validated: dict[str, Any]
+
+    def checkpoint_entries(self) -> dict[str, Any]:
+        """Returns further entries of a checkpoint, for readers that do not know this callback."""
+        return {}
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Wraps checkpoint hooks, and calls `prepare`."""
+        wrap_hooks(trainer, pl_module)
+        self._resume = None
+        super().setup(trainer, pl_module, stage)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds the training record and, after training or an error, the shape."""
+        add_resume_state(trainer, pl_module, checkpoint, self._resume)
+        checkpoint[TRAINED] = self._validated | training_record(trainer)
+        checkpoint |= self.checkpoint_entries()
+
+    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Restores the last validation metrics, until the next validation."""
+        noted = checkpoint.get(TRAINED, {})
+        self._validated = {"metrics": noted["metrics"]} if "metrics" in noted else {}
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Calls `release`, and removes all hooks."""
+        super().teardown(trainer, pl_module, stage)
+        self._unwrap(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Calls `release`, and removes all hooks."""
+        super().on_exception(trainer, pl_module, exception)
+        self._unwrap(trainer, pl_module)
+
+    def _unwrap(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._resume = unwrap_hooks(trainer, pl_module) or self._resume

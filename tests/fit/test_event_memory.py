@@ -25,11 +25,12 @@ def beside(folder, name, layers):
     callback, found = EVENTS[name](), []
     happen = callback.reshape
 
-    def reshape(run, module, *rest):
+    def reshape(run, *rest):
+        module = run.module
         there = set(module.parameters())
         with Held(kept(module, run) + [p.grad for p in module.parameters()]) as held:
             before = held.now()
-            event = happen(run, module, *rest)
+            event = happen(run, *rest)
         found.extend([held.most - before, size(set(module.parameters()) - there)])
         return event
 

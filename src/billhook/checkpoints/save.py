@@ -29,7 +29,7 @@ from billhook.model.config_fields import nested_configs
 from billhook.model.find import check_dense, find_transformer
 from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.preprocessors import Preprocessor
-from billhook.model.shape import KEY, shape_beyond_config, to_entry
+from billhook.model.shape import KEY, Shape, shape_beyond_config, to_entry
 from billhook.model.shaped import load_as, readable
 from billhook.private_paths import without_paths
 from billhook.sparsity.learned_masks import with_learned_masks
@@ -191,11 +191,7 @@ def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) 
     Returns:
         Format, model type of an equivalent architecture or None, and largest logit difference.
     """
-    vars(model.config).pop(KEY, None)  # the entry of an earlier save
-    set_head_dim(model)
-    shape = shape_beyond_config(model)
-    if shape.tensors:
-        setattr(model.config, KEY, to_entry(shape))
+    shape = state_shape(model)
     _write_weights(model, draft)
     written = (draft / "config.json").read_bytes()
     for kind, config in equivalents(model):
@@ -211,6 +207,16 @@ def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) 
             _write_weights(model, draft)
     (draft / "config.json").write_bytes(written)
     return ("shaped" if shape.tensors else "plain"), None, verify(model, expected, draft, probe)
+
+
+def state_shape(model: PreTrainedModel) -> Shape:
+    """Writes an entry into a model's config for what no field can express of its shape, and returns it."""
+    vars(model.config).pop(KEY, None)  # the entry of an earlier save
+    set_head_dim(model)
+    shape = shape_beyond_config(model)
+    if shape.tensors:
+        setattr(model.config, KEY, to_entry(shape))
+    return shape
 
 
 def _write_weights(model: PreTrainedModel, draft: Path, to_transpose: Collection[str] = ()) -> None:

@@ -173,7 +173,8 @@ def _examples(loader: Any, number: int, rank: int, ranks: int) -> Iterator[Any]:
     if loader.batch_sampler is None:
         yield from map(loader.collate_fn, examples)
         return
-    while chunk := list(islice(examples, loader.batch_size or 1)):
+    batch_size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", 1)  # accelerate's loaders have the latter
+    while chunk := list(islice(examples, batch_size)):
         yield loader.collate_fn(chunk)
 
 

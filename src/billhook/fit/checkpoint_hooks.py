@@ -16,7 +16,7 @@ from billhook.engine.sharded_files import is_sharded_checkpoint, read_non_tensor
 from billhook.engine.sharding import reshard
 from billhook.engine.state import random_state, set_random_state
 from billhook.fit.lightning_internals import batch_progress, data_fetcher, is_accumulating, training_loaders
-from billhook.fit.resume import ShapeInCheckpoint, check_callbacks, prepare_for_weights
+from billhook.fit.resume import ShapeInCheckpoint, callbacks_of, check_callbacks, prepare_for_weights
 from billhook.fit.shards import gathered
 from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.find import find_transformer
@@ -119,7 +119,7 @@ def wrap_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
         trainer = pl_module.trainer
         if trainer.state.fn == TrainerFn.FITTING:
-            check_callbacks(trainer, checkpoint)
+            check_callbacks(callbacks_of(trainer), checkpoint.get("callbacks") or {})
             resume.load(checkpoint.get(RANDOM, []))
             gradients.update(checkpoint.get(GRADIENTS, {}))
         load_shape(pl_module, checkpoint, otherwise=shape)

@@ -114,6 +114,7 @@ class EventCallback(ShapeSavingCallback, ABC):
             raise ValueError(f"{type(self).__name__} ({self.state_key}) is listed twice. Use one callback with a schedule.")
         for follower in fit.callbacks(EventFollower):
             follower.begin(fit)  # also if it is listed later
+        fit.follow_shapes()
         self._steps, self._last_step = {}, -1
         if fit.step == 0:  # otherwise an earlier run continues
             self.reset()

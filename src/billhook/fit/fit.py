@@ -137,6 +137,9 @@ class Fit(ABC):
     def once_model_exists(self, work: Callable[[], None]) -> None:
         """Calls `work` when the model exists, before it is wrapped and optimizers are created."""
 
+    def follow_shapes(self) -> None:
+        """Makes the trainer's checkpoints hold the shape and random state; called before shapes change."""
+
     @abstractmethod
     def reshaping(self, blockwise: bool) -> AbstractContextManager[None]:
         """Within, shapes may change: unwraps the model, and gathers shards, one block at a time if `blockwise`."""

@@ -149,6 +149,10 @@ class LightningFit(Fit):
         """Calls `work` now, or right after `configure_model`."""
         once_model_exists(self.module, work)
 
+    def follow_shapes(self) -> None:
+        """Wraps the module's checkpoint hooks."""
+        wrap_hooks(self.trainer, self.module)
+
     def reshaping(self, blockwise: bool) -> AbstractContextManager[None]:
         """Within, shapes may change: unwraps DDP, and gathers shards, one block at a time if `blockwise`."""
         return unwrapped(self.trainer, blockwise)
@@ -286,7 +290,7 @@ class FitCallback(Callback):
         """Called before each batch."""
 
     def before_optimizer_step(self, fit: Fit, optimizer: Optimizer) -> None:
-        """Called after gradients were clipped."""
+        """Called before each optimizer step; gradients may have been clipped."""
 
     def after_batch(self, fit: Fit) -> None:
         """Called after each batch."""
@@ -305,6 +309,14 @@ class FitCallback(Callback):
 
     def release(self, fit: Fit, completed: bool) -> None:
         """Undoes what was set up, after training (`completed`), an error, or a run without training."""
+
+    def on_init_end(self, *_: object, **__: object) -> None:
+        """Raises `ValueError`: transformers' Trainer calls this."""
+        name = type(self).__name__
+        raise ValueError(
+            f"{name} is for Lightning's Trainer. In transformers' Trainer, use callbacks=[Callbacks([{name}(...)])] with "
+            "Callbacks from billhook.integrations.transformers."
+        )
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Calls `prepare`."""
@@ -373,10 +385,10 @@ class ShapeSavingCallback(FitCallback):
         return {}
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Wraps checkpoint hooks, and calls `prepare`."""
-        wrap_hooks(trainer, pl_module)
+        """Calls `prepare`, and wraps checkpoint hooks."""
         self._resume = None
         super().setup(trainer, pl_module, stage)
+        wrap_hooks(trainer, pl_module)  # once: `prepare` has done it for a fit
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the training record and, after training or an error, the shape."""

@@ -1,5 +1,6 @@
 """Restores shapes from Lightning checkpoints; handles state of missing callbacks."""
 
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -8,6 +9,7 @@ from zipfile import is_zipfile
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -141,16 +143,21 @@ def _tensors_later(checkpoint: dict[str, Any]) -> tuple[BytesIO, type[ShapeInChe
     return source, Later
 
 
-def unclaimed_states(trainer: pl.Trainer | None, checkpoint: dict[str, Any]) -> dict[str, Any]:
-    """Returns callback states of a checkpoint that no callback of this run restores."""
-    taken = set() if trainer is None else {callback.state_key for callback in trainer.callbacks}  # type: ignore[attr-defined]
-    return {key: state for key, state in (checkpoint.get("callbacks") or {}).items() if key not in taken}
+def callbacks_of(trainer: pl.Trainer | None) -> Sequence[Callback]:
+    """Returns the callbacks of a trainer, if any."""
+    return () if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
 
 
-def check_callbacks(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Raises `ValueError` if a callback replaces another of its class."""
-    others, states = unclaimed_states(trainer, checkpoint), checkpoint.get("callbacks") or {}
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+def unclaimed_states(callbacks: Iterable[Callback], states: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the callback states of a checkpoint that none of these callbacks restores."""
+    taken = {callback.state_key for callback in callbacks}
+    return {key: state for key, state in states.items() if key not in taken}
+
+
+def check_callbacks(callbacks: Sequence[Callback], states: Mapping[str, Any]) -> None:
+    """Raises `ValueError` if a callback replaces another of its class in the run that saved these states."""
+    others = unclaimed_states(callbacks, states)
+    for callback in callbacks:
         kind = callback.state_key.partition("{")[0]  # not always the name of the class, as keys of earlier builds stay
         named = [key for key in others if key.startswith(f"{kind}{{")]
         if getattr(callback, "must_resume", False) and callback.state_key not in states and named:
@@ -175,7 +182,7 @@ def _restore_masks(module: nn.Module, trainer: pl.Trainer | None, checkpoint: di
     Warns if training continues without the callback that enforced masks.
     """
     lost, masked = dict[str, str](), checkpoint.get(MASKED)  # kind of masks by callback, if the run lacks it
-    for key, state in unclaimed_states(trainer, checkpoint).items():
+    for key, state in unclaimed_states(callbacks_of(trainer), checkpoint.get("callbacks") or {}).items():
         if isinstance(state, dict) and (state.get("heads") or state.get("masks")):
             lost[key] = "heads" if state.get("heads") else "weights"
     if masked and "heads" in lost.values():

@@ -1,0 +1,1 @@
+"""billhook in other trainers."""

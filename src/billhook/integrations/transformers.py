@@ -1,0 +1,234 @@
+"""billhook's callbacks in transformers' Trainer, and in trainers that derive from it."""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from billhook.arguments import check_types
+from billhook.engine.state import overridden
+from billhook.fit.event import EventCallback, events_of
+from billhook.fit.lightning import FitCallback
+from billhook.fit.resume import check_callbacks
+from billhook.fit.shape_event import ShapeCallback
+from billhook.integrations.transformers_fit import TransformersFit, val_metrics
+from billhook.model.find import find_transformer
+
+STATE = "billhook_fit.pt"
+"""File of a checkpoint folder with the state of callbacks."""
+
+
+class Callbacks(TrainerCallback, ExportableState):
+    """Runs billhook's callbacks in transformers' Trainer, and in trainers that derive from it, such as TRL's.
+
+    Events at the start happen when the Trainer is created, before the model is wrapped and the optimizer exists, if they need no
+    data or their calibration is not drawn from the training data; otherwise, and later ones, before the step that they are due
+    at. The optimizer follows. Each checkpoint folder also gets the state of the callbacks, and its config the shape of the model.
+    To resume a run whose shapes change after the start, load the model from the checkpoint: `bh.load("out/checkpoint-50")`.
+
+    Before and after events, the model is validated on `validation`: `val_loss`, and `val_perplexity` of language models. These
+    and other metrics of callbacks go to the Trainer's `state.log_history`, and events to its `trainer_state.json`.
+
+    Args:
+        callbacks: billhook's callbacks, such as `bh.WeightPruning(...)`, in the order of their events. `Report` and `Export` come
+            last.
+        validation: Batches with labels for metrics before and after events. Defaults to the Trainer's evaluation data, once it
+            has evaluated.
+
+    Raises:
+        ValueError: If a callback is not billhook's. When the Trainer is created or training begins, if the Trainer does not
+            support a callback.
+
+    Example:
+        >>> import billhook as bh
+        >>> from billhook.integrations.transformers import Callbacks
+        >>> callbacks = Callbacks([bh.WeightPruning(sparsity=0.5, calibration=64), bh.Export("outputs/model")])
+        >>> # Trainer(model, args, train_dataset=data, callbacks=[callbacks]).train()
+    """
+
+    def __init__(self, callbacks: Sequence[FitCallback], validation: Iterable[Any] | None = None) -> None:
+        self.callbacks, self.validation = list(callbacks), validation
+        for callback in self.callbacks:
+            if not isinstance(callback, FitCallback):
+                raise ValueError(
+                    f"callbacks: {type(callback).__name__} is not one of billhook's callbacks. Pass transformers' callbacks to "
+                    "the Trainer directly."
+                )
+        check_types(Callbacks, locals())
+        self._fit: TransformersFit | None = None
+        self._metrics: dict[str, float] = {}
+        self._restored = -1  # step of the checkpoint that the model was loaded from
+
+    @property
+    def state_key(self) -> str:
+        """Raises `ValueError`: Lightning asks for this."""
+        raise ValueError("Callbacks is for transformers' Trainer. Pass its callbacks to Lightning's Trainer directly.")
+
+    def state(self) -> dict[str, Any]:
+        """Returns the events for `trainer_state.json`; the rest is in a file of each checkpoint."""
+        return {"args": {}, "attributes": {"events": [] if self._fit is None else events_of(self._fit)}}
+
+    def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **hooked: Any) -> None:  # noqa: ANN401
+        """Checks callbacks and model, and applies events at the start that need no training data."""
+        if args.restore_callback_states_from_checkpoint:
+            raise ValueError(
+                "restore_callback_states_from_checkpoint=True replaces Callbacks. It restores its own state: set False."
+            )
+        folder = Path(str(find_transformer(hooked["model"]).config.name_or_path))
+        saved = _read(folder)
+        self._restored = -1 if saved is None else saved["step"]
+        self._metrics = {}
+        with self._fitting(args, state, hooked, resumes=saved is not None) as fit:
+            for callback in self.callbacks:
+                callback.prepare(fit)
+            if saved is not None:
+                self._restore(saved)
+            for callback in self.callbacks if saved is None else ():
+                if isinstance(callback, EventCallback) and getattr(callback, "at", None) == "start":
+                    if callback.needs_data and callback.calibration.batches is None:
+                        break  # later events must not overtake it
+                    callback.resolve(fit)
+                    callback.begin_training(fit)
+        if saved is None:  # whatever has happened is in the model that training begins with
+            self._restored = -1
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **hooked: Any) -> None:  # noqa: ANN401
+        """Restores a resumed run, checks later events, and applies those that are due before the first step."""
+        if self._fit is None:
+            if late := [callback for callback in self.callbacks if getattr(callback, "at", None) == "start"]:
+                raise ValueError(
+                    f"{type(late[0]).__name__} has an event at the start, so Callbacks must be in Trainer(callbacks=[...]); "
+                    "add_callback is too late."
+                )
+            self.on_init_end(args, state, control, **hooked)
+        elif self._fit.module is not hooked["model"]:
+            raise ValueError("the Trainer created its model again (model_init). Pass Trainer(model=...).")
+        if state.global_step and state.global_step != self._restored:
+            self._restore(self._find(args, state))
+        if not state.global_step and self._restored >= 0:
+            raise ValueError(
+                f"the model is from step {self._restored} of a run with these callbacks. Call train(resume_from_checkpoint=...), "
+                "or load a model that bh.save has saved."
+            )
+        with self._fitting(args, state, hooked, resumes=bool(state.global_step)) as fit:
+            for callback in self.callbacks:
+                callback.resolve(fit)
+            self._check_later(fit)
+            for callback in self.callbacks:
+                callback.begin_training(fit)
+
+    def _check_later(self, fit: TransformersFit) -> None:
+        """Raises `ValueError` if events after the start cannot happen in this Trainer."""
+        for callback in fit.callbacks(EventCallback):
+            steps = callback.pending_steps(fit.module, fit.step)
+            if isinstance(callback, ShapeCallback):
+                steps = [step for step in callback.shape_steps(fit.length, fit) if step > fit.step]
+                pending = callback.due(fit.module, fit.step) and not callback.only_at_start
+                if later := steps or ([fit.step] if pending else []):
+                    fit.check_reshaping_later(type(callback).__name__, later[0])
+            if steps and fit.args.load_best_model_at_end:
+                raise ValueError(
+                    f"load_best_model_at_end=True may load weights from before the event of {type(callback).__name__} at step "
+                    f"{steps[0]}. Set False, or use at='start'."
+                )
+
+    def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **hooked: Any) -> None:  # noqa: ANN401
+        """Applies events that are due after the last step."""
+        with self._fitting(args, state, hooked) as fit:
+            for callback in self.callbacks:
+                callback.after_batch(fit)
+            for callback in self.callbacks:
+                callback.before_batch(fit, None)
+
+    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **hooked: Any) -> None:  # noqa: ANN401
+        """Passes the hook on."""
+        with self._fitting(args, state, hooked) as fit:
+            for callback in self.callbacks:
+                for optimizer in fit.optimizers:
+                    callback.before_optimizer_step(fit, optimizer)
+
+    def on_evaluate(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        metrics: Mapping[str, float] | None = None,
+        **hooked: Any,  # noqa: ANN401
+    ) -> None:
+        """Passes the metrics on."""
+        self._metrics = val_metrics(metrics or {}, hooked["model"])
+        if self._fit is not None and self._fit.optimizers:
+            with self._fitting(args, state, hooked) as fit:
+                for callback in self.callbacks:
+                    callback.after_validation(fit)
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **hooked: Any) -> None:  # noqa: ANN401
+        """Writes the state of callbacks into the checkpoint folder."""
+        states = {callback.state_key: callback.state_dict() for callback in self.callbacks}
+        entries = dict[str, Any]()
+        for callback in self.callbacks:
+            entries |= callback.checkpoint_entries() if isinstance(callback, EventCallback) else {}
+        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            torch.save({"step": state.global_step, "callbacks": states, **entries}, folder / STATE)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **hooked: Any) -> None:  # noqa: ANN401
+        """Applies events that are due after the last step, and ends training."""
+        with self._fitting(args, state, hooked) as fit:
+            for callback in self.callbacks:
+                callback.after_batch(fit)
+            for callback in self.callbacks:
+                callback.end_training(fit)
+            for callback in self.callbacks:
+                callback.close(fit)
+            for callback in self.callbacks:
+                callback.release(fit, completed=True)
+
+    @contextmanager
+    def _fitting(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        hooked: Mapping[str, Any],
+        resumes: bool | None = None,
+    ) -> Iterator[TransformersFit]:
+        """Yields the run; within, the model's forward pass is without accelerate's autocast."""
+        model = hooked["model"]
+        resumes = self._fit is not None and self._fit.resumes if resumes is None else resumes
+        self._fit = fit = TransformersFit(self.callbacks, args, state, model, resumes, self.validation, self._metrics, hooked)
+        plain = vars(model).get("_original_forward")  # of accelerate, which replaces `forward` for mixed precision
+        try:
+            with nullcontext() if plain is None else overridden(model, forward=plain):
+                yield fit
+        except BaseException:
+            for callback in self.callbacks:
+                callback.release(fit, completed=False)
+            raise
+
+    def _restore(self, saved: Mapping[str, Any]) -> None:
+        check_callbacks(self.callbacks, saved["callbacks"])
+        for callback in self.callbacks:
+            if callback.state_key in saved["callbacks"]:
+                callback.load_state_dict(saved["callbacks"][callback.state_key])
+
+    def _find(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+        """Returns the saved state of the checkpoint that training resumes from."""
+        folders = [Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"]
+        folders += [Path(args.resume_from_checkpoint)] if args.resume_from_checkpoint else []
+        for folder in folders:
+            if (saved := _read(folder)) is not None and saved["step"] == state.global_step:
+                return saved
+        raise ValueError(
+            f"training resumes at step {state.global_step}, but there is no {STATE} for it. Pass the checkpoint folder as "
+            "TrainingArguments(resume_from_checkpoint=...) too, or load the model from it with bh.load."
+        )
+
+
+def _read(folder: Path) -> dict[str, Any] | None:
+    """Returns the saved state of callbacks in a checkpoint folder, if any."""
+    file = folder / STATE
+    return torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else None

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from billhook.shrinking.shrink import shrink as shrink
     from billhook.kv_heads.convert import convert_kv_heads as convert_kv_heads
 
+    from billhook.sparsity.enforcement import hold_masks as hold_masks
     from billhook.sparsity.options import PruneOptions as PruneOptions
     from billhook.sparsity.prune import prune as prune
     from billhook.sparsity.criteria import Magnitude as Magnitude, Wanda as Wanda
@@ -79,6 +80,7 @@ else:
         "billhook.shrinking.search": "Budget Search",
         "billhook.shrinking.shrink": "shrink",
         "billhook.kv_heads.convert": "convert_kv_heads",
+        "billhook.sparsity.enforcement": "hold_masks",
         "billhook.sparsity.options": "PruneOptions",
         "billhook.sparsity.prune": "prune",
         "billhook.sparsity.criteria": "Magnitude Wanda",

@@ -1,39 +1,27 @@
 """Callbacks in transformers' Trainer change the model as they do in Lightning's, resume, and refuse what cannot be."""
 
+import copy
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch.utils.data import DataLoader
-from transformers import Trainer, TrainingArguments, set_seed
+import transformers
+from peft import LoraConfig, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import billhook as bh
 from billhook.integrations.transformers import Callbacks
-from kit import prunes
-from kit.events import AFTER, END, EVENTS, FEW, Own, figures, loader
-from kit.families import llama
-from kit.fits import trainer
-
-SETTINGS = {
-    "learning_rate": 0.1,
-    "lr_scheduler_type": "constant",
-    "optim": "sgd",  # Adam makes much of the last digit of a gradient
-    "max_grad_norm": 0.0,
-    "max_steps": 4,
-    "per_device_train_batch_size": 2,
-    "per_device_eval_batch_size": 4,
-    "save_strategy": "no",
-    "report_to": "none",
-    "disable_tqdm": True,
-    "use_cpu": True,
-    "logging_strategy": "no",
-}
-
-
-class Ordered(Trainer):
-    """Reads its data in order, as the loader of the other fit."""
-
-    def get_train_dataloader(self):
-        return self.accelerator.prepare(DataLoader(self.train_dataset, self.args.per_device_train_batch_size))
+from billhook.integrations.transformers_fit import TransformersFit
+from billhook.model.layers import prunable
+from kit import prunes, trainer_ddp
+from kit.events import END, EVENTS, FEW, Own, figures, loader
+from kit.fits import same, trainer
+from kit.trainers import SETTINGS, Ordered, calibration, train
 
 
 class Plain(Own):
@@ -41,16 +29,6 @@ class Plain(Own):
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.1)
-
-
-def train(folder, callbacks, model=None, resume=None, kind=Ordered, validation=None, **settings):
-    """The model of a fit in transformers' Trainer."""
-    model = Own().net if model is None else model
-    args = TrainingArguments(str(folder / "hf"), **SETTINGS | settings)
-    adapter = callbacks if isinstance(callbacks, Callbacks) else Callbacks(callbacks, validation)
-    run = kind(model, args, train_dataset=loader().dataset, eval_dataset=loader().dataset, callbacks=[adapter])
-    run.train(resume_from_checkpoint=resume)
-    return model, run
 
 
 def close(model, other):
@@ -74,3 +52,217 @@ def test_events_are_those_of_lightning(tmp_path, event, at):
         assert own["what"] == others["what"]
         assert ("val_loss" in own["after"]) == ("val_loss" in others["after"]) == ((event, at) != ("mean", "start"))
         assert own["after"].get("val_loss", 0) == pytest.approx(others["after"].get("val_loss", 0), rel=1e-4)
+
+
+class Killed(Exception):
+    """What ends a run."""
+
+
+class Stop(TrainerCallback):
+    """A run that is killed after its second step, which is saved."""
+
+    def on_save(self, args, state, control, **_):
+        if state.global_step == 2:
+            raise Killed
+
+
+MIDDLE = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "max_steps": 5}
+
+
+@pytest.mark.parametrize("at", ["start", 1, 2, 3])
+@pytest.mark.parametrize("event", EVENTS)
+def test_a_resumed_run_ends_as_the_straight_one(tmp_path, event, at):
+    straight, callback = EVENTS[event](at), EVENTS[event](at)
+    model, _ = train(tmp_path / "a", [straight], **MIDDLE)
+    with pytest.raises(Killed):
+        train(tmp_path / "b", [EVENTS[event](at)], others=[Stop()], **MIDDLE)
+    folder = tmp_path / "b" / "hf" / "checkpoint-2"
+    assert (folder / "billhook_fit.pt").is_file()
+    again, run = train(tmp_path / "b", [callback], bh.load(folder, dtype="float32").train(), str(folder), **MIDDLE)
+    assert figures(again) == figures(model)
+    assert same(again.state_dict(), model.state_dict())
+    assert [own["what"] for own in callback.events] == [own["what"] for own in straight.events]
+    assert [own["step"] for own in callback.events] == [0 if at == "start" else at]
+    saved = run.state.stateful_callbacks["Callbacks"]["attributes"]["events"]
+    assert [own["what"] for own in saved] == [own["what"] for own in straight.events]
+
+
+def test_dense_weights_do_not_resume_a_smaller_model(tmp_path):
+    with pytest.raises(Killed):
+        train(tmp_path, [EVENTS["mean"](1)], others=[Stop()], **MIDDLE)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        train(tmp_path, [EVENTS["mean"](1)], resume=str(tmp_path / "hf" / "checkpoint-2"), **MIDDLE)
+
+
+def test_masks_of_dense_weights_resume(tmp_path):
+    """Masks change no shape, so that the model need not come from the checkpoint."""
+    model, _ = train(tmp_path / "a", [EVENTS["wanda"](1)], **MIDDLE)
+    with pytest.raises(Killed):
+        train(tmp_path / "b", [EVENTS["wanda"](1)], others=[Stop()], **MIDDLE)
+    again, _ = train(tmp_path / "b", [EVENTS["wanda"](1)], resume=True, **MIDDLE)
+    assert same(again.state_dict(), model.state_dict())
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gradient_accumulation_steps": 2, "max_steps": 4},
+        {"max_grad_norm": 0.5},
+        {"bf16": True},
+        {"optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1, "lr_scheduler_type": "linear"},
+        {"activation_checkpointing": True},
+    ],
+    ids=["accumulated", "clipped", "bfloat16", "adam", "recomputed"],
+)
+@pytest.mark.parametrize("event", ["wanda", "structure", "svd"])
+def test_settings_of_the_trainer(tmp_path, event, settings):
+    callback = EVENTS[event](1)
+    model, run = train(tmp_path, [callback], validation=loader(4, 4), num_train_epochs=9, **settings)
+    assert figures(model) == END[event]
+    assert callback.events[0]["step"] == 1
+    assert run.state.global_step == 4
+    held = [id(p) for group in run.optimizer.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(map(id, model.parameters()))
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_srste_is_that_of_lightning(tmp_path):
+    make = lambda: bh.SRSTE(bh.Magnitude(), sparsity=0.5, at=1, end=3, measure_batches=0)  # noqa: E731
+    callback, other, lit = make(), make(), Plain()
+    model, _ = train(tmp_path, [callback])
+    trainer(tmp_path, [other], max_steps=4).fit(lit, loader(), loader(4, 4))
+    close(model, lit.net)
+    assert all(torch.equal(mask, other.masks[name]) for name, mask in callback.masks.items())
+    assert figures(model)[-1] == 0.5
+
+
+def test_adapters(tmp_path):
+    """LoRA by peft: pruned at the start, trained, merged, and masked in the end."""
+    model = Own().net
+    callbacks = [prunes.WeightPruning(sparsity=0.5, adapters="mask", **FEW), bh.Export(str(tmp_path / "out"))]
+    adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
+    before = {name: value.clone() for name, value in adapted.state_dict().items() if "lora_B" in name}
+    train(tmp_path, callbacks, adapted)
+    assert any(not torch.equal(value, adapted.state_dict()[name]) for name, value in before.items())
+    saved = bh.load(tmp_path / "out", dtype="float32")
+    assert all(0.49 < float((linear.weight == 0).float().mean()) < 0.51 for linear in prunable(saved).values())
+
+
+def test_report_and_export_at_the_end(tmp_path, capsys):
+    callbacks = [
+        bh.StructuredPruning(bh.Amount(channels=0.5), at=2, calibration=4),
+        bh.Export(str(tmp_path / "out")),
+        bh.Report(str(tmp_path / "plot.png")),
+    ]
+    model, run = train(tmp_path, callbacks, validation=loader(4, 4), eval_strategy="steps", eval_steps=1)
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert same(saved.state_dict(), model.state_dict())
+    told = capsys.readouterr().out
+    assert "dense" in told
+    assert "end of training" in told
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
+    assert any("params" in line for line in run.state.log_history)
+    record = json.loads((tmp_path / "out" / "billhook.json").read_text())
+    assert record["training"]["seed"] == 42
+    assert record["events"][0]["step"] == 2
+
+
+def test_monitors(tmp_path):
+    """A round that the metric forbids is undone."""
+    stop = bh.StopWhenWorse("val_loss", keep=1.0)
+    callback = bh.HeadPruning(0.5, at=1, stop=stop, calibration=4)
+    train(tmp_path, [callback], validation=loader(4, 4))
+    assert len(callback.events) == 1
+    with pytest.raises(ValueError, match="monitor='val_loss' is not logged in validation"):
+        train(tmp_path, [bh.HeadPruning(0.5, at=1, stop=stop, calibration=4)])
+
+
+def test_start_events_come_before_the_optimizer(tmp_path):
+    callback = bh.StructuredPruning(bh.Amount(channels=0.5), calibration=calibration(), measure_batches=0)
+    model, args = Own().net, TrainingArguments(str(tmp_path), **SETTINGS)
+    run = Ordered(model, args, train_dataset=loader().dataset, callbacks=[Callbacks([callback])])
+    assert model.config.intermediate_size == 12
+    assert run.optimizer is None
+    run.train()
+    assert len(callback.events) == 1
+
+
+REFUSED = {
+    "lightning's": (lambda: [pl.callbacks.ModelCheckpoint()], {}, "ModelCheckpoint is not one of billhook's callbacks"),
+    "fsdp": (lambda: [EVENTS["mean"](2)], {"fsdp": "full_shard"}, "at step 2, which is not possible with FSDP"),
+    "masks in fsdp": (lambda: [EVENTS["wanda"](2)], {"fsdp": "full_shard"}, "WeightPruning does not support FSDP"),
+    "compiled": (lambda: [EVENTS["mean"](2)], {"torch_compile": True}, "at step 2, which is not possible with torch_compile"),
+    "best": (lambda: [EVENTS["mean"](2)], {"load_best_model_at_end": True}, "load_best_model_at_end=True may load weights from"),
+    "best masks": (lambda: [EVENTS["wanda"](2)], {"load_best_model_at_end": True}, "load_best_model_at_end=True may load"),
+    "length": (lambda: [bh.Uptraining(pretraining_steps=100)], {}, "Uptraining needs 5 training steps, and .* has 4. Set"),
+    "no step": (lambda: [EVENTS["mean"](2)], {"max_steps": -1, "num_train_epochs": 0}, "takes no training step"),
+    "restored": (
+        lambda: [EVENTS["mean"](2)],
+        {"restore_callback_states_from_checkpoint": True},
+        "restore_callback_states_from_checkpoint=True replaces Callbacks",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method. is deprecated")
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_cannot_be_is_refused_before_training(tmp_path, name, monkeypatch):
+    callbacks, settings, told = REFUSED[name]
+    if "fsdp" in settings:  # no process group here
+        monkeypatch.setattr(TransformersFit, "sharding", "FSDP")
+        settings = {}
+    if "load_best_model_at_end" in settings:
+        settings = settings | {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}
+    model = Own().net
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=told):
+        train(tmp_path, callbacks(), model, **settings)
+    assert same(model.state_dict(), before)
+
+
+def test_a_callback_that_comes_late(tmp_path):
+    args = TrainingArguments(str(tmp_path), **SETTINGS)
+    run = Ordered(Own().net, args, train_dataset=loader().dataset)
+    run.add_callback(Callbacks([EVENTS["mean"]("start")]))
+    with pytest.raises(
+        ValueError, match=r"KVHeadConversion has an event at the start, so Callbacks must be in Trainer\(callbacks"
+    ):
+        run.train()
+    run = Ordered(Own().net, args, train_dataset=loader().dataset)
+    run.add_callback(Callbacks([EVENTS["mean"](2)]))
+    run.train()
+    assert figures(run.model) == END["mean"]
+
+
+def test_the_wrong_trainer(tmp_path):
+    with pytest.raises(ValueError, match="Callbacks is for transformers' Trainer. Pass its callbacks to Lightning's Trainer"):
+        trainer(tmp_path, [Callbacks([EVENTS["mean"](2)])]).fit(Own(), loader(), loader())
+    with pytest.raises(ValueError, match=r"KVHeadConversion is for Lightning's Trainer. .* callbacks=\[Callbacks\(\[KVHead"):
+        Trainer(Own().net, TrainingArguments("out", **SETTINGS), callbacks=[EVENTS["mean"](2)])
+
+
+def test_models_that_are_created_again_are_refused(tmp_path):
+    args = TrainingArguments(str(tmp_path), **SETTINGS)
+    run = Ordered(
+        None, args, train_dataset=loader().dataset, callbacks=[Callbacks([EVENTS["mean"](2)])], model_init=lambda: Own().net
+    )
+    with pytest.raises(ValueError, match=r"created its model again \(model_init\)"):
+        run.train()
+
+
+@pytest.mark.slow
+def test_two_processes_do_as_one(tmp_path):
+    script = Path(trainer_ddp.__file__)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, tmp_path]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    subprocess.run(list(map(str, command)), check=True, env=environment, timeout=300)
+    found = torch.load(tmp_path / "result.pt", weights_only=False)
+    callbacks = trainer_ddp.callbacks()
+    model, _ = train(tmp_path / "one", callbacks, validation=loader(4, 4))
+    for name, value in model.state_dict().items():
+        torch.testing.assert_close(found["weights"][name], value, atol=1e-5, rtol=1e-4, msg=name)
+    events = [event for callback in callbacks for event in callback.events]
+    assert [event["what"] for event in found["events"]] == [event["what"] for event in events]
+    for own, others in zip(found["events"], events, strict=True):
+        assert own["after"].get("val_loss", 0) == pytest.approx(others["after"].get("val_loss", 0), rel=1e-4)
+    assert "KVHeadConversion changes shapes at step 2, which is not possible with DDP" in found["later"]

@@ -137,6 +137,7 @@ class Fit(ABC):
     def once_model_exists(self, work: Callable[[], None]) -> None:
         """Calls `work` when the model exists, before it is wrapped and optimizers are created."""
 
+    @abstractmethod
     def follow_shapes(self) -> None:
         """Makes the trainer's checkpoints hold the shape and random state; called before shapes change."""
 

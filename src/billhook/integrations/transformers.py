@@ -10,6 +10,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from transformers.trainer_callback import ExportableState
 
 from billhook.arguments import check_types
+from billhook.callbacks.kv_heads import KVHeadConversion
 from billhook.engine.state import overridden
 from billhook.fit.event import EventCallback, events_of
 from billhook.fit.lightning import FitCallback
@@ -50,6 +51,8 @@ class Callbacks(TrainerCallback, ExportableState):
         >>> # Trainer(model, args, train_dataset=data, callbacks=[callbacks]).train()
     """
 
+    state_key = "Callbacks"  # Lightning asks for it
+
     def __init__(self, callbacks: Sequence[FitCallback], validation: Iterable[Any] | None = None) -> None:
         self.callbacks, self.validation = list(callbacks), validation
         for callback in self.callbacks:
@@ -63,10 +66,12 @@ class Callbacks(TrainerCallback, ExportableState):
         self._metrics: dict[str, float] = {}
         self._restored = -1  # step of the checkpoint that the model was loaded from
 
-    @property
-    def state_key(self) -> str:
-        """Raises `ValueError`: Lightning asks for this."""
+    def setup(self, *_: object, **__: object) -> None:
+        """Raises `ValueError`: Lightning's Trainer calls this."""
         raise ValueError("Callbacks is for transformers' Trainer. Pass its callbacks to Lightning's Trainer directly.")
+
+    def on_exception(self, *_: object) -> None:
+        """Does nothing: Lightning's Trainer calls this after an error."""
 
     def state(self) -> dict[str, Any]:
         """Returns the events for `trainer_state.json`; the rest is in a file of each checkpoint."""
@@ -88,8 +93,8 @@ class Callbacks(TrainerCallback, ExportableState):
             if saved is not None:
                 self._restore(saved)
             for callback in self.callbacks if saved is None else ():
-                if isinstance(callback, EventCallback) and getattr(callback, "at", None) == "start":
-                    if callback.needs_data and callback.calibration.batches is None:
+                if isinstance(callback, EventCallback) and _starts(callback):
+                    if _draws_training_data(callback):
                         break  # later events must not overtake it
                     callback.resolve(fit)
                     callback.begin_training(fit)
@@ -99,7 +104,7 @@ class Callbacks(TrainerCallback, ExportableState):
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **hooked: Any) -> None:  # noqa: ANN401
         """Restores a resumed run, checks later events, and applies those that are due before the first step."""
         if self._fit is None:
-            if late := [callback for callback in self.callbacks if getattr(callback, "at", None) == "start"]:
+            if late := [callback for callback in self.callbacks if _starts(callback)]:
                 raise ValueError(
                     f"{type(late[0]).__name__} has an event at the start, so Callbacks must be in Trainer(callbacks=[...]); "
                     "add_callback is too late."
@@ -226,6 +231,18 @@ class Callbacks(TrainerCallback, ExportableState):
             f"training resumes at step {state.global_step}, but there is no {STATE} for it. Pass the checkpoint folder as "
             "TrainingArguments(resume_from_checkpoint=...) too, or load the model from it with bh.load."
         )
+
+
+def _starts(callback: FitCallback) -> bool:
+    """Returns whether all events of a callback are at the start."""
+    at = getattr(callback, "at", None)
+    return all(entry in ("start", 0) for entry in at) if isinstance(at, list) else at in ("start", 0)
+
+
+def _draws_training_data(callback: EventCallback) -> bool:
+    """Returns whether a callback is calibrated on training data, which exists only in training."""
+    needs_data = callback.preparation.needed if isinstance(callback, KVHeadConversion) else callback.needs_data
+    return needs_data and callback.calibration.batches is None
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

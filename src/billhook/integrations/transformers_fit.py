@@ -141,6 +141,9 @@ class TransformersFit(Fit):
         """Calls `work` now."""
         work()
 
+    def follow_shapes(self) -> None:
+        """Does nothing: `Callbacks` saves its own state beside each checkpoint."""
+
     @contextmanager
     def reshaping(self, blockwise: bool) -> Iterator[None]:
         """Within, shapes may change; afterward, the config states the shape for checkpoints."""

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
 from billhook.adapters.masked import mask_adapters, unmask_adapters
+from billhook.arguments import check_types
 from billhook.engine.sharding import full_tensor, local, reshard, sharded_as
 from billhook.model.layers import prunable
 from billhook.sparsity.weight_plan import pack_mask, unpack_mask
@@ -154,6 +155,40 @@ class EnforcedMasks:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores saved masks."""
         self._masks, self._saved, self._packed = {}, state, {}
+
+
+def hold_masks(model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Any]) -> EnforcedMasks:
+    """Keeps pruned weights at zero after each step of an optimizer, for a training loop without a trainer.
+
+    Under momentum and weight decay, too. Call `follow()` on the result after shapes have changed, and `detach()` when training
+    ends. To resume, save its `state_dict()`, a bit per weight, and pass that as `masks`.
+
+    Args:
+        model: The model. Under DDP, the model inside (`module`).
+        optimizer: Its optimizer, or accelerate's wrapper of it.
+        masks: Keep-masks (bool) by linear layer, such as `plan.masks(model)` of `prune`, or a saved `state_dict()`.
+
+    Raises:
+        ValueError: If a mask does not fit a layer of the model.
+
+    Example:
+        >>> import torch, billhook as bh
+        >>> model = bh.load("tiny", dtype="float32")
+        >>> optimizer = torch.optim.AdamW(model.parameters())
+        >>> plan = bh.prune(model, bh.Magnitude(), sparsity=0.5)
+        >>> held = bh.hold_masks(model, optimizer, plan.masks(model))
+        >>> loss = model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss
+        >>> loss.backward(); optimizer.step()
+        >>> round(float((model.model.layers[0].mlp.up_proj.weight == 0).float().mean()), 2)
+        0.5
+    """
+    check_types(hold_masks, locals())
+    held = EnforcedMasks()
+    held.load_state_dict({name: mask for name, mask in masks.items() if not isinstance(mask, Tensor)})
+    held.attach(model, [getattr(optimizer, "optimizer", optimizer)])
+    if tensors := {name: mask for name, mask in masks.items() if isinstance(mask, Tensor)}:
+        held.hold(tensors)
+    return held
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:

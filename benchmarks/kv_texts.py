@@ -39,11 +39,12 @@ COLUMNS = ("one KV head", *TESTS, "Python", *QUESTIONS)
 
 def tests(options, left_out):
     """Windows of each test text and of Python's library, or of training text that nothing sees and of other modules."""
-    package, count = (email, 8) if left_out else (asyncio, 12)
-    rows = {name: windows(options, text, count, drawn=False) for name, (text, _) in TESTS.items()}
+    package, length = (email, 512) if left_out else (asyncio, getattr(options, "test_window", 512))
+    count = 8 if left_out else 12 * 512 // length
+    rows = {name: windows(options, text, count, length, drawn=False) for name, (text, _) in TESTS.items()}
     if left_out:
         rows = {name: windows(options, text, 130 + count)[130:] for name, text in CALIBRATION.items()}
-    return rows | {"python": python(options, package, count)}
+    return rows | {"python": python(options, package, count, length)}
 
 
 def trained(options, model, steps):
@@ -57,13 +58,14 @@ def trained(options, model, steps):
 def measured(options, name):
     """The perplexities of a row in each state, after training too, and its answers, each measured once."""
     texts = f"{' '.join(options.texts)} {options.window}".replace(":", "_")
-    file = options.work / f"{''.join(filter(str.isalnum, name))} {texts}.json"
+    file, tested = options.work / f"{''.join(filter(str.isalnum, name))} {texts}.json", options.test_window
+    folders, file = file.with_suffix(""), file if tested == 512 else file.with_name(f"{file.stem} on {tested}.json")
     known, rows = json.loads(file.read_text()) if file.exists() else {}, tests(options, left_out=False)
 
     def measure(state, make):
-        folder, row = file.with_name(f"{file.stem} {state}"), known.get(state, {})
+        folder, row = Path(f"{folders} {state}"), known.get(state, {})
         if not row:
-            model = make()
+            model = bh.load(folder, dtype="float32") if folder.exists() else make()
             row |= {text: perplexity(model, own) for text, own in rows.items()}
             bh.save(model, folder)
             AutoTokenizer.from_pretrained(options.model).save_pretrained(folder)
@@ -79,7 +81,7 @@ def measured(options, name):
         return model
 
     def continued(state, steps):
-        return trained(options, bh.load(file.with_name(f"{file.stem} {state}"), dtype="float32"), steps)
+        return trained(options, bh.load(Path(f"{folders} {state}"), dtype="float32"), steps)
 
     for state in ["before"] if name == "dense" else options.states:
         measure(state, partial(converted, state))
@@ -95,6 +97,7 @@ def main():
         parser.add_argument(name, type=Path)
     parser.add_argument("--texts", nargs="*", default=["foldoc:8", "wikitext:8"])
     parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--test-window", type=int, default=512, help="of as many tokens in total")
     parser.add_argument("--steps", type=int, nargs="*", default=[60])
     parser.add_argument("--states", nargs="*", default=list(STATES), choices=STATES)
     parser.add_argument("--ask", action="store_true", help="asks questions")

@@ -47,11 +47,11 @@ def windows(options, text, count, length=512, drawn=True):
     return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count]] if drawn else rows[:count]
 
 
-def python(options, package=asyncio, count=12):
+def python(options, package=asyncio, count=12, length=512):
     """The first rows of the source of a package of Python's library."""
     source = options.work / f"{package.__name__}.txt"
     source.write_text("\n".join(file.read_text() for file in sorted(Path(package.__file__).parent.glob("*.py"))))
-    return windows(options, source.resolve(), count, drawn=False)
+    return windows(options, source.resolve(), count, length, drawn=False)
 
 
 def written(options, model, count=40):

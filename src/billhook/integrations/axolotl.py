@@ -1,0 +1,54 @@
+"""billhook's callbacks in axolotl: `plugins: [billhook.integrations.axolotl.Plugin]`, and a list of callbacks as `billhook:`."""
+
+from typing import Any
+
+from axolotl.integrations.base import BasePlugin
+from jsonargparse import ArgumentParser
+from pydantic import BaseModel
+from torch import nn
+
+from billhook.fit.lightning import FitCallback
+from billhook.integrations.transformers import Callbacks
+
+
+class Args(BaseModel):
+    """Keys that the plugin adds to axolotl's YAML.
+
+    Attributes:
+        billhook: Callbacks as in `billhook fit`: each with `class_path`, and `init_args` if any.
+    """
+
+    billhook: list[dict[str, Any]] | None = None
+
+
+class Plugin(BasePlugin):  # type: ignore[misc]
+    """Adds callbacks to axolotl's trainer when it is created."""
+
+    def get_input_args(self) -> str:
+        """Returns where the added keys are declared."""
+        return f"{Args.__module__}.{Args.__name__}"
+
+    def add_callbacks_pre_trainer(self, cfg: Any, model: nn.Module) -> list[Callbacks]:  # noqa: ANN401
+        """Returns the callbacks of a config."""
+        described = getattr(cfg, "billhook", None)
+        return [Callbacks(read_callbacks(described))] if described else []
+
+
+def read_callbacks(described: list[dict[str, Any]]) -> list[FitCallback]:
+    """Creates callbacks from their class paths and arguments, as LightningCLI does.
+
+    Raises:
+        ValueError: If a class or an argument is not legal.
+    """
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--billhook", type=list[FitCallback])
+    plain = [_plain(callback) for callback in described]
+    created: list[FitCallback] = parser.instantiate_classes(parser.parse_object({"billhook": plain})).billhook
+    return created
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    """Converts axolotl's dictionaries to plain ones."""
+    if isinstance(value, dict):
+        return {str(name): _plain(part) for name, part in value.items()}
+    return [_plain(part) for part in value] if isinstance(value, list | tuple) else value

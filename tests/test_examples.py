@@ -1,4 +1,6 @@
+import os
 import runpy
+import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -84,3 +86,46 @@ def test_whisper(tmp_path, monkeypatch, capsys):
     small = bh.load(str(tmp_path / "model"))
     assert sum(one.count() for one in bh.find_units(small, "head").values()) == 12
     assert {float((linear.weight == 0).float().mean()) for linear in prunable(small).values()} == {0.5}
+
+
+def run(script, folder, *words):
+    """What a script prints in a process of its own: other libraries warn there."""
+    command = [sys.executable, ROOT / "examples" / script, *words, "--folder", folder]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, text=True, check=True, timeout=300
+    ).stdout
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+def test_transformers_trainer(tmp_path):
+    told = run("transformers_trainer.py", tmp_path, "--steps", "5")
+    for row in ("dense", "after structure, -11 %", "after 8 -> 2 KV heads (svd)", "end of training", "verified"):
+        assert row in told
+    assert bh.load(tmp_path / "model").config.num_key_value_heads == 2
+
+
+@pytest.mark.slow
+def test_trl_sft(tmp_path):
+    run("trl_sft.py", tmp_path, "--steps", "2")
+    sparse = prunable(bh.load(tmp_path / "model")).values()
+    assert {round(float((linear.weight == 0).float().mean()), 2) for linear in sparse} == {0.5}
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+def test_trl_distillation(tmp_path):
+    run("trl_distillation.py", tmp_path, "--steps", "2")
+    config = bh.load(tmp_path / "model").config
+    assert (config.num_hidden_layers, config.intermediate_size) == (2, 256)
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+def test_accelerate_loop(tmp_path):
+    told = run("accelerate_loop.py", tmp_path)
+    assert [line.split(":")[0] for line in told.splitlines() if line.startswith("step")] == [f"step {step}" for step in range(10)]
+    model = bh.load(tmp_path / "model")
+    assert model.config.num_key_value_heads == 2
+    assert float((model.model.layers[0].mlp.up_proj.weight == 0).float().mean()) == 0.5

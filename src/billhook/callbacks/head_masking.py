@@ -66,7 +66,7 @@ class HeadMasking(ShapeCallback):
         super().end_training(fit)
 
     def release(self, fit: Fit, completed: bool) -> None:
-        """Removes all hooks; after training, zeroes consumer weights again, in case a callback averaged them."""
+        """Removes all hooks, and zeroes consumer weights again, in case a callback averaged them."""
         if completed:
             self._zero(fit.module)
         self.unmask()

@@ -68,7 +68,7 @@ class Uptraining(LengthSetter):
         self.set_length(fit)
 
     def set_length(self, fit: Fit) -> None:
-        """Sets the training length; callbacks that need it in their own `prepare` call this earlier."""
+        """Sets the training length; called earlier if callbacks need it to prepare."""
         if not fit.is_trial:
             self.steps = fit.set_length("Uptraining", partial(self._length, fit))
 

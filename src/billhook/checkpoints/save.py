@@ -210,7 +210,7 @@ def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) 
 
 
 def state_shape(model: PreTrainedModel) -> Shape:
-    """Writes an entry into a model's config for what no field can express of its shape, and returns it."""
+    """Adds an entry to a model's config for a shape that no field can express."""
     vars(model.config).pop(KEY, None)  # the entry of an earlier save
     set_head_dim(model)
     shape = shape_beyond_config(model)

@@ -107,7 +107,7 @@ class EventCallback(ShapeSavingCallback, ABC):
         return False
 
     def prepare(self, fit: Fit) -> None:
-        """Checks the run, and clears an earlier one."""
+        """Checks the run, and clears an earlier run."""
         fit.check_takes_steps(type(self).__name__)
         self.check_fit(fit)
         if [other.state_key for other in fit.callbacks(type(self))].count(self.state_key) > 1:

@@ -135,15 +135,15 @@ class Fit(ABC):
 
     @abstractmethod
     def once_model_exists(self, work: Callable[[], None]) -> None:
-        """Calls `work` when the model exists, before it is wrapped and optimizers are created."""
+        """Calls `work` when the model exists, before it is wrapped and has optimizers."""
 
     @abstractmethod
     def follow_shapes(self) -> None:
-        """Makes the trainer's checkpoints hold the shape and random state; called before shapes change."""
+        """Makes checkpoints hold shape and random state, before shapes change."""
 
     @abstractmethod
     def reshaping(self, blockwise: bool) -> AbstractContextManager[None]:
-        """Within, shapes may change: unwraps the model, and gathers shards, one block at a time if `blockwise`."""
+        """Unwraps the model and gathers shards while shapes change, block by block if `blockwise`."""
 
     # Ranks
 
@@ -209,7 +209,7 @@ class Fit(ABC):
 
     @abstractmethod
     def undisturbed(self) -> AbstractContextManager[object]:
-        """Within, the module logs nothing."""
+        """Keeps the module from logging."""
 
     @abstractmethod
     def forward_context(self) -> AbstractContextManager[object]:

@@ -154,7 +154,7 @@ class LightningFit(Fit):
         wrap_hooks(self.trainer, self.module)
 
     def reshaping(self, blockwise: bool) -> AbstractContextManager[None]:
-        """Within, shapes may change: unwraps DDP, and gathers shards, one block at a time if `blockwise`."""
+        """Unwraps DDP and gathers shards while shapes change."""
         return unwrapped(self.trainer, blockwise)
 
     @property
@@ -219,7 +219,7 @@ class LightningFit(Fit):
         return training_loss(self.module, number)
 
     def undisturbed(self) -> AbstractContextManager[object]:
-        """Within, the module logs nothing."""
+        """Keeps the module from logging."""
         return overridden(self.module, log=lambda *_, **__: None)
 
     def forward_context(self) -> AbstractContextManager[object]:
@@ -234,7 +234,7 @@ class LightningFit(Fit):
         return float16_replaced(self.device, plugin.device)
 
     def validate(self, limit: int | None = None) -> dict[str, float]:
-        """Returns what `validation_step` logs for the current model; empty without validation."""
+        """Returns the metrics that `validation_step` logs; empty without validation."""
         return measure(self, self.trainer, self.module, limit)
 
     @property
@@ -269,46 +269,50 @@ class LightningFit(Fit):
 
 
 def float16_replaced(device: torch.device, device_type: str) -> AbstractContextManager[object]:
-    """Returns autocast to bfloat16 for float16 training, which scales the loss where scores do not; emulated bfloat16 is slow."""
+    """Returns autocast to bfloat16, because scores do not scale the loss like training."""
+    # emulated bfloat16 is slow
     has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device_type, torch.bfloat16, cache_enabled=False) if has_bfloat16 else nullcontext()
 
 
 class FitCallback(Callback):
-    """A callback whose hooks take a `Fit`. Lightning calls them through its own hooks, other trainers directly."""
+    """A callback whose hooks take a `Fit`.
+
+    Lightning calls them through its own hooks, other trainers directly.
+    """
 
     def prepare(self, fit: Fit) -> None:
         """Checks the run before the model is wrapped and optimizers are created."""
 
     def resolve(self, fit: Fit) -> None:
-        """Resolves steps once the length of training is known; called before `begin_training`."""
+        """Resolves steps, once the length of training is known."""
 
     def begin_training(self, fit: Fit) -> None:
         """Starts training or resumes it, with the checkpoint loaded."""
 
     def before_batch(self, fit: Fit, batch: object) -> None:
-        """Called before each batch."""
+        """Runs before each batch."""
 
     def before_optimizer_step(self, fit: Fit, optimizer: Optimizer) -> None:
-        """Called before each optimizer step; gradients may have been clipped."""
+        """Runs before each optimizer step, on gradients that may have been clipped."""
 
     def after_batch(self, fit: Fit) -> None:
-        """Called after each batch."""
+        """Runs after each batch."""
 
     def after_validation(self, fit: Fit) -> None:
-        """Called after each validation during training."""
+        """Runs after each validation during training."""
 
     def before_evaluation(self, fit: Fit) -> None:
-        """Called before validation, testing, or prediction without training."""
+        """Runs before validation, testing, or prediction without training."""
 
     def end_training(self, fit: Fit) -> None:
-        """Called after the last batch."""
+        """Runs after the last batch."""
 
     def close(self, fit: Fit) -> None:
-        """Called after all callbacks have ended training."""
+        """Runs after all callbacks have ended training."""
 
     def release(self, fit: Fit, completed: bool) -> None:
-        """Undoes what was set up, after training (`completed`), an error, or a run without training."""
+        """Removes hooks after training (`completed`), an error, or a run without training."""
 
     def on_init_end(self, *_: object, **__: object) -> None:
         """Raises `ValueError`: transformers' Trainer calls this."""
@@ -375,7 +379,7 @@ class FitCallback(Callback):
 
 
 class ShapeSavingCallback(FitCallback):
-    """A callback that makes Lightning's checkpoints hold the shape, adapters, and random state of a run."""
+    """A callback that adds shape, adapters, and random state to checkpoints."""
 
     _resume: ResumeState | None = None
     _validated: dict[str, Any]

@@ -155,7 +155,7 @@ def unclaimed_states(callbacks: Iterable[Callback], states: Mapping[str, Any]) -
 
 
 def check_callbacks(callbacks: Sequence[Callback], states: Mapping[str, Any]) -> None:
-    """Raises `ValueError` if a callback replaces another of its class in the run that saved these states."""
+    """Raises `ValueError` if a callback replaces another of its class."""
     others = unclaimed_states(callbacks, states)
     for callback in callbacks:
         kind = callback.state_key.partition("{")[0]  # not always the name of the class, as keys of earlier builds stay

@@ -1,4 +1,4 @@
-"""Lightning's strategies: what they support, and how shapes change under DDP and FSDP2."""
+"""Lightning's strategies: their limits, and shape changes under DDP and FSDP2."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -1,4 +1,7 @@
-"""billhook's callbacks in axolotl: `plugins: [billhook.integrations.axolotl.Plugin]`, and a list of callbacks as `billhook:`."""
+"""billhook's callbacks in axolotl.
+
+In its YAML: `plugins: [billhook.integrations.axolotl.Plugin]`, and a list of callbacks as `billhook:`.
+"""
 
 from typing import Any
 

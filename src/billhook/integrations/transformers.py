@@ -24,7 +24,7 @@ STATE = "billhook_fit.pt"
 
 
 class Callbacks(TrainerCallback, ExportableState):
-    """Runs billhook's callbacks in transformers' Trainer, and in trainers that derive from it, such as TRL's.
+    """Runs billhook's callbacks in transformers' Trainer, and in trainers derived from it.
 
     Events at the start happen when the Trainer is created, before the model is wrapped and the optimizer exists, if they need no
     data or their calibration is not drawn from the training data; otherwise, and later ones, before the step that they are due
@@ -102,7 +102,7 @@ class Callbacks(TrainerCallback, ExportableState):
             self._restored = -1
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **hooked: Any) -> None:  # noqa: ANN401
-        """Restores a resumed run, checks later events, and applies those that are due before the first step."""
+        """Restores a resumed run, checks later events, and applies due events."""
         if self._fit is None:
             if late := [callback for callback in self.callbacks if _starts(callback)]:
                 raise ValueError(
@@ -240,7 +240,7 @@ def _starts(callback: FitCallback) -> bool:
 
 
 def _draws_training_data(callback: EventCallback) -> bool:
-    """Returns whether a callback is calibrated on training data, which exists only in training."""
+    """Returns whether a callback is calibrated on training data."""
     needs_data = callback.preparation.needed if isinstance(callback, KVHeadConversion) else callback.needs_data
     return needs_data and callback.calibration.batches is None
 

@@ -107,13 +107,13 @@ class TransformersFit(Fit):
         self.check_strategy(name)
 
     def check_learned_masks(self, name: str) -> None:
-        """Raises `ValueError` if weights are sharded, or gradients are scaled when the decay is added."""
+        """Raises `ValueError` if weights are sharded, or gradients are scaled."""
         self.check_strategy(name)
         if self.args.fp16 and not self.args.max_grad_norm:
             raise ValueError(f"{name} needs unscaled gradients. Set max_grad_norm above 0, or use bf16.")
 
     def check_reshaping(self, name: str) -> None:
-        """Accepts any strategy, because the model is not wrapped yet; `check_reshaping_later` checks later events."""
+        """Does nothing: the model is not wrapped yet. See `check_reshaping_later`."""
 
     def check_reshaping_later(self, name: str, step: int) -> None:
         """Raises `ValueError` if shapes cannot change at a later step."""
@@ -133,7 +133,7 @@ class TransformersFit(Fit):
 
     @property
     def sharding(self) -> str:
-        """What shards or replicates the model, besides DDP; empty if nothing does."""
+        """Name of the kind of sharding, besides DDP; empty without it."""
         kinds = {"FSDP": self.args.fsdp, "DeepSpeed": self.args.deepspeed, "DataParallel": self.args.n_gpu > 1}
         return next((kind for kind, used in kinds.items() if used), "")
 
@@ -146,7 +146,7 @@ class TransformersFit(Fit):
 
     @contextmanager
     def reshaping(self, blockwise: bool) -> Iterator[None]:
-        """Within, shapes may change; afterward, the config states the shape for checkpoints."""
+        """Drops gradients before shapes change, and states the shape in the config afterward."""
         self.module.zero_grad()
         yield
         state_shape(self.model)
@@ -196,7 +196,7 @@ class TransformersFit(Fit):
         return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
 
     def preprocessors(self) -> list[Preprocessor]:
-        """Returns the Trainer's `processing_class`, or else the base model's tokenizer or processor."""
+        """Returns the Trainer's `processing_class`, or else the base model's."""
         processing, origin = self._hooked.get("processing_class"), str(self.model.config.name_or_path)
         if isinstance(processing, Preprocessor):
             return [processing]
@@ -232,7 +232,7 @@ class TransformersFit(Fit):
 
     @torch.no_grad()
     def validate(self, limit: int | None = None) -> dict[str, float]:
-        """Returns `val_loss`, the mean over examples, and `val_perplexity` of language models; empty without batches."""
+        """Returns `val_loss`, the mean over examples, and `val_perplexity` of language models."""
         batches = self._hooked.get("eval_dataloader") if self._validation is None else self._validation
         if limit == 0 or batches is None:
             return {}
@@ -280,7 +280,7 @@ class TransformersFit(Fit):
 
 
 def val_metrics(metrics: Mapping[str, float], model: nn.Module) -> dict[str, float]:
-    """Renames the Trainer's metrics as billhook names them, and adds the perplexity of language models.
+    """Renames the Trainer's metrics for billhook, and adds perplexity.
 
     >>> val_metrics({"eval_loss": 1.0, "eval_runtime": 2.0, "epoch": 1.0}, nn.Linear(1, 1))
     {'val_loss': 1.0}

@@ -158,7 +158,7 @@ class EnforcedMasks:
 
 
 def hold_masks(model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Any]) -> EnforcedMasks:
-    """Keeps pruned weights at zero after each step of an optimizer, for a training loop without a trainer.
+    """Keeps pruned weights at zero after each optimizer step, in a loop of your own.
 
     Under momentum and weight decay, too. Call `follow()` on the result after shapes have changed, and `detach()` when training
     ends. To resume, save its `state_dict()`, a bit per weight, and pass that as `masks`.

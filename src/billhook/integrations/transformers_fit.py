@@ -8,12 +8,14 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArguments
 
 from billhook.checkpoints.save import state_shape
 from billhook.engine.batches import Run, model_loss, runs_of
+from billhook.engine.sharding import is_sharded
 from billhook.engine.state import evaluating_without_grad
 from billhook.engine.trees import tree_map_only
 from billhook.fit.fit import Fit, Loss, Reduction
@@ -134,7 +136,13 @@ class TransformersFit(Fit):
     @property
     def sharding(self) -> str:
         """Name of the kind of sharding, besides DDP; empty without it."""
-        kinds = {"FSDP": self.args.fsdp, "DeepSpeed": self.args.deepspeed, "DataParallel": self.args.n_gpu > 1}
+        state = AcceleratorState()  # `accelerate launch` sets what the arguments do not say
+        kinds = {
+            "FSDP": getattr(state, "fsdp_plugin", None) is not None,
+            "DeepSpeed": state.deepspeed_plugin is not None,
+            "DataParallel": self.args.n_gpu > 1,
+            "a sharded model": is_sharded(self.module),
+        }
         return next((kind for kind, used in kinds.items() if used), "")
 
     def once_model_exists(self, work: Callable[[], None]) -> None:

@@ -183,12 +183,12 @@ def hold_masks(model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Any])
         0.5
     """
     check_types(hold_masks, locals())
-    held = EnforcedMasks()
-    held.load_state_dict({name: mask for name, mask in masks.items() if not isinstance(mask, Tensor)})
-    held.attach(model, [getattr(optimizer, "optimizer", optimizer)])
+    enforced = EnforcedMasks()
+    enforced.load_state_dict({name: mask for name, mask in masks.items() if not isinstance(mask, Tensor)})
+    enforced.attach(model, [getattr(optimizer, "optimizer", optimizer)])
     if tensors := {name: mask for name, mask in masks.items() if isinstance(mask, Tensor)}:
-        held.hold(tensors)
-    return held
+        enforced.hold(tensors)
+    return enforced
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:

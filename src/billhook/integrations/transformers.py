@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
@@ -92,14 +93,13 @@ class Callbacks(TrainerCallback, ExportableState):
                 callback.prepare(fit)
             if saved is not None:
                 self._restore(saved)
+            fit.model.register_load_state_dict_pre_hook(_refuse_other_shape)  # type: ignore[no-untyped-call]
             for callback in self.callbacks if saved is None else ():
                 if isinstance(callback, EventCallback) and _starts(callback):
                     if _draws_training_data(callback):
                         break  # later events must not overtake it
                     callback.resolve(fit)
                     callback.begin_training(fit)
-        if saved is None:  # whatever has happened is in the model that training begins with
-            self._restored = -1
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **hooked: Any) -> None:  # noqa: ANN401
         """Restores a resumed run, checks later events, and applies due events."""
@@ -129,16 +129,17 @@ class Callbacks(TrainerCallback, ExportableState):
     def _check_later(self, fit: TransformersFit) -> None:
         """Raises `ValueError` if events after the start cannot happen in this Trainer."""
         for callback in fit.callbacks(EventCallback):
-            steps = callback.pending_steps(fit.module, fit.step)
+            name, steps = type(callback).__name__, callback.pending_steps(fit.module, fit.step)
             if isinstance(callback, ShapeCallback):
                 steps = [step for step in callback.shape_steps(fit.length, fit) if step > fit.step]
-                pending = callback.due(fit.module, fit.step) and not callback.only_at_start
-                if later := steps or ([fit.step] if pending else []):
-                    fit.check_reshaping_later(type(callback).__name__, later[0])
-            if steps and fit.args.load_best_model_at_end:
+                if not callback.only_at_start and callback.due(fit.module, fit.step):
+                    steps.insert(0, fit.step)  # the model is wrapped by now
+                if steps:
+                    fit.check_reshaping_later(name, steps[0])
+            if fit.args.load_best_model_at_end and steps and steps[-1] > 0:
                 raise ValueError(
-                    f"load_best_model_at_end=True may load weights from before the event of {type(callback).__name__} at step "
-                    f"{steps[0]}. Set False, or use at='start'."
+                    f"load_best_model_at_end=True may load weights from before the event of {name} at step {steps[-1]}. Set it "
+                    "to False, or use at='start'."
                 )
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **hooked: Any) -> None:  # noqa: ANN401
@@ -231,6 +232,16 @@ class Callbacks(TrainerCallback, ExportableState):
             f"training resumes at step {state.global_step}, but there is no {STATE} for it. Pass the checkpoint folder as "
             "TrainingArguments(resume_from_checkpoint=...) too, or load the model from it with bh.load."
         )
+
+
+def _refuse_other_shape(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: object) -> None:
+    """Raises `ValueError` before the Trainer loads a checkpoint into a model of another shape."""
+    for name, parameter in model.named_parameters():
+        if (saved := state.get(f"{prefix}{name}")) is not None and saved.shape != parameter.shape:
+            raise ValueError(
+                f"the checkpoint has {name} of shape {list(saved.shape)}, and the model {list(parameter.shape)}, because an "
+                "event changed it. Load the model from the checkpoint folder (bh.load) before the Trainer is created."
+            )
 
 
 def _starts(callback: FitCallback) -> bool:

@@ -66,6 +66,9 @@ class Stop(TrainerCallback):
             raise Killed
 
 
+RECOMPUTES = "activation_checkpointing"
+if RECOMPUTES not in TrainingArguments.__dataclass_fields__:  # before transformers 5.20
+    RECOMPUTES = "gradient_checkpointing"
 MIDDLE = {"save_strategy": "steps", "save_steps": 2, "save_total_limit": 2, "max_steps": 5}
 
 
@@ -111,7 +114,7 @@ def test_masks_of_dense_weights_resume(tmp_path):
         {"max_grad_norm": 0.5},
         {"bf16": True},
         {"optim": "adamw_torch", "learning_rate": 1e-3, "weight_decay": 0.1, "lr_scheduler_type": "linear"},
-        {"activation_checkpointing": True},
+        {RECOMPUTES: True},
     ],
     ids=["accumulated", "clipped", "bfloat16", "adam", "recomputed"],
 )
@@ -193,6 +196,7 @@ REFUSED = {
     "fsdp": (lambda: [EVENTS["mean"](2)], {"fsdp": "full_shard"}, "at step 2, which is not possible with FSDP"),
     "masks in fsdp": (lambda: [EVENTS["wanda"](2)], {"fsdp": "full_shard"}, "WeightPruning does not support FSDP"),
     "compiled": (lambda: [EVENTS["mean"](2)], {"torch_compile": True}, "at step 2, which is not possible with torch_compile"),
+    "vllm": (lambda: [EVENTS["mean"](2)], {"use_vllm": True}, "at step 2, which is not possible with colocated vLLM, whose copy"),
     "best": (lambda: [EVENTS["mean"](2)], {"load_best_model_at_end": True}, "load_best_model_at_end=True may load weights from"),
     "best masks": (lambda: [EVENTS["wanda"](2)], {"load_best_model_at_end": True}, "load_best_model_at_end=True may load"),
     "length": (lambda: [bh.Uptraining(pretraining_steps=100)], {}, "Uptraining needs 5 training steps, and .* has 4. Set"),
@@ -211,6 +215,9 @@ def test_what_cannot_be_is_refused_before_training(tmp_path, name, monkeypatch):
     callbacks, settings, told = REFUSED[name]
     if "fsdp" in settings:  # no process group here
         monkeypatch.setattr(TransformersFit, "sharding", "FSDP")
+        settings = {}
+    if "use_vllm" in settings:  # of TRL's arguments
+        monkeypatch.setattr(TrainingArguments, "use_vllm", True, raising=False)
         settings = {}
     if "load_best_model_at_end" in settings:
         settings = settings | {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 2, "eval_steps": 2}

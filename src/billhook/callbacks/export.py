@@ -28,9 +28,9 @@ from billhook.engine.passes import blockwise
 from billhook.engine.sharded_files import write_sharded
 from billhook.engine.sharding import is_sharded, reshard
 from billhook.engine.store import store_of
+from billhook.fit.callback import FitCallback
 from billhook.fit.event import events_of, start_metrics
 from billhook.fit.fit import Fit
-from billhook.fit.lightning import FitCallback
 from billhook.fit.ranks import from_first_rank, on_first_rank
 from billhook.folder_lock import FolderLock
 from billhook.model.checkpoint_shape import save_shape

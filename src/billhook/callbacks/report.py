@@ -10,9 +10,9 @@ from billhook.arguments import check_int, check_path, check_types
 from billhook.callbacks.degradation import Degradation, check_listed_after
 from billhook.callbacks.export import Export
 from billhook.checkpoints.card import label_of
+from billhook.fit.callback import FitCallback
 from billhook.fit.event import Event, EventCallback, events_of, metrics_of_callbacks, record_start, start_metrics
 from billhook.fit.fit import Fit
-from billhook.fit.lightning import FitCallback
 from billhook.fit.ranks import on_first_rank
 from billhook.plots.style import PLOT_SUFFIXES
 from billhook.plots.validation import validation

@@ -13,8 +13,8 @@ from billhook.arguments import check_int
 from billhook.calibration.calibration import Calibration
 from billhook.checkpoints.card import current_names
 from billhook.fit.calibration import FitCalibration
+from billhook.fit.callback import FitCallback, ShapeSavingCallback
 from billhook.fit.fit import Fit
-from billhook.fit.lightning import FitCallback, ShapeSavingCallback
 from billhook.fit.targets import remaining_rounds
 from billhook.report.summary import summary
 from billhook.schedules import Schedule

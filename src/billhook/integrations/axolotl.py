@@ -10,7 +10,7 @@ from jsonargparse import ArgumentParser
 from pydantic import BaseModel
 from torch import nn
 
-from billhook.fit.lightning import FitCallback
+from billhook.fit.callback import FitCallback
 from billhook.integrations.transformers import Callbacks
 
 

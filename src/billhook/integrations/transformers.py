@@ -13,8 +13,8 @@ from transformers.trainer_callback import ExportableState
 from billhook.arguments import check_types
 from billhook.callbacks.kv_heads import KVHeadConversion
 from billhook.engine.state import overridden
+from billhook.fit.callback import FitCallback
 from billhook.fit.event import EventCallback, events_of
-from billhook.fit.lightning import FitCallback
 from billhook.fit.resume import check_callbacks
 from billhook.fit.shape_event import ShapeCallback
 from billhook.integrations.transformers_fit import TransformersFit, val_metrics

@@ -19,7 +19,7 @@ from billhook.engine.sharding import is_sharded
 from billhook.engine.state import evaluating_without_grad
 from billhook.engine.trees import tree_map_only
 from billhook.fit.fit import Fit, Loss, Reduction
-from billhook.fit.lightning import FitCallback, float16_replaced
+from billhook.fit.lightning import float16_replaced
 from billhook.fit.run import isolated_rng
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import Preprocessor, load_preprocessor
@@ -35,7 +35,7 @@ class TransformersFit(Fit):
 
     def __init__(
         self,
-        callbacks: Sequence[FitCallback],
+        callbacks: Sequence[object],
         args: TrainingArguments,
         state: TrainerState,
         model: nn.Module,

@@ -88,6 +88,8 @@ def legal(name):
             "folder": "nowhere",
             "blocks": 1,
             "monitor": "val_loss",
+            "optimizer": torch.optim.SGD(MODEL.parameters(), 0.1),
+            "masks": {},
         },
         **{"texts": bh.Calibration(), "name": "a", "checkpoint_path": "nowhere.ckpt", "index": np.zeros(1), "kv_of": np.zeros(1)},
         **dict.fromkeys(("readers", "leaves", "kv_leaves", "members"), ()),

@@ -67,8 +67,8 @@ def measured(options, name):
         if not row:
             model = bh.load(folder, dtype="float32") if folder.exists() else make()
             row |= {text: perplexity(model, own) for text, own in rows.items()}
-            bh.save(model, folder)
-            AutoTokenizer.from_pretrained(options.model).save_pretrained(folder)
+            if not folder.exists():
+                bh.save(model, folder, AutoTokenizer.from_pretrained(options.model))
         row |= answered(options, folder) if options.ask and folder.exists() else {}
         known[state] = row
         file.write_text(json.dumps(known))

@@ -134,7 +134,7 @@ def test_inputs_come_from_matched_blocks_and_goals_from_the_dense_model(monkeypa
     bh.apply(model, plan, weights=weights)
     with torch.no_grad():
         small, whole = ([one(**batch, output_hidden_states=True).hidden_states for batch in batches] for one in (model, dense))
-    held_out = FEW.is_held_out(len(batches))
+    held_out = FEW.is_held_out([""] * len(batches))
     order = sorted(range(len(batches)), key=held_out.__getitem__)
     assert [block for block, _ in seen] == list(dense.model.layers)
     for sample, batch in zip(seen[1][1], order, strict=True):
@@ -233,3 +233,11 @@ def test_one_batch_is_too_few():
     dense = build("llama")
     with pytest.raises(ValueError, match="batches: repair needs at least two batches"):
         bh.repair(dense, cut(dense), batches_for(dense, 1), bh.RepairConfig(match=FEW))
+
+
+def test_some_of_each_source_is_held_out():
+    matching = bh.criteria.BlockMatching()
+    assert matching.is_held_out(["a"] * 4 + ["b"] * 4) == [False, False, True, False, True, False, False, False]
+    assert matching.is_held_out(["a"] * 16 + ["b"] * 16) == [number in (4, 12, 20, 28) for number in range(32)]
+    assert matching.is_held_out(["a", "b", "c"]) == [False, True, False], "what is alone in its source is tuned on"
+    assert matching.is_held_out(["a", "a"]) == [False, True]

@@ -254,8 +254,9 @@ class OneShot:
 
     def matching_step(self, matching: BlockMatching, least_steps: int = 0) -> str:
         """Returns the line of the plan about block-wise reconstruction, with its time and memory."""
-        batches = batch_count(self.example_counts.values(), self.options.batch_size)
-        held_out = sum(matching.is_held_out(batches))
+        numbers_of_batches = {name: batch_count([count], self.options.batch_size) for name, count in self.example_counts.items()}
+        sources = [name for name, number in numbers_of_batches.items() for _ in range(number)]
+        batches, held_out = len(sources), sum(matching.is_held_out(sources))
         steps = matching.num_steps(batches - held_out, least_steps)
         # two runs of the model; for each block, forward and backward per step, and the held-out batches before and in between
         passes = 2 + (3 * steps + (1 + EVALUATIONS) * held_out) / batches

@@ -48,11 +48,13 @@ class BlockSample:
         inputs: Arguments and keywords of the block, computed by pruned blocks before it.
         goal: Output of the dense block, computed by dense blocks before it.
         counts: Mask of non-padding tokens, bool, in the shape of the goal without its last dimension; None if all count.
+        source: Source of the batch.
     """
 
     inputs: Arguments
     goal: Tensor
     counts: Tensor | None
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ class BlockMatching:
         lr: Maximum step size, as a share of the root mean square of a layer's kept weights. It rises during the first half of
             the steps, then falls to zero. Defaults to 0.02 for pruned weights, and to 0.01 after a repair, where all weights are
             tuned.
-        held_out: Fraction of the batches to hold out, in (0, 1); at least one batch.
+        held_out: Fraction of the batches to hold out, in (0, 1); at least one, and one of each source with several.
         seed: Seed for the order of batches.
 
     Raises:
@@ -102,10 +104,15 @@ class BlockMatching:
         """Returns the number of steps for a block, given the number of batches that are not held out."""
         return self.steps or max(math.ceil(batches), least_steps)
 
-    def is_held_out(self, count: int) -> list[bool]:
-        """Returns, for `count` batches, True for each that is held out, evenly spaced."""
+    def is_held_out(self, sources: Sequence[str]) -> list[bool]:
+        """Returns True for each batch that is held out: evenly spaced, and at least one of each source with several."""
+        count = len(sources)
         num_held_out = min(max(1, round(self.held_out * count)), count - 1)
         held_out = {int((number + 0.5) * count / num_held_out) for number in range(num_held_out)}
+        for source in set(sources):
+            batches = [batch for batch, name in enumerate(sources) if name == source]
+            if len(batches) > 1 and held_out.isdisjoint(batches):
+                held_out.add(batches[len(batches) // 2])
         return [batch in held_out for batch in range(count)]
 
 
@@ -330,7 +337,7 @@ class _BlockMatcher(Visitor):
             if run in outputs and (dense := run + count) in outputs:
                 (inputs, output), (_, goal) = outputs[run], outputs[dense]
                 if output.shape == goal.shape:
-                    samples.append(BlockSample(inputs, goal, self._counts(name, goal, run)))
+                    samples.append(BlockSample(inputs, goal, self._counts(name, goal, run), self._runs[run].source))
                     differ |= not torch.equal(output, goal)
         # each rank needs samples to tune on and samples to hold out
         too_few, changed = self._comm(torch.tensor([float(len(samples) < 2), float(differ)], device=self._comm.device)).tolist()
@@ -359,7 +366,7 @@ class _BlockMatcher(Visitor):
 
     def _tune(self, site: Site, samples: Sequence[BlockSample]) -> None:
         parts: tuple[list[BlockSample], list[BlockSample]] = ([], [])
-        for sample, is_held_out in zip(samples, self._matching.is_held_out(len(samples)), strict=True):
+        for sample, is_held_out in zip(samples, self._matching.is_held_out([each.source for each in samples]), strict=True):
             parts[is_held_out].append(sample)
         prefix, parameters = f"{next(iter(site.linears))}.", dict(self._parameters(site))
         start = {name: self._values[name] if name in self._values else value.detach() for name, value in parameters.items()}

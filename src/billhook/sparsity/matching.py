@@ -55,7 +55,8 @@ class MatchingVisitor(PruningVisitor):
             if run in outputs and (dense := run + self._batches) in outputs:
                 (inputs, output), (_, goal) = outputs[run], outputs[dense]
                 if output.shape == goal.shape:
-                    samples.append(BlockSample(inputs, goal, self._counting(goal.shape[:-1], goal, run)))
+                    counts = self._counting(goal.shape[:-1], goal, run)
+                    samples.append(BlockSample(inputs, goal, counts, self.walks.runs[run].source))
         if linears:
             # each rank needs samples to tune on and samples to hold out
             too_few = torch.tensor([float(len(samples) < 2)], device=weight_of(next(iter(linears.values()))).device)
@@ -70,7 +71,7 @@ class MatchingVisitor(PruningVisitor):
             weights[parameters[name]] = to_layout(linear, self.pruned[name].weight(weight_of(linear)))
             keeps[parameters[name]] = to_layout(linear, self.pruned[name].keep(weight_of(linear)))
         parts: tuple[list[BlockSample], list[BlockSample]] = ([], [])
-        for sample, is_held_out in zip(samples, self.matching.is_held_out(len(samples)), strict=True):
+        for sample, is_held_out in zip(samples, self.matching.is_held_out([each.source for each in samples]), strict=True):
             parts[is_held_out].append(sample)
         with torch.inference_mode(False):  # tensors made in inference mode cannot have gradients
             tuning = BlockTuning(self.matching, block, weights, keeps, self.comm)

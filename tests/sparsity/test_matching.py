@@ -304,7 +304,7 @@ def test_a_block_that_is_called_again_is_refused():
 
 @pytest.mark.parametrize(("count", "held_out", "expected"), [(2, 0.125, 1), (3, 0.9, 2), (32, 0.125, 4), (40, 0.01, 1)])
 def test_how_many_are_held_out(count, held_out, expected):
-    held = BlockMatching(held_out=held_out).is_held_out(count)
+    held = BlockMatching(held_out=held_out).is_held_out([""] * count)
     assert len(held) == count
     assert sum(held) == expected
 

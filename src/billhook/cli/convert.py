@@ -58,7 +58,7 @@ def convert(
     check_repair(named, repair)
     least, needed_by = batches_needed(named, repair)
     calibrates = least > 0 or (named.turns and examples.data is not None)
-    work = OneShot(model, out, examples, refits=calibrates, calibrates=calibrates, streams=True)
+    work = OneShot(model, out, examples, refits=calibrates, calibrates=calibrates, streams=True, repair=repair)
     heads, method = heads_and_method(work.model, num_key_value_heads, kv_cache_bytes, named, examples.data is not None)
     plan = plan_kv_heads(work.model, heads, method, layers, encoder)
     passes, statistics, known = 1, 0, None

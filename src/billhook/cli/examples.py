@@ -43,7 +43,7 @@ class TextOptions:
         supplement: Share of "mixed" and "generated" examples next to the texts of `data`, in [0, 1); only "mixed" with `stream`.
             Defaults to 0.5 if layers are refitted or KV heads are fitted, so that these texts are not all they fit, otherwise 0.
             Not with "mixed" or "generated" in `data`.
-        batch_size: Examples per batch.
+        batch_size: Examples per batch. Block-wise reconstruction of a language model always uses 1.
         evaluate: Number of examples of each text to measure perplexity or accuracy on. 0 disables it.
         seed: Seed for drawing examples and for self-generated text.
         dtype: Data type of the weights: "auto" (as saved), "float32", "bfloat16", or "float16".

@@ -22,7 +22,7 @@ from billhook.checkpoints.equivalent import saved_cache_bytes
 from billhook.checkpoints.save import load, save
 from billhook.cli.examples import EXAMPLES, Examples, LabeledData, TextOptions
 from billhook.cli.machine import device_of, file_progress, model_progress
-from billhook.cli.streamed import batch_count, check_streamed, io_summary
+from billhook.cli.streamed import batch_count, check_streamed, io_summary, matching_of
 from billhook.engine.batches import Batch
 from billhook.engine.memory import fits
 from billhook.engine.state import evaluating
@@ -37,7 +37,6 @@ from billhook.model.streamed import stream
 from billhook.progress import format_duration, progress_bar
 from billhook.pruning.repair import RepairOption
 from billhook.repairs.matching import EVALUATIONS, LEAST_STEPS, BlockMatching
-from billhook.repairs.repair import RepairConfig
 from billhook.report.degradation import DenseReference, TextDegradation, accuracy, degradation_table, degradation_warning
 from billhook.report.generation import generates
 from billhook.report.predictions import BYTES as PREDICTIONS
@@ -115,6 +114,7 @@ class OneShot:
         refits: If True, weights are fitted to the text; text files are then supplemented with other text.
         calibrates: If False, the method uses no data. A model that generates no text is then not measured.
         streams: If False, the command does not support streamed models.
+        repair: Settings of the repair. With `match`, a batch of text is a single example, because each step takes a batch.
 
     Raises:
         ValueError: If an option is not legal, before anything is computed.
@@ -129,6 +129,7 @@ class OneShot:
         refits: bool = False,
         calibrates: bool = True,
         streams: bool = False,
+        repair: RepairOption = None,
     ) -> None:
         check_target(out)
         check_not_source(model_path(name), out)
@@ -154,6 +155,8 @@ class OneShot:
             load_tokenizer(options.tokenizer)
         classifies = isinstance(options, Examples) and self._labeled.is_classifier
         self.metric = "accuracy" if classifies or self.of_images else "perplexity"
+        if matching_of(repair) is not None and self.metric == "perplexity":
+            self.options = options = replace(options, batch_size=1)
         self.uses_data = calibrates or options.data is not None or (self.metric == "perplexity" and can_generate(self.model))
         if options.supplement and self.metric == "accuracy":
             kind = type(self.model).__name__
@@ -247,10 +250,8 @@ class OneShot:
 
     def repair_step(self, repair: RepairOption, what: str) -> str:
         """Returns the line of the plan about a repair of some layers."""
-        refit = f"refit {what} by least squares"
-        if not isinstance(repair, RepairConfig) or repair.match is None:
-            return refit
-        return f"{refit}, then {self.matching_step(repair.match, LEAST_STEPS)}"
+        refit, matching = f"refit {what} by least squares", matching_of(repair)
+        return refit if matching is None else f"{refit}, then {self.matching_step(matching, LEAST_STEPS)}"
 
     def matching_step(self, matching: BlockMatching, least_steps: int = 0) -> str:
         """Returns the line of the plan about block-wise reconstruction, with its time and memory."""

@@ -102,8 +102,8 @@ def prune_structure(
     """
     check_int("rounds", rounds)
     check_scored(examples, block_importance, importance)
-    work = OneShot(model, out, examples, refits=repair is not None, streams=True)
-    passes, batches_to_score = Passes(), batch_count(work.example_counts.values(), examples.batch_size)
+    work = OneShot(model, out, examples, refits=repair is not None, streams=True, repair=repair)
+    passes, batches_to_score = Passes(), batch_count(work.example_counts.values(), work.options.batch_size)
     steps, expected_limits, kept, needed = list[str](), "", None, None
     if amount.blocks_only is not None:
         stacks, removed = count_blocks(work.model, amount.blocks_only)

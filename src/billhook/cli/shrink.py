@@ -22,12 +22,12 @@ from billhook.cli.interruption import default_variant_cache
 from billhook.cli.machine import check_file
 from billhook.cli.one_shot import Before, OneShot, degradation_text
 from billhook.cli.refit import meta_batches, repair_limits
+from billhook.cli.streamed import matching_of
 from billhook.engine.batches import Batch
 from billhook.fit.run import isolated_rng
 from billhook.plots.pareto import pareto
 from billhook.progress import OnProgress, progress_bar
 from billhook.repairs.matching import LEAST_STEPS
-from billhook.repairs.repair import RepairConfig
 from billhook.report.generation import generates
 from billhook.report.speed import Phase
 from billhook.shrinking.divergence import split_batches
@@ -268,7 +268,7 @@ def shrink(
     check_int("time_batch_size", time_batch_size)
     check_int("time_context", 2 if time_context is None else time_context, 2)
     workload = Workload(time_phase, time_batch_size, time_context)
-    work = OneShot(model, out, examples, refits=search.repair is not None)
+    work = OneShot(model, out, examples, refits=search.repair is not None, repair=search.repair)
     if recovery.recover:
         recovery.task_of(work.model)
     clock = None if budget.latency is None else (budget.latency, make_clock(work.model, workload))
@@ -279,8 +279,8 @@ def shrink(
         needed = tokens_needed(scope.search, scope.modules)
         limits = repair_limits(work, needed, fitted, search.repair != "auto")
         steps += [limits] * bool(limits)
-        if isinstance(search.repair, RepairConfig) and search.repair.match is not None:
-            steps.append(work.matching_step(search.repair.match, LEAST_STEPS))
+        if (matching := matching_of(search.repair)) is not None:
+            steps.append(work.matching_step(matching, LEAST_STEPS))
     if recovery.recover:
         steps.append(f"train for {recovery.recover:,} recovery steps")
     work.print_plan(*steps, work.calibration_step)

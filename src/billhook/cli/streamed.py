@@ -17,6 +17,7 @@ from billhook.importance.obs import OBS
 from billhook.importance.score import Importance, check_supports_streaming
 from billhook.model.layers import prunable, weight_of
 from billhook.pruning.repair import RepairOption
+from billhook.repairs.matching import BlockMatching
 from billhook.repairs.repair import RepairConfig
 from billhook.repairs.residuals import MAX_OUTPUTS
 from billhook.sparsity.criteria import Criterion
@@ -38,9 +39,14 @@ OBS_BYTES = 4 + 8
 """Bytes per pair of inputs in OBS: a float32 and a float64 matrix."""
 
 
+def matching_of(repair: RepairOption) -> BlockMatching | None:
+    """Returns the settings of block-wise reconstruction after a repair, if any."""
+    return repair.match if isinstance(repair, RepairConfig) else None
+
+
 def repair_passes(repair: RepairOption) -> int:
     """Returns the number of passes that find, refit, and match layers."""
-    return 0 if repair is None else 2 + (isinstance(repair, RepairConfig) and repair.match is not None)
+    return 0 if repair is None else 2 + (matching_of(repair) is not None)
 
 
 def batch_count(example_counts: Iterable[int], batch_size: int) -> int:
@@ -143,7 +149,7 @@ def refit_bytes(model: PreTrainedModel, repair: RepairOption, kept: Mapping[str,
         kept: Number of inputs that each refitted linear layer keeps. Defaults to all inputs of all layers.
     """
     largest_refit = largest_gram = 0
-    if isinstance(repair, RepairConfig) and repair.match is not None:
+    if matching_of(repair) is not None:
         largest_refit = reconstruction_bytes(model)
     for name, layer in prunable(model).items() if repair is not None else ():
         rows, columns = weight_of(layer).shape

@@ -20,6 +20,7 @@ from billhook.integrations.transformers_fit import TransformersFit
 from billhook.model.layers import prunable
 from kit import prunes, trainer_ddp
 from kit.events import END, EVENTS, FEW, Own, figures, loader
+from kit.families import BERT, t5
 from kit.fits import same, trainer
 from kit.trainers import SETTINGS, Ordered, calibration, train
 
@@ -274,3 +275,49 @@ def test_two_processes_do_as_one(tmp_path):
     for own, others in zip(found["events"], events, strict=True):
         assert own["after"].get("val_loss", 0) == pytest.approx(others["after"].get("val_loss", 0), rel=1e-4)
     assert "KVHeadConversion changes shapes at step 2, which is not possible with DDP" in found["later"]
+
+
+def classifier():
+    torch.manual_seed(0)
+    rows = [{"input_ids": torch.randint(3, 64, (10,)), "labels": torch.tensor(row % 2)} for row in range(8)]
+    return transformers.BertForSequenceClassification(transformers.BertConfig(**BERT, num_labels=2)), rows
+
+
+def seq2seq():
+    torch.manual_seed(0)
+    return t5(), [{"input_ids": torch.randint(3, 60, (10,)), "labels": torch.randint(3, 60, (6,))} for _ in range(8)]
+
+
+def images():
+    torch.manual_seed(0)
+    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 32, "intermediate_size": 48}
+    config = transformers.ViTConfig(**sizes, num_hidden_layers=2, num_attention_heads=4, num_labels=2)
+    rows = [{"pixel_values": torch.randn(3, 32, 32), "labels": torch.tensor(row % 2)} for row in range(8)]
+    return transformers.ViTForImageClassification(config), rows
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "settings"),
+    [
+        (classifier, Trainer, TrainingArguments),
+        (seq2seq, transformers.Seq2SeqTrainer, transformers.Seq2SeqTrainingArguments),
+        (images, Trainer, TrainingArguments),
+    ],
+    ids=["classifier", "seq2seq", "images"],
+)
+def test_other_tasks(tmp_path, make, kind, settings):
+    """What the Trainer trains, callbacks change: masks and shapes, measured on labels, saved, and loaded."""
+    model, rows = make()
+    before = sum(parameter.numel() for parameter in model.parameters())
+    structure = bh.StructuredPruning(bh.Amount(channels=0.5), at=1, calibration=8)
+    zeros = prunes.WeightPruning(sparsity=0.5, at=3, calibration=8)
+    unseen = [{name: value[None] for name, value in row.items()} for row in rows[:4]]
+    callbacks = Callbacks([structure, zeros, bh.Export(str(tmp_path / "out"))], validation=unseen)
+    run = kind(model, settings(str(tmp_path / "hf"), **SETTINGS), train_dataset=rows, callbacks=[callbacks])
+    run.train()
+    saved = bh.load(tmp_path / "out", dtype="float32")
+    assert same(saved.state_dict(), model.state_dict())
+    assert sum(parameter.numel() for parameter in saved.parameters()) < before
+    assert all(event["after"]["val_loss"] > 0 for event in (*structure.events, *zeros.events))
+    sparse = [linear for name, linear in prunable(saved).items() if "classifier" not in name]
+    assert all(0.4 < float((linear.weight == 0).float().mean()) < 0.6 for linear in sparse)

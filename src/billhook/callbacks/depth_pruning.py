@@ -11,7 +11,7 @@ from billhook.engine.passes import blockwise
 from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event
 from billhook.fit.fit import Fit
-from billhook.fit.ranks import check_close, check_identical, comm_of
+from billhook.fit.ranks import check_identical, comm_of
 from billhook.fit.shape_event import ShapeCallback
 from billhook.fit.targets import At, check_at, round_targets
 from billhook.importance.blocks import BlockInfluence
@@ -20,7 +20,7 @@ from billhook.model.plan import Weights, apply_plan
 from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.planning import count_blocks, plan_amount
-from billhook.pruning.repair import RepairOption, repair_if_requested
+from billhook.pruning.repair import RepairOption
 from billhook.schedules import Schedule
 from billhook.tracing.trace import trace
 from billhook.units.find import find_units, units_of
@@ -136,9 +136,7 @@ class DepthPruning(ShapeCallback):
             assert isinstance(plan, BlockPlan)
             check_identical(fit, "DepthPruning", "the blocks to remove", plan.units)
             with blockwise(fit.module) if self.repair is not None else nullcontext():
-                comm = comm_of(fit, self.calibration.shared(fit))
-                weights, why = repair_if_requested(model, plan, runs, self.repair, comm)
-                check_close(fit, "DepthPruning", "the repaired weights", model, weights or {})
+                weights, why = self.repaired(fit, plan, runs, self.repair)
         return plan, weights, f", {'repaired' if weights else why}" if weights or why else ""
 
 

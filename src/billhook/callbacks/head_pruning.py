@@ -18,7 +18,7 @@ from billhook.engine.passes import blockwise
 from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event, log_event
 from billhook.fit.fit import Fit
-from billhook.fit.ranks import check_close, check_identical, comm_of, fail_together
+from billhook.fit.ranks import check_identical, fail_together
 from billhook.fit.shape_event import check_no_shape_changes
 from billhook.fit.targets import At, check_at, round_targets
 from billhook.importance.gate_gradient import GateGradient
@@ -28,7 +28,7 @@ from billhook.plots.style import Plot
 from billhook.pruning.choice import HeadOptions
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import plan_units
-from billhook.pruning.repair import RepairOption, repair_if_requested
+from billhook.pruning.repair import RepairOption
 from billhook.schedules import Schedule
 from billhook.units.find import find_units
 
@@ -293,9 +293,7 @@ class HeadPruning(HeadMasking):
         model = fit.model
         with self.calibration.undisturbed(fit), fit.gradient_context(), blockwise(fit.module):
             runs = [make_run(model, find_units(model, "head"), *pair) for pair in self.calibration.pairs(fit)]
-            comm = comm_of(fit, self.calibration.shared(fit))
-            weights, why = repair_if_requested(model, plan, runs, self.repair, comm)
-            check_close(fit, "HeadPruning", "the repaired weights", model, weights or {})
+            weights, why = self.repaired(fit, plan, runs, self.repair)
         return weights, f", {'repaired' if weights else why}"
 
     def _finish(self, fit: Fit, step: int, worse: bool, what: str, optimizers: list[Optimizer] | None = None) -> str:

@@ -12,7 +12,7 @@ from billhook.engine.passes import blockwise
 from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event, log_event, percent_change, record_not_refitted
 from billhook.fit.fit import Fit
-from billhook.fit.ranks import check_close, check_identical, comm_of, fail_together
+from billhook.fit.ranks import check_identical, comm_of, fail_together
 from billhook.fit.shape_event import ShapeCallback
 from billhook.fit.targets import At, check_at, round_targets
 from billhook.importance.score import Importance, make_run
@@ -20,7 +20,7 @@ from billhook.model.plan import Weights, apply_plan
 from billhook.pruning.amount import Amount
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import default_importance, plan_from_search
-from billhook.pruning.repair import RepairOption, repair_if_requested
+from billhook.pruning.repair import RepairOption
 from billhook.pruning.target import Baseline, RatioSearch
 from billhook.repairs.repair import RepairConfig
 from billhook.schedules import Schedule
@@ -133,14 +133,12 @@ class StructuredPruning(ShapeCallback):
         if part is None:  # depends on numbers of units only, which are equal on all ranks
             return None, None, "", ""
         with self.calibration.undisturbed(fit), fit.gradient_context(), blockwise(fit.module):
-            comm = comm_of(fit, self.calibration.shared(fit))
             pairs = self.calibration.pairs(fit) if self.needs_data else ()
             runs = [make_run(model, part.units, *pair) for pair in pairs]
             importance = self.importance or default_importance(part.units)
-            plan = plan_from_search(part, importance, runs, comm=comm)
-            weights, why = repair_if_requested(model, plan, runs, self.repair if self.needs_data else None, comm)
+            plan = plan_from_search(part, importance, runs, comm=comm_of(fit, self.calibration.shared(fit)))
             check_identical(fit, "StructuredPruning", "the plan", plan.to_json)
-            check_close(fit, "StructuredPruning", "the repaired weights", model, weights or {})
+            weights, why = self.repaired(fit, plan, runs, self.repair if self.needs_data else None)
             done = "repaired" if weights else why
             return plan, weights, f"{type(importance).__name__}{f', {done}' if done else ''}", why
 

@@ -1,7 +1,7 @@
 """Events that change tensor shapes in model, optimizers, DDP, and FSDP2."""
 
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -9,12 +9,15 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
+from billhook.engine.batches import Run
 from billhook.engine.fsdp import WRAPPED, class_of
 from billhook.engine.sharding import sizes_only
 from billhook.fit.event import Event, EventCallback, LengthSetter, ShapeFollower, log_event
 from billhook.fit.fit import Fit
-from billhook.fit.ranks import fail_together
+from billhook.fit.ranks import check_close, comm_of, fail_together
+from billhook.model.plan import ModelPlan, Weights
 from billhook.model.surgery import check_replaceable, check_unhooked
+from billhook.pruning.repair import RepairOption, repair_if_requested
 
 
 class ShapeCallback(EventCallback):
@@ -94,6 +97,12 @@ class ShapeCallback(EventCallback):
             callback.follow()
         torch.compiler.reset()  # torch stops compiling after several shapes
         return event
+
+    def repaired(self, fit: Fit, plan: ModelPlan, runs: Sequence[Run], repair: RepairOption) -> tuple[Weights | None, str]:
+        """Returns repaired weights for a plan, and a note; see `repair_if_requested`."""
+        weights, why = repair_if_requested(fit.model, plan, runs, repair, comm_of(fit, self.calibration.shared(fit)))
+        check_close(fit, type(self).__name__, "the repaired weights", fit.model, weights or {})
+        return weights, why
 
 
 def check_no_hidden_state(fit: Fit, name: str) -> None:

@@ -106,7 +106,7 @@ def test_two_processes_change_shapes_as_one_does(of_two, files, tmp_path, name):
         if "bfloat16" in name or "matched" in name:
             assert (state[own] - value).abs().mean() < (2e-2 if "matched" in name else 5e-3), own
         else:
-            torch.testing.assert_close(state[own], value, atol=1e-4, rtol=1e-3)
+            torch.testing.assert_close(state[own], value, atol=5e-4 if "the best" in name else 1e-4, rtol=1e-3)
 
 
 @pytest.mark.nightly

@@ -38,7 +38,7 @@ EVENTS = {
     "a smaller model": lambda: shrinks.Shrinking(params=0.8, **SEARCH),
     "a smaller cache": lambda: shrinks.Shrinking(kv_cache_bytes=0.5, **SEARCH),
 }
-ASIDE = {"channels, repaired": 1, "KV heads, with data": 3}
+ASIDE = {"channels, repaired": 1, "KV heads, with data": 3, "a smaller cache": 1}
 """Of how many weights of WIDTH x WIDTH in each block new values wait, as shards, until tensors are cut."""
 VARIANTS = {"a smaller model": 4}
 """Weights of WIDTH x WIDTH that are whole while a model is measured: two of a block in variants, and what gathers them."""
@@ -54,17 +54,18 @@ ZEROS = {
     "zeros, matched": lambda: prunes.WeightPruning(bh.Wanda(), match=bh.criteria.BlockMatching(), **HALF),
 }
 EVENTS |= ZEROS
-ON_TWO = [*ASIDE, "hidden dimensions, by gradients", *ZEROS]
+ON_TWO = ["channels, repaired", "KV heads, with data", "hidden dimensions, by gradients", *ZEROS]
 """Events that each of two ranks measures: those whose new values wait or whose masks stay, and one that needs gradients."""
 SOLVED = "zeros, SparseGPT", "zeros, Refit", "zeros, ALPS", "zeros, matched"
 """Those of which half of the weights are new, and wait as shards until all are put, beside a byte for each weight's mask."""
 
 HEADS, SHARED, HEAD = 4, 2, 32
 """KV heads, how many become one, and how wide each is."""
-MOMENTS = {"KV heads, with data": 2 * 8 * (2 * HEADS // SHARED * (SHARED * HEAD) ** 2 + HEADS * HEAD**2)}
+OF_HEADS = 2 * 8 * (2 * HEADS // SHARED * (SHARED * HEAD) ** 2 + HEADS * HEAD**2) + 8 * 3 * WIDTH**2
+MOMENTS = {"KV heads, with data": OF_HEADS, "a smaller cache": OF_HEADS}
 MOMENTS |= dict.fromkeys(SOLVED, 4 * 4 * WIDTH**2) | {"zeros, ALPS": 4 * (4 + bh.criteria.ALPS.copies) * WIDTH**2}
-"""Bytes of second moments: of the heads of an attention, as sums and as means; of what one linear reads, or all of a block, and
-of what is computed of them."""
+"""Bytes of second moments: of the heads of an attention, as sums and as means, and its weights in float64; of what one linear
+reads, or all of a block, and of what is computed of them."""
 TUNED = {"zeros, matched": 5}
 """How many blocks are there besides while one is tuned: what Adam tunes, its moments and gradients, what was best, and masks."""
 

@@ -29,6 +29,8 @@ OTHERS = {"c10d.barrier", "c10d.broadcast_", "_c10d_functional.all_reduce", "_c1
 """Without data, or of some numbers."""
 N = 2
 """Batches of each rank."""
+OF_HEADS = 8 * (2 * 2 * (2 * 8) ** 2 + 4 * 8**2) + 24
+"""Bytes that are summed for each attention."""
 GIVEN = [(one,) for one in torch.randint(3, 60, (2 * N, 2, 12), generator=torch.Generator().manual_seed(5))]
 FEW = {"at": 1, "measure_batches": 0, "calibration": GIVEN}
 
@@ -172,9 +174,15 @@ SENT = {
         lambda: bh.KVHeadConversion(2, at=1, measure_batches=0), lambda _: 0, lambda model, a, b: a + b + 2 * weights(model, *KV)
     ),
     "KV heads, by svd": Event(
-        lambda: bh.KVHeadConversion(2, method="svd", **FEW),
-        lambda _: 2 * (8 * (2 * 2 * (2 * 8) ** 2 + 4 * 8**2) + 24),
+        lambda: bh.KVHeadConversion(2, method=bh.kv_methods.SVD(frequencies="fixed"), **FEW),
+        lambda _: 2 * OF_HEADS,
         lambda model, a, b: a + 6 * b + 2 * weights(model, ATTENTION) + 2 * weights(model, *KV),
+        ("q_proj", "k_proj", "v_proj", "o_proj"),
+    ),
+    "KV heads, by svd with frequencies": Event(
+        lambda: bh.KVHeadConversion(2, method="svd", **FEW),
+        lambda _: 2 * 2 * OF_HEADS,
+        lambda model, a, b: a + (10 + 5 * N) * b + 2 * weights(model, ATTENTION) + 2 * weights(model, *KV),
         ("q_proj", "k_proj", "v_proj", "o_proj"),
     ),
     "degradation": Event(

@@ -49,16 +49,16 @@ def fit():
 
 def die_in_the_last_event():
     """Kills this rank and what has started it, as a machine that goes down, when the model is to be sharded in its last shape."""
-    events, put_on, launcher = iter(STAGES), shards.put_on, os.getppid()
+    events, restore, launcher = iter(STAGES), shards.restore_fsdp, os.getppid()
 
     def last(*given):
         if next(events) == STAGES[-1]:
             with suppress(ProcessLookupError):  # the node's other rank was faster
                 os.kill(launcher, signal.SIGKILL)
             os.kill(os.getpid(), signal.SIGKILL)
-        put_on(*given)
+        restore(*given)
 
-    shards.put_on = last
+    shards.restore_fsdp = last
 
 
 def run_nodes(folder, dies=False, path=None):

@@ -152,8 +152,8 @@ def test_both_streams_are_what_plain_runs_give():
     dense, batches = copy.deepcopy(model), [torch.randn(2, 5, 12) for _ in range(3)]
 
     class Seen(BlockMatching):
-        def is_held_out(self, count):
-            return [number == 1 for number in range(count)]
+        def is_held_out(self, sources):
+            return [number == 1 for number, _ in enumerate(sources)]
 
     original = BlockTuning.__call__
 

@@ -238,7 +238,6 @@ class TransformersFit(Fit):
         """Returns the training precision, replacing float16, which loses unscaled gradients."""
         return float16_replaced(self.device, self.device.type) if self.args.fp16 else self.forward_context()
 
-    @torch.no_grad()
     def validate(self, limit: int | None = None) -> dict[str, float]:
         """Returns `val_loss`, the mean over examples, and `val_perplexity` of language models."""
         batches = self._hooked.get("eval_dataloader") if self._validation is None else self._validation

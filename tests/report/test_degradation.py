@@ -8,7 +8,9 @@ import pytest
 import torch
 
 import billhook as bh
+from billhook.calibration.reading import load_splits
 from billhook.engine.batches import Batch
+from billhook.model.preprocessors import load_tokenizer
 from billhook.report import predictions as module
 from billhook.report.degradation import DenseReference, TextDegradation, degradation_table, degradation_warning
 from kit.families import llama, tokens
@@ -138,3 +140,47 @@ def test_the_table_and_the_record():
     again = TextDegradation.from_json(one("out", 1.5, False, math.nan).to_json())
     assert repr(again) == repr(one("out", 1.5, False, math.nan))
     assert degradation_table([replace(again, kl=math.nan)]).split()[-1] == "unknown"
+
+
+def test_with_another_tokenizer_the_same_text_is_compared_in_bits_per_byte():
+    dense, tokenizer = bh.load("tiny", "float32"), load_tokenizer("tiny")
+    batches = [Batch({"input_ids": ids[None]}, source) for source, ids in zip("aabb", texts_of_tiny(tokenizer), strict=True)]
+    plan = bh.plan(dense, batches=batches[:1], tokens=0.5, tokenizer=tokenizer)
+    changed, fewer = bh.load("tiny", "float32"), plan.trim_tokenizer(tokenizer)
+    bh.apply(changed, plan)
+    reference = DenseReference(dense, batches, ["a"], tokenizer=tokenizer)
+    for text in reference.degradation(dense, tokenizer=tokenizer):
+        assert (text.ratio, text.token_ratio) == (1, 1)
+    found = reference.degradation(changed, tokenizer=fewer)
+    for text, rows in zip(found, (batches[:2], batches[2:]), strict=True):
+        numbers = {"before": nats(dense, tokenizer, tokenizer, rows), "after": nats(changed, fewer, tokenizer, rows)}
+        (lost_before, tokens_before, size), (lost_after, tokens_after, _) = numbers.values()
+        # all rows have as many tokens, so that the mean over rows is that over tokens
+        assert text.bits_per_byte == pytest.approx([lost / math.log(2) / size for lost in (lost_before, lost_after)], rel=1e-4)
+        assert text.token_ratio == tokens_after / tokens_before
+        assert math.isnan(text.kl)
+    assert found[1].ratio > found[0].ratio > 1
+    shown = degradation_table(found)
+    assert shown.startswith("bits per byte of")
+    assert f"{found[0].token_ratio:.3f}" in shown
+    again = TextDegradation.from_json(found[0].to_json())
+    assert again.bits_per_byte == found[0].bits_per_byte
+
+
+def texts_of_tiny(tokenizer):
+    text = "\n".join(load_splits("tiny")["validation"][:200]["text"])
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return ids[: 4 * 64].view(4, 64)
+
+
+@torch.no_grad()
+def nats(model, tokenizer, before, rows):
+    """Nats, tokens and bytes of what follows each row's first token, one row at a time."""
+    lost = tokens = size = 0
+    for row in rows:
+        ids = row["input_ids"][0].tolist()
+        first, rest = (tokenizer(before.decode(part), add_special_tokens=False)["input_ids"] for part in (ids[:1], ids[1:]))
+        logs = model(torch.tensor([first + rest])).logits[0].log_softmax(-1)
+        lost -= sum(float(logs[len(first) - 1 + place, token]) for place, token in enumerate(rest))
+        tokens, size = tokens + len(rest), size + len(before.decode(ids[1:]).encode())
+    return lost, tokens, size

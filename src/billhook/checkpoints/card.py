@@ -5,7 +5,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
 from textwrap import shorten
-from typing import Any
+from typing import Any, TypeGuard
 
 import transformers
 from huggingface_hub import ModelCardData
@@ -121,6 +121,7 @@ UNRECORDED = "No record of the changes: billhook.save was called without record=
 LEGEND = (
     "± is the paired standard error over examples. KL is the divergence of next-token predictions from the dense model, in nats."
 )
+BITS_LEGEND = "The tokenizer has fewer tokens, so that losses per token cannot be compared. `tokens` is the number of tokens for the same text."
 
 
 def card(record: Mapping[str, Any], loading: str, config: PretrainedConfig) -> str:
@@ -258,6 +259,15 @@ def _mapping(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     return part if isinstance(part, Mapping) else {}
 
 
+def _where(text: Mapping[str, Any]) -> str:
+    return "calibrated on" if text["inside"] else "not calibrated on"
+
+
+def _is_pair(value: object) -> TypeGuard[list[float]]:
+    """Returns whether a value of an untrusted record is two positive numbers."""
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(number, float) and number > 0 for number in value)
+
+
 def _quality(record: Mapping[str, Any]) -> list[str]:
     """Returns a table of the degradation on texts, or of accuracy."""
     accuracy, rows = record.get("accuracy"), list[list[object]]()
@@ -266,10 +276,15 @@ def _quality(record: Mapping[str, Any]) -> list[str]:
     degradation, when = listed(record, "degradation", LOSSES), ""
     for event in listed(record, "events", ("step", "degradation"))[-1:] if not degradation else ():
         degradation, when = listed(event, "degradation", LOSSES), f"Right after step {plain(event['step'])}:"
+    if in_bits := [text for text in degradation if _is_pair(text.get("bits_per_byte")) and "token_ratio" in text]:
+        heads = ["bits per byte of", "", "before", "after", "ratio", "tokens"]
+        for text in in_bits:
+            before, after = text["bits_per_byte"]
+            rows.append([text["source"], _where(text), before, after, after / before, text["token_ratio"]])
+        return [*([when] if when else []), table(heads, rows), BITS_LEGEND]
     for text in degradation:
-        where = "calibrated on" if text["inside"] else "not calibrated on"
         pairs = [with_error(text[name], text[f"{name}_error"]) for name in ("ratio", "kl")]
-        rows.append([text["source"], where, text["before"], text["after"], *pairs])
+        rows.append([text["source"], _where(text), text["before"], text["after"], *pairs])
     parts = [table(["perplexity on", "", "before", "after", "ratio", "KL"], rows), LEGEND] if rows else []
     if rows and all(text["inside"] for text in degradation):
         parts.append("Only text of the calibration sources was measured. Other text may degrade more.")

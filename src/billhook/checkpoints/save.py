@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.adapters.merge import has_adapters, temporarily_merged
 from billhook.arguments import check_types
@@ -25,7 +25,7 @@ from billhook.display import Printable
 from billhook.engine.state import forked
 from billhook.engine.store import store_of
 from billhook.folder_lock import lock_folder
-from billhook.model.config_fields import nested_configs
+from billhook.model.config_fields import nested_configs, text_config
 from billhook.model.find import check_dense, find_transformer
 from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.preprocessors import Preprocessor
@@ -145,24 +145,26 @@ def save(
     model = find_transformer(model)
     check_names(model)
     check_dense(model)
+    preprocessors = [] if tokenizer is None else list(tokenizer) if isinstance(tokenizer, Sequence) else [tokenizer]
+    _check_vocabulary(model, preprocessors)
     probe = probe or make_probe(model)
     check_target(folder)
     with lock_folder(target):
         recover_folder(target)
         check_target(folder)
         if not has_adapters(model):
-            return _save(model, str(folder), target, tokenizer, plain, probe)
+            return _save(model, str(folder), target, preprocessors, plain, probe)
         with temporarily_merged(model) as merged:
             if merged.lost:
                 warnings.warn(f"the checkpoint differs from the model: {merged.text()}", stacklevel=2)
-            return _save(cast(PreTrainedModel, merged.model), str(folder), target, tokenizer, plain, probe, merged.text())
+            return _save(cast(PreTrainedModel, merged.model), str(folder), target, preprocessors, plain, probe, merged.text())
 
 
 def _save(
     model: PreTrainedModel,
     folder: str,
     target: Path,
-    tokenizer: Preprocessor | Sequence[Preprocessor] | None,
+    preprocessors: Sequence[Preprocessor],
     plain: dict[str, Any],
     probe: Probe,
     adapters: str | None = None,
@@ -171,7 +173,7 @@ def _save(
     expected, origin = expect(model, probe), origin_of(str(model.config.name_or_path), model.config)
     with draft_folder(target) as draft, _untouched(model), with_learned_masks(model):
         way, family, difference = _write(model, expected, draft, probe)
-        for preprocessor in [] if tokenizer is None else tokenizer if isinstance(tokenizer, Sequence) else [tokenizer]:
+        for preprocessor in preprocessors:
             preprocessor.save_pretrained(draft)
         saved = Saved(folder, way, difference, folder_size(draft) / 1e6, adapters, family)
         result = asdict(saved) | {"folder": target.name}
@@ -258,6 +260,19 @@ def _check_no_prompts(module: nn.Module) -> None:
                 f"model: {type(config).__name__} adds prompts to the inputs, which a model checkpoint cannot contain. Save them "
                 "with PEFT, or save the model without them (get_base_model())."
             )
+
+
+def _check_vocabulary(model: PreTrainedModel, preprocessors: Sequence[Preprocessor]) -> None:
+    """Raises for the tokenizer of the folder that the model came from, if tokens have been removed since."""
+    size, origin = getattr(text_config(model.config), "vocab_size", None), model.config.name_or_path
+    for preprocessor in preprocessors:
+        if isinstance(preprocessor, PreTrainedTokenizerBase) and size and preprocessor.name_or_path == origin:
+            last = max(preprocessor.get_vocab().values(), default=0)
+            if last >= size:
+                raise ValueError(
+                    f"tokenizer: it has ids up to {last:,}, but the model only {size:,} tokens. Pass "
+                    "plan.trim_tokenizer(tokenizer), with the plan that removed tokens."
+                )
 
 
 def check_names(model: PreTrainedModel) -> None:

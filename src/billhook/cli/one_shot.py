@@ -1,17 +1,20 @@
 """Shared steps of one-shot commands: load, calibrate, measure, change, measure, save."""
 
+import shutil
 import time
+import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any, cast
 
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.arguments import parse_memory
 from billhook.assets import model_path
@@ -47,6 +50,8 @@ LONG = 120.0
 """Seconds from which the expected time is printed."""
 DEFAULT_EXAMPLES = 40
 """Number of examples of each default text, without data."""
+COUNTED = 4_000_000
+"""Most tokens of a source to count, or labeled examples."""
 SUPPLEMENT = 0.5
 """Default share of other text if weights are fitted to text files."""
 
@@ -115,6 +120,7 @@ class OneShot:
         calibrates: If False, the method uses no data. A model that generates no text is then not measured.
         streams: If False, the command does not support streamed models.
         repair: Settings of the repair. With `match`, a batch of text is a single example, because each step takes a batch.
+        as_text: If True, text is measured in bits per byte, because the model will have another tokenizer.
 
     Raises:
         ValueError: If an option is not legal, before anything is computed.
@@ -130,13 +136,14 @@ class OneShot:
         calibrates: bool = True,
         streams: bool = False,
         repair: RepairOption = None,
+        as_text: bool = False,
     ) -> None:
         check_target(out)
         check_not_source(model_path(name), out)
         options.check_sources()
         if options.stream:
             check_streamed(options, streams, offload)
-        self.name, self.out, self.options, self.calibrates = name, out, options, calibrates
+        self.name, self.out, self.options, self.calibrates, self._as_text = name, out, options, calibrates, as_text
         self.device = torch.device("cpu") if options.stream and options.device == "auto" else device_of(options.device)
         with file_progress(f"opening {name}" if options.stream else f"loading {name}"):
             self.model = stream(name, out, options.dtype, self.device) if options.stream else load(name, options.dtype)
@@ -146,6 +153,7 @@ class OneShot:
         elif not options.stream:
             self.model.to(self.device)  # type: ignore[arg-type]
         self.length = options.length_for(self.model)
+        self.trimmed: PreTrainedTokenizerBase | None = None
         self._labeled = LabeledData(options, self.model, model_path(options.tokenizer or name), self.length)
         self.of_images = self._labeled.of_images
         if options.tokenizer is not None:
@@ -282,7 +290,8 @@ class OneShot:
             examples = f"{self.options.evaluate} examples"
         elif not data:
             examples += " (--data FILE uses your text)"
-        measure = [f"measure {self.metric} before and after, on {examples}"] if self._measures else []
+        metric = "bits per byte" if self._as_text and self.metric == "perplexity" else self.metric
+        measure = [f"measure {metric} before and after, on {examples}"] if self._measures else []
         store, more = store_of(self.model), 2 * self._measures
         streams = [] if store.holds_all else [io_summary(store, passes + more, exact, unknown)]
         print(f"Model: {self.name} ({self.model.num_parameters():,} parameters)\nPlan:")
@@ -334,7 +343,7 @@ class OneShot:
         """Reads the calibration batches."""
         if self.metric == "perplexity":
             with progress_bar("reading text"):
-                batches = self.calibration.read(self.model)
+                batches = self.calibration.read(self.model, self.trimmed)
             return [Batch(batch | {"labels": batch["input_ids"].clone()}, batch.source) for batch in batches]
         return list(self._labeled.calibration_batches())
 
@@ -377,6 +386,40 @@ class OneShot:
             return nullcontext()
         return store_of(self.model).on(self.device, self._offloaded_blocks)
 
+    def read_tokens(self, before: Before) -> list[Batch]:
+        """Reads text to count tokens in: every source but self-generated text, up to `COUNTED` tokens each.
+
+        Examples that the model is measured on are left out. Packaged text is a source too, unless `supplement` is 0.
+        """
+        if self.metric == "accuracy":
+            folder = model_path(self.options.tokenizer or self.name)
+            return list(
+                LabeledData(replace(self.options, examples=COUNTED), self.model, folder, self.length).calibration_batches()
+            )
+        sources: list[Any] = [source for name, source in self.calibration.named.items() if name != GENERATED]
+        if MIXED not in sources and self.options.supplement != 0:
+            sources.append(MIXED)
+        measured = {tuple(ids.tolist()) for _, ids in before.rows} if isinstance(before, DenseReference) else set()
+        tokens = COUNTED * len(sources)
+        with progress_bar("reading text"):
+            read = replace(self.calibration, sources=sources, weights=None, tokens=tokens).read(self.model)
+        rows = [(batch.source, ids) for batch in read for ids in batch["input_ids"]]
+        return [Batch({"input_ids": ids[None]}, name) for name, ids in rows if tuple(ids.tolist()) not in measured]
+
+    def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        """Continues with another tokenizer: for text, and to be saved."""
+        self.trimmed = tokenizer
+        if self.metric == "accuracy":  # whose data module loads the tokenizer by name
+            folder = mkdtemp()
+            weakref.finalize(self, shutil.rmtree, folder)
+            tokenizer.save_pretrained(folder)
+            self._labeled = LabeledData(self.options, self.model, folder, self.length)
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the model, or the one that is left of it."""
+        return self.trimmed or load_tokenizer(self.options.tokenizer or self.name)
+
     def measure(self) -> Before:
         """Measures the dense model: accuracy, or predictions on texts; None if it does neither."""
         _ = self.sizes  # are counted before the model changes
@@ -389,7 +432,8 @@ class OneShot:
                     rows = evaluation_batches(self.calibration, self.model, self.options.evaluate, self.options.also, written=own)
                 calibrated = list(self.calibration.named) if self.calibrates else []
                 with model_progress(self.model, "measuring", "examples") as progress:
-                    return DenseReference(self.model, rows, calibrated, progress=progress)
+                    tokenizer = self.tokenizer if self._as_text else None
+                    return DenseReference(self.model, rows, calibrated, progress=progress, tokenizer=tokenizer)
             batches = self._labeled.measured_batches()
             with progress_bar("measuring"):
                 return None if batches is None else accuracy(self.model, batches)
@@ -398,7 +442,7 @@ class OneShot:
         """Measures degradation on each text, or accuracy; None without an earlier measurement."""
         if isinstance(before, DenseReference):
             with self._on_device(), model_progress(self.model, "measuring again", "examples") as progress:
-                return before.degradation(self.model, progress)
+                return before.degradation(self.model, progress, self.trimmed)
         return None if before is None else cast(float, self.measure())
 
     def save(self, before: Before, what: str, record: Mapping[str, Any], *lines: object, not_refitted: str = "") -> None:
@@ -440,6 +484,8 @@ class OneShot:
     def _preprocessor(self) -> Preprocessor | None:
         """Loads the tokenizer or image processor to save with the model, if there is one."""
         name = self.options.tokenizer or self.name
+        if self.trimmed is not None:
+            return self.trimmed
         if not may_have_preprocessor(name):
             print(f"No tokenizer saved: '{name}' has none. Add one with --tokenizer NAME.")
             return None
@@ -454,7 +500,7 @@ class OneShot:
         batches: list[Any] = list(calibrated)
         if files := [source for name, source in self.calibration.named.items() if name not in (GENERATED, MIXED)]:
             tokens = (examples + len(measured)) * self.length
-            batches += replace(self.calibration, sources=files, weights=None, tokens=tokens).read(self.model)
+            batches += replace(self.calibration, sources=files, weights=None, tokens=tokens).read(self.model, self.trimmed)
         rows = dict[tuple[int, ...], dict[str, torch.Tensor]]()  # each example once
         for batch in batches:
             for ids in batch["input_ids"]:

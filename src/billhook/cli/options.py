@@ -27,6 +27,7 @@ COMMANDS = {
     "prune-heads": "prune_heads",
     "prune-blocks": "prune_structure",
     "prune-structure": "prune_structure",
+    "prune-vocabulary": "prune_structure",
     "shrink": "shrink",
     "recipes": "recipes",
     "schema": "schema",
@@ -39,7 +40,7 @@ COMMANDS = {
     "serve-check": "export",
 }
 """The module of each command. Its function of the same name is the command, and that docstring is the `--help`."""
-ONE_SHOT = ("convert", "prune", "prune-heads", "prune-blocks", "prune-structure", "shrink")
+ONE_SHOT = ("convert", "prune", "prune-heads", "prune-blocks", "prune-structure", "prune-vocabulary", "shrink")
 OPTION_NAMES = {"batches": "--examples, --length, and --batch_size", "sources": "--data"}
 """Options of one-shot commands that set an argument of a library function."""
 

@@ -1,14 +1,14 @@
-"""`billhook prune-structure` and `prune-blocks`: removal of units and blocks."""
+"""`billhook prune-structure`, `prune-blocks`, and `prune-vocabulary`: removal of units, blocks, and tokens."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from billhook.arguments import check_int
 from billhook.cli.examples import Examples
-from billhook.cli.one_shot import OneShot
+from billhook.cli.one_shot import COUNTED, Before, OneShot
 from billhook.cli.refit import meta_batches, remaining_inputs, repair_limits
 from billhook.cli.streamed import (
     BLOCK_PASSES,
@@ -26,20 +26,22 @@ from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import Importance
 from billhook.model.plan import apply
 from billhook.progress import progress_bar
-from billhook.pruning.amount import RATIOS, TARGETS, Amount
+from billhook.pruning.amount import RATIOS, TARGETS, Amount, RoundTo
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan, check_kinds
 from billhook.pruning.planning import count_blocks, default_importance, plan_amount, plan_from_search
+from billhook.pruning.removal import try_removal
 from billhook.pruning.repair import RepairOption, repair_if_requested
 from billhook.pruning.target import Baseline, RatioSearch
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.divergence import split_examples
 from billhook.units.units import Units
+from billhook.vocabulary.tokenizer import Vocabulary
 
 
 @dataclass(frozen=True)
 class RemoveOptions(Amount):
-    """Units to remove: blocks first, then other units by ratios or by a budget.
+    """Units to remove: blocks first, then tokens, then other units by ratios or by a budget.
 
     Args:
         greedy: If true, removes one block at a time and rescores the rest. Costs one scoring pass per removed block.
@@ -50,7 +52,7 @@ class RemoveOptions(Amount):
     def __post_init__(self) -> None:
         if self.greedy and not self.blocks:
             raise ValueError(f"greedy=True requires blocks to remove (blocks={self.blocks}). Pass --blocks, or remove --greedy.")
-        _ = self.blocks_only, self.within_blocks  # which check their arguments
+        _ = self.blocks_only, self.tokens_only, self.within_blocks  # which check their arguments
 
     @property
     def blocks_only(self) -> Amount | None:
@@ -58,11 +60,25 @@ class RemoveOptions(Amount):
         return Amount(blocks=self.blocks, first=self.first, last=self.last) if self.blocks else None
 
     @property
+    def tokens_only(self) -> Amount | None:
+        """The tokens to remove, if any."""
+        return Amount(tokens=self.tokens, round_to=self.round_to) if self.tokens else None
+
+    @property
     def within_blocks(self) -> Amount | None:
         """The units to remove within blocks, if any."""
-        if self.blocks and all(getattr(self, name) is None for name in (*RATIOS, *TARGETS) if name != "blocks"):
+        others = [name for name in (*RATIOS, *TARGETS) if name not in ("blocks", "tokens")]
+        if (self.blocks or self.tokens) and all(getattr(self, name) is None for name in others):
             return None
-        return Amount(**{field.name: getattr(self, field.name) for field in fields(Amount)} | {"blocks": None})
+        return Amount(**{field.name: getattr(self, field.name) for field in fields(Amount)} | {"blocks": None, "tokens": None})
+
+    def within_blocks_of(self, model: PreTrainedModel) -> Amount | None:
+        """Returns the units to remove within blocks, with a budget as a number of this model."""
+        within, target = self.within_blocks, self.target
+        if within is None or target is None or not (self.blocks or self.tokens):
+            return within
+        budget: dict[str, Any] = {target: RatioSearch(model, within).limit(target)}
+        return replace(within, **budget)
 
 
 def prune_structure(
@@ -102,9 +118,11 @@ def prune_structure(
     """
     check_int("rounds", rounds)
     check_scored(examples, block_importance, importance)
-    work = OneShot(model, out, examples, refits=repair is not None, streams=True, repair=repair)
+    refits, as_text = repair is not None, amount.tokens_only is not None
+    work = OneShot(model, out, examples, refits=refits, streams=True, repair=repair, as_text=as_text)
     passes, batches_to_score = Passes(), batch_count(work.example_counts.values(), work.options.batch_size)
     steps, expected_limits, kept, needed = list[str](), "", None, None
+    without_tokens = work.model
     if amount.blocks_only is not None:
         stacks, removed = count_blocks(work.model, amount.blocks_only)
         block_importance = block_importance or BlockInfluence()
@@ -115,9 +133,14 @@ def prune_structure(
         steps.append(f"remove blocks{one_by_one}: blocks={amount.blocks} (importance: {block_importance})")
         if repair is not None:
             steps.append(work.repair_step(repair, "output layers of blocks behind them"))
-    if amount.within_blocks is not None:
-        check_kinds(work.model, amount.within_blocks.kinds)
-        search = RatioSearch(work.model, amount.within_blocks)
+    if amount.tokens_only is not None:
+        without_tokens = try_removal(work.model, RatioSearch(work.model, amount.tokens_only).check())
+        Vocabulary(work.tokenizer)  # raises for tokenizers that cannot lose tokens
+        steps.append(f"remove tokens that text uses least: tokens={amount.tokens} (counted in up to {COUNTED:,} of each source)")
+    within_blocks = amount.within_blocks_of(work.model)
+    if within_blocks is not None:
+        check_kinds(work.model, within_blocks.kinds)
+        search = RatioSearch(without_tokens, within_blocks)
         cut = search.check()
         kept = remaining_inputs(search, cut, most=True) if rounds == 1 else None
         needed = remaining_inputs(search, cut, most=False) if repair is not None else None
@@ -127,11 +150,13 @@ def prune_structure(
         count = sum(units.count(amount.per) for units in removable.values())
         passes.add_scoring(rounds, importance, count, batches_to_score)
         passes.known += rounds * (REMOVE_PASSES + repair_passes(repair))
-        steps.append(_units_step(amount, amount.within_blocks, importance, rounds))
+        steps.append(_units_step(amount, within_blocks, importance, rounds))
         if needed is not None:
             expected_limits = repair_limits(work, needed, meta_batches(work), repair != "auto")
             steps.append(expected_limits or work.repair_step(repair, "consumer layers"))
-    work.print_plan(*steps, work.calibration_step, passes=passes.known, exact=repair != "auto", unknown=passes.unknown)
+    calibrates = amount.blocks_only is not None or within_blocks is not None
+    steps += [work.calibration_step] * calibrates
+    work.print_plan(*steps, passes=passes.known, exact=repair != "auto", unknown=passes.unknown)
     needs_data = any(scorer.needs_data for scorer in (block_importance, importance) if scorer is not None)
     if dry_run and needs_data and work.must_generate:
         work.print_dry_run()
@@ -146,12 +171,19 @@ def prune_structure(
             print(limits)  # a text is shorter than requested
     before = None if dry_run else work.measure()
     plans, words, refitted, not_refitted = list[dict[str, Any]](), list[str](), False, list[str]()
-    rows = batches if len(batches) > 1 else split_examples(batches)
-    for plan in _plans(work.model, batches, amount, block_importance, importance, rounds):
+    for plan in _plans(work, before, batches, amount, within_blocks, block_importance, importance, rounds):
         if dry_run:
             work.print_dry_run(plan.text())
             return
         print(plan.text())
+        if isinstance(plan, UnitPlan) and plan.tokens is not None:
+            trimmed = plan.trim_tokenizer(work.tokenizer)
+            apply(work.model, plan)
+            work.use_tokenizer(trimmed)
+            batches[:] = work.batches() if needs_data and within_blocks is not None else []  # in the tokens that are left
+            words.append(plan.words)
+            continue
+        rows = batches if len(batches) > 1 else split_examples(batches)
         with progress_bar("refitting", "layers") as progress:
             weights, why = repair_if_requested(work.model, plan, rows, repair, progress=progress)
         if why:
@@ -163,8 +195,9 @@ def prune_structure(
         words.append(plan.words)
     used_repair = str(RepairConfig() if repair == "auto" else repair) if refitted else None
     scorers = {"by": importance and str(importance), "blocks_by": block_importance and str(block_importance)}
-    settings = scorers | {"ranking": amount.ranking, "rounds": rounds, "repair": used_repair}
+    settings: dict[str, Any] = scorers | {"ranking": amount.ranking, "rounds": rounds, "repair": used_repair}
     settings |= {"greedy": True} if amount.greedy else {}
+    settings |= {"tokens": amount.tokens} if amount.tokens else {}
     record = {"plans": plans, "importance": settings}
     work.save(before, f"without {', '.join(words)}", record, not_refitted="; ".join(dict.fromkeys(not_refitted)))
 
@@ -177,27 +210,65 @@ def _units_step(amount: RemoveOptions, within_blocks: Amount, importance: Import
 
 
 def _plans(
-    model: PreTrainedModel,
+    work: OneShot,
+    before: Before,
     batches: list[Batch],
     amount: RemoveOptions,
+    within_blocks: Amount | None,
     block_importance: Importance | None,
     importance: Importance | None,
     rounds: int,
 ) -> Iterator[BlockPlan | UnitPlan]:
     """Yields plans; the caller applies each before the next is made."""
+    model = work.model
     if amount.blocks_only is not None:
         with progress_bar("scoring blocks", "rounds" if amount.greedy else "batches") as progress:
             greedy = amount.greedy
             blocks = plan_amount(model, amount.blocks_only, block_importance, batches, greedy=greedy, progress=progress)
         yield blocks
-    if amount.within_blocks is None:
+    if amount.tokens_only is not None:
+        search, text = RatioSearch(model, amount.tokens_only), work.read_tokens(before)
+        yield plan_from_search(search, batches=text, tokenizer=work.tokenizer)
+    if within_blocks is None:
         return
-    start = Baseline.of(RatioSearch(model, amount.within_blocks))
+    start = Baseline.of(RatioSearch(model, within_blocks))
     for number in range(1, rounds + 1):
-        if (part := start.part(RatioSearch(model, amount.within_blocks), number / rounds)) is not None:
+        if (part := start.part(RatioSearch(model, within_blocks), number / rounds)) is not None:
             with progress_bar("scoring", "batches") as progress:
                 units = plan_from_search(part, importance, batches, progress=progress)
             yield units
+
+
+def prune_vocabulary(
+    model: str,
+    out: str,
+    examples: Examples,
+    tokens: float | None = None,
+    round_to: RoundTo = "auto",
+    dry_run: bool = False,
+) -> None:
+    """Removes the tokens that text uses least from a model and its tokenizer, and saves it.
+
+    Any text can still be encoded, in more tokens: languages and domains that are not in the text are spelled out. Bytes, special
+    tokens, and tokens of the chat template stay. The checkpoint is verified, and bits per byte of text are measured before and
+    after. `billhook prune-structure --tokens` also removes other units.
+
+    Args:
+        model: A folder, a Hub name, or "tiny".
+        out: Output folder. It must be new, empty, or an earlier billhook checkpoint, which is replaced.
+        examples: Text to count tokens in, evaluation data, and the device. Packaged text of ten kinds is added to `data`, unless
+            `supplement` is 0.
+        tokens: Fraction of the vocabulary to remove, in (0, 1).
+        round_to: The number of tokens that remain becomes a multiple of this: "auto" (the largest of 256, 128, 64, and 32 that is
+            near), or a number; 1 turns rounding off.
+        dry_run: If true, prints the plan and writes nothing.
+
+    Raises:
+        ValueError: If an argument is not legal, or more tokens would go than can be spelled, before anything is written.
+    """
+    if not tokens:
+        raise ValueError(f"tokens={tokens}: pass the fraction of the vocabulary to remove, in (0, 1), with --tokens.")
+    prune_structure(model, out, RemoveOptions(tokens=tokens, round_to=round_to), examples, repair=None, dry_run=dry_run)
 
 
 def prune_blocks(

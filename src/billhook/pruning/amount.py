@@ -96,7 +96,7 @@ def rounding_multiple(count: int) -> int:
 
 def unit_length(units: Units, per: Per = "head") -> int:
     """Returns the number of row entries of a unit; 0 if units do not shorten rows."""
-    if units.kind in ("channel", "residual"):
+    if units.kind in ("channel", "residual", "token"):
         return 1
     return int((units.index >= 0).sum()) // units.count(per) if units.kind == "head" else 0
 
@@ -219,6 +219,7 @@ RATIOS: dict[str, tuple[UnitKind, Per]] = {
     "residual": ("residual", "head"),
     "experts": ("expert", "head"),
     "blocks": ("block", "head"),
+    "tokens": ("token", "head"),
 }
 TARGETS = ("params", "flops", "kv_cache_bytes", "bytes")
 
@@ -239,6 +240,8 @@ class Amount:
         residual: Fraction of hidden dimensions (`hidden_size`) to remove.
         experts: Fraction of experts to remove, with their router rows.
         blocks: Fraction (float) or number (int) of blocks to remove from each stack. Cannot be combined with other units.
+        tokens: Fraction of the vocabulary to remove: the tokens that the calibration data uses least. Tokens that text cannot do
+            without stay, such as bytes and special tokens. The tokenizer must follow (`bh.trim_tokenizer`).
         params: Budget: maximum number (int) or fraction (float) of parameters.
         flops: Budget: FLOPs of the forward pass, per token or, for image models, per image.
         kv_cache_bytes: Budget: bytes of the KV cache per token.
@@ -271,6 +274,7 @@ class Amount:
     residual: float | None = None
     experts: float | None = None
     blocks: int | float | None = None
+    tokens: float | None = None
     params: int | float | None = None
     flops: int | float | None = None
     kv_cache_bytes: int | float | None = None

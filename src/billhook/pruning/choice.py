@@ -147,11 +147,11 @@ def choose(
 def rank_units(units: Units, scores: Tensor, ends: tuple[int, int] = (0, 0)) -> list[int]:
     """Orders the units of a module from the lowest score to the highest.
 
-    Of equal scores, the first unit leads; for blocks, the last.
+    Of equal scores, the first unit leads; for blocks, the last. Units with an infinite score are left out.
     """
     values, count = scores.detach().cpu().double().numpy(), len(scores)
     order = count - 1 - np.argsort(values[::-1], kind="stable") if units.kind == "block" else np.argsort(values, kind="stable")
-    return [unit for unit in order.tolist() if ends[0] <= unit < count - ends[1]]
+    return [unit for unit in order.tolist() if ends[0] <= unit < count - ends[1] and values[unit] < np.inf]
 
 
 def _order(
@@ -309,7 +309,7 @@ def _parts_left(
 
 def _rounded(units: Units, num_kept: int, num_first: int, step: int, per: Per, amount: Amount, at_most: bool) -> int:
     """Returns the rounded number of units to keep in a module."""
-    count, channels, length = units.count(per), units.kind in ("channel", "residual"), unit_length(units, per)
+    count, channels, length = units.count(per), units.kind in ("channel", "residual", "token"), unit_length(units, per)
     if amount.round_to == "auto" and length and (channels or not at_most):
         grouped = per == "head" and units.count("kv_head") < count and not channels
         in_step = units.count("kv_head") if grouped else 1  # every KV head loses the same number of query heads

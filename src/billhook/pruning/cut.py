@@ -11,7 +11,7 @@ from billhook.model.find import check_plain
 from billhook.model.repeat_kv import Indices
 from billhook.pruning.amount import kernel_multiple
 from billhook.tracing.axes import Axis, leaves
-from billhook.tracing.coupling import Structure
+from billhook.tracing.coupling import NEVER, Structure
 from billhook.tracing.groups import Member
 from billhook.units.find import Chosen, unit_ids
 from billhook.units.units import PLURAL, Per, UnitKind, Units, counts
@@ -43,6 +43,15 @@ class Cut:
     parameters: tuple[int, int]
     structure: Structure
     all_units: dict[str, Units]
+
+    @property
+    def tokens(self) -> tuple[Indices, int] | None:
+        """The ids of the tokens that remain, ascending, int64, and the number before. None if no token is removed."""
+        for name in self.units:
+            if self.kinds[name] == "token":
+                (size,) = self.before[name]
+                return np.delete(np.arange(size), self.units[name]), size
+        return None
 
 
 def size_after(cuts: Cuts, name: str, size: Sequence[int]) -> tuple[int, ...]:
@@ -93,6 +102,8 @@ def _check_allowed(structure: Structure, units: Sequence[Units]) -> None:
             raise ValueError(f"{what}: {layer.name} has only one {layer.kind}, which cannot be removed")
         for leaf in layer.leaves:
             reason = by_leaf[leaf].reason if leaf in by_leaf else "no parameter has them"
+            if layer.kind == "token" and reason == NEVER["vocab"]:
+                continue  # the tokenizer follows
             if not reason and "normed" in leaf.notes and layer.kind != "residual":
                 reason = "a norm spans all of them, so its output would change"
             if reason:

@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from rich.padding import Padding
 from rich.text import Text
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 from typing_extensions import Self
 
 from billhook.display import text_table
@@ -27,6 +28,7 @@ from billhook.tracing.show import name_pattern
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
 from billhook.units.units import PLURAL, UnitKind, count_text, counts
+from billhook.vocabulary.tokenizer import Vocabulary
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -98,6 +100,22 @@ class UnitPlan(Cut, ShapePlan):
         check_kinds(subject, self.kinds.values())
         with with_weights(subject, weights):
             return partial(update_optimizers, remove(subject, self, lambda: LazyTensors.of(weights or {}).key))
+
+    def trim_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
+        """Returns a tokenizer without the tokens to remove; the same one if there are none.
+
+        Any text that could be encoded still can, in more tokens. A text without removed tokens is encoded as before.
+
+        Raises:
+            ValueError: If the tokenizer has more tokens than the model had, is written in Python, or is of another kind than
+                byte-pair encoding, unigram, or WordPiece.
+        """
+        if self.tokens is None:
+            return tokenizer
+        kept, size = self.tokens
+        vocabulary = Vocabulary(tokenizer)
+        vocabulary.check_within(size)
+        return vocabulary.without(kept)
 
     def _renderables(self) -> list[RenderableType]:
         modules_of: dict[tuple[str, str], list[str]] = {}

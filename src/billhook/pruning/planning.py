@@ -5,6 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from transformers import PreTrainedTokenizerBase
 
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, read_batches
@@ -16,6 +17,7 @@ from billhook.importance.score import Importance, check_has_gradients, score_uni
 from billhook.importance.taylor import Taylor
 from billhook.model.find import find_transformer
 from billhook.model.plan import apply_plan
+from billhook.model.preprocessors import tokenizer_of
 from billhook.model.surgery import check_replaceable
 from billhook.progress import OnProgress
 from billhook.pruning.amount import Amount
@@ -26,9 +28,10 @@ from billhook.pruning.plan import UnitPlan, check_kinds
 from billhook.pruning.removal import try_removal
 from billhook.pruning.target import RatioSearch
 from billhook.tracing.trace import trace
-from billhook.units.find import Chosen, check_any, find_units, kinds_of, unit_ids, units_of
+from billhook.units.find import Chosen, check_any, find_units, kinds_of, of_kind, unit_ids, units_of
 from billhook.units.gates import mask
 from billhook.units.units import Per, UnitKind, Units
+from billhook.vocabulary.scores import token_scores
 
 
 def plan(
@@ -42,8 +45,10 @@ def plan(
     residual: float | None = None,
     experts: float | None = None,
     blocks: int | float | None = None,
+    tokens: float | None = None,
     params: int | float | None = None,
     amount: Amount | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     scores: Mapping[str, Tensor] | None = None,
     greedy: bool = False,
     loss: Loss | None = None,
@@ -67,8 +72,10 @@ def plan(
         residual: Fraction of hidden dimensions (`hidden_size`) to remove.
         experts: Fraction of experts to remove.
         blocks: Fraction (float) or number (int) of blocks to remove from each stack. Cannot be combined with other units.
+        tokens: Fraction of the vocabulary to remove: the tokens that the batches use least.
         params: Budget: maximum number (int) or fraction (float) of parameters, met by removing KV heads and channels.
-        amount: An `Amount` instead of the seven arguments above. It also sets other budgets, the ranking, and protected blocks.
+        amount: An `Amount` instead of the eight arguments above. It also sets other budgets, the ranking, and protected blocks.
+        tokenizer: Tokenizer of the batches, for `tokens`. Defaults to the one in the folder of the model.
         scores: Scores of all prunable units, as `score` returns them, instead of `importance` and `batches`.
         greedy: If True, removes one block at a time and rescores the rest. Only for blocks.
         loss: Function of model and batch that returns the loss. Defaults to the loss that the model returns.
@@ -91,13 +98,13 @@ def plan(
     check_types(plan, locals())
     by_name = {
         "heads": heads, "kv_heads": kv_heads, "channels": channels, "residual": residual, "experts": experts, "blocks": blocks,
-        "params": params,
+        "tokens": tokens, "params": params,
     }  # fmt: skip
     given_names = [name for name, value in by_name.items() if value is not None]
     if amount is not None and given_names:
         raise ValueError(f"amount cannot be combined with {given_names[0]}. Pass {given_names[0]} to Amount instead.")
-    amount = amount or Amount(heads, kv_heads, channels, residual, experts, blocks, params)
-    return plan_amount(model, amount, importance, batches, scores, greedy, loss, Comm.of(reduce, model))
+    amount = amount or Amount(heads, kv_heads, channels, residual, experts, blocks, tokens, params)
+    return plan_amount(model, amount, importance, batches, scores, greedy, loss, Comm.of(reduce, model), tokenizer=tokenizer)
 
 
 def plan_amount(
@@ -110,6 +117,7 @@ def plan_amount(
     loss: Loss | None = None,
     comm: Comm = SINGLE_PROCESS,
     progress: OnProgress | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> UnitPlan | BlockPlan:
     """Plans as `plan` does, for an `Amount`.
 
@@ -122,7 +130,7 @@ def plan_amount(
         if greedy:
             raise ValueError("greedy=True requires blocks. Set blocks, or remove greedy.")
         check_kinds(subject, amount.kinds)
-        return plan_from_search(RatioSearch(subject, amount), importance, batches, scores, loss, comm, progress)
+        return plan_from_search(RatioSearch(subject, amount), importance, batches, scores, loss, comm, progress, tokenizer)
     importance = importance or BlockInfluence()
     stacks, numbers = count_blocks(subject, amount)
     if not greedy or scores is not None:
@@ -153,13 +161,18 @@ def plan_from_search(
     loss: Loss | None = None,
     comm: Comm = SINGLE_PROCESS,
     progress: OnProgress | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> UnitPlan:
     """Plans units as `plan_amount` does, reusing a search of the unchanged model."""
     search.check()
     if scores is None:
-        units, amount = search.removable(), search.amount
-        importance = importance or default_importance(units)
-        scores = score_units(search.model, units, importance, batches, loss, amount.normalize, amount.per, comm, progress)
+        model, units, amount, scores = search.model, search.removable(), search.amount, dict[str, Tensor]()
+        if tokens := of_kind(units, "token"):
+            batches = list(read_batches(batches, model))  # an iterator would be empty afterwards
+            scores |= token_scores(model, tokens, batches, tokenizer or tokenizer_of(model), comm)
+        if others := {name: layer for name, layer in units.items() if name not in tokens}:
+            importance = importance or default_importance(others)
+            scores |= score_units(model, others, importance, batches, loss, amount.normalize, amount.per, comm, progress)
     cut = search.cut(scores)
     return UnitPlan.of(cut, search.costs(cut), search.row_lengths(scores, cut))
 

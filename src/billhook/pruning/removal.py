@@ -3,9 +3,11 @@
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -22,6 +24,7 @@ from billhook.model.meta import to_meta
 from billhook.model.repeat_kv import Indices
 from billhook.model.shape import Shape, changed_constants, record_shape, set_shape, shape_beyond_config, shape_of
 from billhook.model.surgery import Change, Swap, change_blockwise, change_values, restored_on_error, snapshot_with_store
+from billhook.model.token_ids import named_token_ids, renumber_generation_config, with_kept_tokens
 from billhook.pruning.cut import Cut, find_cut
 from billhook.pruning.reshape import candidate_shapes
 from billhook.tracing.trace import trace
@@ -41,18 +44,20 @@ def remove(model: PreTrainedModel, cut: Cut, key: Callable[[], str] = str) -> li
 
     If heads or MLP channels are removed, the output is compared with the model in which they are masked (without the hidden
     dimensions to remove). Otherwise, the model must run, have the planned units, and compute the same before and after its config
-    changes. A mask on the units raises. A streamed model writes its blocks as they change; `key` returns the fingerprint of their
-    initial values.
+    changes. If tokens are removed, the logits of all others are compared. A mask on the units raises. A streamed model writes its
+    blocks as they change; `key` returns the fingerprint of their initial values.
     """
     if not cut.units:
         return []
     _check_ungated(model, cut)
+    _check_tokens(model, cut)
     readers = set[str]()
     for layer in cut.all_units.values():
         if layer.kind in ("head", "channel"):
             readers |= {reader for reader in layer.readers if not _makes_units(model, reader, cut)}
     computes = model.device.type != "meta"
-    masked = _masked_answer(model, cut, readers) if computes else None
+    ids = _drawn_ids(model, cut) if computes else _Ids()
+    masked = _masked_answer(model, cut, readers, ids) if computes else None
     why = ""
     for shape, fields in candidate_shapes(model, cut):
         try:
@@ -61,11 +66,14 @@ def remove(model: PreTrainedModel, cut: Cut, key: Callable[[], str] = str) -> li
                 expected = masked
                 if masked is None and computes and fields:
                     with suppress(_Different):  # of a model whose code asks the config for sizes
-                        expected = _answer_or_differ(model, readers)
+                        expected = _answer_or_differ(model, readers, ids.after)
                 swaps += _change_config(model, fields)
+                if cut.tokens:
+                    set_fields(model.config, with_kept_tokens(model.config, *cut.tokens))  # if the shape exceeds the config
+                    renumber_generation_config(model, cut.tokens[0])
                 record_shape(model)
                 if computes:
-                    answer = _answer_or_differ(model, readers)
+                    answer = _answer_or_differ(model, readers, ids.after)
                     if expected is not None and not outputs_match(expected, answer, tolerance(model)):
                         raise _Different
             return swaps
@@ -162,28 +170,72 @@ def _selected_state(_: str, state: Tensor, kept: Mapping[int, Indices]) -> Tenso
     return _selected(state, kept)
 
 
-def _masked_answer(model: PreTrainedModel, cut: Cut, readers: Iterable[str]) -> list[Tensor] | None:
-    """Returns the output with heads and channels masked, or None if neither is removed.
+@dataclass(frozen=True)
+class _Ids:
+    """Token ids of the same tokens by input name, before and after tokens are removed. Empty if none are."""
+
+    before: Mapping[str, Tensor] = field(default_factory=dict)
+    after: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+def _drawn_ids(model: PreTrainedModel, cut: Cut) -> _Ids:
+    """Draws remaining tokens that the config does not name, for all inputs that are token ids."""
+    if cut.tokens is None:
+        return _Ids()
+    kept, size = cut.tokens
+    unnamed = np.flatnonzero(~np.isin(kept, list(named_token_ids(model, size))))
+    generator = np.random.default_rng(0)
+    before, after = dict[str, Tensor](), dict[str, Tensor]()
+    for name, value in small_inputs(model).items():
+        if "input_ids" in name:
+            numbers = generator.choice(unnamed if len(unnamed) else np.arange(len(kept)), value.shape)
+            after[name] = torch.from_numpy(numbers).to(value)
+            before[name] = torch.from_numpy(kept[numbers]).to(value)
+    return _Ids(before, after)
+
+
+def _check_tokens(model: PreTrainedModel, cut: Cut) -> None:
+    """Raises if a token goes that the config or the generation config names."""
+    if cut.tokens:
+        kept, size = cut.tokens
+        named = named_token_ids(model, size)
+        if lost := sorted(named.keys() - set(kept.tolist())):
+            raise ValueError(f"tokens: {lost[0]} cannot be removed, because it is {named[lost[0]]}.")
+
+
+def _masked_answer(model: PreTrainedModel, cut: Cut, readers: Iterable[str], ids: _Ids) -> list[Tensor] | None:
+    """Returns the output with heads and channels masked and without the logits of tokens, or None if none is removed.
 
     The hidden dimensions to remove are removed for this run and restored afterwards.
     """
     masked = {name: numbers for name, numbers in cut.units.items() if cut.kinds[name] in ("head", "channel")}
     residual = {name: numbers for name, numbers in cut.units.items() if cut.kinds[name] == "residual"}
-    if not masked or len(masked) + len(residual) < len(cut.units):
+    others = [name for name in cut.units if cut.kinds[name] == "expert"]
+    if others or not (masked or (cut.tokens and not residual)):
         return None
-    if not residual:
-        return _zeroed_answer(model, cut.all_units, masked, readers)
-    back = snapshot_with_store(model)
+    back = snapshot_with_store(model) if residual else None
     try:
-        remove(model, find_cut(model, cut.structure, cut.all_units, residual))
-        return _zeroed_answer(model, cut.all_units, masked, readers)
+        if residual:
+            remove(model, find_cut(model, cut.structure, cut.all_units, residual))
+        answer = _zeroed_answer(model, cut.all_units, masked, readers, ids.before)
     finally:
-        back()
+        if back is not None:
+            back()
+    return [_logits_of_kept(output, *cut.tokens) for output in answer] if cut.tokens else answer
+
+
+def _logits_of_kept(output: Tensor, kept: Indices, size: int) -> Tensor:
+    """Returns logits of the tokens that remain; other outputs as they are."""
+    return output[..., torch.from_numpy(kept)] if output.dim() and output.shape[-1] == size else output
 
 
 @torch.no_grad()
 def _zeroed_answer(
-    model: PreTrainedModel, layers: Mapping[str, Units], removed: Mapping[str, list[int]], readers: Iterable[str]
+    model: PreTrainedModel,
+    layers: Mapping[str, Units],
+    removed: Mapping[str, list[int]],
+    readers: Iterable[str],
+    ids: Mapping[str, Tensor],
 ) -> list[Tensor]:
     """Returns the output while the consumer columns of some units are zero."""
     store = store_of(model)
@@ -204,7 +256,7 @@ def _zeroed_answer(
         with store.altered(zero):
             for weight, dim, positions in columns:
                 weight.index_fill_(dim, positions, 0)
-            return _answer(model, readers)
+            return _answer(model, readers, ids)
     finally:
         # reversed, because two units may share columns
         for (weight, dim, positions), old in reversed(list(zip(columns, values, strict=True))):
@@ -216,21 +268,21 @@ def _parameter_ids(modules: Iterable[nn.Module]) -> set[int]:
 
 
 @torch.no_grad()
-def _answer(model: PreTrainedModel, readers: Iterable[str]) -> list[Tensor]:
-    """Returns the outputs of the consumer layers and of the model for small random inputs."""
+def _answer(model: PreTrainedModel, readers: Iterable[str], ids: Mapping[str, Tensor]) -> list[Tensor]:
+    """Returns the outputs of the consumer layers and of the model for small random inputs, or for these token ids."""
     outputs: list[Any] = []
     with ExitStack() as hooks, full_precision(), evaluating(model):
         for reader in sorted(readers):
             hook = model.get_submodule(reader).register_forward_hook(lambda *call: outputs.append(call[-1]))
             hooks.callback(hook.remove)
-        outputs.append(model(**small_inputs(model)))
+        outputs.append(model(**{**small_inputs(model), **ids}))
     values = [value for value in tree_leaves(outputs) if isinstance(value, Tensor) and value.is_floating_point()]
     return [value.detach().cpu().double() for value in values]
 
 
-def _answer_or_differ(model: PreTrainedModel, readers: Iterable[str]) -> list[Tensor]:
+def _answer_or_differ(model: PreTrainedModel, readers: Iterable[str], ids: Mapping[str, Tensor]) -> list[Tensor]:
     try:
-        return _answer(model, readers)
+        return _answer(model, readers, ids)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # such as a kernel with an alignment

@@ -15,6 +15,7 @@ from billhook.model.config_fields import Fields, configs_of, field, read_back, s
 from billhook.model.layers import is_adapter
 from billhook.model.meta import to_meta
 from billhook.model.shape import GROUPS, Shape, built_shape, set_shape, shape_of
+from billhook.model.token_ids import with_kept_tokens
 from billhook.model.transformers_internals import set_attention
 from billhook.pruning.cut import Cut, size_after
 from billhook.tracing.coupling import Structure
@@ -104,6 +105,9 @@ def _fields(model: PreTrainedModel, cut: Cut, structure: Structure, units: Mappi
     finder, leaves = FieldFinder(model), {leaf for layer in units.values() for leaf in layer.leaves}
     fields: Fields = {}
     for kind in _kinds(cut):
+        if kind == "token":
+            fields |= with_kept_tokens(model.config, *cut.tokens) if cut.tokens else {}
+            continue
         sizes = _group_sizes(cut, kind)
         if sizes is None:
             return {}
@@ -132,6 +136,7 @@ def _group_sizes(cut: Cut, kind: UnitKind) -> list[tuple[tuple[Kind, ...], int, 
         return None
     if kind != "head":
         assert kind != "block"
+        assert kind != "token"
         return [((kind,), before[0], after[0]) for before, after in sorted(changes)]
     ((query, kv), (query_then, kv_then)) = changes.pop()
     return [(("kv_head", "head"), kv, kv_then), (("query_head",), query // kv, query_then // kv_then)]

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import percentage_hint
 from billhook.model.costs import Costs, costs_of
+from billhook.model.token_ids import named_token_ids
 from billhook.pruning.amount import (
     RATIOS,
     Amount,
@@ -69,7 +70,10 @@ class RatioSearch:
         return bool(self._choose(self._equal_scores(), self.amount.ratios, self.amount))
 
     def _equal_scores(self) -> dict[str, Tensor]:
-        return {name: torch.zeros(layer.count(self.amount.per)) for name, layer in self.units.items()}
+        scores = {name: torch.zeros(layer.count(self.amount.per)) for name, layer in self.units.items()}
+        for name in of_kind(self.units, "token"):  # tokens that the config names stay
+            scores[name][list(named_token_ids(self.model, len(scores[name])))] = torch.inf
+        return scores
 
     def removable(self, *ratios: str) -> dict[str, Units]:
         """Returns the modules that may lose units by these ratios, or by all that are set."""

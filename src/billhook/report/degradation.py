@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
 from billhook.calibration.reading import Rows
@@ -82,6 +82,9 @@ class TextDegradation:
         kl: Mean KL divergence of next-token predictions from the dense model, in nats.
         kl_error: Standard error of `kl` over examples.
         rows: Number of examples.
+        token_bytes: Bytes of text per token of the dense model. Set if the changed model has another tokenizer; `after` is then
+            per token of the dense model too, and there is no `kl`.
+        token_ratio: Tokens of the changed model per token of the dense model.
     """
 
     source: str
@@ -92,11 +95,20 @@ class TextDegradation:
     kl: float
     kl_error: float
     rows: int
+    token_bytes: float | None = None
+    token_ratio: float = 1.0
 
     @property
     def ratio(self) -> float:
         """Perplexity after / before."""
         return self.after / self.before
+
+    @property
+    def bits_per_byte(self) -> tuple[float, float] | None:
+        """Bits per byte of text before and after. None if both models have the same tokenizer."""
+        if self.token_bytes is None:
+            return None
+        return math.log2(self.before) / self.token_bytes, math.log2(self.after) / self.token_bytes
 
     def to_json(self) -> dict[str, Any]:
         """Returns JSON-compatible data; non-finite numbers become strings."""
@@ -104,13 +116,49 @@ class TextDegradation:
         for name in ("before", "after", "ratio", "ratio_error", "kl", "kl_error"):
             value = getattr(self, name)
             plain[name] = value if math.isfinite(value) else str(value)
+        if self.token_bytes is not None:
+            plain |= {"token_bytes": self.token_bytes, "token_ratio": self.token_ratio, "bits_per_byte": self.bits_per_byte}
         return plain
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Self:
         """Restores the result of `to_json`."""
         numbers = {name: float(plain[name]) for name in ("before", "after", "ratio_error", "kl", "kl_error")}
-        return cls(source=plain["source"], inside=plain["inside"], rows=plain["rows"], **numbers)
+        texts = {name: plain[name] for name in ("token_bytes", "token_ratio") if name in plain}
+        return cls(source=plain["source"], inside=plain["inside"], rows=plain["rows"], **numbers, **texts)
+
+
+@dataclass(frozen=True)
+class _Text:
+    """The text of an example in two parts: that of the first token, which no model predicts, and the rest."""
+
+    first: str
+    rest: str
+
+    @classmethod
+    def of(cls, ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Self:
+        parts = (tokenizer.decode(part.tolist(), clean_up_tokenization_spaces=False) for part in (ids[:1], ids[1:]))
+        return cls(*map(str, parts))
+
+    def encoded(self, tokenizer: PreTrainedTokenizerBase) -> "_Example":
+        first, rest = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (self.first, self.rest))
+        return _Example(torch.tensor(first + rest), max(len(first), 1))
+
+
+@dataclass(frozen=True)
+class _Example:
+    """Token ids of an example, and the number of its first tokens that are not predicted."""
+
+    ids: Tensor
+    first: int = 1
+
+
+def _examples(rows: Iterable[tuple[str, Tensor]]) -> list[_Example]:
+    return [_Example(ids) for _, ids in rows]
+
+
+def _num_predicted(examples: Iterable[_Example]) -> list[int]:
+    return [len(example.ids) - example.first for example in examples]
 
 
 class DenseReference:
@@ -121,6 +169,7 @@ class DenseReference:
         batches: Examples, `{"input_ids": [batch, length]}`, with the names of their sources (`Batch`).
         inside: Names of the sources of the calibration data.
         comm: Ranks, each of which evaluates a share of the examples.
+        tokenizer: The model's tokenizer, if the changed model will have another. Examples are then compared as texts.
 
     Attributes:
         rows: The examples, each with the name of its source.
@@ -145,9 +194,12 @@ class DenseReference:
         inside: Sequence[str] = (),
         comm: Comm = SINGLE_PROCESS,
         progress: OnProgress | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
     ) -> None:
         self.inside, self._comm = set(inside), comm
         self.rows = [(source_of(batch), ids.cpu()) for batch in batches for ids in batch["input_ids"]]
+        self._texts = [_Text.of(ids, tokenizer) for _, ids in self.rows] if tokenizer else []
+        self._examples = [text.encoded(tokenizer) for text in self._texts] if tokenizer else _examples(self.rows)
         self._rank_rows = range(comm.rank, len(self.rows), comm.size)
         self._predictions = dict[int, Predictions]()
         losses = torch.zeros(len(self.rows), dtype=torch.float64)
@@ -158,16 +210,23 @@ class DenseReference:
             self._predictions[row] = predicted if files is None else replace(predicted, logs=files.copy(predicted.logs))
 
         with activation_files(store_of(model)) as files:
-            self._evaluate(model, visit, progress)
+            self._evaluate(model, self._examples, visit, progress)
         self.losses = comm(losses)
 
-    def _evaluate(self, model: PreTrainedModel, visit: Callable[[int, Tensor, float], None], progress: OnProgress | None) -> None:
+    def _evaluate(
+        self,
+        model: PreTrainedModel,
+        examples: Sequence[_Example],
+        visit: Callable[[int, Tensor, float], None],
+        progress: OnProgress | None,
+    ) -> None:
         """Calls `visit` with each of this rank's examples, its logits, and its mean loss."""
         finished = set[int]()
 
         def read(row: int, run: Run) -> None:
-            logits = compute_logits(model, run)[:-1]
-            visit(row, logits, mean_loss(logits, self.rows[row][1][1:].to(logits.device)))
+            example = examples[row]
+            logits = compute_logits(model, run)[example.first - 1 : -1]
+            visit(row, logits, mean_loss(logits, example.ids[example.first :].to(logits.device)))
             finished.add(row)
             if progress is not None:
                 progress(len(finished), len(self._rank_rows))
@@ -177,25 +236,30 @@ class DenseReference:
         padded = [*self._rank_rows, *[0] * (most - len(self._rank_rows))]
         inputs = list[dict[str, Tensor]]()
         for row in padded:
-            inputs.append({"input_ids": self.rows[row][1][None]})
+            inputs.append({"input_ids": examples[row].ids[None]})
         runs = runs_of(model, inputs)
         reads = [partial(read, row, run) for row, run in zip(self._rank_rows, runs, strict=False)]
         with evaluating_without_grad(model):
             run_side_by_side(model, [*reads, *(run.forward for run in runs[len(reads) :])])
 
-    def degradation(self, model: PreTrainedModel, progress: OnProgress | None = None) -> list[TextDegradation]:
+    def degradation(
+        self, model: PreTrainedModel, progress: OnProgress | None = None, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> list[TextDegradation]:
         """Compares a changed model with the dense model, by source.
 
-        `progress` is called with the number of finished examples and the total.
+        `progress` is called with the number of finished examples and the total. `tokenizer` is the changed model's, if it is not
+        the dense model's; this object must have been made with a tokenizer then.
         """
         results = torch.zeros(len(self.rows), 2, dtype=torch.float64)  # loss and divergence
+        examples = [text.encoded(tokenizer) for text in self._texts] if tokenizer else self._examples
+        num_before, num_after = _num_predicted(self._examples), _num_predicted(examples)
 
         def visit(row: int, logits: Tensor, loss: float) -> None:
-            dense = self._predictions.get(row)
-            results[row, 0] = loss
+            dense = self._predictions.get(row) if tokenizer is None else None
+            results[row, 0] = loss * num_after[row] / num_before[row]  # per token of the dense model
             results[row, 1] = math.nan if dense is None else dense.divergence(logits) / len(dense.positions)
 
-        self._evaluate(model, visit, progress)
+        self._evaluate(model, examples, visit, progress)
         self._comm.sum_(results)
         rows_by_source: dict[str, list[int]] = {}
         for row, (source, _) in enumerate(self.rows):
@@ -203,6 +267,11 @@ class DenseReference:
         degradation = []
         for source, rows in rows_by_source.items():
             before, (after, kl) = self.losses[rows], results[rows].T
+            others = dict[str, float]()
+            if tokenizer:
+                count = sum(num_before[row] for row in rows)
+                others["token_bytes"] = sum(len(self._texts[row].rest.encode()) for row in rows) / count
+                others["token_ratio"] = sum(num_after[row] for row in rows) / count
             degradation.append(
                 TextDegradation(
                     source,
@@ -213,6 +282,7 @@ class DenseReference:
                     kl=float(kl.mean()),
                     kl_error=_error(kl),
                     rows=len(rows),
+                    **others,
                 )
             )
         return degradation
@@ -235,6 +305,7 @@ class DenseReference:
         )
         same = texts and torch.allclose(self.losses, state["losses"], rtol=SAME, atol=0)
         self.rows, self.losses, self.inside = rows, state["losses"], set(state["inside"])
+        self._examples = _examples(rows)
         if not same:
             self._predictions, self._rank_rows = {}, range(self._rank_rows.start, len(rows), self._rank_rows.step)
         return same
@@ -245,13 +316,21 @@ def _error(values: Tensor) -> float:
 
 
 def degradation_table(degradation: Sequence[TextDegradation]) -> str:
-    """Formats degradation as a table by text; ± is the standard error over examples."""
-    rows = []
+    """Formats degradation as a table by text; ± is the standard error over examples.
+
+    It shows perplexity, or bits per byte of text and the number of tokens if the changed model has another tokenizer.
+    """
+    rows, in_bits = list[list[str]](), any(text.bits_per_byte for text in degradation)
     for text in degradation:
-        ratio, kl = _with_error(text.ratio, text.ratio_error), _with_error(text.kl, text.kl_error)
-        where = "calibrated on" if text.inside else "not calibrated on"
-        rows.append([text.source, where, f"{text.before:,.4g}", f"{text.after:,.4g}", ratio, kl])
-    return render_table(["perplexity on", "", "before", "after", "ratio", "KL"], rows, aligns="<<>")
+        name = [text.source, "calibrated on" if text.inside else "not calibrated on"]
+        if (bits := text.bits_per_byte) is not None:
+            ratio = _with_error(bits[1] / bits[0], text.ratio_error / text.ratio / math.log(text.before))
+            rows.append([*name, f"{bits[0]:.4f}", f"{bits[1]:.4f}", ratio, f"{text.token_ratio:.3f}"])
+        else:
+            ratio, kl = _with_error(text.ratio, text.ratio_error), _with_error(text.kl, text.kl_error)
+            rows.append([*name, f"{text.before:,.4g}", f"{text.after:,.4g}", ratio, kl])
+    what, last = ("bits per byte of", "tokens") if in_bits else ("perplexity on", "KL")
+    return render_table([what, "", "before", "after", "ratio", last], rows, aligns="<<>")
 
 
 def _with_error(value: float, error: float) -> str:

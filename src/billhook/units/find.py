@@ -14,7 +14,7 @@ from billhook.model.layers import is_adapter, is_convolution
 from billhook.model.repeat_kv import Indices
 from billhook.tracing.axes import Axis, leaves
 from billhook.tracing.coupling import Structure
-from billhook.tracing.groups import Group, Member, common_module
+from billhook.tracing.groups import Group, Kind, Member, common_module
 from billhook.tracing.roles import Attention, Part
 from billhook.tracing.trace import Inputs, trace
 from billhook.units.blocks import find_blocks
@@ -23,15 +23,18 @@ from billhook.units.units import Per, UnitKind, Units, axis_numbers, plural
 Chosen = Mapping[int, Iterable[int]] | Mapping[str, Iterable[int]] | Mapping[int | str, Iterable[int]] | Iterable[int]
 """Unit numbers by module name or position in `find_units`, or unit numbers of the only module."""
 
+GROUP_KINDS: dict[UnitKind, Kind] = {"token": "vocab"}
+"""Kinds of groups that have another name than their units."""
+
 
 def find_units(model: nn.Module, kind: UnitKind | Iterable[UnitKind], example_inputs: Inputs | None = None) -> dict[str, Units]:
-    """Finds the units of a model: heads, channels, hidden dimensions, experts, or blocks.
+    """Finds the units of a model: heads, channels, hidden dimensions, experts, tokens, or blocks.
 
     A module is named by the innermost module with the units. If a name occurs twice, the kind is appended.
 
     Args:
         model: A Hugging Face model, also with LoRA, or a module that contains one. Any module with `example_inputs`.
-        kind: `"head"`, `"channel"` (of MLPs in blocks), `"residual"`, `"expert"`, or `"block"`, or a list of kinds.
+        kind: `"head"`, `"channel"` (of MLPs in blocks), `"residual"`, `"expert"`, `"token"`, or `"block"`, or a list of kinds.
         example_inputs: Inputs of the forward, as for `trace`. Defaults to inputs guessed from the config.
 
     Returns:
@@ -99,7 +102,7 @@ def units_of(model: nn.Module, structure: Structure, kinds: Iterable[UnitKind]) 
             units |= find_heads(model, structure) if structure.attention else {}
             continue
         for group in structure.groups:
-            if group.kind == kind and not (kind == "channel" and why_not(model, structure, group)):
+            if group.kind == GROUP_KINDS.get(kind, kind) and not (kind == "channel" and why_not(model, structure, group)):
                 name = group.where if group.where not in units else f"{group.where} {kind}s"
                 units[name if name not in units else f"{name} {len(units)}"] = _units_of_group(model, structure, group, kind)
     return units

@@ -17,8 +17,8 @@ from billhook.tracing.groups import Member
 Per = Literal["head", "kv_head"]
 """Numbering of query heads, or of KV heads with their query heads."""
 
-UnitKind = Literal["head", "channel", "residual", "expert", "block"]
-"""Heads of attention, MLP channels, hidden dimensions, experts, and blocks of a stack."""
+UnitKind = Literal["head", "channel", "residual", "expert", "block", "token"]
+"""Heads of attention, MLP channels, hidden dimensions, experts, blocks of a stack, and tokens of the vocabulary."""
 
 PLURAL: dict[UnitKind, str] = {
     "head": "heads",
@@ -26,6 +26,7 @@ PLURAL: dict[UnitKind, str] = {
     "residual": "hidden dimensions",
     "expert": "experts",
     "block": "blocks",
+    "token": "tokens",
 }
 
 

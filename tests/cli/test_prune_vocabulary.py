@@ -1,0 +1,80 @@
+"""`billhook prune-vocabulary`: from the shell to a checkpoint and a tokenizer with fewer tokens."""
+
+import json
+import math
+
+import pytest
+import transformers
+
+import billhook as bh
+from billhook.cli.main import main
+from kit.cli import option, small_llama
+from kit.published import record_of
+
+SHORT = ["--length", "32", "--evaluate", "6"]
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return small_llama(tmp_path_factory.mktemp("small"))
+
+
+@pytest.mark.parametrize("stream", [[], ["--stream"]], ids=["in memory", "streamed"])
+def test_a_third_of_the_tokens_goes(small, files, tmp_path, capsys, stream):
+    out = tmp_path / "out"
+    main(["prune-vocabulary", str(small), str(out), "--tokens", "0.3", *SHORT, *stream, *option(files)])
+    said, record = capsys.readouterr().out, record_of(out)
+    assert "remove tokens that text uses least: tokens=0.3 (counted in up to 4,000,000 of each source)" in said
+    assert "measure bits per byte before and after" in said
+    assert "bits per byte of" in said
+    assert "  2,048 -> 1,408 tokens" in said
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
+    assert len(tokenizer) == model.config.vocab_size == 1408
+    text = record["degradation"][0]
+    assert text["bits_per_byte"] == pytest.approx([math.log2(text[when]) / text["token_bytes"] for when in ("before", "after")])
+    assert text["token_ratio"] >= 1
+    assert record["importance"]["tokens"] == 0.3
+    shown = "naïve 日本語 🙂"
+    assert tokenizer.decode(tokenizer(shown)["input_ids"], skip_special_tokens=True) == shown
+    assert "bits per byte" in (out / "README.md").read_text()
+
+
+def test_before_other_units_whose_text_is_in_the_tokens_that_are_left(small, files, tmp_path, capsys):
+    out = tmp_path / "out"
+    asked = ["--tokens", "0.3", "--params", "0.7", "--examples", "8", "--repair", "null"]
+    main(["prune-structure", str(small), str(out), *asked, *SHORT, *option(files)])
+    before = bh.load(small).num_parameters()
+    model = transformers.AutoModelForCausalLM.from_pretrained(out)
+    assert model.config.vocab_size == 1408
+    assert model.config.intermediate_size < bh.load(small).config.intermediate_size
+    assert model.num_parameters() <= 0.7 * before
+    assert "without 640 tokens in 1 module, " in json.dumps(record_of(out)["events"])
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("asked", "why"),
+    [
+        ([], "tokens=None: pass the fraction of the vocabulary to remove, in (0, 1), with --tokens."),
+        (["--tokens", "0.95"], "At most"),
+        (["--tokens", "1.5"], "fraction"),
+    ],
+    ids=["none", "more than can go", "no fraction"],
+)
+def test_what_cannot_be_done_is_refused(small, files, tmp_path, capsys, asked, why):
+    with pytest.raises(SystemExit) as ended:
+        main(["prune-vocabulary", str(small), str(tmp_path / "out"), *asked, *SHORT, *option(files)])
+    assert why in f"{ended.value}{capsys.readouterr().err}"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_a_tokenizer_and_a_dry_run(small, files, tmp_path, capsys):
+    main(["prune-vocabulary", str(small), str(tmp_path / "out"), "--tokens", "0.3", "--dry_run", *SHORT, *option(files)])
+    assert "2,048 -> 1,408 tokens" in capsys.readouterr().out
+    assert not (tmp_path / "out").exists()
+    bare = small_llama(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (bare / file).unlink(missing_ok=True)
+    with pytest.raises(SystemExit, match="has no tokenizer"):
+        main(["prune-vocabulary", str(bare), str(tmp_path / "out"), "--tokens", "0.3", *SHORT, *option(files)])

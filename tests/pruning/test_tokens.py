@@ -1,0 +1,210 @@
+"""Tokens as units: every table of the vocabulary, the ids of the configs, and the logits of what is left."""
+
+import copy
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model
+
+import billhook as bh
+from billhook.engine.batches import Batch
+from billhook.engine.comm import Comm
+from billhook.model.inputs import make_inputs
+from billhook.model.plan import ModelPlan
+from billhook.model.token_ids import named_token_ids
+from billhook.pruning.planning import plan_units
+from billhook.vocabulary.scores import token_shares
+from kit.families import build, t5
+from kit.tokenizers import LINES, TEXTS, byte_level
+
+SIZE = 64
+SMALL = {"vocab_size": SIZE, "max_position_embeddings": 64}
+BERT = SMALL | {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
+
+
+def bart():
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    config = transformers.BartConfig(
+        **SMALL, **sizes, d_model=16, encoder_ffn_dim=16, decoder_ffn_dim=16, pad_token_id=60, eos_token_id=61, bos_token_id=62
+    )
+    return transformers.BartForConditionalGeneration(config)
+
+
+MODELS = {
+    "Llama, untied": lambda: build("llama"),
+    "Llama, tied": lambda: build("llama", tie_word_embeddings=True),
+    "special ids last": lambda: build("qwen2", bos_token_id=61, eos_token_id=[62, 63], pad_token_id=60),
+    "Gemma": lambda: build("gemma"),
+    "GPT-2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=SIZE, n_embd=16, n_layer=2, n_head=2, bos_token_id=63, eos_token_id=63)
+    ),
+    "T5": t5,
+    "BART, with a bias of logits": bart,
+    "BERT, with a bias": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**BERT)),
+    "RoBERTa, whose positions know the padding": lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**BERT)),
+    "a classifier": lambda: transformers.BertForSequenceClassification(transformers.BertConfig(**BERT)),
+}
+
+
+def some(model, every=3):
+    """A third of the tokens, none of which a config names, and the rest."""
+    size = next(iter(bh.find_units(model, "token").values())).count()
+    named = named_token_ids(model, size)
+    gone = [token for token in range(size) if token % every == 1 and token not in named]
+    return gone, np.delete(np.arange(size), gone), size
+
+
+def inputs_of(kept, model):
+    """The same tokens before and after, in all inputs that are ids."""
+    inputs = make_inputs(model)
+    inputs.pop("use_cache", None)
+    numbers = {name: torch.randint(4, len(kept) - 5, value.shape) for name, value in inputs.items() if "input_ids" in name}
+    return {name: torch.from_numpy(kept)[ids] for name, ids in numbers.items()}, numbers
+
+
+@torch.no_grad()
+def answers(model, inputs):
+    model.eval()
+    return model(**inputs).logits
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_of_what_is_left_are_equal_and_plain_transformers_loads_it(name, tmp_path):
+    model = MODELS[name]()
+    (gone, kept, size), old = some(model), dict(model.config.to_dict())
+    before, after = inputs_of(kept, model)
+    expected, parameters = answers(model, before), model.num_parameters()
+    where = next(iter(bh.find_units(model, "token")))
+    plan = bh.pruning.prune_units(model, {where: gone}, kind="token")
+    assert plan.parameters == (parameters, model.num_parameters())
+    assert plan.after == {where: (len(kept),)}
+    got = answers(model, after)
+    assert torch.equal(got, expected[..., kept] if expected.shape[-1] == size else expected)
+    assert bh.save(model, tmp_path / "out").way == "plain"
+    again = type(model).from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(answers(again, after), got)
+    assert again.config.vocab_size == len(kept)
+    for config in (again.config, getattr(again, "generation_config", None)):
+        for field, value in (config.to_dict() if config else {}).items():
+            if field.endswith("token_id") and old.get(field) is not None:
+                ids, then = ([item] if isinstance(item, int) else item for item in (value, old[field]))
+                assert kept[ids].tolist() == then, field
+    padding = [module.padding_idx for module in model.modules() if getattr(module, "padding_idx", None) is not None]
+    assert {int(kept[number]) for number in padding} <= {old["pad_token_id"]}
+
+
+def test_optimizer_state_and_gradients_follow():
+    model = build("llama")
+    gone, kept, _ = some(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    ids = torch.from_numpy(kept)[torch.randint(len(kept), (2, 8))]
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    table = model.model.embed_tokens.weight
+    state, gradient = optimizer.state[table]["exp_avg"].clone(), table.grad.clone()
+    bh.pruning.prune_units(model, gone, optimizer, kind="token")
+    table = model.model.embed_tokens.weight
+    assert torch.equal(optimizer.state[table]["exp_avg"], state[kept])
+    assert torch.equal(table.grad, gradient[kept])
+
+
+def test_adapters_of_the_vocabulary_follow(tmp_path):
+    model = build("llama")
+    gone, kept, _ = some(model)
+    settings = LoraConfig(r=4, target_modules=["embed_tokens", "lm_head", "q_proj"], init_lora_weights=False)
+    adapted = get_peft_model(model, settings).eval()
+    before, after = inputs_of(kept, model)
+    expected = answers(adapted, before)
+    bh.pruning.prune_units(adapted, gone, kind="token")
+    assert torch.allclose(answers(adapted, after), expected[..., kept], atol=1e-6)
+    bh.save(adapted, tmp_path / "out")
+    assert torch.allclose(answers(bh.load(tmp_path / "out"), after), expected[..., kept], atol=1e-5)
+
+
+def test_what_the_configs_name_stays_and_nothing_changes_by_a_refusal():
+    model = build("llama")
+    model.generation_config.forced_eos_token_id = 40
+    model.generation_config.suppress_tokens = [50, 51]
+    model.generation_config.bad_words_ids = [[10], [11, 12]]
+    before = copy.deepcopy(model.state_dict())
+    for token, field in ((2, "config.eos_token_id"), (40, "generation_config.forced_eos_token_id")):
+        with pytest.raises(ValueError, match=f"tokens: {token} cannot be removed, because it is {field}"):
+            bh.pruning.prune_units(model, [token], kind="token")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    bh.pruning.prune_units(model, [11, 50], kind="token")
+    generation = model.generation_config
+    assert (generation.forced_eos_token_id, generation.suppress_tokens, generation.bad_words_ids) == (39, [49], [[10]])
+    model.generation_config.sequence_bias = {(1, 2): 0.5}
+    with pytest.raises(ValueError, match="sequence_bias=.* mixes token ids with other numbers"):
+        bh.pruning.prune_units(model, [11], kind="token")
+
+
+def test_the_share_of_a_token_is_the_sum_over_sources():
+    long, short = torch.tensor([[5, 5, 6, 7, 0, 0]] * 4), torch.tensor([[6, 6, 6, 9]])
+    mask = torch.tensor([[1, 1, 1, 1, 0, 0]] * 4)
+    batches = [Batch({"input_ids": long, "attention_mask": mask}, "long"), Batch({"input_ids": short}, "short")]
+    expected = Counter({5: 2 / 4, 6: 1 / 4 + 3 / 4, 7: 1 / 4, 9: 1 / 4})
+    assert token_shares(batches, 10).tolist() == [expected[token] for token in range(10)]
+    both = token_shares(batches[:1], 10, Comm(lambda tensor: tensor.mul_(2) if tensor.is_floating_point() else tensor))
+    assert both.tolist() == token_shares(batches[:1], 10).tolist()  # two ranks of equal text
+
+
+@pytest.fixture(scope="module")
+def trained():
+    tokenizer = byte_level(420)
+    model = build("llama", vocab_size=424, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    ids = [tokenizer(text)["input_ids"] for text in LINES[:2]]
+    return model, tokenizer, [Batch({"input_ids": torch.tensor([row])}, f"line {number}") for number, row in enumerate(ids)]
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.3])
+def test_a_plan_keeps_what_text_uses(trained, ratio, tmp_path):
+    model, tokenizer, batches = trained
+    model = copy.deepcopy(model)
+    plan = bh.plan(model, batches=batches, amount=bh.Amount(tokens=ratio, round_to=1), tokenizer=tokenizer)
+    (gone,) = plan.units.values()
+    assert len(gone) == int(424 * ratio)
+    assert ratio > 0.1 or set(gone).isdisjoint({token for batch in batches for token in batch["input_ids"].flatten().tolist()})
+    assert {420, 421, 422, 423} <= set(gone)  # rows without a token
+    fewer = plan.trim_tokenizer(tokenizer)
+    bh.apply(model, plan)
+    bh.save(model, tmp_path / "out", fewer)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text in TEXTS:
+        ids = torch.tensor(again(text)["input_ids"])
+        assert int(ids.max()) < loaded.config.vocab_size
+        assert again.decode(ids, skip_special_tokens=True) == text
+    assert ModelPlan.from_json(plan.to_json(), trained[0]).units == plan.units
+    assert plan_units(trained[0], gone, "token").trim_tokenizer(tokenizer).get_vocab() == fewer.get_vocab()
+
+
+def test_with_other_units_in_one_plan(trained):
+    model, tokenizer, batches = copy.deepcopy(trained[0]), *trained[1:]
+    plan = bh.plan(model, batches=batches, tokens=0.25, channels=0.25, tokenizer=tokenizer)
+    assert {plan.kinds[name] for name in plan.units} == {"token", "channel"}
+    bh.apply(model, plan)
+    assert (model.config.vocab_size, model.config.intermediate_size) == (320, 36)  # of 318, a multiple of 32
+
+
+def test_more_than_can_go_or_without_its_tokenizer(trained):
+    model, tokenizer, batches = trained
+    with pytest.raises(ValueError, match=r"tokens=0.9 would remove 381 of 424 tokens.* At most \d+ can be removed: tokens=0\."):
+        bh.plan(model, batches=batches, tokens=0.9, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="it has ids up to 419, but the model only 64 tokens"):
+        bh.plan(build("llama"), batches=batches, tokens=0.5, tokenizer=tokenizer)
+    with pytest.raises(ValueError, match="does not say where it came from: name a tokenizer"):
+        bh.plan(model, batches=batches, tokens=0.5)
+
+
+def test_a_folder_is_not_saved_with_the_tokenizer_of_before(trained, tmp_path):
+    bh.save(trained[0], tmp_path / "dense", trained[1])
+    model, tokenizer = bh.load(tmp_path / "dense"), transformers.AutoTokenizer.from_pretrained(tmp_path / "dense")
+    plan = bh.plan(model, batches=trained[2], tokens=0.3)
+    bh.apply(model, plan)
+    with pytest.raises(ValueError, match=r"ids up to 419, but the model only 288 tokens. Pass plan.trim_tokenizer\(tokenizer\)"):
+        bh.save(model, tmp_path / "out", tokenizer)
+    bh.save(model, tmp_path / "out", plan.trim_tokenizer(tokenizer))

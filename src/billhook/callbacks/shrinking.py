@@ -89,6 +89,8 @@ class Shrinking(ShapeCallback):
                 f"budget={budget.words}: Shrinking does not support latency, because timings differ between ranks. Call "
                 "bh.shrink before training."
             )
+        if search is not None and search.tokens:
+            raise ValueError("search: tokens=True is not supported in training. Call bh.shrink before, or tokens=False.")
         self.budget, self.layers, self.at, self.search = budget, layers, at, search or Search()
         self.amount = self.search.amount(budget)
         super().__init__(FitCalibration.of(calibration), measure_batches)

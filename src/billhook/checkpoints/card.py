@@ -121,7 +121,7 @@ UNRECORDED = "No record of the changes: billhook.save was called without record=
 LEGEND = (
     "± is the paired standard error over examples. KL is the divergence of next-token predictions from the dense model, in nats."
 )
-BITS_LEGEND = "The tokenizer has fewer tokens, so that losses per token cannot be compared. `tokens` is the number of tokens for the same text."
+BITS_LEGEND = "The tokenizer has fewer tokens, so losses per token are not comparable. `tokens` counts those of the same text."
 
 
 def card(record: Mapping[str, Any], loading: str, config: PretrainedConfig) -> str:

@@ -26,6 +26,7 @@ from billhook.model.preprocessors import load_tokenizer
 from billhook.model.streamed import stream as open_streamed
 from billhook.progress import progress_bar
 from billhook.report.choices import read_questions
+from billhook.report.texts import ExampleText, bits_per_byte
 from billhook.training.evaluation import (
     LONGEST,
     Asked,
@@ -51,6 +52,7 @@ class _Work:
     sets: dict[str, Asked]
     text: Rows | None
     tasks: list[str]
+    same_texts: Sequence[ExampleText] = ()
 
 
 def evaluate(
@@ -83,8 +85,9 @@ def evaluate(
         data: Files of questions, as JSON Lines: `{"context": "Question: ... Answer:", "choices": ["one", "two"], "label": 1}`. A
             choice follows the context and a space. For image classifiers, folders with one subfolder per class, .parquet files,
             or Hub names, evaluated on the split `test`, else `validation`, else the only split.
-        text: File (.txt, .jsonl, .csv, .parquet) to measure perplexity on, or "tiny" (the packaged text). Perplexities of models
-            with different tokenizers are not comparable.
+        text: File (.txt, .jsonl, .csv, .parquet) to measure perplexity on, or "tiny" (the packaged text). For models with
+            different tokenizers, whose perplexities are not comparable, also bits per byte, and tokens per byte, on the text of
+            the first model's blocks.
         tasks: lm-eval tasks, such as `--tasks hellaswag,arc_easy`; requires `pip install 'billhook[eval]'`. Their differences
             have no standard errors.
         limit: Number of questions per file and per lm-eval task, from the start, or of images, drawn at random with a fixed seed.
@@ -180,11 +183,14 @@ def _prepare(
 ) -> list[images.Work]:
     """Tokenizes the evaluation data, and returns a function for each model that evaluates it."""
     questions = [read_questions(file, limit, "data") for file in data]
-    works = list[images.Work]()
-    for name in models:
-        tokenizer = load_tokenizer(name)
-        rows = None if text is None else blocks(text, model_path(name), length, column)
-        work = _Work(name, tokenizer, encoded(questions, tokenizer, length, "data"), rows, tasks)
+    works, tokenizers = list[images.Work](), list(map(load_tokenizer, models))
+    same_texts, differ = list[ExampleText](), any(t.get_vocab() != tokenizers[0].get_vocab() for t in tokenizers)
+    for name, tokenizer in zip(models, tokenizers, strict=True):
+        rows: Any = None if text is None else blocks(text, model_path(name), length, column)
+        if differ and rows is not None and not same_texts:
+            of_blocks = (torch.tensor(rows[number]["input_ids"]) for number in range(min(examples, len(rows))))
+            same_texts = [ExampleText.of(ids, tokenizer) for ids in of_blocks]
+        work = _Work(name, tokenizer, encoded(questions, tokenizer, length, "data"), rows, tasks, same_texts)
         works.append(partial(_measure, work=work, length=length, examples=examples, batch_size=batch_size, limit=limit))
     return works
 
@@ -198,6 +204,9 @@ def _measure(
         scored = answered(model, f"models: '{work.model}'", work.sets, batch_size, progress)
     with model_progress(model, f"{work.model}: text", "blocks") as progress:
         figures = [*on_questions(scored), *on_text(model, work.text, length, examples, progress)]
+        if work.same_texts:
+            bits, tokens = bits_per_byte(model, work.tokenizer, work.same_texts, progress)
+            figures += [Figure(figures[-1].of, "bits per byte", bits), Figure(figures[-1].of, "tokens per byte", tokens)]
     answers = dict[str, Any]()
     for file, likelihoods in scored.items():
         right, right_normed = accuracies(file, likelihoods)

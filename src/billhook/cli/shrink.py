@@ -38,9 +38,11 @@ from billhook.shrinking.scope import Progress, SearchScope
 from billhook.shrinking.search import Budget, Search
 from billhook.shrinking.shrink import Layers, check_variant_cache, resolve_repair, run_shrink
 from billhook.shrinking.variants import tokens_needed
+from billhook.shrinking.vocabulary import VocabularyText
 from billhook.tracing.show import name_pattern
 from billhook.training.distillation import Distillation
 from billhook.training.module import TransformerModule
+from billhook.vocabulary.tokenizer import Vocabulary
 
 LR, LORA_LR = 1e-4, 1e-3
 """Default peak learning rates of recovery training: of all weights, and of LoRA."""
@@ -268,7 +270,15 @@ def shrink(
     check_int("time_batch_size", time_batch_size)
     check_int("time_context", 2 if time_context is None else time_context, 2)
     workload = Workload(time_phase, time_batch_size, time_context)
-    work = OneShot(model, out, examples, refits=search.repair is not None, repair=search.repair)
+    refits = search.repair is not None
+    work = OneShot(model, out, examples, refits=refits, repair=search.repair, as_text=search.tokens)
+    if search.tokens:
+        Vocabulary(work.tokenizer)  # raises for tokenizers that cannot lose tokens
+    if recovery.recover and search.tokens:
+        raise ValueError(
+            f"recover={recovery.recover} and tokens=True cannot be combined, because the teacher would have other tokens. Train "
+            "the result with `billhook fit`."
+        )
     if recovery.recover:
         recovery.task_of(work.model)
     clock = None if budget.latency is None else (budget.latency, make_clock(work.model, workload))
@@ -299,7 +309,10 @@ def shrink(
     phases = [""]
     with progress_bar("shrinking", "steps", lambda: phases[-1], steady=False) as report:
         progress, seed = Progress(report, phases.append, folder.report_reused), examples.seed
-        shrunk = run_shrink(scope, budget, clock, fitted, held_out, repair, search, seed, folder.folder, progress)
+        text = VocabularyText(work.tokenizer, work.read_tokens(before)) if search.tokens else None
+        shrunk = run_shrink(scope, budget, clock, fitted, held_out, repair, search, seed, folder.folder, progress, text)
+    if shrunk.tokens is not None:
+        work.use_tokenizer(shrunk.tokens.trim_tokenizer(work.tokenizer))
     shrunk = replace(shrunk, not_refitted=shrunk.not_refitted or not_repaired)
     settings = {"layers": layers, "importance": str(search.importance or "OBS()"), "repair": str(repair) if repair else None}
     what = f"{shrunk.what}: {shrunk.budget}"

@@ -23,6 +23,7 @@ from billhook.engine.store import store_of
 from billhook.progress import OnProgress
 from billhook.report.generation import generates
 from billhook.report.predictions import Predictions, compute_logits, mean_loss
+from billhook.report.texts import Example, ExampleText
 
 
 @torch.no_grad()
@@ -128,37 +129,8 @@ class TextDegradation:
         return cls(source=plain["source"], inside=plain["inside"], rows=plain["rows"], **numbers, **texts)
 
 
-@dataclass(frozen=True)
-class _Text:
-    """The text of an example in two parts: that of the first token, which no model predicts, and the rest."""
-
-    first: str
-    rest: str
-
-    @classmethod
-    def of(cls, ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Self:
-        parts = (tokenizer.decode(part.tolist(), clean_up_tokenization_spaces=False) for part in (ids[:1], ids[1:]))
-        return cls(*map(str, parts))
-
-    def encoded(self, tokenizer: PreTrainedTokenizerBase) -> "_Example":
-        first, rest = (tokenizer(part, add_special_tokens=False)["input_ids"] for part in (self.first, self.rest))
-        return _Example(torch.tensor(first + rest), max(len(first), 1))
-
-
-@dataclass(frozen=True)
-class _Example:
-    """Token ids of an example, and the number of its first tokens that are not predicted."""
-
-    ids: Tensor
-    first: int = 1
-
-
-def _examples(rows: Iterable[tuple[str, Tensor]]) -> list[_Example]:
-    return [_Example(ids) for _, ids in rows]
-
-
-def _num_predicted(examples: Iterable[_Example]) -> list[int]:
-    return [len(example.ids) - example.first for example in examples]
+def _examples(rows: Iterable[tuple[str, Tensor]]) -> list[Example]:
+    return [Example(ids) for _, ids in rows]
 
 
 class DenseReference:
@@ -198,7 +170,7 @@ class DenseReference:
     ) -> None:
         self.inside, self._comm = set(inside), comm
         self.rows = [(source_of(batch), ids.cpu()) for batch in batches for ids in batch["input_ids"]]
-        self._texts = [_Text.of(ids, tokenizer) for _, ids in self.rows] if tokenizer else []
+        self._texts = [ExampleText.of(ids, tokenizer) for _, ids in self.rows] if tokenizer else []
         self._examples = [text.encoded(tokenizer) for text in self._texts] if tokenizer else _examples(self.rows)
         self._rank_rows = range(comm.rank, len(self.rows), comm.size)
         self._predictions = dict[int, Predictions]()
@@ -216,7 +188,7 @@ class DenseReference:
     def _evaluate(
         self,
         model: PreTrainedModel,
-        examples: Sequence[_Example],
+        examples: Sequence[Example],
         visit: Callable[[int, Tensor, float], None],
         progress: OnProgress | None,
     ) -> None:
@@ -252,7 +224,7 @@ class DenseReference:
         """
         results = torch.zeros(len(self.rows), 2, dtype=torch.float64)  # loss and divergence
         examples = [text.encoded(tokenizer) for text in self._texts] if tokenizer else self._examples
-        num_before, num_after = _num_predicted(self._examples), _num_predicted(examples)
+        num_before, num_after = ([example.predicted for example in own] for own in (self._examples, examples))
 
         def visit(row: int, logits: Tensor, loss: float) -> None:
             dense = self._predictions.get(row) if tokenizer is None else None
@@ -270,7 +242,7 @@ class DenseReference:
             others = dict[str, float]()
             if tokenizer:
                 count = sum(num_before[row] for row in rows)
-                others["token_bytes"] = sum(len(self._texts[row].rest.encode()) for row in rows) / count
+                others["token_bytes"] = sum(self._texts[row].bytes for row in rows) / count
                 others["token_ratio"] = sum(num_after[row] for row in rows) / count
             degradation.append(
                 TextDegradation(

@@ -76,6 +76,8 @@ class Shrunk(Printable):
         blocks_stay: Reason why no block could be removed; empty if one could.
         merged: Conversions to fewer KV heads (pooled, all query heads kept), one for each number of heads.
         not_refitted: Layers that were pruned but not refitted, with the reason; empty if there are none.
+        tokens: The removed tokens, if any. `tokens.trim_tokenizer` returns the tokenizer that is left.
+        token_loss: What they cost on held-out text, in nats per token of the dense model. `measured` does not include it.
     """
 
     plan: UnitPlan
@@ -94,6 +96,8 @@ class Shrunk(Printable):
     blocks_stay: str = ""
     merged: tuple[KVHeadPlan, ...] = ()
     not_refitted: str = ""
+    tokens: UnitPlan | None = None
+    token_loss: float = 0.0
 
     @property
     def budget(self) -> str:
@@ -103,7 +107,7 @@ class Shrunk(Printable):
     @property
     def words(self) -> str:
         """A summary of the removed units."""
-        return ", ".join(plan.words for plan in (self.plan, self.blocks) if plan is not None and plan.units)
+        return ", ".join(plan.words for plan in (self.plan, self.blocks, self.tokens) if plan is not None and plan.units)
 
     @property
     def what(self) -> str:
@@ -119,7 +123,9 @@ class Shrunk(Printable):
         plans = {"plan": self.plan.to_json(), "merged": [plan.to_json() for plan in self.merged]}
         blocks = {"blocks": self.blocks and self.blocks.to_json(), "blocks_stay": self.blocks_stay}
         choices = {"curve": list(map(vars, self.curve)), "tried": list(map(vars, self.tried))}
-        left = {"not_refitted": self.not_refitted} if self.not_refitted else {}
+        left: dict[str, Any] = {"not_refitted": self.not_refitted} if self.not_refitted else {}
+        if self.tokens is not None:  # the tokenizer of the checkpoint has them
+            left |= {"tokens": {name: self.tokens.after[name] for name in self.tokens.units}, "token_loss": self.token_loss}
         return {**plans, **blocks, **plain, **choices, "times": self.times and vars(self.times), **left}
 
     def _renderables(self) -> list[RenderableType]:
@@ -131,6 +137,7 @@ class Shrunk(Printable):
             lines.append(self.blocks)
         elif self.blocks_stay:
             lines.append(f"no block can be removed: {self.blocks_stay}")
+        lines += [self.tokens] if self.tokens else []
         head = ["ms" if self.target == "latency" else self.target, "estimated", "measured"]
         sizes = [[format_amount(self.target, size.left), f"{size.predicted:.4f}", f"{size.measured:.4f}"] for size in self.curve]
         return [*lines, CURVE, text_table(sizes, head), *self._notes()]
@@ -143,6 +150,7 @@ class Shrunk(Printable):
         losses = ", ".join(f"{lost:.4f}{f' on {source}' if source else ''}" for source, lost in self.measured.items())
         ratio = "" if self.ratio is None else f"; perplexity {self.ratio:.4f}x the dense model's"
         notes.append(f"selected model: KL {losses}{ratio}")
+        notes += [f"removed tokens: {self.token_loss:.4f} nats per token on held-out text"] if self.tokens else []
         notes += [self.not_refitted] if self.not_refitted else []
         return notes if self.times is None else [*notes, f"measured: {self.times}"]
 

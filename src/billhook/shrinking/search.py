@@ -81,6 +81,8 @@ class Search:
             all KV heads, except for `kv_cache_bytes`. 1 allows any number.
         generations: Rounds of evolutionary search. 0 uses the best knapsack solution.
         candidates: Number of candidates per round.
+        tokens: If True, tokens of the vocabulary may be removed too, from the model and its tokenizer, for a budget of parameters
+            or bytes.
 
     Raises:
         ValueError: If a number is out of range.
@@ -96,6 +98,7 @@ class Search:
     round_to: RoundTo = "auto"
     generations: int = 8
     candidates: int = 8
+    tokens: bool = False
 
     def __post_init__(self) -> None:
         check_types(Search, vars(self))
@@ -105,5 +108,10 @@ class Search:
             check_int("round_to", self.round_to)
 
     def amount(self, budget: Budget) -> Amount:
-        """Returns a budget as an `Amount` with the protected blocks of this search."""
+        """Returns a budget as an `Amount` with the protected blocks of this search.
+
+        Raises a ValueError if tokens cannot be removed for this budget.
+        """
+        if self.tokens and budget.params is None and budget.bytes is None:
+            raise ValueError(f"tokens=True does not support {budget.words}. Set a budget of params or bytes, or tokens=False.")
         return budget.amount(self.first, self.last, self.round_to)

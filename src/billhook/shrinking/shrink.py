@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 from torch import nn
 
 from billhook.arguments import check_int, check_path, check_types
@@ -14,7 +15,10 @@ from billhook.calibration.calibration import Batches, read_batches
 from billhook.importance.obs import OBS
 from billhook.model.costs import cost_of
 from billhook.model.find import check_stored, check_values, find_transformer
+from billhook.model.plan import apply_plan
 from billhook.model.surgery import restored_on_error, values_restored_on_error
+from billhook.pruning.plan import UnitPlan
+from billhook.pruning.planning import plan_units
 from billhook.pruning.repair import RepairOption
 from billhook.repairs.repair import RepairConfig
 from billhook.repairs.residuals import NoRepair, strip_argument
@@ -28,8 +32,9 @@ from billhook.shrinking.result import Shrunk
 from billhook.shrinking.scope import Progress, SearchScope
 from billhook.shrinking.search import Budget, Search
 from billhook.shrinking.selection import SearchResult, search_within, smallest
-from billhook.shrinking.space import make_slots, modules_outside
+from billhook.shrinking.space import best_point, make_slots, modules_outside
 from billhook.shrinking.variants import check_token_count
+from billhook.shrinking.vocabulary import VocabularyLevel, VocabularyLevels, VocabularyText, find_levels
 
 Layers = Literal["uniform", "free"]
 
@@ -43,6 +48,7 @@ def shrink(
     search: Search | None = None,
     variant_cache: str | Path | None = None,
     workload: Workload | None = None,
+    text: VocabularyText | None = None,
     seed: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Shrunk:
@@ -55,6 +61,9 @@ def shrink(
     these losses, and an evolutionary search refines its solution by measured divergence. The selected model is pruned in place
     and repaired from front to back, including the layers behind removed blocks. With uniform modules, the best candidate that
     prunes other kinds of units is also repaired if its loss is at most 1.25x the best, and the better of both is used.
+
+    With `Search(tokens=True)`, smaller vocabularies compete: each is measured by what the same held-out text costs in the tokens
+    that are left, and the one with the lowest sum of losses is used. Its tokens are removed last.
 
     Reference: ZipLM (Kurtic et al., 2023), https://arxiv.org/abs/2302.04089
     Reference: MoDeGPT (Lin et al., 2024), https://arxiv.org/abs/2408.09632
@@ -72,6 +81,7 @@ def shrink(
             reuse them, also with another `params` or `bytes` budget. Defaults to None (kept in memory).
         workload: Workload for a latency budget, a `billhook.shrinking.latency.Workload`. Defaults to decoding after a prompt of
             512 tokens.
+        text: Tokenizer of the model, and text to count tokens in, for `Search(tokens=True)`.
         seed: Seed of the evolutionary search.
         progress: Callback with the number of finished steps and the total.
 
@@ -96,6 +106,8 @@ def shrink(
     if workload is not None and budget.latency is None:
         raise ValueError(f"workload={workload!r} requires a latency budget. Set Budget(latency=...), or remove workload.")
     search = search or Search()
+    if search.tokens != (text is not None):
+        raise ValueError(f"tokens={search.tokens} {'requires' if search.tokens else 'does not use'} text. See VocabularyText.")
     subject = find_transformer(model)
     check_values(subject)
     check_stored(subject)
@@ -105,7 +117,7 @@ def shrink(
     repair, not_repaired = resolve_repair(scope, fitted, search.repair)
     if not_repaired:
         warnings.warn(f"shrink: {not_repaired}", stacklevel=2)
-    shrunk = run_shrink(scope, budget, clock, fitted, held_out, repair, search, seed, variant_cache, Progress(progress))
+    shrunk = run_shrink(scope, budget, clock, fitted, held_out, repair, search, seed, variant_cache, Progress(progress), text)
     return replace(shrunk, not_refitted=shrunk.not_refitted or not_repaired)
 
 
@@ -137,6 +149,7 @@ def run_shrink(
     seed: int,
     variant_cache: str | Path | None,
     progress: Progress,
+    text: VocabularyText | None = None,
 ) -> Shrunk:
     """Runs the search of `shrink` for a known scope; see `resolve_repair`.
 
@@ -147,12 +160,35 @@ def run_shrink(
         scope = with_latency(scope, *clock, progress)
     model, searched = scope.model, search_batches(fitted, scope.widest)
     folder = None if variant_cache is None else Path(variant_cache)
+    vocabulary = None if text is None else find_levels(model, scope.target, text, held_out)
     measurement = measure(scope, searched, held_out, search.importance or OBS(), repair, folder, progress)
+    level = None if vocabulary is None else choose_level(measurement, vocabulary)
+    if level is not None:
+        measurement = replace(measurement, scope=replace(scope, limit=scope.limit + level.saved))
     chosen = select_for_budget(measurement, budget, searched, fitted, held_out, repair, search, seed, clock)
     changed = [model.get_parameter(name) for name in chosen.planned.weights or {}]
     with restored_on_error(model), values_restored_on_error(changed):  # also if what has been cut cannot be measured
         apply_plans(model, chosen.planned.plans, weights=chosen.planned.weights)
-        return measure_result(measurement, chosen)
+        shrunk = measure_result(measurement, chosen)
+        if vocabulary is None or level is None or not level.saved:
+            return shrunk
+        removed = np.delete(np.arange(vocabulary.size), level.kept).tolist()
+        tokens = plan_units(model, {vocabulary.where: removed}, "token")
+        assert isinstance(tokens, UnitPlan)
+        apply_plan(model, tokens)
+        left = int(cost_of(model, scope.target) or 0)
+        return replace(shrunk, limit=scope.limit, left=left, tokens=tokens, token_loss=level.loss)
+
+
+def choose_level(measurement: Measurement, vocabulary: VocabularyLevels) -> VocabularyLevel:
+    """Returns the vocabulary with the lowest sum of its loss and the estimated loss of the best units beside it."""
+    scope, best = measurement.scope, list[tuple[float, int]]()
+    for number, level in enumerate(vocabulary.levels):
+        limit = scope.limit + level.saved
+        point = best_point(measurement.spaces, limit) if limit < scope.now else None
+        if point is not None:
+            best.append((level.loss + measurement.spaces[point[0]].predicted(point[1]), number))
+    return vocabulary.levels[min(best)[1]] if best else vocabulary.levels[0]
 
 
 def select_for_budget(

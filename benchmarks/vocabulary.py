@@ -1,0 +1,97 @@
+"""A smaller vocabulary of a real model, alone and together with channels, in bits per byte of three texts.
+
+`OMP_NUM_THREADS=1 python benchmarks/vocabulary.py MODEL DATA WORK --out vocabulary.md` writes the table; `measured.py` says what is
+in DATA. Tokens are counted in FOLDOC's training text, WikiText-2's validation text, and, unless a row says otherwise, packaged text.
+"jointly" is `shrink` with `Search(tokens=True)`, on the windows of `--texts`; "channels" is the same without tokens. Bits per byte
+are those of the first 12 windows of 512 tokens of each test text, and of Python's own library (the modules of its `asyncio`), which
+nothing has seen, in float32, each as a text, so that every tokenizer has the same. What WORK holds is not measured again.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import torch
+from kv_texts import tests
+from measured import CALIBRATION, TESTS, Lines, shown
+from transformers import AutoTokenizer
+
+import billhook as bh
+from billhook.report.texts import ExampleText, bits_per_byte
+from billhook.shrinking.vocabulary import VocabularyText
+
+COUNTED = 6_000_000
+ROWS = {
+    "nothing": None,
+    **{f"tokens, {share:.0%}": share for share in (0.95, 0.9, 0.85, 0.8)},
+    **{f"tokens, {share:.0%}, without packaged text": share for share in (0.95, 0.9, 0.85)},
+    **{f"{how}, {share:.0%}": share for share in (0.9, 0.85, 0.8, 0.75) for how in ("jointly", "channels")},
+}
+"""Share of the parameters that is left."""
+
+
+def counted(options, model, packaged):
+    """Text to count tokens in: all of it."""
+    sources = [str(options.data / file) for file in CALIBRATION.values()] + ["mixed"] * packaged
+    return bh.Calibration(sources, tokens=COUNTED, length=options.window).read(model)
+
+
+def smaller(options, name, model, tokenizer):
+    """The model and its tokenizer."""
+    share, (how, *_) = ROWS[name], name.split(", ")
+    if how == "tokens":
+        size, text = model.config.vocab_size, counted(options, model, "without" not in name)
+        fewer = (1 - share) * model.num_parameters() / (model.config.hidden_size * size)
+        plan = bh.plan(model, batches=text, amount=bh.Amount(tokens=fewer), tokenizer=tokenizer)
+        bh.apply(model, plan)
+        return plan.trim_tokenizer(tokenizer)
+    text = VocabularyText(tokenizer, counted(options, model, True)) if how == "jointly" else None
+    search = bh.Search(generations=0, tokens=text is not None)
+    cache = options.work / "variant_cache"
+    shrunk = bh.shrink(model, bh.Budget(params=share), shown(options), search=search, variant_cache=cache, text=text)
+    print(shrunk, flush=True)
+    return tokenizer if shrunk.tokens is None else shrunk.tokens.trim_tokenizer(tokenizer)
+
+
+def measured(options, name):
+    """Bits and tokens per byte of each text, measured once."""
+    file = options.work / f"{name}.json"
+    if not file.exists():
+        model, tokenizer = bh.load(str(options.model), dtype="float32"), AutoTokenizer.from_pretrained(options.model)
+        texts = {text: [ExampleText.of(row, tokenizer) for row in rows] for text, rows in tests(options, left_out=False).items()}
+        start = time.process_time()
+        fewer = tokenizer if ROWS[name] is None else smaller(options, name, model, tokenizer)
+        row = {"seconds": time.process_time() - start, "parameters": model.num_parameters(), "tokens": model.config.vocab_size}
+        row |= {text: bits_per_byte(model, fewer, examples) for text, examples in texts.items()}
+        bh.save(model, options.work / name, fewer)
+        file.write_text(json.dumps(row))
+    return json.loads(file.read_text())
+
+
+def main():
+    """Every row that is asked for."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    for name in ("model", "data", "work"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--only", nargs="*", default=list(ROWS)[1:], choices=list(ROWS)[1:])
+    parser.add_argument("--texts", nargs="*", default=["foldoc:32", "wikitext:32", "mixed:32", "generated:32"])
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    options.work.mkdir(parents=True, exist_ok=True)
+    texts = (*TESTS, "Python")
+    lines = Lines(options.out, ("what goes", "parameters", "tokens", *texts, *(f"tokens of {text}" for text in texts), "CPU s"))
+    dense = measured(options, "nothing")
+    for name in ("nothing", *options.only):
+        row = measured(options, name)
+        pairs = [(row[text], dense[text]) for text in (*TESTS, "python")]
+        cells = [f"{bits:.4f} ({bits / before:.3f})" for (bits, _), (before, _) in pairs]
+        cells += [f"{tokens / before:.3f}" for (_, tokens), (_, before) in pairs]
+        share = row["parameters"] / dense["parameters"]
+        lines.add([name, f"{share:.1%}", f"{row['tokens']:,}", *cells, f"{row['seconds']:,.0f}"])
+
+
+if __name__ == "__main__":
+    main()

@@ -263,7 +263,7 @@ def _check_no_prompts(module: nn.Module) -> None:
 
 
 def _check_vocabulary(model: PreTrainedModel, preprocessors: Sequence[Preprocessor]) -> None:
-    """Raises for the tokenizer of the folder that the model came from, if tokens have been removed since."""
+    """Raises for the tokenizer of the model's folder if the model has lost tokens since."""
     size, origin = getattr(text_config(model.config), "vocab_size", None), model.config.name_or_path
     for preprocessor in preprocessors:
         if isinstance(preprocessor, PreTrainedTokenizerBase) and size and preprocessor.name_or_path == origin:

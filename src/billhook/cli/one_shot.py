@@ -387,9 +387,10 @@ class OneShot:
         return store_of(self.model).on(self.device, self._offloaded_blocks)
 
     def read_tokens(self, before: Before) -> list[Batch]:
-        """Reads text to count tokens in: every source but self-generated text, up to `COUNTED` tokens each.
+        """Reads text to count tokens in, up to `COUNTED` tokens of each source.
 
-        Examples that the model is measured on are left out. Packaged text is a source too, unless `supplement` is 0.
+        Self-generated text is left out, and examples that the model is measured on. Packaged text is a source too, unless
+        `supplement` is 0.
         """
         if self.metric == "accuracy":
             folder = model_path(self.options.tokenizer or self.name)

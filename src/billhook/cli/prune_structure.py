@@ -1,4 +1,4 @@
-"""`billhook prune-structure`, `prune-blocks`, and `prune-vocabulary`: removal of units, blocks, and tokens."""
+"""`billhook prune-structure`, `prune-blocks`, and `prune-vocabulary`."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace

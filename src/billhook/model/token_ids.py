@@ -17,7 +17,7 @@ UNKNOWN = ("forced_decoder_ids", "force_words_ids", "sequence_bias")
 
 
 def named_token_ids(model: PreTrainedModel, size: int) -> dict[int, str]:
-    """Returns the token ids that the config and the generation config name, each with its field.
+    """Returns the token ids in the config and generation config, each with its field.
 
     Raises if no config has a vocabulary of this size, or a field mixes token ids with other numbers.
 
@@ -38,7 +38,7 @@ def named_token_ids(model: PreTrainedModel, size: int) -> dict[int, str]:
 
 
 def with_kept_tokens(config: PretrainedConfig, kept: Indices, size: int) -> Fields:
-    """Returns the config fields for the kept ids of a vocabulary: its size, and renumbered token ids."""
+    """Returns the config fields of a smaller vocabulary: its size, and new token ids."""
     fields: Fields = {}
     for prefix, nested in _of_vocabulary(config, size):
         fields |= {f"{prefix}{name}": len(kept) for name, value in _vocabulary_sizes(nested).items() if value == size}
@@ -65,7 +65,7 @@ def _all_fields(model: PreTrainedModel, size: int) -> Fields:
 
 
 def _of_vocabulary(config: PretrainedConfig, size: int) -> list[tuple[str, PretrainedConfig]]:
-    """Returns the configs of a vocabulary of this size, and the outermost one if it has no size of its own."""
+    """Returns the configs with a vocabulary of this size, or the outermost without any."""
     own = list[tuple[str, PretrainedConfig]]()
     for prefix, nested in nested_configs(config):
         sizes = _vocabulary_sizes(nested).values()

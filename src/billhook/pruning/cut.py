@@ -46,7 +46,7 @@ class Cut:
 
     @property
     def tokens(self) -> tuple[Indices, int] | None:
-        """The ids of the tokens that remain, ascending, int64, and the number before. None if no token is removed."""
+        """The remaining token ids, ascending, and the number before; None if no token goes."""
         for name in self.units:
             if self.kinds[name] == "token":
                 (size,) = self.before[name]

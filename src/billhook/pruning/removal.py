@@ -172,7 +172,7 @@ def _selected_state(_: str, state: Tensor, kept: Mapping[int, Indices]) -> Tenso
 
 @dataclass(frozen=True)
 class _Ids:
-    """Token ids of the same tokens by input name, before and after tokens are removed. Empty if none are."""
+    """Ids of the same tokens by input name, before and after a removal of tokens."""
 
     before: Mapping[str, Tensor] = field(default_factory=dict)
     after: Mapping[str, Tensor] = field(default_factory=dict)
@@ -204,9 +204,10 @@ def _check_tokens(model: PreTrainedModel, cut: Cut) -> None:
 
 
 def _masked_answer(model: PreTrainedModel, cut: Cut, readers: Iterable[str], ids: _Ids) -> list[Tensor] | None:
-    """Returns the output with heads and channels masked and without the logits of tokens, or None if none is removed.
+    """Returns the output with removed units masked; None if nothing can be masked.
 
-    The hidden dimensions to remove are removed for this run and restored afterwards.
+    Heads and channels are masked, and logits of removed tokens are left out. The hidden dimensions to remove are removed for this
+    run and restored afterwards.
     """
     masked = {name: numbers for name, numbers in cut.units.items() if cut.kinds[name] in ("head", "channel")}
     residual = {name: numbers for name, numbers in cut.units.items() if cut.kinds[name] == "residual"}
@@ -269,7 +270,10 @@ def _parameter_ids(modules: Iterable[nn.Module]) -> set[int]:
 
 @torch.no_grad()
 def _answer(model: PreTrainedModel, readers: Iterable[str], ids: Mapping[str, Tensor]) -> list[Tensor]:
-    """Returns the outputs of the consumer layers and of the model for small random inputs, or for these token ids."""
+    """Returns the outputs of the consumer layers and of the model for small inputs.
+
+    They are random, except for these token ids.
+    """
     outputs: list[Any] = []
     with ExitStack() as hooks, full_precision(), evaluating(model):
         for reader in sorted(readers):

@@ -30,7 +30,7 @@ class Example:
 
 @dataclass(frozen=True)
 class ExampleText:
-    """The text of an example in two parts: that of the first token, which no model predicts, and the rest."""
+    """The text of an example: that of its first token, and the rest, which is predicted."""
 
     first: str
     rest: str

@@ -181,7 +181,7 @@ def run_shrink(
 
 
 def choose_level(measurement: Measurement, vocabulary: VocabularyLevels) -> VocabularyLevel:
-    """Returns the vocabulary with the lowest sum of its loss and the estimated loss of the best units beside it."""
+    """Returns the vocabulary with the lowest loss, including that of the best units beside it."""
     scope, best = measurement.scope, list[tuple[float, int]]()
     for number, level in enumerate(vocabulary.levels):
         limit = scope.limit + level.saved

@@ -1,4 +1,4 @@
-"""The vocabulary in a search: what fewer tokens save, and what they cost for the same text."""
+"""The vocabulary in a search: savings and losses of smaller vocabularies."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -64,7 +64,7 @@ class VocabularyLevels:
 
 
 def find_levels(model: PreTrainedModel, target: str, text: VocabularyText, held_out: Iterable[Any]) -> VocabularyLevels:
-    """Measures what smaller vocabularies save and cost, without changing the model.
+    """Measures savings and losses of smaller vocabularies, without changing the model.
 
     The loss is that of the same text in the tokens that are left, with all others excluded from the predictions, which is the
     loss of the smaller model.
@@ -117,7 +117,7 @@ def _texts(batches: Iterable[Any], tokenizer: PreTrainedTokenizerBase) -> list[t
 def _losses(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ExampleText]], kept: Indices
 ) -> dict[str, float]:
-    """Returns the nats that texts cost by source, in the tokens of a tokenizer that has the kept ids."""
+    """Returns the loss of texts by source, in nats, with the tokenizer of the kept ids."""
     sums, columns = dict[str, float](), torch.from_numpy(kept).to(model.device)
     with evaluating_without_grad(model):
         for source, text in texts:

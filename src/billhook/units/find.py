@@ -28,7 +28,7 @@ GROUP_KINDS: dict[UnitKind, Kind] = {"token": "vocab"}
 
 
 def find_units(model: nn.Module, kind: UnitKind | Iterable[UnitKind], example_inputs: Inputs | None = None) -> dict[str, Units]:
-    """Finds the units of a model: heads, channels, hidden dimensions, experts, tokens, or blocks.
+    """Finds the units of a model: heads, channels, experts, tokens, blocks, ...
 
     A module is named by the innermost module with the units. If a name occurs twice, the kind is appended.
 

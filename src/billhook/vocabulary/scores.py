@@ -15,7 +15,7 @@ from billhook.vocabulary.tokenizer import Vocabulary
 
 
 def token_shares(batches: Iterable[Any], size: int, comm: Comm = SINGLE_PROCESS) -> Tensor:
-    """Returns the share of each token in the text, as the sum over its sources: float64, `[size]`.
+    """Returns the share of each token in the text, summed over sources: float64, `[size]`.
 
     Padding (`attention_mask`) does not count; labels of an encoder-decoder do.
     """

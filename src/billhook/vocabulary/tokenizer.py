@@ -29,7 +29,7 @@ CHAT = ({"role": "system", "content": "a"}, {"role": "user", "content": "a"}, {"
 
 
 class Vocabulary:
-    """The tokens of a tokenizer, and what they are made of.
+    """The tokens of a tokenizer, and their parts.
 
     Args:
         tokenizer: A fast tokenizer: byte-pair encoding, a unigram model, or WordPiece.
@@ -57,7 +57,7 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """The number of ids, up to the largest one."""
+        """The largest id, plus 1."""
         return max(*self.ids.values(), *self.added.values(), -1) + 1
 
     def check_within(self, size: int) -> None:
@@ -66,11 +66,11 @@ class Vocabulary:
             raise ValueError(f"tokenizer: it has ids up to {self.size - 1:,}, but the model only {size:,} tokens.")
 
     def order(self, counts: Indices, named: Collection[int] = ()) -> tuple[list[int], list[int]]:
-        """Returns the ids that stay, and all others, the most used first and what a token is made of before it.
+        """Returns the ids that stay, and all others, the most used first.
 
-        These stay: added and special tokens, those of the chat template, bytes, and single characters; letters only of scripts
-        that are used, if others can be spelled in bytes. Unused tokens are ordered by id, which is by frequency in most
-        tokenizers, and ids without a token are last.
+        The parts of a token come before it. These stay: added and special tokens, those of the chat template, bytes, and single
+        characters; letters only of scripts that are used, if others can be spelled in bytes. Unused tokens are ordered by id,
+        which is by frequency in most tokenizers, and ids without a token are last.
 
         Args:
             counts: How often each id is used: float64, `[tokens]`.
@@ -98,7 +98,10 @@ class Vocabulary:
         return required, others
 
     def without(self, kept: Indices) -> PreTrainedTokenizerBase:
-        """Returns a tokenizer with only these ids, ascending, numbered anew from 0. It is loaded as a user would load it."""
+        """Returns a tokenizer with only these ids, ascending, which get numbers from 0.
+
+        It is loaded as a user would load it.
+        """
         new = {int(old): number for number, old in enumerate(kept)}
         with TemporaryDirectory() as folder:
             self.tokenizer.save_pretrained(folder)
@@ -152,7 +155,7 @@ class Vocabulary:
         return (special | bytes_) - {-1}
 
     def _chat_ids(self, prompt: bool) -> list[int]:
-        """Returns the ids of a conversation in the chat template; none if the template takes no such conversation."""
+        """Returns the ids of a conversation in the chat template; none if it raises."""
         for messages in (CHAT, CHAT[1:]):  # some templates have no system message
             try:
                 text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
@@ -252,7 +255,10 @@ def _numbers(part: Any) -> set[int]:  # noqa: ANN401 - a part of a tokenizer's f
 
 
 def _with_numbers(part: Any, change: Callable[[int], int]) -> Any:  # noqa: ANN401 - a part of a tokenizer's file
-    """Returns a post-processor or padding with changed token ids: `ids` of a template, `[token, id]` of BERT, and `pad_id`."""
+    """Returns a post-processor or padding with changed token ids.
+
+    They are `ids` of a template, `[token, id]` of BERT, and `pad_id`.
+    """
     if isinstance(part, list):
         return [_with_numbers(item, change) for item in part]
     if not isinstance(part, dict):

@@ -2,7 +2,7 @@
 
 import json
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 LINES = [
@@ -32,10 +32,25 @@ def wrapped(tokenizer: Tokenizer, **options: object) -> PreTrainedTokenizerFast:
     )
 
 
-def byte_level(size: int = 400, special_last: bool = False, ignore_merges: bool = False) -> PreTrainedTokenizerFast:
+LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+"""The expression by which Llama 3's tokenizer splits text; Qwen2's splits digits one by one."""
+
+
+def splitting(name: str) -> pre_tokenizers.PreTokenizer:
+    """How a tokenizer splits text before it merges bytes."""
+    if name == "gpt-2":
+        return pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if name == "smollm":
+        return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), splitting("gpt-2")])
+    expression = Regex(LLAMA3 if name == "llama-bpe" else LLAMA3.replace("{1,3}", ""))
+    split = pre_tokenizers.Split(expression, behavior="isolated", invert=False)
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+
+
+def byte_level(size: int = 400, special_last: bool = False, split: str = "gpt-2") -> PreTrainedTokenizerFast:
     """Byte-pair encoding of bytes, as GPT-2's and SmolLM2's; with special tokens at the end, as Qwen's."""
-    tokenizer = Tokenizer(models.BPE(ignore_merges=ignore_merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = splitting(split)
     tokenizer.decoder = decoders.ByteLevel()
     special = [] if special_last else SPECIAL
     alphabet = pre_tokenizers.ByteLevel.alphabet()

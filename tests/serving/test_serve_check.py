@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+import billhook as bh
 from billhook.cli.main import main
 from billhook.serving import converter as converters
 from billhook.serving import engine as engines
@@ -13,6 +15,7 @@ from billhook.serving.engine import LlamaCpp
 from billhook.serving.worker import Missing, Worker, WorkerError
 from kit import serving
 from kit.serving import longrope, saved
+from kit.tokenizers import LINES, byte_level
 
 pytestmark = serving.pytestmark
 
@@ -101,6 +104,19 @@ def test_a_tokenizer_that_splits_text_otherwise(tmp_path, converter):
     found = serve_check(tmp_path, converter=converter, tokens=16, new_tokens=2, quantized=())
     assert not found.supported
     assert "BPE pre-tokenizer was not recognized" in found.reason
+
+
+@pytest.mark.parametrize("split", ["gpt-2", "smollm", "llama-bpe", "qwen2"])
+def test_a_vocabulary_that_lost_tokens_splits_text_as_before(tmp_path, converter, split):
+    tokenizer = byte_level(split=split)
+    batches = [{"input_ids": torch.tensor([tokenizer(text)["input_ids"]])} for text in LINES[:2]]
+    model = serving.small("llama", vocab_size=400, bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    plan = bh.plan(model, batches=batches, amount=bh.Amount(tokens=0.25, round_to=1), tokenizer=tokenizer)
+    bh.apply(model, plan)
+    bh.save(model, tmp_path / "out", plan.trim_tokenizer(tokenizer))
+    found = serve_check(str(tmp_path / "out"), converter=converter, tokens=32, new_tokens=8, quantized=())
+    assert found.supported, found
+    assert f"text split as in {split}" in found.reason
 
 
 def test_a_family_that_the_converter_does_not_know(tmp_path, converter):

@@ -76,7 +76,8 @@ class Converter:
             factors: Divisors of rotary frequencies at all lengths, written if the converter writes none. Defaults to None.
 
         Returns:
-            `"gpt-2"` if the converter does not know the tokenizer, and it splits text as GPT-2's does. None otherwise.
+            llama.cpp's name of the text splitting, such as `"gpt-2"`, if the converter does not know the tokenizer. None if it
+            does.
 
         Raises:
             WorkerError: If the converter fails. The message has the reason.

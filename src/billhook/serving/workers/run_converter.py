@@ -89,8 +89,32 @@ def _with_factors(known: Any, factors: list[float]) -> Any:  # noqa: ANN401 - a 
     return tensors
 
 
+_CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
+_OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+SPLITS = {
+    rf"{_CONTRACTIONS}\p{{N}}{{1,3}}{_OTHERS}": "llama-bpe",
+    rf"{_CONTRACTIONS}\p{{N}}{_OTHERS}": "qwen2",
+}
+"""llama.cpp's names of text splitting, by the expression of the tokenizer: Llama 3's and Qwen2's."""
+
+
+def _split_of(state: dict[str, Any]) -> str | None:
+    """Returns llama.cpp's name of a tokenizer's text splitting; None if it has none."""
+    splitting = state.get("pre_tokenizer") or {}
+    parts = splitting.get("pretokenizers", [splitting])
+    *first, last = [part.get("type") for part in parts]
+    expression = parts[0].get("pattern", {}).get("Regex")
+    if last == "ByteLevel" and first == ["Split"] and not parts[-1].get("use_regex") and expression in SPLITS:
+        return SPLITS[expression]
+    if state.get("normalizer") or last != "ByteLevel" or not parts[-1].get("use_regex"):
+        return None
+    if first == ["Digits"] and parts[0].get("individual_digits"):
+        return "smollm"
+    return None if first else "gpt-2"
+
+
 def _split(known: Any, added: dict[str, Any]) -> Any:  # noqa: ANN401 - a method of the converter
-    """Extends the identification of text splitting to new tokenizers that split as GPT-2's.
+    """Extends the identification of text splitting to tokenizers with other tokens.
 
     The converter identifies tokenizers by their tokens of one text, so it knows only vocabularies that its authors saw.
     """
@@ -100,12 +124,10 @@ def _split(known: Any, added: dict[str, Any]) -> Any:  # noqa: ANN401 - a method
             return known(self, tokenizer)
         except NotImplementedError:
             state = json.loads((self.dir_model / "tokenizer.json").read_text(encoding="utf-8"))
-            pre_tokenizer = state.get("pre_tokenizer") or {}
-            kind = pre_tokenizer.get("type"), pre_tokenizer.get("use_regex")
-            if state.get("normalizer") or kind != ("ByteLevel", True):
+            if (split := _split_of(state)) is None:
                 raise
-            added["split"] = "gpt-2"
-            return "gpt-2"
+            added["split"] = split
+            return split
 
     return pre
 

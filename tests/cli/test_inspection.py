@@ -54,7 +54,7 @@ attention     q = q_proj; k = k_proj; v = v_proj; o = o_proj (3x)
 MLP           gate = gate_proj; up = up_proj; down = down_proj (3x)
 not pruned    rotary frequency (4, model: q_proj, k_proj and 1 more): a rotary frequency serves all heads of all layers, and the
               code derives it from the head dimension
-not pruned    token (61, embed_tokens, lm_head): tokens belong to the tokenizer
+not pruned    token (61, embed_tokens, lm_head): tokens belong to the tokenizer, too: remove them with tokens=
 
 saving        KV head (2): smaller numbers give a standard checkpoint (num_attention_heads, num_key_value_heads)
 saving        query head per KV head (3): smaller numbers give a standard checkpoint (num_attention_heads)

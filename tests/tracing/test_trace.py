@@ -235,7 +235,7 @@ def test_json_and_table_hold_everything() -> None:
         "rank",
         "hidden dimension",
         "not pruned",
-        "tokens belong to the tokenizer",
+        "tokens belong to the tokenizer, too: remove them with tokens=",
     ):
         assert word in text
 

@@ -112,7 +112,7 @@ def _tied_names(model: nn.Module) -> dict[str, str]:
 BY_FLAG: dict[str, Kind] = {"data": "position", "fixed": "fixed", "vocab": "vocab", "label": "label", "topk": "expert"}
 
 NEVER: dict[Kind, str] = {
-    "vocab": "tokens belong to the tokenizer, so they are removed from both (tokens=)",
+    "vocab": "tokens belong to the tokenizer, too: remove them with tokens=",
     "position": "a table of positions or types, addressed by number",
     "label": "labels belong to the task",
     "rotary": "a rotary frequency serves all heads of all layers, and the code derives it from the head dimension",

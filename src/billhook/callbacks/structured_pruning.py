@@ -1,13 +1,15 @@
 """The StructuredPruning callback: removes coupled groups during training."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any
 
+import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 
 from billhook.arguments import check_int, check_types
+from billhook.callbacks.degradation import Degradation
 from billhook.engine.passes import blockwise
 from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event, log_event, percent_change, record_not_refitted
@@ -16,7 +18,9 @@ from billhook.fit.ranks import check_identical, comm_of, fail_together
 from billhook.fit.shape_event import ShapeCallback
 from billhook.fit.targets import At, check_at, round_targets
 from billhook.importance.score import Importance, make_run
+from billhook.model.config_fields import text_config
 from billhook.model.plan import Weights, apply_plan
+from billhook.model.token_ids import renumber_generation_config
 from billhook.pruning.amount import Amount
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import default_importance, plan_from_search
@@ -25,13 +29,17 @@ from billhook.pruning.target import Baseline, RatioSearch
 from billhook.repairs.repair import RepairConfig
 from billhook.schedules import Schedule
 
+COUNTED = 16_384
+"""Most training examples to count tokens in."""
+
 
 class StructuredPruning(ShapeCallback):
     """Removes the least important heads, channels, experts, or hidden dimensions.
 
     Coupled groups come from dependency tracing (`bh.trace`). Units are scored again for each round, on training examples and the
     training loss. Amounts always refer to the original model, so rounds do not compound. Optimizer state, gradients, and adapters
-    are remapped, checkpoints store the shape, and a resumed run ends like an uninterrupted run.
+    are remapped, checkpoints store the shape, and a resumed run ends like an uninterrupted run. If tokens are removed, all
+    further batches of billhook's data modules for text are rewritten, and `Export` saves the tokenizer that is left.
 
     Reference: Ma et al., LLM-Pruner (2023), https://arxiv.org/abs/2305.11627
 
@@ -78,9 +86,11 @@ class StructuredPruning(ShapeCallback):
         super().__init__(FitCalibration.of(calibration), measure_batches)
 
     def reset(self) -> None:
-        """Clears events and the original size."""
+        """Clears events, the original size, and removed tokens."""
         super().reset()
         self._first: Baseline | None = None
+        self._kept_tokens: list[int] | None = None
+        self._vocab_size = 0
 
     @property
     def state_key(self) -> str:
@@ -95,8 +105,26 @@ class StructuredPruning(ShapeCallback):
 
     def check(self, fit: Fit) -> None:
         """Raises `ValueError` if the amount cannot be removed."""
+        if self.amount.tokens:
+            fit.check_keeps_tokens()
+            self._vocab_size = text_config(fit.model.config).vocab_size  # before a checkpoint is loaded
+            if monitors := fit.callbacks(Degradation):
+                raise ValueError(
+                    f"amount: tokens cannot be combined with {type(monitors[0]).__name__}, whose texts are in the tokens of the "
+                    "dense model. Remove tokens before training."
+                )
+            if getattr(fit.module, "teacher", None) is not None:
+                raise ValueError("amount: a teacher has all tokens, so tokens cannot be removed. Remove them before training.")
         if not fit.resumes:
             RatioSearch(fit.model, self.amount).check()
+
+    def resolve(self, fit: Fit) -> None:
+        """Resolves the steps of the events, and rewrites batches for the vocabulary of a checkpoint."""
+        super().resolve(fit)
+        if self._kept_tokens is not None:
+            fit.keep_tokens(self._kept_tokens)
+            if self._vocab_size > len(self._kept_tokens):  # the shape of a checkpoint has the config, but not that of generation
+                renumber_generation_config(fit.model, np.array(self._kept_tokens))
 
     def steps(self, total: int | None, fit: Fit) -> dict[int, float]:
         """Returns the target share of the amount by step."""
@@ -114,6 +142,11 @@ class StructuredPruning(ShapeCallback):
                 change = partial(self._remove, fit.module, plan, weights, how)
                 event = self.reshape(fit, metrics if first else {}, change)
                 record_not_refitted(event, left)
+                if plan.tokens is not None:
+                    kept, size = plan.tokens
+                    before_plan = self._kept_tokens or range(size)
+                    self._kept_tokens = [before_plan[number] for number in kept.tolist()]
+                    fit.keep_tokens(self._kept_tokens)
         self.last_event_step, self.last_target = step, goal
         for event in self.events[before:][-1:]:
             event["after"] |= self.validate(fit)
@@ -135,8 +168,12 @@ class StructuredPruning(ShapeCallback):
         with self.calibration.undisturbed(fit), fit.gradient_context(), blockwise(fit.module):
             pairs = self.calibration.pairs(fit) if self.needs_data else ()
             runs = [make_run(model, part.units, *pair) for pair in pairs]
-            importance = self.importance or default_importance(part.units)
-            plan = plan_from_search(part, importance, runs, comm=comm_of(fit, self.calibration.shared(fit)))
+            others = {name: layer for name, layer in part.units.items() if layer.kind != "token"}
+            importance, text = self.importance or default_importance(others), None
+            comm = comm_of(fit, self.calibration.shared(fit))
+            if self.amount.tokens:
+                text = list(replace(self.calibration, examples=COUNTED).read(fit))
+            plan = plan_from_search(part, importance, runs, comm=comm, tokenizer=fit.tokenizer, text=text)
             check_identical(fit, "StructuredPruning", "the plan", plan.to_json)
             weights, why = self.repaired(fit, plan, runs, self.repair if self.needs_data else None)
             done = "repaired" if weights else why
@@ -154,10 +191,12 @@ class StructuredPruning(ShapeCallback):
         return f"{before:,} -> {after:,} parameters ({words})"
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns events and the original size."""
-        return super().state_dict() | {"first": None if self._first is None else asdict(self._first)}
+        """Returns events, the original size, and remaining tokens."""
+        first = None if self._first is None else asdict(self._first)
+        return super().state_dict() | {"first": first, "tokens": self._kept_tokens}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores events and the original size."""
+        """Restores events, the original size, and remaining tokens."""
         super().load_state_dict(state_dict)
         self._first = None if state_dict["first"] is None else Baseline(**state_dict["first"])
+        self._kept_tokens = state_dict.get("tokens")

@@ -1,7 +1,7 @@
 """LightningDataModules for language modeling, classification, and sequence-to-sequence."""
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import datasets
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -23,6 +23,7 @@ from billhook.calibration.examples import (
 from billhook.calibration.reading import Data, Rows, Table, check_columns, is_line_text
 from billhook.model.preprocessors import load_tokenizer
 from billhook.training.dataset_module import DatasetModule, LabeledModule, NoExamples, label_numbers
+from billhook.vocabulary.respelling import Respelling
 
 
 class TokenizedModule(DatasetModule):
@@ -34,10 +35,24 @@ class TokenizedModule(DatasetModule):
 
     tokenizer_name: str | None = None
     _tokenizer: PreTrainedTokenizerBase | None = None
+    _respelling: Respelling | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, loaded on first use."""
+        """The tokenizer of batches as the model takes them."""
+        return self.full_tokenizer if self._respelling is None else self._respelling.tokenizer
+
+    def keep_tokens(self, kept: Sequence[int]) -> None:
+        """Rewrites all further batches, also those that are loaded already, for a vocabulary of only these ids."""
+        self._respelling = Respelling(self.full_tokenizer, kept)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401
+        """Rewrites a batch if the model has lost tokens."""
+        return batch if self._respelling is None else self._respelling(batch)
+
+    @property
+    def full_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer of the data, loaded on first use."""
         if self._tokenizer is None:
             tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.tokenizer_name or self.model_name("tokenizer"))
             if tokenizer.pad_token is None:
@@ -133,7 +148,7 @@ class TextDataModule(TokenizedModule):
             warn_of_empty_rows(rows, split, columns)
         responses = self.loss_on == "responses" and not self.mlm_probability and not is_text(rows, columns)
         arguments = {"block_size": self.block_size, "columns": columns, "documents": documents, "responses": responses}
-        examples = map_rows(rows, pack if self.packing else encode_separately, split, self.tokenizer, **arguments)
+        examples = map_rows(rows, pack if self.packing else encode_separately, split, self.full_tokenizer, **arguments)
         if not isinstance(examples, datasets.Dataset):
             return examples
         if len(examples) == 0:
@@ -154,10 +169,10 @@ class TextDataModule(TokenizedModule):
     def collate(self) -> Callable[[list[Batch]], Batch]:
         """Returns the collate function for blocks or padded rows, masked with `mlm_probability`."""
         if not self.mlm_probability:
-            return collate_packed if self.packing else PaddingCollator(self.tokenizer)
-        if self.tokenizer.mask_token is None:
+            return collate_packed if self.packing else PaddingCollator(self.full_tokenizer)
+        if self.full_tokenizer.mask_token is None:
             raise ValueError(f"mlm_probability={self.mlm_probability} requires a tokenizer with a mask token. Use 0.")
-        return DeterministicMasking(self.tokenizer, mlm_probability=self.mlm_probability)
+        return DeterministicMasking(self.full_tokenizer, mlm_probability=self.mlm_probability)
 
 
 class ClassificationDataModule(LabeledModule, TokenizedModule):
@@ -222,11 +237,11 @@ class ClassificationDataModule(LabeledModule, TokenizedModule):
         check_columns(rows, split, *self.text_columns, self.label_column)
         arguments = {"text_columns": self.text_columns, "label_column": self.label_column, "max_length": self.max_length}
         arguments |= {"numbers": label_numbers(rows, self.label_column, self.label2id)}
-        return map_rows(rows, classify, split, self.tokenizer, **arguments)
+        return map_rows(rows, classify, split, self.full_tokenizer, **arguments)
 
     def collate(self) -> Callable[[list[Batch]], Batch]:
         """Returns the collate function, which pads to the longest text."""
-        collator: Callable[[list[Batch]], Batch] = DataCollatorWithPadding(self.tokenizer)
+        collator: Callable[[list[Batch]], Batch] = DataCollatorWithPadding(self.full_tokenizer)
         return collator
 
 
@@ -289,9 +304,9 @@ class Seq2SeqDataModule(TokenizedModule):
         """Tokenizes rows of source and target."""
         check_columns(rows, split, self.source_column, self.target_column)
         columns, lengths = (self.source_column, self.target_column), (self.max_source_length, self.max_target_length)
-        return map_rows(rows, translate, split, self.tokenizer, columns=columns, lengths=lengths)
+        return map_rows(rows, translate, split, self.full_tokenizer, columns=columns, lengths=lengths)
 
     def collate(self) -> Callable[[list[Batch]], Batch]:
         """Returns the collate function, which pads pairs and excludes padding from the loss."""
-        collator: Callable[[list[Batch]], Batch] = DataCollatorForSeq2Seq(self.tokenizer)
+        collator: Callable[[list[Batch]], Batch] = DataCollatorForSeq2Seq(self.full_tokenizer)
         return collator

@@ -49,6 +49,7 @@ def test_in_greedy_order(small, files, tmp_path, capsys):
     assert "remove blocks one at a time: blocks=2 (importance: BlockInfluence())" in capsys.readouterr().out
 
 
+@pytest.mark.daily("matched")
 @pytest.mark.parametrize(
     "match", [[], ["--repair.match", "BlockMatching", "--repair.match.steps", "20"]], ids=["refitted", "matched"]
 )

@@ -61,6 +61,7 @@ def test_units_go_and_the_model_is_nearer_to_the_dense_one(family):
     assert distances[1] < 0.97 * distances[0]
 
 
+@pytest.mark.nightly
 def test_blocks_go_and_those_behind_them_make_up_for_it(tmp_path):
     dense = bh.load("tiny", dtype="float32")
     batches, plan, distances = batches_for(dense), bh.pruning.plan_units(dense, {"model.layers": [1]}, "block"), []

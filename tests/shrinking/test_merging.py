@@ -131,6 +131,7 @@ def test_all_layers_alike_are_what_convert_kv_heads_makes(repair):
     assert model.config.num_key_value_heads == expected.config.num_key_value_heads == 1
 
 
+@pytest.mark.nightly
 def test_layers_alike_share_the_frequencies_that_convert_kv_heads_chooses(tmp_path):
     model, expected = bh.load("tiny", dtype="float32"), bh.load("tiny", dtype="float32")
     batches = bh.Calibration("tiny", tokens=9 * 64, length=64).read(model)

@@ -95,8 +95,9 @@ def shrink(
     Example:
         >>> import torch, billhook as bh
         >>> model = bh.load("tiny", dtype="float32")
-        >>> batches = [{"input_ids": torch.randint(2048, (4, 32))} for _ in range(3)]
-        >>> shrunk = bh.shrink(model, bh.Budget(kv_cache_bytes=0.5), batches, layers="free", search=bh.Search(generations=0))
+        >>> batches = [{"input_ids": torch.randint(2048, (2, 32))} for _ in range(3)]
+        >>> search = bh.Search(generations=0, repair=None)
+        >>> shrunk = bh.shrink(model, bh.Budget(kv_cache_bytes=0.5), batches, layers="free", search=search)
         >>> shrunk.limit, shrunk.left, sum(now for _, now in shrunk.kept.values())
         (4096, 4096, 16)
     """

@@ -1,7 +1,8 @@
 """A third of the tokens removed from a small model of every architecture of transformers that has a vocabulary, and saved.
 
-`python benchmarks/vocabulary_sweep.py` prints each model that is not a standard checkpoint afterwards, with the reason, and counts.
-Before a removal is final, billhook compares the logits of all other tokens; before a checkpoint is in place, those of the loaded one.
+`python benchmarks/vocabulary_sweep.py` prints each model that is not a standard checkpoint afterwards, with the reason, and
+counts. Before a removal is final, billhook compares the logits of all other tokens; before a checkpoint is in place, those of the
+loaded model.
 """
 
 import collections

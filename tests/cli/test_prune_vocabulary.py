@@ -78,3 +78,24 @@ def test_a_model_without_a_tokenizer_and_a_dry_run(small, files, tmp_path, capsy
         (bare / file).unlink(missing_ok=True)
     with pytest.raises(SystemExit, match="has no tokenizer"):
         main(["prune-vocabulary", str(bare), str(tmp_path / "out"), "--tokens", "0.3", *SHORT, *option(files)])
+
+
+@pytest.mark.filterwarnings("ignore::jsonargparse._deprecated.JsonargparseDeprecationWarning")
+def test_speed_and_losses_of_the_same_text(small, files, tmp_path, capsys):
+    """Of models with different tokenizers, and not of the same."""
+    out, record = tmp_path / "out", tmp_path / "out.json"
+    main(["prune-vocabulary", str(small), str(out), "--tokens", "0.3", *SHORT, *option(files)])
+    capsys.readouterr()
+    text = ["--text", files["validation"], "--length", "16", "--examples", "3"]
+    main(["evaluate", str(small), str(out), *text, "--json", str(record)])
+    measures = [[figure["measure"] for figure in model["figures"]] for model in json.loads(record.read_text())["models"]]
+    assert measures == [["perplexity", "bits per byte", "tokens per byte"]] * 2
+    main(["evaluate", str(small), str(small), *text, "--json", str(record)])
+    assert [figure["measure"] for figure in json.loads(record.read_text())["models"][1]["figures"]] == ["perplexity"]
+    speed = ["--batch_sizes", "1", "--contexts", "16", "--new_tokens", "3", "--rounds", "2", "--json", str(record)]
+    main(["bench", str(small), str(out), *speed])
+    said = capsys.readouterr().out
+    first, second = (model["bytes_per_token"] for model in json.loads(record.read_text())["models"])
+    assert first > second > 1
+    assert f"out: {second:.2f} bytes per token of packaged text, {first / second:.3f}x the tokens of small0" in said
+    assert "kB/s" in said

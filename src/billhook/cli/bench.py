@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Sequence
 from json import dumps
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from rich.console import Console
@@ -14,11 +14,14 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import check_int, check_one_of
 from billhook.assets import model_path
+from billhook.calibration.calibration import MIXED
+from billhook.calibration.reading import load_splits
 from billhook.checkpoints.save import load
 from billhook.cli.machine import check_file, cpu_threads, device_of, file_progress, machine_name
 from billhook.display import render_table
 from billhook.model.config_fields import text_config
 from billhook.model.meta import from_name
+from billhook.model.preprocessors import load_tokenizer, may_have_preprocessor
 from billhook.model.shape import shape_beyond_config
 from billhook.plots.speed import speed
 from billhook.report.generation import CacheKind, generates
@@ -66,6 +69,9 @@ def bench(
     cache of all sequences. It is reached if memory bandwidth is the bottleneck; GB/s shows how close the machine gets. The ideal
     of prefill is the ratio of floating-point operations, with full attention matrices. All experts of a mixture count as read.
     For a model that predicts no next token, only prefill is timed.
+
+    If models have different tokenizers, the same text has another number of tokens in each. The table then also shows kB of
+    packaged text per second.
 
     Args:
         models: Folders, Hub names, or "tiny". The first is the baseline: `bench dense converted ...`.
@@ -121,9 +127,10 @@ def bench(
             loaded, sizes, lengths, new_tokens, rounds, warmup, cache, measured, seed, progress=lambda: bar.advance(task)
         )  # fmt: skip
     names, summaries, where = _last_parts(models), list(map(summary, loaded)), machine_name(computes_on, used)
+    sizes_of_tokens = bytes_per_token(models)
     print(f"{where}, {', '.join(sorted({*map(_dtype, loaded)}))}, cache={cache}\n")
-    print(table(rows, names))
-    print("\n".join(_notes(rows, names, loaded, summaries)))
+    print(table(rows, names, sizes_of_tokens))
+    print("\n".join([*_notes(rows, names, loaded, summaries), *_text_notes(names, sizes_of_tokens)]))
     if plot is not None:
         speed(rows, names).savefig(plot)
     if json is not None:
@@ -132,6 +139,8 @@ def bench(
             {"name": name, "dtype": _dtype(model)} | size.to_dict()
             for name, model, size in zip(models, loaded, summaries, strict=True)
         ]
+        if sizes_of_tokens:
+            about = [size | {"bytes_per_token": mean} for size, mean in zip(about, sizes_of_tokens, strict=True)]
         record = {"versions": versions(), "machine": where, "settings": settings, "models": about}
         _write(json, record | {"rows": list(map(Timing.to_dict, rows))})
 
@@ -157,6 +166,8 @@ def _bench_llama_cpp(
         check_int("contexts", context)
     names, lines, record = _last_parts(models), list[list[str]](), list[dict[str, object]]()
     head = ["kind", "context", "model", "GB", "prefill tokens/s", "decoding tokens/s"]
+    sizes_of_tokens = bytes_per_token(models)
+    head += ["prefill kB/s", "decoding kB/s"] if sizes_of_tokens else []
     head += ["prefill x", "(quartiles)", "decoding x", "(quartiles)"] if len(models) > 1 else []
     total = len(KINDS) * len(contexts) * len(models) * (warmup + rounds)
     with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True), transient=True) as bar:
@@ -164,7 +175,7 @@ def _bench_llama_cpp(
         for kind, converted in zip(KINDS, _converted(models, Path(folder)), strict=True):
             for context in contexts:
                 speeds = measure_engine(converted, context, new_tokens, rounds, warmup, threads, lambda: bar.advance(task))
-                for name, file, speed in zip(names, converted, speeds, strict=True):
+                for number, (name, file, speed) in enumerate(zip(names, converted, speeds, strict=True)):
                     size, first = file.stat().st_size, speeds[0]
                     cells = [
                         kind,
@@ -174,13 +185,15 @@ def _bench_llama_cpp(
                         f"{speed.prefill_rate:,.1f}",
                         f"{speed.decoding_rate:,.1f}",
                     ]
+                    for rate in (speed.prefill_rate, speed.decoding_rate) if sizes_of_tokens else ():
+                        cells.append(f"{rate * sizes_of_tokens[number] / 1e3:,.1f}")
                     if speed is not first:
                         for low, middle, high in map(speed_up, (first.prefill, first.decoding), (speed.prefill, speed.decoding)):
                             cells += [f"{middle:.2f}", f"({low:.2f}-{high:.2f})"]
                     lines.append(cells + [""] * (len(head) - len(cells)))
                     record.append({"kind": kind, "model": name, "bytes": size, **vars(speed)})
     where = f"llama.cpp, {machine_name(torch.device('cpu'), threads)}"
-    print(f"{where}\n\n{render_table(head, lines)}")
+    print("\n".join([f"{where}\n\n{render_table(head, lines)}", *_text_notes(names, sizes_of_tokens)]))
     if json is not None:
         about = {"versions": versions("llama-cpp-py-sync"), "machine": where, "rounds": rounds, "warmup": warmup}
         _write(json, about | {"rows": record})
@@ -215,26 +228,55 @@ def _random_models(models: Sequence[str], meta_models: Sequence[PreTrainedModel]
     return made
 
 
-def table(rows: Sequence[Timing], names: Sequence[str]) -> str:
+def bytes_per_token(models: Sequence[str]) -> list[float]:
+    """Returns the bytes of packaged text per token of each model; empty if all have the same tokenizer, or one has none."""
+    if not all(map(may_have_preprocessor, models)):
+        return []
+    try:
+        tokenizers = list(map(load_tokenizer, models))
+    except (ValueError, OSError):  # of images
+        return []
+    if all(tokenizer.get_vocab() == tokenizers[0].get_vocab() for tokenizer in tokenizers):
+        return []
+    rows: Any = load_splits(MIXED)["validation"]
+    texts = [text for text in rows["text"] if text]
+    size = sum(len(text.encode()) for text in texts)
+    return [size / sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) for tokenizer in tokenizers]
+
+
+def _text_notes(names: Sequence[str], sizes_of_tokens: Sequence[float]) -> list[str]:
+    """Returns lines on the number of tokens of the same text."""
+    lines = list[str]()
+    for name, size in zip(names, sizes_of_tokens, strict=False):
+        ratio = sizes_of_tokens[0] / size
+        lines.append(f"{name}: {size:.2f} bytes per token of packaged text, {ratio:.3f}x the tokens of {names[0]}")
+    return lines
+
+
+def table(rows: Sequence[Timing], names: Sequence[str], sizes_of_tokens: Sequence[float] = ()) -> str:
     """Returns a table for each phase, with a row for each batch size, context, and model."""
     tables = []
     for phase, time, rate in (("prefill", "ms", "GFLOP/s"), ("decode", "ms/token", "GB/s")):
         head = [phase, "batch", "context", time, "(quartiles)", "tokens/s", "peak MB", "cache MB", rate]
+        head += ["kB/s"] if sizes_of_tokens else []
         head += ["speed-up", "(quartiles)", "ideal", "reached"] if len(names) > 1 else []
         lines = [
-            [names[row.model], *_cells(row), *(_compared(row) if len(names) > 1 else [])] for row in rows if row.phase == phase
+            [names[row.model], *_cells(row, sizes_of_tokens), *(_compared(row) if len(names) > 1 else [])]
+            for row in rows
+            if row.phase == phase
         ]
         if lines:
             tables.append(render_table(head, lines))
     return "\n\n".join(tables)
 
 
-def _cells(row: Timing) -> list[str]:
+def _cells(row: Timing, sizes_of_tokens: Sequence[float]) -> list[str]:
     low, high = (1e3 * edge for edge in spread(row.seconds))
     peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.1f}"
     cells = [str(row.batch_size), f"{row.context:,}", f"{1e3 * row.median:,.2f}", f"({low:,.2f}-{high:,.2f})"]
     cells += [f"{row.tokens_per_second:,.1f}", peak, f"{row.cache_bytes / 1e6:,.1f}"]
-    return [*cells, "-" if row.rate is None else f"{row.rate / 1e9:,.1f}"]
+    cells.append("-" if row.rate is None else f"{row.rate / 1e9:,.1f}")
+    return cells + ([f"{row.tokens_per_second * sizes_of_tokens[row.model] / 1e3:,.1f}"] if sizes_of_tokens else [])
 
 
 def _compared(row: Timing) -> list[str]:

@@ -21,8 +21,8 @@ from billhook.units.find import find_units
 
 def outcome(config_class, model_class):
     """How the model is saved without a third of its tokens; None if it has no vocabulary."""
-    config = small_config(config_class)
     try:
+        config = small_config(config_class)
         model = build(config, model_class, "batched_mm" if has_experts(config) else "eager").eval()
         units = find_units(model, "token")
     except Exception:  # no small model, no inputs, or no vocabulary

@@ -119,7 +119,7 @@ class StructuredPruning(ShapeCallback):
             RatioSearch(fit.model, self.amount).check()
 
     def resolve(self, fit: Fit) -> None:
-        """Resolves the steps of the events, and rewrites batches for the vocabulary of a checkpoint."""
+        """Resolves the steps of the events, and follows the vocabulary of a checkpoint."""
         super().resolve(fit)
         if self._kept_tokens is not None:
             fit.keep_tokens(self._kept_tokens)

@@ -229,7 +229,10 @@ def _random_models(models: Sequence[str], meta_models: Sequence[PreTrainedModel]
 
 
 def bytes_per_token(models: Sequence[str]) -> list[float]:
-    """Returns the bytes of packaged text per token of each model; empty if all have the same tokenizer, or one has none."""
+    """Returns the bytes of packaged text per token of each model.
+
+    Empty if all have the same tokenizer, or one has none.
+    """
     if not all(map(may_have_preprocessor, models)):
         return []
     try:

@@ -201,7 +201,7 @@ class LightningFit(Fit):
         return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
 
     def check_keeps_tokens(self) -> None:
-        """Raises `ValueError` if batches do not come from a data module of billhook for text without masked tokens."""
+        """Raises `ValueError` unless batches come from a data module of billhook for text."""
         data = getattr(self.trainer, "datamodule", None)
         if not hasattr(data, "keep_tokens"):
             raise ValueError(

@@ -81,7 +81,8 @@ def shrink(
             reuse them, also with another `params` or `bytes` budget. Defaults to None (kept in memory).
         workload: Workload for a latency budget, a `billhook.shrinking.latency.Workload`. Defaults to decoding after a prompt of
             512 tokens.
-        text: Tokenizer of the model, and text to count tokens in, for `Search(tokens=True)`.
+        text: Tokenizer of the model, and text to count tokens in, for `Search(tokens=True)`: a
+            `billhook.shrinking.vocabulary.VocabularyText`.
         seed: Seed of the evolutionary search.
         progress: Callback with the number of finished steps and the total.
 

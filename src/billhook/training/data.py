@@ -43,7 +43,7 @@ class TokenizedModule(DatasetModule):
         return self.full_tokenizer if self._respelling is None else self._respelling.tokenizer
 
     def keep_tokens(self, kept: Sequence[int]) -> None:
-        """Rewrites all further batches, also those that are loaded already, for a vocabulary of only these ids."""
+        """Rewrites further batches, also loaded ones, for a vocabulary of only these ids."""
         self._respelling = Respelling(self.full_tokenizer, kept)
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401

@@ -35,7 +35,7 @@ class Respelling:
         self._pad = int(pad or 0)
 
     def __call__(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns a batch with new `input_ids`, `attention_mask`, and `labels`; other entries as they are.
+        """Returns a batch with new `input_ids`, `attention_mask`, and `labels`.
 
         Raises:
             ValueError: If an entry has a number for each token that cannot be rewritten, or labels are other tokens than the

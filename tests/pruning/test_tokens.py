@@ -18,7 +18,7 @@ from billhook.model.token_ids import named_token_ids
 from billhook.pruning.planning import plan_units
 from billhook.vocabulary.scores import token_shares
 from kit.families import build, t5
-from kit.tokenizers import LINES, TEXTS, byte_level
+from kit.small_tokenizers import LINES, TEXTS, byte_level
 
 SIZE = 64
 SMALL = {"vocab_size": SIZE, "max_position_embeddings": 64}

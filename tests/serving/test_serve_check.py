@@ -15,7 +15,7 @@ from billhook.serving.engine import LlamaCpp
 from billhook.serving.worker import Missing, Worker, WorkerError
 from kit import serving
 from kit.serving import longrope, saved
-from kit.tokenizers import LINES, byte_level
+from kit.small_tokenizers import LINES, byte_level
 
 pytestmark = serving.pytestmark
 

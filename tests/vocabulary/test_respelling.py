@@ -6,7 +6,7 @@ import torch
 
 from billhook.vocabulary.respelling import Respelling
 from billhook.vocabulary.tokenizer import Vocabulary
-from kit.tokenizers import LINES, byte_level
+from kit.small_tokenizers import LINES, byte_level
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from billhook.vocabulary.tokenizer import Vocabulary
-from kit.tokenizers import CHAT, IN_BYTES, KINDS, LINES, SPECIAL, TEXTS, byte_level, like_llama3, word_level
+from kit.small_tokenizers import CHAT, IN_BYTES, KINDS, LINES, SPECIAL, TEXTS, byte_level, like_llama3, word_level
 
 
 def ids_of(tokenizer, text, special=False):

@@ -34,7 +34,7 @@ def named_token_ids(model: PreTrainedModel, size: int) -> dict[int, str]:
             raise ValueError(f"tokens: {name}={value} mixes token ids with other numbers. Unset it, and set it again afterwards.")
         if name.endswith(NAMES):
             named = dict.fromkeys(_ids(value, size), name) | named
-    return named
+    return dict(sorted(named.items()))
 
 
 def with_kept_tokens(config: PretrainedConfig, kept: Indices, size: int) -> Fields:

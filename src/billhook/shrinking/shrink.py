@@ -162,7 +162,10 @@ def run_shrink(
         scope = with_latency(scope, *clock, progress)
     model, searched = scope.model, search_batches(fitted, scope.widest)
     folder = None if variant_cache is None else Path(variant_cache)
-    vocabulary = None if text is None else find_levels(model, scope.target, text, held_out)
+    vocabulary = None
+    if text is not None:
+        progress.enter("measuring smaller vocabularies")
+        vocabulary = find_levels(model, scope.target, text, held_out)
     measurement = measure(scope, searched, held_out, search.importance or OBS(), repair, folder, progress)
     level = None if vocabulary is None else choose_level(measurement, vocabulary)
     if level is not None:

@@ -8,6 +8,7 @@ import transformers
 import billhook as bh
 from billhook.model.preprocessors import load_tokenizer
 from kit.fits import data, module, same, trainer, weights
+from kit.trainers import train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
@@ -86,3 +87,8 @@ def test_what_has_no_way_to_follow_is_refused(files, tmp_path):
         )
     with pytest.raises(ValueError, match="masked tokens do not follow to a smaller vocabulary"):
         trainer(tmp_path, [pruning()]).fit(module(), data(files, mlm_probability=0.2))
+
+
+def test_transformers_trainer_has_no_batches_that_follow(tmp_path):
+    with pytest.raises(ValueError, match="the batches of this trainer do not follow to a smaller vocabulary"):
+        train(tmp_path, [pruning()])

@@ -98,4 +98,4 @@ def test_speed_and_losses_of_the_same_text(small, files, tmp_path, capsys):
     first, second = (model["bytes_per_token"] for model in json.loads(record.read_text())["models"])
     assert first > second > 1
     assert f"out: {second:.2f} bytes per token of packaged text, {first / second:.3f}x the tokens of {small.name}" in said
-    assert "kB/s" in said
+    assert "bytes/s" in said

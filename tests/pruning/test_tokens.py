@@ -96,6 +96,21 @@ def test_logits_of_what_is_left_are_equal_and_plain_transformers_loads_it(name, 
     assert {int(kept[number]) for number in padding} <= {old["pad_token_id"]}
 
 
+def test_ids_of_a_config_around_that_of_the_text(tmp_path):
+    text = transformers.LlamaConfig(**{**BERT, "pad_token_id": 5, "eos_token_id": 61})
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision |= {"image_size": 8, "patch_size": 4, "projection_dim": 16}
+    config = transformers.LlavaConfig(vision_config=transformers.CLIPVisionConfig(**vision), text_config=text, image_token_id=60)
+    model = transformers.LlavaForConditionalGeneration(config)
+    gone, kept, _ = some(model)
+    assert {5, 60, 61} <= set(kept.tolist())
+    bh.pruning.prune_units(model, gone, kind="token")
+    bh.save(model, tmp_path / "out")
+    again = transformers.LlavaConfig.from_pretrained(tmp_path / "out")
+    assert kept[[again.image_token_id, again.text_config.pad_token_id, again.text_config.eos_token_id]].tolist() == [60, 5, 61]
+    assert again.text_config.vocab_size == len(kept)
+
+
 def test_optimizer_state_and_gradients_follow():
     model = build("llama")
     gone, kept, _ = some(model)

@@ -107,7 +107,7 @@ class StructuredPruning(ShapeCallback):
         """Raises `ValueError` if the amount cannot be removed."""
         if self.amount.tokens:
             fit.check_keeps_tokens()
-            self._vocab_size = text_config(fit.model.config).vocab_size  # before a checkpoint is loaded
+            self._vocab_size = getattr(text_config(fit.model.config), "vocab_size", 0)  # before a checkpoint is loaded
             if monitors := fit.callbacks(Degradation):
                 raise ValueError(
                     f"amount: tokens cannot be combined with {type(monitors[0]).__name__}, whose texts are in the tokens of the "

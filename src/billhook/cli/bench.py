@@ -70,7 +70,7 @@ def bench(
     of prefill is the ratio of floating-point operations, with full attention matrices. All experts of a mixture count as read.
     For a model that predicts no next token, only prefill is timed.
 
-    If models have different tokenizers, the same text has another number of tokens in each. The table then also shows kB of
+    If models have different tokenizers, the same text has another number of tokens in each. The table then also shows bytes of
     packaged text per second.
 
     Args:
@@ -167,7 +167,7 @@ def _bench_llama_cpp(
     names, lines, record = _last_parts(models), list[list[str]](), list[dict[str, object]]()
     head = ["kind", "context", "model", "GB", "prefill tokens/s", "decoding tokens/s"]
     sizes_of_tokens = bytes_per_token(models)
-    head += ["prefill kB/s", "decoding kB/s"] if sizes_of_tokens else []
+    head += ["prefill bytes/s", "decoding bytes/s"] if sizes_of_tokens else []
     head += ["prefill x", "(quartiles)", "decoding x", "(quartiles)"] if len(models) > 1 else []
     total = len(KINDS) * len(contexts) * len(models) * (warmup + rounds)
     with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True), transient=True) as bar:
@@ -186,7 +186,7 @@ def _bench_llama_cpp(
                         f"{speed.decoding_rate:,.1f}",
                     ]
                     for rate in (speed.prefill_rate, speed.decoding_rate) if sizes_of_tokens else ():
-                        cells.append(f"{rate * sizes_of_tokens[number] / 1e3:,.1f}")
+                        cells.append(f"{rate * sizes_of_tokens[number]:,.0f}")
                     if speed is not first:
                         for low, middle, high in map(speed_up, (first.prefill, first.decoding), (speed.prefill, speed.decoding)):
                             cells += [f"{middle:.2f}", f"({low:.2f}-{high:.2f})"]
@@ -261,7 +261,7 @@ def table(rows: Sequence[Timing], names: Sequence[str], sizes_of_tokens: Sequenc
     tables = []
     for phase, time, rate in (("prefill", "ms", "GFLOP/s"), ("decode", "ms/token", "GB/s")):
         head = [phase, "batch", "context", time, "(quartiles)", "tokens/s", "peak MB", "cache MB", rate]
-        head += ["kB/s"] if sizes_of_tokens else []
+        head += ["bytes/s"] if sizes_of_tokens else []
         head += ["speed-up", "(quartiles)", "ideal", "reached"] if len(names) > 1 else []
         lines = [
             [names[row.model], *_cells(row, sizes_of_tokens), *(_compared(row) if len(names) > 1 else [])]
@@ -279,7 +279,7 @@ def _cells(row: Timing, sizes_of_tokens: Sequence[float]) -> list[str]:
     cells = [str(row.batch_size), f"{row.context:,}", f"{1e3 * row.median:,.2f}", f"({low:,.2f}-{high:,.2f})"]
     cells += [f"{row.tokens_per_second:,.1f}", peak, f"{row.cache_bytes / 1e6:,.1f}"]
     cells.append("-" if row.rate is None else f"{row.rate / 1e9:,.1f}")
-    return cells + ([f"{row.tokens_per_second * sizes_of_tokens[row.model] / 1e3:,.1f}"] if sizes_of_tokens else [])
+    return cells + ([f"{row.tokens_per_second * sizes_of_tokens[row.model]:,.0f}"] if sizes_of_tokens else [])
 
 
 def _compared(row: Timing) -> list[str]:

@@ -58,6 +58,7 @@ def remove(model: PreTrainedModel, cut: Cut, key: Callable[[], str] = str) -> li
     computes = model.device.type != "meta"
     ids = _drawn_ids(model, cut) if computes else _Ids()
     masked = _masked_answer(model, cut, readers, ids) if computes else None
+    token_fields = with_kept_tokens(model.config, *cut.tokens) if cut.tokens else {}
     why = ""
     for shape, fields in candidate_shapes(model, cut):
         try:
@@ -69,7 +70,7 @@ def remove(model: PreTrainedModel, cut: Cut, key: Callable[[], str] = str) -> li
                         expected = _answer_or_differ(model, readers, ids.after)
                 swaps += _change_config(model, fields)
                 if cut.tokens:
-                    set_fields(model.config, with_kept_tokens(model.config, *cut.tokens))  # if the shape exceeds the config
+                    set_fields(model.config, token_fields)  # also if the shape exceeds the config
                     renumber_generation_config(model, cut.tokens[0])
                 record_shape(model)
                 if computes:

@@ -2,7 +2,7 @@
 
 `OMP_NUM_THREADS=1 python benchmarks/vocabulary.py MODEL DATA WORK --out vocabulary.md` writes the table; `measured.py` says what
 is in DATA. Tokens are counted in FOLDOC's training text, WikiText-2's validation text, and, unless a row says otherwise, packaged
-text. "jointly" is `shrink` with `Search(tokens=True)`, on the windows of `--texts`; "channels" is the same without tokens. Bits
+text. "tokens first" is what `billhook prune-structure` does. "jointly" is `shrink` with `Search(tokens=True)`, on the windows of `--texts`; "channels" is the same without tokens. Bits
 per byte are those of the first 12 windows of 512 tokens of each test text, and of Python's own library (the modules of its
 `asyncio`), which nothing has seen, in float32, each as a text, so that every tokenizer has the same. What WORK holds is not
 measured again.
@@ -19,8 +19,10 @@ from measured import CALIBRATION, TESTS, Lines, shown
 from transformers import AutoTokenizer
 
 import billhook as bh
+from billhook.engine.batches import Batch
 from billhook.report.texts import ExampleText, bits_per_byte
 from billhook.shrinking.vocabulary import VocabularyText
+from billhook.vocabulary.respelling import Respelling
 
 COUNTED = 6_000_000
 ROWS = {
@@ -30,6 +32,9 @@ ROWS = {
     **{f"{how}, {share:.0%}": share for share in (0.9, 0.85, 0.8, 0.75) for how in ("jointly", "channels")},
 }
 """Share of the parameters that is left."""
+FIRST = {"tokens first, 85%": (0.33, 0.85), "tokens first, 75%": (0.5, 0.75)}
+"""Share of the tokens that goes, and share of the parameters that is left."""
+ROWS |= {name: share for name, (_, share) in FIRST.items()}
 
 
 def counted(options, model, packaged):
@@ -38,9 +43,24 @@ def counted(options, model, packaged):
     return bh.Calibration(sources, tokens=COUNTED, length=options.window).read(model)
 
 
+def tokens_first(options, tokens, share, model, tokenizer):
+    """Tokens removed, then channels, which see text in the tokens that are left, as by `billhook prune-structure`."""
+    left, seen = int(share * model.num_parameters()), shown(options)
+    plan = bh.plan(model, batches=counted(options, model, True), tokens=tokens, tokenizer=tokenizer)
+    fewer, respelled = plan.trim_tokenizer(tokenizer), Respelling(tokenizer, plan.tokens[0].tolist())
+    bh.apply(model, plan)
+    seen = [Batch(respelled(batch), batch.source) for batch in seen]
+    plan = bh.plan(model, bh.OutputNorm(), seen, amount=bh.Amount(params=left))
+    print(plan, flush=True)
+    bh.apply(model, plan, weights=bh.repair(model, plan, seen))
+    return fewer
+
+
 def smaller(options, name, model, tokenizer):
     """The model and its tokenizer."""
     share, (how, *_) = ROWS[name], name.split(", ")
+    if name in FIRST:
+        return tokens_first(options, *FIRST[name], model, tokenizer)
     if how == "tokens":
         size, text = model.config.vocab_size, counted(options, model, "without" not in name)
         fewer = (1 - share) * model.num_parameters() / (model.config.hidden_size * size)

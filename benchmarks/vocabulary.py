@@ -50,7 +50,7 @@ def tokens_first(options, tokens, share, model, tokenizer):
     fewer, respelled = plan.trim_tokenizer(tokenizer), Respelling(tokenizer, plan.tokens[0].tolist())
     bh.apply(model, plan)
     seen = [Batch(respelled(batch), batch.source) for batch in seen]
-    plan = bh.plan(model, bh.OutputNorm(), seen, amount=bh.Amount(params=left))
+    plan = bh.plan(model, bh.OutputNorm(), seen, amount=bh.Amount(params=left, round_to=1))
     print(plan, flush=True)
     bh.apply(model, plan, weights=bh.repair(model, plan, seen))
     return fewer

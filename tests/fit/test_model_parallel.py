@@ -88,7 +88,6 @@ def test_two_processes_prune_as_one_does(of_two, files, tmp_path, name):
     "channels",
     "blocks",
     "heads in rounds, after masks",
-    "KV heads that turn and move",
     "a rank without batches, repaired",
     "KV heads, matched",
 )

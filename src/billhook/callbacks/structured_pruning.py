@@ -166,18 +166,17 @@ class StructuredPruning(ShapeCallback):
         if part is None:  # depends on numbers of units only, which are equal on all ranks
             return None, None, "", ""
         with self.calibration.undisturbed(fit), fit.gradient_context(), blockwise(fit.module):
-            pairs = self.calibration.pairs(fit) if self.needs_data else ()
-            runs = [make_run(model, part.units, *pair) for pair in pairs]
             others = {name: layer for name, layer in part.units.items() if layer.kind != "token"}
-            importance, text = self.importance or default_importance(others), None
-            comm = comm_of(fit, self.calibration.shared(fit))
-            if self.amount.tokens:
-                text = list(replace(self.calibration, examples=COUNTED).read(fit))
+            needs_data = self.needs_data and bool(others)  # tokens are counted in other batches, and no layer makes up for them
+            runs = [make_run(model, others, *pair) for pair in self.calibration.pairs(fit)] if needs_data else []
+            text = list(replace(self.calibration, examples=COUNTED).read(fit)) if self.amount.tokens else None
+            importance, comm = self.importance or default_importance(others), comm_of(fit, self.calibration.shared(fit))
             plan = plan_from_search(part, importance, runs, comm=comm, tokenizer=fit.tokenizer, text=text)
             check_identical(fit, "StructuredPruning", "the plan", plan.to_json)
-            weights, why = self.repaired(fit, plan, runs, self.repair if self.needs_data else None)
+            weights, why = self.repaired(fit, plan, runs, self.repair if needs_data else None)
             done = "repaired" if weights else why
-            return plan, weights, f"{type(importance).__name__}{f', {done}' if done else ''}", why
+            scored = type(importance).__name__ if others else "token counts"
+            return plan, weights, f"{scored}{f', {done}' if done else ''}", why
 
     def label(self, event: Event) -> str:
         """Returns the change in size of the model."""

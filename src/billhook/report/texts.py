@@ -52,6 +52,19 @@ class ExampleText:
         return len(self.rest.encode())
 
 
+def example_loss(model: PreTrainedModel, example: Example, kept: Tensor | None = None) -> float:
+    """Returns the loss of an example's predicted tokens, in nats.
+
+    Args:
+        model: The model, in eval mode.
+        example: The example.
+        kept: Ids of the model that the example's ids number, if only these may be predicted: int64, ascending. Defaults to all.
+    """
+    ids = example.ids.to(model.device)
+    logits = model(input_ids=(ids if kept is None else kept[ids])[None], use_cache=False).logits[0, example.first - 1 : -1]
+    return mean_loss(logits if kept is None else logits[:, kept], ids[example.first :]) * example.predicted
+
+
 @torch.no_grad()
 def bits_per_byte(
     model: PreTrainedModel,
@@ -66,10 +79,7 @@ def bits_per_byte(
     examples, losses = [text.encoded(tokenizer) for text in texts], dict[int, float]()
 
     def read(number: int) -> None:
-        example = examples[number]
-        ids = example.ids.to(model.device)
-        logits = model(input_ids=ids[None], use_cache=False).logits[0, example.first - 1 : -1]
-        losses[number] = mean_loss(logits, ids[example.first :]) * example.predicted
+        losses[number] = example_loss(model, examples[number])
         if progress is not None:
             progress(len(losses), len(examples))
 

@@ -1,7 +1,7 @@
 """The vocabulary in a search: savings and losses of smaller vocabularies."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,17 +9,15 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from billhook.engine.batches import Batch, source_of
+from billhook.engine.batches import Run, source_of
 from billhook.engine.state import evaluating_without_grad
 from billhook.model.repeat_kv import Indices
-from billhook.model.token_ids import named_token_ids
-from billhook.report.predictions import mean_loss
-from billhook.report.texts import ExampleText
+from billhook.report.texts import ExampleText, example_loss
 from billhook.serving.engines import MULTIPLES
 from billhook.shrinking.divergence import mean_over_sources
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
-from billhook.vocabulary.scores import token_shares
+from billhook.vocabulary.scores import order_tokens
 from billhook.vocabulary.tokenizer import Vocabulary
 
 SIXTEENTHS = 16
@@ -86,9 +84,7 @@ def find_levels(model: PreTrainedModel, target: str, text: VocabularyText, held_
     group = next(group for group in structure.groups if group.leaf in layer.leaves)
     each, size = {"params": group.entries, "bytes": group.bytes}[target], layer.count()
     vocabulary = Vocabulary(text.tokenizer)
-    vocabulary.check_within(size)
-    shares = token_shares(text.batches, size)
-    required, others = vocabulary.order(shares.numpy(), named_token_ids(model, size).keys())
+    required, others = order_tokens(model, size, vocabulary, text.batches)
     texts = _texts(held_out, text.tokenizer)
     dense, levels = _losses(model, text.tokenizer, texts, np.arange(size)), [VocabularyLevel(np.arange(size), 0, 0.0)]
     tokens = Counter[str]()
@@ -109,7 +105,7 @@ def _texts(batches: Iterable[Any], tokenizer: PreTrainedTokenizerBase) -> list[t
     """Returns the texts of examples, with the names of their sources."""
     texts = list[tuple[str, ExampleText]]()
     for batch in batches:
-        inputs: Mapping[str, Any] = batch if isinstance(batch, Batch | Mapping) else batch.batch
+        inputs = batch.batch if isinstance(batch, Run) else batch
         texts += [(source_of(batch), ExampleText.of(ids.cpu(), tokenizer)) for ids in inputs["input_ids"]]
     return texts
 
@@ -121,8 +117,5 @@ def _losses(
     sums, columns = dict[str, float](), torch.from_numpy(kept).to(model.device)
     with evaluating_without_grad(model):
         for source, text in texts:
-            example = text.encoded(tokenizer)
-            ids = example.ids.to(model.device)
-            logits = model(input_ids=columns[ids][None], use_cache=False).logits[0, example.first - 1 : -1, columns]
-            sums[source] = sums.get(source, 0.0) + mean_loss(logits, ids[example.first :]) * example.predicted
+            sums[source] = sums.get(source, 0.0) + example_loss(model, text.encoded(tokenizer), columns)
     return sums

@@ -37,6 +37,19 @@ def token_shares(batches: Iterable[Any], size: int, comm: Comm = SINGLE_PROCESS)
     return shares
 
 
+def order_tokens(
+    model: PreTrainedModel, size: int, vocabulary: Vocabulary, batches: Iterable[Any], comm: Comm = SINGLE_PROCESS
+) -> tuple[list[int], list[int]]:
+    """Returns the ids that stay, and all others, the most used first; see `Vocabulary.order`.
+
+    Raises:
+        ValueError: If the tokenizer has more tokens than the model.
+    """
+    vocabulary.check_within(size)
+    shares = token_shares(batches, size, comm)
+    return vocabulary.order(shares.numpy(), named_token_ids(model, size).keys())
+
+
 def token_scores(
     model: PreTrainedModel,
     units: Mapping[str, Units],
@@ -55,9 +68,7 @@ def token_scores(
     vocabulary, scores = Vocabulary(tokenizer), dict[str, Tensor]()
     for name, layer in units.items():
         size = layer.count()
-        vocabulary.check_within(size)
-        shares = token_shares(batches, size, comm)
-        _, others = vocabulary.order(shares.numpy(), named_token_ids(model, size).keys())
+        _, others = order_tokens(model, size, vocabulary, batches, comm)
         scores[name] = torch.full((size,), torch.inf, dtype=torch.float64)
         scores[name][others] = torch.arange(len(others), 0, -1, dtype=torch.float64)
     return comm.decide(lambda: scores)

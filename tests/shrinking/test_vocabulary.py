@@ -11,7 +11,7 @@ from billhook.engine.batches import Batch
 from billhook.model.preprocessors import load_tokenizer
 from billhook.pruning.planning import plan_units
 from billhook.report.texts import ExampleText, bits_per_byte
-from billhook.shrinking.vocabulary import VocabularyText, find_levels
+from billhook.shrinking.vocabulary import SmallerVocabularies, VocabularyText
 
 
 @pytest.fixture(scope="module")
@@ -25,11 +25,15 @@ def text():
 def test_a_level_costs_what_the_smaller_model_loses(text):
     tokenizer, batches = text
     model = bh.load("tiny", "float32")
-    found = find_levels(model, "params", VocabularyText(tokenizer, batches[:2]), batches[2:6])
-    assert (found.size, found.levels[0].loss, found.levels[0].saved) == (2048, 0, 0)
-    sizes = [len(level.kept) for level in found.levels]
+    vocabularies = SmallerVocabularies.find(model, "params", VocabularyText(tokenizer, batches[:2]))
+    levels = vocabularies.measure(model, batches[2:6], excess=10**9)
+    assert (vocabularies.size, levels[0].loss, levels[0].saved, levels[0].length) == (2048, 0, 0, 1)
+    sizes = [len(level.kept) for level in levels]
     assert sizes == sorted(set(sizes), reverse=True)
-    level = found.levels[-1]
+    assert vocabularies.most_saved == levels[-1].saved
+    enough = vocabularies.measure(model, batches[2:6], excess=levels[1].saved - 1)
+    assert [level.saved for level in enough] == [0, levels[1].saved]  # no more than the budget requires
+    level = levels[-1]
     smaller = bh.load("tiny", "float32")
     plan = plan_units(smaller, sorted({*range(2048)} - {*level.kept.tolist()}), "token")
     assert plan.parameters[0] - plan.parameters[1] == level.saved
@@ -68,3 +72,45 @@ def test_without_text_or_for_another_budget(text):
         bh.shrink(model, bh.Budget(max_loss=1.1), text[1], search=bh.Search(tokens=True), text=VocabularyText(*text))
     with pytest.raises(ValueError, match="tokens=True is not supported in training"):
         bh.Shrinking(bh.Budget(params=0.9), search=bh.Search(tokens=True))
+
+
+def test_a_budget_that_only_tokens_can_reach(text):
+    tokenizer, batches = text
+    with pytest.raises(ValueError, match="out of reach"):
+        bh.shrink(bh.load("tiny", "float32"), bh.Budget(params=0.2), batches, search=bh.Search(generations=0, repair=None))
+    model = bh.load("tiny", "float32")
+    search = bh.Search(generations=0, repair=None, tokens=True)
+    shrunk = bh.shrink(model, bh.Budget(params=0.2), batches, search=search, text=VocabularyText(tokenizer, batches))
+    assert model.num_parameters() == shrunk.left <= shrunk.limit == int(0.2 * 2754816)
+    assert shrunk.tokens is not None
+    with pytest.raises(ValueError, match=r"params=0\.01 \(27,548\) is out of reach"):
+        bh.shrink(bh.load("tiny", "float32"), bh.Budget(params=0.01), batches, search=search, text=VocabularyText(*text))
+
+
+def test_the_repair_sees_the_text_in_the_tokens_that_are_left(text):
+    tokenizer, batches = text
+    model = bh.load("tiny", "float32")
+    vocabularies = SmallerVocabularies.find(model, "params", VocabularyText(tokenizer, batches[:1]))
+    level = vocabularies.measure(model, batches[:2], excess=10**9)[-1]
+    full = Batch({"input_ids": batches[3]["input_ids"], "labels": batches[3]["input_ids"].clone()}, "b")
+    (batch,) = vocabularies.respell([full], level)
+    ids = batch["input_ids"]
+    assert batch.source == "b"
+    assert set(ids.flatten().tolist()) <= set(level.kept.tolist())
+    assert not torch.equal(ids, full["input_ids"])
+    real = batch.get("attention_mask", torch.ones_like(ids)).bool()
+    spelled = tokenizer.decode(ids[real], clean_up_tokenization_spaces=False)
+    assert tokenizer.decode(full["input_ids"][0], clean_up_tokenization_spaces=False).startswith(spelled)
+    assert torch.equal(batch["labels"][real], ids[real])
+
+
+def test_tokens_only_if_they_suffice_and_cost_the_least(text):
+    tokenizer, batches = text
+    model = bh.load("tiny", "float32")
+    search = bh.Search(generations=0, repair=None, tokens=True)
+    shrunk = bh.shrink(model, bh.Budget(params=0.95), batches, search=search, text=VocabularyText(tokenizer, batches))
+    assert shrunk.tokens is not None
+    assert not shrunk.plan.units
+    assert shrunk.blocks is None
+    assert 0 <= shrunk.limit - shrunk.left < 32 * model.config.hidden_size  # to the next multiple of 32 tokens
+    assert max(shrunk.measured.values()) < 1e-5

@@ -38,11 +38,10 @@ from billhook.shrinking.scope import Progress, SearchScope
 from billhook.shrinking.search import Budget, Search
 from billhook.shrinking.shrink import Layers, check_variant_cache, resolve_repair, run_shrink
 from billhook.shrinking.variants import tokens_needed
-from billhook.shrinking.vocabulary import VocabularyText
+from billhook.shrinking.vocabulary import SmallerVocabularies, VocabularyText
 from billhook.tracing.show import name_pattern
 from billhook.training.distillation import Distillation
 from billhook.training.module import TransformerModule
-from billhook.vocabulary.tokenizer import Vocabulary
 
 LR, LORA_LR = 1e-4, 1e-3
 """Default peak learning rates of recovery training: of all weights, and of LoRA."""
@@ -157,21 +156,23 @@ def _trainer(steps: int, device: torch.device, progress: OnProgress) -> pl.Train
     )
 
 
-def search_space(scope: SearchScope, steps: int, budget: str | None = None) -> str:
+def search_space(scope: SearchScope, steps: int, budget: str | None = None, elsewhere: int = 0) -> str:
     """Returns a description of the removable units, and the maximum number of steps.
 
     Args:
         scope: The search space.
         steps: Maximum number of search steps.
         budget: A budget of loss or latency, as text. Defaults to the size limit of the candidates.
+        elsewhere: What the vocabulary can save.
     """
     budget = f"{scope.limit:,}" if budget is None else budget
-    sizes = f"{scope.target} now {scope.now:,}, budget {budget}, smallest reachable {scope.least:,}"
+    sizes = f"{scope.target} now {scope.now:,}, budget {budget}, smallest reachable {scope.least - elsewhere:,}"
     lines = [f"{type(scope.model).__name__}: {sizes}"]
     modules = Counter((name_pattern(layer.name), _levels(layer)) for layer in scope.modules)
     lines += [f"  {name}: keep {levels} (in each of {count})" for (name, levels), count in modules.items()]
     blocks = len(scope.blocks.removable)
     lines.append(f"  blocks that may be removed: {blocks}{'' if blocks else f' ({scope.blocks.why})'}")
+    lines += [f"  tokens: save at most {elsewhere:,}, less with scripts and words of the data"] if elsewhere else []
     return "\n".join([*lines, f"  at most {steps:,} search steps"])
 
 
@@ -272,8 +273,6 @@ def shrink(
     workload = Workload(time_phase, time_batch_size, time_context)
     refits = search.repair is not None
     work = OneShot(model, out, examples, refits=refits, repair=search.repair, as_text=search.tokens)
-    if search.tokens:
-        Vocabulary(work.tokenizer)  # raises for tokenizers that cannot lose tokens
     if recovery.recover and search.tokens:
         raise ValueError(
             f"recover={recovery.recover} and tokens=True cannot be combined, because the teacher would have other tokens. Train "
@@ -282,7 +281,11 @@ def shrink(
     if recovery.recover:
         recovery.task_of(work.model)
     clock = None if budget.latency is None else (budget.latency, make_clock(work.model, workload))
-    scope = SearchScope.find(work.model, search.amount(budget), layers == "uniform")
+    amount, most_saved = search.amount(budget), 0
+    if search.tokens:  # as if no text used any
+        text = VocabularyText(work.tokenizer, ())
+        most_saved = SmallerVocabularies.find(work.model, amount.target or "", text).most_saved
+    scope = SearchScope.find(work.model, amount, layers == "uniform", most_saved)
     fitted, _ = split_batches(meta_batches(work))
     limits, steps = "", [f"search for the best model within {budget.words}"]
     if search.repair is not None:
@@ -297,7 +300,7 @@ def shrink(
     if dry_run:
         by_size = budget.max_loss is None and budget.latency is None
         most_steps = scope.most_steps(search.generations, search.candidates)
-        work.print_dry_run(search_space(scope, most_steps, None if by_size else budget.words))
+        work.print_dry_run(search_space(scope, most_steps, None if by_size else budget.words, most_saved))
         return
     folder.create()
     batches = work.batches()
@@ -306,11 +309,15 @@ def shrink(
     if not_repaired and not limits.startswith("no repair:"):
         print(not_repaired)  # a text is shorter than requested
     before = work.measure()
+    vocabularies = None
+    if search.tokens:
+        text = VocabularyText(work.tokenizer, work.read_tokens(before))
+        vocabularies = SmallerVocabularies.find(work.model, scope.target, text)
+        scope.check_reach(getattr(amount, scope.target), vocabularies.most_saved)
     phases = [""]
     with progress_bar("shrinking", "steps", lambda: phases[-1], steady=False) as report:
         progress, seed = Progress(report, phases.append, folder.report_reused), examples.seed
-        text = VocabularyText(work.tokenizer, work.read_tokens(before)) if search.tokens else None
-        shrunk = run_shrink(scope, budget, clock, fitted, held_out, repair, search, seed, folder.folder, progress, text)
+        shrunk = run_shrink(scope, budget, clock, fitted, held_out, repair, search, seed, folder.folder, progress, vocabularies)
     if shrunk.tokens is not None:
         work.use_tokenizer(shrunk.tokens.trim_tokenizer(work.tokenizer))
     shrunk = replace(shrunk, not_refitted=shrunk.not_refitted or not_repaired)

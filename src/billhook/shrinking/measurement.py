@@ -10,6 +10,7 @@ from typing import Any, cast
 import numpy as np
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from typing_extensions import Self
 
 from billhook.engine.batches import runs_of
 from billhook.importance.blocks import BlockInfluence
@@ -60,6 +61,11 @@ class Measurement:
         """The spaces to search: for each number of removed blocks if modules are uniform."""
         make = uniform_spaces if self.scope.uniform else free_space
         return make(self.scope.modules, self.losses, self.scope.blocks.removable, self.scope.now)
+
+    def on(self, held_out: Sequence[Any], limit: int) -> Self:
+        """Returns the same for another limit, measured on other batches."""
+        divergence = Divergence(self.scope.model, runs_of(self.scope.model, held_out), self.divergence.broadcast)
+        return replace(self, scope=replace(self.scope, limit=limit), divergence=divergence, _known={})
 
     def lost(self, kept: Mapping[str, int]) -> float:
         """Returns the measured loss of a candidate, assembled from variants."""
@@ -198,7 +204,6 @@ def compare(measurement: Measurement, limit: int, fitted: Sequence[Any]) -> dict
         blocks = measure_without_blocks(scope.model, fitted, measurement.divergence, scope.now - limit, ends)
         if blocks is not None:
             alone[KIND_NAMES["block"]] = scope.now - blocks[0], blocks[1]
-    measurement.cache.forget()
     return alone
 
 

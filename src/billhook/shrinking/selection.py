@@ -29,6 +29,7 @@ from billhook.shrinking.space import (
     size_costs,
     uniform_points,
 )
+from billhook.shrinking.vocabulary import SmallerVocabularies, VocabularyLevel
 
 SIZES = 64
 """Number of sizes that a search for a quality budget considers."""
@@ -59,6 +60,23 @@ class SearchResult:
     alone: dict[str, tuple[int, float]] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class TokensChoice:
+    """A vocabulary, and the candidate that a search selected beside it.
+
+    Attributes:
+        level: The vocabulary.
+        measurement: Losses of variants on batches in its tokens.
+        result: The candidate.
+        lost: The loss of both, in nats per token of the dense model.
+    """
+
+    level: VocabularyLevel
+    measurement: Measurement
+    result: SearchResult
+    lost: float
+
+
 Within = Callable[[int], SearchResult]
 """Searches within a limit."""
 
@@ -81,6 +99,52 @@ def search_within(
         with simulated(measurement.scope.model, result.planned):
             losses.append(measurement.divergence.mean())
     return chosen[losses.index(min(losses))]
+
+
+def search_with_tokens(
+    measurement: Measurement,
+    vocabularies: SmallerVocabularies,
+    fitted: Sequence[Any],
+    held_out: Sequence[Any],
+    repair: RepairConfig | None,
+    search: Search,
+    seed: int,
+) -> TokensChoice:
+    """Searches for a vocabulary, and for units beside it, which are repaired on batches in the remaining tokens.
+
+    Losses of units are those of variants, of which a repair leaves a part. This part is known once a candidate is repaired. The
+    vocabulary is then chosen again by what would be left, until no other is chosen.
+    """
+    scope, progress = measurement.scope, measurement.progress
+    progress.enter("measuring smaller vocabularies")
+    levels = vocabularies.measure(scope.model, held_out, scope.now - scope.limit)
+    left, tried = 1.0, dict[int, TokensChoice]()
+    while (number := choose_level(measurement, levels, left)) not in tried:
+        level = levels[number]
+        limit = scope.limit + level.saved
+        spelled = measurement.on(vocabularies.respell(held_out, level), limit)
+        result = search_within(spelled, vocabularies.respell(fitted, level), repair, search, seed, limit)
+        with simulated(scope.model, result.planned):
+            lost = spelled.divergence.mean() * level.length
+        tried[number] = TokensChoice(level, spelled, result, level.loss + lost)
+        estimated = units_loss(measurement, limit)
+        left = lost / estimated if estimated else left
+    return min(tried.values(), key=lambda choice: choice.lost)
+
+
+def choose_level(measurement: Measurement, levels: Sequence[VocabularyLevel], left: float) -> int:
+    """Returns the number of the vocabulary with the lowest loss, including that of the best units beside it.
+
+    `left` is the part of the units' loss that remains after a repair.
+    """
+    losses = [level.loss + left * units_loss(measurement, measurement.scope.limit + level.saved) for level in levels]
+    return losses.index(min(losses))
+
+
+def units_loss(measurement: Measurement, limit: int) -> float:
+    """Returns the estimated loss of the best units within a limit, which is infinite out of reach."""
+    point = best_point(measurement.spaces, limit)
+    return math.inf if point is None else measurement.spaces[point[0]].predicted(point[1])
 
 
 def choose(

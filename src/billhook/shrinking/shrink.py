@@ -31,10 +31,10 @@ from billhook.shrinking.planning import apply_plans
 from billhook.shrinking.result import Shrunk
 from billhook.shrinking.scope import Progress, SearchScope
 from billhook.shrinking.search import Budget, Search
-from billhook.shrinking.selection import SearchResult, search_within, smallest
-from billhook.shrinking.space import best_point, make_slots, modules_outside
+from billhook.shrinking.selection import SearchResult, search_with_tokens, search_within, smallest
+from billhook.shrinking.space import make_slots, modules_outside
 from billhook.shrinking.variants import check_token_count
-from billhook.shrinking.vocabulary import VocabularyLevel, VocabularyLevels, VocabularyText, find_levels
+from billhook.shrinking.vocabulary import SmallerVocabularies, VocabularyText
 
 Layers = Literal["uniform", "free"]
 
@@ -63,7 +63,7 @@ def shrink(
     prunes other kinds of units is also repaired if its loss is at most 1.25x the best, and the better of both is used.
 
     With `Search(tokens=True)`, smaller vocabularies compete: each is measured by what the same held-out text costs in the tokens
-    that are left, and the one with the lowest sum of losses is used. Its tokens are removed last.
+    that are left, and the one with the lowest sum of losses after repair is used. The repair sees text in these tokens.
 
     Reference: ZipLM (Kurtic et al., 2023), https://arxiv.org/abs/2302.04089
     Reference: MoDeGPT (Lin et al., 2024), https://arxiv.org/abs/2408.09632
@@ -114,12 +114,16 @@ def shrink(
     check_values(subject)
     check_stored(subject)
     clock = None if budget.latency is None else (budget.latency, make_clock(subject, workload))
-    scope = SearchScope.find(subject, search.amount(budget), layers == "uniform")
+    amount = search.amount(budget)
+    vocabularies = None if text is None else SmallerVocabularies.find(subject, amount.target or "", text)
+    scope = SearchScope.find(subject, amount, layers == "uniform", vocabularies.most_saved if vocabularies else 0)
     fitted, held_out = split_batches(list(read_batches(batches, subject)))
     repair, not_repaired = resolve_repair(scope, fitted, search.repair)
     if not_repaired:
         warnings.warn(f"shrink: {not_repaired}", stacklevel=2)
-    shrunk = run_shrink(scope, budget, clock, fitted, held_out, repair, search, seed, variant_cache, Progress(progress), text)
+    shrunk = run_shrink(
+        scope, budget, clock, fitted, held_out, repair, search, seed, variant_cache, Progress(progress), vocabularies
+    )
     return replace(shrunk, not_refitted=shrunk.not_refitted or not_repaired)
 
 
@@ -151,49 +155,38 @@ def run_shrink(
     seed: int,
     variant_cache: str | Path | None,
     progress: Progress,
-    text: VocabularyText | None = None,
+    vocabularies: SmallerVocabularies | None = None,
 ) -> Shrunk:
     """Runs the search of `shrink` for a known scope; see `resolve_repair`.
 
-    `clock` is the latency budget with its clock, or None.
+    `clock` is the latency budget with its clock, or None. `vocabularies` compete if they are passed.
     """
     progress.steps = scope.most_steps(search.generations, search.candidates)
     if clock is not None:
         scope = with_latency(scope, *clock, progress)
     model, searched = scope.model, search_batches(fitted, scope.widest)
     folder = None if variant_cache is None else Path(variant_cache)
-    vocabulary = None
-    if text is not None:
-        progress.enter("measuring smaller vocabularies")
-        vocabulary = find_levels(model, scope.target, text, held_out)
     measurement = measure(scope, searched, held_out, search.importance or OBS(), repair, folder, progress)
-    level = None if vocabulary is None else choose_level(measurement, vocabulary)
-    if level is not None:
-        measurement = replace(measurement, scope=replace(scope, limit=scope.limit + level.saved))
-    chosen = select_for_budget(measurement, budget, searched, fitted, held_out, repair, search, seed, clock)
+    level = None
+    if vocabularies is None:
+        chosen = select_for_budget(measurement, budget, searched, fitted, held_out, repair, search, seed, clock)
+    else:
+        alone = compare(measurement, scope.limit, searched)
+        with_tokens = search_with_tokens(measurement, vocabularies, fitted, held_out, repair, search, seed)
+        level, measurement, chosen = with_tokens.level, with_tokens.measurement, replace(with_tokens.result, alone=alone)
+        measurement.cache.forget()
     changed = [model.get_parameter(name) for name in chosen.planned.weights or {}]
     with restored_on_error(model), values_restored_on_error(changed):  # also if what has been cut cannot be measured
         apply_plans(model, chosen.planned.plans, weights=chosen.planned.weights)
         shrunk = measure_result(measurement, chosen)
-        if vocabulary is None or level is None or not level.saved:
+        if vocabularies is None or level is None or not level.saved:
             return shrunk
-        removed = np.delete(np.arange(vocabulary.size), level.kept).tolist()
-        tokens = plan_units(model, {vocabulary.where: removed}, "token")
+        removed = np.delete(np.arange(vocabularies.size), level.kept).tolist()
+        tokens = plan_units(model, {vocabularies.where: removed}, "token")
         assert isinstance(tokens, UnitPlan)
         apply_plan(model, tokens)
         left = int(cost_of(model, scope.target) or 0)
         return replace(shrunk, limit=scope.limit, left=left, tokens=tokens, token_loss=level.loss)
-
-
-def choose_level(measurement: Measurement, vocabulary: VocabularyLevels) -> VocabularyLevel:
-    """Returns the vocabulary with the lowest loss, including that of the best units beside it."""
-    scope, best = measurement.scope, list[tuple[float, int]]()
-    for number, level in enumerate(vocabulary.levels):
-        limit = scope.limit + level.saved
-        point = best_point(measurement.spaces, limit) if limit < scope.now else None
-        if point is not None:
-            best.append((level.loss + measurement.spaces[point[0]].predicted(point[1]), number))
-    return vocabulary.levels[min(best)[1]] if best else vocabulary.levels[0]
 
 
 def select_for_budget(
@@ -215,7 +208,9 @@ def select_for_budget(
         chosen = smallest(measurement, budget.max_loss, held_out, within)
     else:
         chosen = within(measurement.scope.limit)
-    return replace(chosen, alone=compare(measurement, chosen.limit, searched))
+    alone = compare(measurement, chosen.limit, searched)
+    measurement.cache.forget()
+    return replace(chosen, alone=alone)
 
 
 def measure_result(measurement: Measurement, chosen: SearchResult) -> Shrunk:

@@ -1,6 +1,5 @@
 """The vocabulary in a search: savings and losses of smaller vocabularies."""
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,8 +7,9 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from typing_extensions import Self
 
-from billhook.engine.batches import Run, source_of
+from billhook.engine.batches import Batch, Run, source_of
 from billhook.engine.state import evaluating_without_grad
 from billhook.model.repeat_kv import Indices
 from billhook.report.texts import ExampleText, example_loss
@@ -17,6 +17,7 @@ from billhook.serving.engines import MULTIPLES
 from billhook.shrinking.divergence import mean_over_sources
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
+from billhook.vocabulary.respelling import Respelling
 from billhook.vocabulary.scores import order_tokens
 from billhook.vocabulary.tokenizer import Vocabulary
 
@@ -45,60 +46,101 @@ class VocabularyLevel:
         kept: The remaining ids, ascending.
         saved: What it saves of the budget.
         loss: Increase of the loss on held-out text, in nats per token of the dense model, as the mean over sources.
+        length: Tokens of the same text, relative to the dense model, as the mean over sources.
     """
 
     kept: Indices
     saved: int
     loss: float
+    length: float
 
 
 @dataclass(frozen=True, eq=False)
-class VocabularyLevels:
-    """All levels of a vocabulary, the largest first, of the tokens in `where`."""
+class SmallerVocabularies:
+    """The smaller vocabularies of a model.
+
+    Attributes:
+        where: Name of the token units.
+        size: Number of tokens.
+        token_cost: What each token costs of the budget.
+        required: Ids that stay.
+        others: All other ids, the most used first.
+        vocabulary: The tokens of the tokenizer.
+    """
 
     where: str
     size: int
-    levels: Sequence[VocabularyLevel]
+    token_cost: int
+    required: Sequence[int]
+    others: Sequence[int]
+    vocabulary: Vocabulary
 
+    @classmethod
+    def find(cls, model: PreTrainedModel, target: str, text: VocabularyText) -> Self:
+        """Finds the smaller vocabularies of a model for a budget of `"params"` or `"bytes"`.
 
-def find_levels(model: PreTrainedModel, target: str, text: VocabularyText, held_out: Iterable[Any]) -> VocabularyLevels:
-    """Measures savings and losses of smaller vocabularies, without changing the model.
+        Raises a ValueError if the model has no vocabulary, or the tokenizer cannot lose tokens.
+        """
+        structure = trace(model)
+        units = units_of(model, structure, ["token"])
+        if not units:
+            raise ValueError(f"tokens=True: {type(model).__name__} has no vocabulary that can be smaller.")
+        where, layer = next(iter(units.items()))
+        group = next(group for group in structure.groups if group.leaf in layer.leaves)
+        size, vocabulary = layer.count(), Vocabulary(text.tokenizer)
+        required, others = order_tokens(model, size, vocabulary, text.batches)
+        return cls(where, size, {"params": group.entries, "bytes": group.bytes}[target], required, others, vocabulary)
 
-    The loss is that of the same text in the tokens that are left, with all others excluded from the predictions, which is the
-    loss of the smaller model.
+    @property
+    def most_saved(self) -> int:
+        """What the smallest vocabulary saves."""
+        return self.token_cost * (self.size - min(self._counts(), default=self.size))
 
-    Args:
-        model: The dense model.
-        target: `"params"` or `"bytes"`.
-        text: Its tokenizer, and text to count tokens in.
-        held_out: Batches to measure on.
+    def measure(self, model: PreTrainedModel, held_out: Iterable[Any], excess: int) -> list[VocabularyLevel]:
+        """Measures savings and losses of smaller vocabularies, the largest first, without changing the model.
 
-    Raises:
-        ValueError: If the model has no vocabulary, or the tokenizer cannot lose tokens.
-    """
-    structure = trace(model)
-    units = units_of(model, structure, ["token"])
-    if not units:
-        raise ValueError(f"tokens=True: {type(model).__name__} has no vocabulary that can be smaller.")
-    where, layer = next(iter(units.items()))
-    group = next(group for group in structure.groups if group.leaf in layer.leaves)
-    each, size = {"params": group.entries, "bytes": group.bytes}[target], layer.count()
-    vocabulary = Vocabulary(text.tokenizer)
-    required, others = order_tokens(model, size, vocabulary, text.batches)
-    texts = _texts(held_out, text.tokenizer)
-    dense, levels = _losses(model, text.tokenizer, texts, np.arange(size)), [VocabularyLevel(np.arange(size), 0, 0.0)]
-    tokens = Counter[str]()
-    for source, example in texts:
-        tokens[source] += example.encoded(text.tokenizer).predicted
-    for sixteenth in range(1, SIXTEENTHS):
-        count = (size - size * sixteenth // SIXTEENTHS) // MULTIPLES[0] * MULTIPLES[0] or size
-        if not len(required) <= count < len(levels[-1].kept):
-            continue
-        kept = np.sort(np.array(required + others[: count - len(required)]))
-        losses = _losses(model, vocabulary.without(kept), texts, kept)
-        more = {source: (losses[source] - dense[source]) / tokens[source] for source in dense}
-        levels.append(VocabularyLevel(kept, each * (size - count), mean_over_sources(more)))
-    return VocabularyLevels(where, size, levels)
+        The loss is that of the same text in the tokens that are left, with all others excluded from the predictions, which is the
+        loss of the smaller model.
+
+        Args:
+            model: The dense model.
+            held_out: Batches to measure on.
+            excess: What the budget requires to save: no vocabulary saves more than needed.
+        """
+        tokenizer = self.vocabulary.tokenizer
+        texts = _texts(held_out, tokenizer)
+        dense, tokens = _losses(model, tokenizer, texts, np.arange(self.size))
+        levels = [VocabularyLevel(np.arange(self.size), 0, 0.0, 1.0)]
+        enough = (self.size - -(-excess // self.token_cost)) // MULTIPLES[-1] * MULTIPLES[-1]
+        for count in sorted({max(count, enough) for count in self._counts() if enough < self.size}, reverse=True):
+            kept = np.sort(np.array([*self.required, *self.others[: count - len(self.required)]]))
+            losses, lengths = _losses(model, self.vocabulary.without(kept), texts, kept)
+            more = mean_over_sources({source: (losses[source] - dense[source]) / tokens[source] for source in dense})
+            length = mean_over_sources({source: lengths[source] / tokens[source] for source in dense})
+            levels.append(VocabularyLevel(kept, self.token_cost * (self.size - count), more, length))
+        return levels
+
+    def respell(self, batches: Iterable[Any], level: VocabularyLevel) -> list[Any]:
+        """Returns batches in the tokens of a level, with the ids of the dense model."""
+        if not level.saved:
+            return list(batches)
+        respelled, old = Respelling(self.vocabulary.tokenizer, level.kept.tolist()), torch.from_numpy(level.kept)
+        changed = list[Any]()
+        for batch in batches:
+            inputs = respelled(batch)
+            for name in {"input_ids", "labels"} & inputs.keys():
+                ids = inputs[name]
+                inputs[name] = torch.where(ids < 0, ids, old.to(ids.device)[ids.clamp(min=0)])
+            changed.append(Batch(inputs, source_of(batch)))
+        return changed
+
+    def _counts(self) -> list[int]:
+        """Returns numbers of tokens below all, down to those that stay."""
+        counts = list[int]()
+        for sixteenth in range(1, SIXTEENTHS):
+            count = (self.size - self.size * sixteenth // SIXTEENTHS) // MULTIPLES[0] * MULTIPLES[0]
+            counts += [count] if len(self.required) <= count < self.size else []
+        return counts
 
 
 def _texts(batches: Iterable[Any], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, ExampleText]]:
@@ -112,10 +154,12 @@ def _texts(batches: Iterable[Any], tokenizer: PreTrainedTokenizerBase) -> list[t
 
 def _losses(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ExampleText]], kept: Indices
-) -> dict[str, float]:
-    """Returns the loss of texts by source, in nats, with the tokenizer of the kept ids."""
-    sums, columns = dict[str, float](), torch.from_numpy(kept).to(model.device)
+) -> tuple[dict[str, float], dict[str, int]]:
+    """Returns the loss of texts by source, in nats, and their predicted tokens, with the tokenizer of the kept ids."""
+    sums, tokens, columns = dict[str, float](), dict[str, int](), torch.from_numpy(kept).to(model.device)
     with evaluating_without_grad(model):
         for source, text in texts:
-            sums[source] = sums.get(source, 0.0) + example_loss(model, text.encoded(tokenizer), columns)
-    return sums
+            example = text.encoded(tokenizer)
+            sums[source] = sums.get(source, 0.0) + example_loss(model, example, columns)
+            tokens[source] = tokens.get(source, 0) + example.predicted
+    return sums, tokens

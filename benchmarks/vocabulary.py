@@ -71,6 +71,7 @@ def smaller(options, name, model, tokenizer):
     search = bh.Search(generations=0, tokens=text is not None)
     cache = options.work / "variant_cache"
     shrunk = bh.shrink(model, bh.Budget(params=share), shown(options), search=search, variant_cache=cache, text=text)
+    (options.work / f"{name} found.json").write_text(json.dumps(shrunk.to_json()))
     print(shrunk, flush=True)
     return tokenizer if shrunk.tokens is None else shrunk.tokens.trim_tokenizer(tokenizer)
 

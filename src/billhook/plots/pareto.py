@@ -14,14 +14,15 @@ LABELS = {
     "kv_cache_bytes": "bytes of key/value cache per token",
     "latency": "milliseconds of the workload",
 }
-MARKERS = "sD^"
+MARKERS = "sD^v"
 
 
 def pareto(shrunk: Shrunk) -> Plot:
     """Plots KL divergence from the dense model over size, for the selected and other sizes.
 
     Shows models assembled from separately refitted modules, their estimated loss, the selected model after repair, the dense
-    model, and models with only one kind of unit removed. A vertical line marks the budget, unless it is a quality budget.
+    model, and models with only one kind of unit removed. A vertical line marks the budget, unless it is a quality budget. If
+    tokens may be removed, losses are increases in bits per byte, and other sizes have the selected vocabulary.
 
     Args:
         shrunk: Result of `bh.shrink`.
@@ -42,13 +43,15 @@ def pareto(shrunk: Shrunk) -> Plot:
     all_units = {name: before for name, (before, _) in shrunk.kept.items()}
     for choice in reversed(shrunk.curve):
         if choice.kept == all_units:
-            axes.plot(choice.left / unit, choice.measured, "o", color="black", markersize=6, label="dense model")
+            name = "all but the removed tokens" if shrunk.tokens else "dense model"
+            axes.plot(choice.left / unit, choice.measured, "o", color="black", markersize=6, label=name)
             break
     if shrunk.ratio is None:
         axes.axvline(shrunk.limit / unit, color=RED, linestyle=":", linewidth=1, label="budget", zorder=1)
     axes.plot(shrunk.left / unit, mean_over_sources(shrunk.measured), "*", color=RED, markersize=12, label="selected")
     axes.set(xlabel=LABELS.get(shrunk.target, shrunk.target), ylim=(0, None))
-    axes.set_ylabel("KL divergence from the dense model, nats")
+    name = "increase in bits per byte" if shrunk.per_byte else "KL divergence from the dense model, nats"
+    axes.set_ylabel(name)
     plain = FuncFormatter(lambda value, _: f"{value:,g}")  # an engineering prefix `m` would read as milli-milliseconds
     axes.xaxis.set_major_formatter(plain if shrunk.target == "latency" else EngFormatter(sep=""))
     axes.legend(frameon=False, fontsize=8)

@@ -11,6 +11,7 @@ from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
 
 CURVE = "KL divergence from the dense model, by size:"
+BITS_CURVE = "Increase in bits per byte over the dense model, by size:"
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,18 @@ class Times:
 class Shrunk(Printable):
     """The result of a budgeted search; `print` shows a summary.
 
+    Losses are KL divergences from the dense model in nats per token. If tokens may be removed, they are increases in bits per
+    byte: that of the text in the remaining tokens, and KL divergences that are counted per byte.
+
     Attributes:
         plan: The removed units. With uniform modules this includes units of blocks that are removed afterwards.
         target: Name of the budget: `"params"`, `"kv_cache_bytes"`, `"bytes"`, or `"latency"` (in nanoseconds).
         limit: Largest allowed cost.
         left: Remaining cost.
         kept: By module, the number of units before and after, KV heads for attention modules; 0 if the block is removed.
-        predicted: Estimated loss, a sum over modules: KL divergence from the dense model, in nats.
-        measured: Measured KL divergence of the repaired model, by source, on held-out batches.
-        curve: Candidates of other sizes, the smallest first.
+        predicted: Estimated loss, a sum over modules.
+        measured: Measured loss of the repaired model, by source, on held-out batches.
+        curve: Candidates of other sizes with the same vocabulary, the smallest first.
         tried: All candidates measured within the budget, the best first.
         alone: By kind of unit, the remaining cost and loss if only heads, channels, or blocks are removed, where they suffice.
             Modules are refitted separately, blocks are not.
@@ -77,7 +81,8 @@ class Shrunk(Printable):
         merged: Conversions to fewer KV heads (pooled, all query heads kept), one for each number of heads.
         not_refitted: Layers that were pruned but not refitted, with the reason; empty if there are none.
         tokens: The removed tokens, if any. `tokens.trim_tokenizer` returns the tokenizer that is left.
-        token_loss: What they cost on held-out text, in nats per token of the dense model. `measured` does not include it.
+        token_loss: The part of the losses that they cause.
+        per_byte: If True, losses are in bits per byte, because tokens may be removed.
     """
 
     plan: UnitPlan
@@ -98,6 +103,7 @@ class Shrunk(Printable):
     not_refitted: str = ""
     tokens: UnitPlan | None = None
     token_loss: float = 0.0
+    per_byte: bool = False
 
     @property
     def budget(self) -> str:
@@ -124,6 +130,7 @@ class Shrunk(Printable):
         blocks = {"blocks": self.blocks and self.blocks.to_json(), "blocks_stay": self.blocks_stay}
         choices = {"curve": list(map(vars, self.curve)), "tried": list(map(vars, self.tried))}
         left: dict[str, Any] = {"not_refitted": self.not_refitted} if self.not_refitted else {}
+        left |= {"per_byte": True} if self.per_byte else {}
         if self.tokens is not None:  # the tokenizer of the checkpoint has them
             left |= {"tokens": {name: self.tokens.after[name] for name in self.tokens.units}, "token_loss": self.token_loss}
         return {**plans, **blocks, **plain, **choices, "times": self.times and vars(self.times), **left}
@@ -140,17 +147,18 @@ class Shrunk(Printable):
         lines += [self.tokens] if self.tokens else []
         head = ["ms" if self.target == "latency" else self.target, "estimated", "measured"]
         sizes = [[format_amount(self.target, size.left), f"{size.predicted:.4f}", f"{size.measured:.4f}"] for size in self.curve]
-        return [*lines, CURVE, text_table(sizes, head), *self._notes()]
+        return [*lines, BITS_CURVE if self.per_byte else CURVE, text_table(sizes, head), *self._notes()]
 
     def _notes(self) -> list[str]:
         """Returns the losses of single kinds of unit and of the selected model."""
         notes = list[str]()
+        loss, digits = ("bits per byte ", "+.4f") if self.per_byte else ("KL ", ".4f")
         for name, (left, lost) in self.alone.items():
-            notes.append(f"{name} only: KL {lost:.4f} at {format_amount(self.target, left)}")
-        losses = ", ".join(f"{lost:.4f}{f' on {source}' if source else ''}" for source, lost in self.measured.items())
+            notes.append(f"{name} only: {loss}{lost:{digits}} at {format_amount(self.target, left)}")
+        losses = ", ".join(f"{lost:{digits}}{f' on {source}' if source else ''}" for source, lost in self.measured.items())
         ratio = "" if self.ratio is None else f"; perplexity {self.ratio:.4f}x the dense model's"
-        notes.append(f"selected model: KL {losses}{ratio}")
-        notes += [f"removed tokens: {self.token_loss:.4f} nats per token on held-out text"] if self.tokens else []
+        notes.append(f"selected model: {loss}{losses}{ratio}")
+        notes += [f"removed tokens: {loss}{self.token_loss:{digits}}, as a part of it"] if self.tokens else []
         notes += [self.not_refitted] if self.not_refitted else []
         return notes if self.times is None else [*notes, f"measured: {self.times}"]
 

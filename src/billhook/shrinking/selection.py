@@ -10,7 +10,7 @@ import numpy as np
 
 from billhook.importance.score import make_run
 from billhook.repairs.repair import RepairConfig
-from billhook.shrinking.divergence import Perplexity
+from billhook.shrinking.divergence import Perplexity, mean_over_sources
 from billhook.shrinking.knapsack import cost, evolve, fill_budget
 from billhook.shrinking.measurement import Measurement, single_kind_levels
 from billhook.shrinking.modules import unit_counts
@@ -62,19 +62,21 @@ class SearchResult:
 
 @dataclass(frozen=True)
 class TokensChoice:
-    """A vocabulary, and the candidate that a search selected beside it.
+    """A vocabulary, and the units that a search selected beside it.
 
     Attributes:
-        level: The vocabulary.
+        levels: All vocabularies, the largest first.
+        level: The chosen vocabulary.
         measurement: Losses of variants on batches in its tokens.
         result: The candidate.
-        lost: The loss of both, in nats per token of the dense model.
+        losses: The loss of both by source, in bits per byte.
     """
 
+    levels: Sequence[VocabularyLevel]
     level: VocabularyLevel
     measurement: Measurement
     result: SearchResult
-    lost: float
+    losses: Mapping[str, float]
 
 
 Within = Callable[[int], SearchResult]
@@ -125,11 +127,11 @@ def search_with_tokens(
         spelled = measurement.on(vocabularies.respell(held_out, level), limit)
         result = search_within(spelled, vocabularies.respell(fitted, level), repair, search, seed, limit)
         with simulated(scope.model, result.planned):
-            lost = spelled.divergence.mean() * level.length
-        tried[number] = TokensChoice(level, spelled, result, level.loss + lost)
+            divergence = spelled.divergence.by_source()
+        tried[number] = TokensChoice(levels, level, spelled, result, level.with_units(divergence))
         estimated = units_loss(measurement, limit)
-        left = lost / estimated if estimated else left
-    return min(tried.values(), key=lambda choice: choice.lost)
+        left = mean_over_sources(divergence) / estimated if estimated else left
+    return min(tried.values(), key=lambda choice: mean_over_sources(choice.losses))
 
 
 def choose_level(measurement: Measurement, levels: Sequence[VocabularyLevel], left: float) -> int:
@@ -137,12 +139,13 @@ def choose_level(measurement: Measurement, levels: Sequence[VocabularyLevel], le
 
     `left` is the part of the units' loss that remains after a repair.
     """
-    losses = [level.loss + left * units_loss(measurement, measurement.scope.limit + level.saved) for level in levels]
+    limit = measurement.scope.limit
+    losses = [level.loss + left * level.bits * units_loss(measurement, limit + level.saved) for level in levels]
     return losses.index(min(losses))
 
 
 def units_loss(measurement: Measurement, limit: int) -> float:
-    """Returns the estimated loss of the best units within a limit, which is infinite out of reach."""
+    """Returns the estimated KL divergence of the best units within a limit, in nats; infinite if it is out of reach."""
     point = best_point(measurement.spaces, limit)
     return math.inf if point is None else measurement.spaces[point[0]].predicted(point[1])
 

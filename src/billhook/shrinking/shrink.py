@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 from torch import nn
+from transformers import PreTrainedModel
 
 from billhook.arguments import check_int, check_path, check_types
 from billhook.calibration.calibration import Batches, read_batches
@@ -28,13 +29,13 @@ from billhook.shrinking.latency import Clock, Workload, fast_enough, make_clock,
 from billhook.shrinking.measurement import Measurement, compare, measure
 from billhook.shrinking.modules import unit_counts
 from billhook.shrinking.planning import apply_plans
-from billhook.shrinking.result import Shrunk
+from billhook.shrinking.result import Candidate, Shrunk
 from billhook.shrinking.scope import Progress, SearchScope
 from billhook.shrinking.search import Budget, Search
-from billhook.shrinking.selection import SearchResult, search_with_tokens, search_within, smallest
+from billhook.shrinking.selection import SearchResult, TokensChoice, search_with_tokens, search_within, smallest
 from billhook.shrinking.space import make_slots, modules_outside
 from billhook.shrinking.variants import check_token_count
-from billhook.shrinking.vocabulary import SmallerVocabularies, VocabularyText
+from billhook.shrinking.vocabulary import SmallerVocabularies, VocabularyLevel, VocabularyText
 
 Layers = Literal["uniform", "free"]
 
@@ -167,26 +168,58 @@ def run_shrink(
     model, searched = scope.model, search_batches(fitted, scope.widest)
     folder = None if variant_cache is None else Path(variant_cache)
     measurement = measure(scope, searched, held_out, search.importance or OBS(), repair, folder, progress)
-    level = None
+    with_tokens = None
     if vocabularies is None:
         chosen = select_for_budget(measurement, budget, searched, fitted, held_out, repair, search, seed, clock)
     else:
         alone = compare(measurement, scope.limit, searched)
         with_tokens = search_with_tokens(measurement, vocabularies, fitted, held_out, repair, search, seed)
-        level, measurement, chosen = with_tokens.level, with_tokens.measurement, replace(with_tokens.result, alone=alone)
+        measurement, chosen = with_tokens.measurement, replace(with_tokens.result, alone=alone)
         measurement.cache.forget()
     changed = [model.get_parameter(name) for name in chosen.planned.weights or {}]
     with restored_on_error(model), values_restored_on_error(changed):  # also if what has been cut cannot be measured
         apply_plans(model, chosen.planned.plans, weights=chosen.planned.weights)
         shrunk = measure_result(measurement, chosen)
-        if vocabularies is None or level is None or not level.saved:
+        if vocabularies is None or with_tokens is None:
             return shrunk
-        removed = np.delete(np.arange(vocabularies.size), level.kept).tolist()
-        tokens = plan_units(model, {vocabularies.where: removed}, "token")
-        assert isinstance(tokens, UnitPlan)
-        apply_plan(model, tokens)
-        left = int(cost_of(model, scope.target) or 0)
-        return replace(shrunk, limit=scope.limit, left=left, tokens=tokens, token_loss=level.loss)
+        tokens = remove_tokens(model, vocabularies, with_tokens.level)
+        return replace(in_bits(shrunk, with_tokens, scope), tokens=tokens)
+
+
+def remove_tokens(model: PreTrainedModel, vocabularies: SmallerVocabularies, level: VocabularyLevel) -> UnitPlan | None:
+    """Removes the tokens that a level does not keep, if any."""
+    if not level.saved:
+        return None
+    removed = np.delete(np.arange(vocabularies.size), level.kept).tolist()
+    tokens = plan_units(model, {vocabularies.where: removed}, "token")
+    assert isinstance(tokens, UnitPlan)
+    apply_plan(model, tokens)
+    return tokens
+
+
+def in_bits(shrunk: Shrunk, chosen: TokensChoice, scope: SearchScope) -> Shrunk:
+    """Returns a result of units with the cost and the losses of the vocabulary beside them, in bits per byte."""
+    level, dense, smallest_level = chosen.level, chosen.levels[0], chosen.levels[-1]
+
+    def beside(candidate: Candidate) -> Candidate:
+        predicted, measured = (level.loss + level.bits * loss for loss in (candidate.predicted, candidate.measured))
+        return replace(candidate, left=candidate.left - level.saved, predicted=predicted, measured=measured)
+
+    alone = {kind: (left, dense.bits * loss) for kind, (left, loss) in shrunk.alone.items()}
+    if scope.now - smallest_level.saved <= scope.limit:
+        alone["tokens"] = scope.now - smallest_level.saved, smallest_level.loss
+    return replace(
+        shrunk,
+        limit=scope.limit,
+        left=int(cost_of(scope.model, scope.target) or 0),
+        predicted=level.loss + level.bits * shrunk.predicted,
+        measured=level.with_units(shrunk.measured),
+        curve=tuple(map(beside, shrunk.curve)),
+        tried=tuple(map(beside, shrunk.tried)),
+        alone=alone,
+        token_loss=level.loss,
+        per_byte=True,
+    )
 
 
 def select_for_budget(

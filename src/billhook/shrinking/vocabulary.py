@@ -1,6 +1,7 @@
 """The vocabulary in a search: savings and losses of smaller vocabularies."""
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,14 +46,28 @@ class VocabularyLevel:
     Attributes:
         kept: The remaining ids, ascending.
         saved: What it saves of the budget.
-        loss: Increase of the loss on held-out text, in nats per token of the dense model, as the mean over sources.
-        length: Tokens of the same text, relative to the dense model, as the mean over sources.
+        losses: Increase of the loss on held-out text by source, in bits per byte.
+        densities: Tokens per byte of this text by source.
     """
 
     kept: Indices
     saved: int
-    loss: float
-    length: float
+    losses: Mapping[str, float]
+    densities: Mapping[str, float]
+
+    @property
+    def loss(self) -> float:
+        """The mean loss over sources, in bits per byte."""
+        return mean_over_sources(self.losses)
+
+    @property
+    def bits(self) -> float:
+        """Bits per byte of a nat per token, as the mean over sources."""
+        return mean_over_sources(self.densities) / math.log(2)
+
+    def with_units(self, divergence: Mapping[str, float]) -> dict[str, float]:
+        """Returns the loss by source if units beside the vocabulary cost so many nats per token: in bits per byte."""
+        return {name: loss + self.densities[name] * divergence[name] / math.log(2) for name, loss in self.losses.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,17 +122,20 @@ class SmallerVocabularies:
             held_out: Batches to measure on.
             excess: What the budget requires to save: no vocabulary saves more than needed.
         """
-        tokenizer = self.vocabulary.tokenizer
-        texts = _texts(held_out, tokenizer)
-        dense, tokens = _losses(model, tokenizer, texts, np.arange(self.size))
-        levels = [VocabularyLevel(np.arange(self.size), 0, 0.0, 1.0)]
+        texts, size = _texts(held_out, self.vocabulary.tokenizer), dict[str, int]()
+        for source, text in texts:
+            size[source] = size.get(source, 0) + text.bytes
         enough = (self.size - -(-excess // self.token_cost)) // MULTIPLES[-1] * MULTIPLES[-1]
-        for count in sorted({max(count, enough) for count in self._counts() if enough < self.size}, reverse=True):
+        fewer = {max(count, enough) for count in self._counts() if enough < self.size}
+        levels, dense = list[VocabularyLevel](), dict[str, float]()
+        for count in sorted({self.size, *fewer}, reverse=True):
             kept = np.sort(np.array([*self.required, *self.others[: count - len(self.required)]]))
-            losses, lengths = _losses(model, self.vocabulary.without(kept), texts, kept)
-            more = mean_over_sources({source: (losses[source] - dense[source]) / tokens[source] for source in dense})
-            length = mean_over_sources({source: lengths[source] / tokens[source] for source in dense})
-            levels.append(VocabularyLevel(kept, self.token_cost * (self.size - count), more, length))
+            tokenizer = self.vocabulary.without(kept) if count < self.size else self.vocabulary.tokenizer
+            losses, tokens = _losses(model, tokenizer, texts, kept)
+            dense = dense or losses
+            more = {source: (losses[source] - dense[source]) / math.log(2) / size[source] for source in size}
+            densities = {source: tokens[source] / size[source] for source in size}
+            levels.append(VocabularyLevel(kept, self.token_cost * (self.size - count), more, densities))
         return levels
 
     def respell(self, batches: Iterable[Any], level: VocabularyLevel) -> list[Any]:

@@ -16,7 +16,8 @@ from billhook.model.inputs import make_inputs
 from billhook.model.plan import ModelPlan
 from billhook.model.token_ids import named_token_ids
 from billhook.pruning.planning import plan_units
-from billhook.vocabulary.scores import token_shares
+from billhook.vocabulary import scores
+from billhook.vocabulary.scores import predicted_shares, token_shares
 from kit.families import build, t5
 from kit.small_tokenizers import LINES, TEXTS, byte_level
 
@@ -161,10 +162,30 @@ def test_the_share_of_a_token_is_the_sum_over_sources():
     long, short = torch.tensor([[5, 5, 6, 7, 0, 0]] * 4), torch.tensor([[6, 6, 6, 9]])
     mask = torch.tensor([[1, 1, 1, 1, 0, 0]] * 4)
     batches = [Batch({"input_ids": long, "attention_mask": mask}, "long"), Batch({"input_ids": short}, "short")]
-    expected = Counter({5: 2 / 4, 6: 1 / 4 + 3 / 4, 7: 1 / 4, 9: 1 / 4})
-    assert token_shares(batches, 10).tolist() == [expected[token] for token in range(10)]
-    both = token_shares(batches[:1], 10, Comm(lambda tensor: tensor.mul_(2) if tensor.is_floating_point() else tensor))
-    assert both.tolist() == token_shares(batches[:1], 10).tolist()  # two ranks of equal text
+    # each source's counts, less the discount, by its number of tokens
+    expected = Counter({5: 7.25 / 16, 6: 3.25 / 16 + 2.25 / 4, 7: 3.25 / 16, 9: 0.25 / 4})
+    shares, sources = token_shares(batches, 10)
+    assert (shares.tolist(), sources) == ([expected[token] for token in range(10)], 2)
+    both, _ = token_shares(batches[:1], 10, Comm(lambda tensor: tensor.mul_(2) if tensor.is_floating_point() else tensor))
+    assert both.tolist() == token_shares(batches[:1] * 2, 10)[0].tolist()  # two ranks of equal text
+
+
+def test_what_the_model_expects_counts_beside_what_the_text_has():
+    model = build("llama").eval()
+    size = model.config.vocab_size
+    ids, mask = torch.randint(4, size, (3, 8)), torch.ones(3, 8, dtype=torch.long)
+    mask[0, 5:] = 0
+    with torch.no_grad():
+        probabilities = model(input_ids=ids, attention_mask=mask).logits.double().softmax(-1)[mask.bool()]
+    expected = predicted_shares(model, size, [{"input_ids": ids, "attention_mask": mask}])
+    assert torch.allclose(expected, probabilities.mean(0), atol=1e-6)
+    assert not predicted_shares(model, size + 1, [{"input_ids": ids}]).any()  # as of a classifier
+    seen = []
+    model.register_forward_hook(lambda *_: seen.append(1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(scores, "PREDICTED", 8)
+        predicted_shares(model, size, [Batch({"input_ids": torch.full((1, 4), 5)}, name) for name in "ab" * 6])
+    assert len(seen) == 4  # two of each source
 
 
 @pytest.fixture(scope="module")

@@ -54,8 +54,12 @@ def test_unused_tokens_go_before_anything_else(text, tmp_path):
     search = bh.Search(generations=0, repair=None, tokens=True)
     shrunk = bh.shrink(model, bh.Budget(params=0.9), batches, search=search, text=VocabularyText(tokenizer, batches))
     assert shrunk.tokens is not None
+    assert not shrunk.plan.units
+    assert shrunk.blocks is None
     assert model.num_parameters() == shrunk.left <= shrunk.limit == int(0.9 * 2754816)
-    assert "removed tokens: " in shrunk.text()
+    assert shrunk.limit - shrunk.left < 32 * model.config.hidden_size  # to the next multiple of 32 tokens
+    assert sum(shrunk.measured.values()) / 2 == pytest.approx(shrunk.token_loss, abs=1e-5)
+    assert "removed tokens: bits per byte " in shrunk.text()
     assert shrunk.to_json()["tokens"] == shrunk.tokens.after
     bh.save(model, tmp_path / "out", shrunk.tokens.trim_tokenizer(tokenizer))
     assert bh.load(tmp_path / "out").config.vocab_size == model.config.vocab_size < 2048
@@ -101,15 +105,3 @@ def test_the_repair_sees_the_text_in_the_tokens_that_are_left(text):
     spelled = tokenizer.decode(ids[real], clean_up_tokenization_spaces=False)
     assert tokenizer.decode(full["input_ids"][0], clean_up_tokenization_spaces=False).startswith(spelled)
     assert torch.equal(batch["labels"][real], ids[real])
-
-
-def test_tokens_only_if_they_suffice_and_cost_the_least(text):
-    tokenizer, batches = text
-    model = bh.load("tiny", "float32")
-    search = bh.Search(generations=0, repair=None, tokens=True)
-    shrunk = bh.shrink(model, bh.Budget(params=0.95), batches, search=search, text=VocabularyText(tokenizer, batches))
-    assert shrunk.tokens is not None
-    assert not shrunk.plan.units
-    assert shrunk.blocks is None
-    assert 0 <= shrunk.limit - shrunk.left < 32 * model.config.hidden_size  # to the next multiple of 32 tokens
-    assert sum(shrunk.measured.values()) / 2 == pytest.approx(shrunk.token_loss, abs=1e-5)

@@ -19,7 +19,7 @@ def respelling(tokenizer):
     """Without all that the first line does not need."""
     vocabulary, counts = Vocabulary(tokenizer), np.zeros(400)
     np.add.at(counts, tokenizer(LINES[0])["input_ids"], 1)
-    required, others = vocabulary.order(counts)
+    required, others = vocabulary.order(counts, np.flatnonzero(counts))
     used = [token for token in others if counts[token]]
     last = others.index(used[-1])
     return Respelling(tokenizer, sorted(required + others[: last + 1]))

@@ -18,13 +18,13 @@ def counted(tokenizer, texts=LINES[:1]):
     counts = np.zeros(Vocabulary(tokenizer).size)
     for text in texts:
         np.add.at(counts, ids_of(tokenizer, text), 1)
-    return counts
+    return counts, np.flatnonzero(counts)
 
 
 def trimmed(tokenizer, share, texts=LINES[:1]):
     """The tokenizer without a share of what may go, and the ids that are left."""
     vocabulary = Vocabulary(tokenizer)
-    required, others = vocabulary.order(counted(tokenizer, texts))
+    required, others = vocabulary.order(*counted(tokenizer, texts))
     assert sorted(required + others) == list(range(vocabulary.size))
     kept = np.sort(np.array(required + others[: round(len(others) * (1 - share))]))
     return vocabulary.without(kept), kept
@@ -72,7 +72,7 @@ def test_any_text_is_encoded_and_decoded_to_itself(name):
 def test_what_must_stay(kind):
     name, tokenizer = kind
     vocabulary = Vocabulary(tokenizer)
-    required, _ = vocabulary.order(counted(tokenizer), named=[vocabulary.size - 1])
+    required, _ = vocabulary.order(*counted(tokenizer), named=[vocabulary.size - 1])
     tokens = set(tokenizer.convert_ids_to_tokens(required))
     assert {*SPECIAL, tokenizer.convert_ids_to_tokens(vocabulary.size - 1)} <= tokens
     assert tokenizer.chat_template is None or set(ids_of(tokenizer, "user assistant system:")) & set(required)
@@ -83,7 +83,7 @@ def test_what_must_stay(kind):
         assert "т" in letters
         assert not {"т", "я"} & tokens  # a script that the text does not use, and bytes spell
         assert {"q", "z", "é", ":", "1"} <= tokens
-        with_cyrillic, _ = vocabulary.order(counted(tokenizer, LINES[3:4]))
+        with_cyrillic, _ = vocabulary.order(*counted(tokenizer, LINES[3:4]))
         assert {"т", "я"} <= set(tokenizer.convert_ids_to_tokens(with_cyrillic))
 
 
@@ -92,7 +92,7 @@ def test_a_token_outranks_what_is_made_of_it():
         counts = np.zeros(Vocabulary(tokenizer).size)
         word = tokenizer.convert_tokens_to_ids("Ġquick")
         counts[word] = 1
-        _, others = Vocabulary(tokenizer).order(counts)
+        _, others = Vocabulary(tokenizer).order(counts, np.flatnonzero(counts))
         place = others.index(word)
         assert 1 <= place < 8  # after its parts, before all that is unused
         assert all(tokenizer.convert_ids_to_tokens(part) in "Ġquick" for part in others[:place])

@@ -36,6 +36,7 @@ from billhook.pruning.target import Baseline, RatioSearch
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.divergence import split_examples
 from billhook.units.units import Units
+from billhook.vocabulary.scores import PREDICTED
 from billhook.vocabulary.tokenizer import Vocabulary
 
 
@@ -136,7 +137,8 @@ def prune_structure(
     if amount.tokens_only is not None:
         without_tokens = try_removal(work.model, RatioSearch(work.model, amount.tokens_only).check())
         Vocabulary(work.tokenizer)  # raises for tokenizers that cannot lose tokens
-        steps.append(f"remove tokens that text uses least: tokens={amount.tokens} (counted in up to {COUNTED:,} of each source)")
+        counted = f"counted in up to {COUNTED:,} of each source, predicted for up to {PREDICTED:,}"
+        steps.append(f"remove tokens that text needs least: tokens={amount.tokens} ({counted})")
     within_blocks = amount.within_blocks_of(work.model)
     if within_blocks is not None:
         check_kinds(work.model, within_blocks.kinds)

@@ -1,6 +1,6 @@
 """Plans pruning: `plan` chooses units by their scores, `plan_units` takes given units."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -163,7 +163,7 @@ def plan_from_search(
     comm: Comm = SINGLE_PROCESS,
     progress: OnProgress | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    text: Iterable[Any] | None = None,
+    text: Sequence[Any] | None = None,
 ) -> UnitPlan:
     """Plans units as `plan_amount` does, reusing a search of the unchanged model.
 

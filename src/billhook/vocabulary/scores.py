@@ -1,23 +1,36 @@
-"""Scores of tokens: how often text uses them."""
+"""Scores of tokens: how often text uses them, and how often the model expects them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from billhook.engine.batches import Run, source_of
+from billhook.engine.batches import Batch, Run, runs_of, source_of
 from billhook.engine.comm import SINGLE_PROCESS, Comm
+from billhook.engine.passes import run_side_by_side
+from billhook.engine.state import evaluating_without_grad
+from billhook.engine.store import store_of
 from billhook.model.token_ids import named_token_ids
 from billhook.units.units import Units
 from billhook.vocabulary.tokenizer import Vocabulary
 
+DISCOUNT = 0.75
+"""What is taken off each count: absolute discounting (Ney, Essen & Kneser, 1994) of what is rare in a sample."""
+EXPECTED = 0.5
+"""Weight of the model's predictions beside the counts. Both were chosen on training text."""
+PREDICTED = 2**14
+"""Maximum number of tokens of each source that the model reads for its predictions."""
+ELEMENTS = 2**22
+"""Number of logits to process at once."""
 
-def token_shares(batches: Iterable[Any], size: int, comm: Comm = SINGLE_PROCESS) -> Tensor:
-    """Returns the share of each token in the text, summed over sources: float64, `[size]`.
 
-    Padding (`attention_mask`) does not count; labels of an encoder-decoder do.
+def token_shares(batches: Iterable[Any], size: int, comm: Comm = SINGLE_PROCESS) -> tuple[Tensor, int]:
+    """Returns the discounted share of each token in the text, summed over sources: float64, `[size]`.
+
+    Padding (`attention_mask`) does not count; labels of an encoder-decoder do. Also returns the number of sources.
     """
     counts = dict[str, Tensor]()
     for batch in batches:
@@ -30,37 +43,77 @@ def token_shares(batches: Iterable[Any], size: int, comm: Comm = SINGLE_PROCESS)
         labels = inputs.get("labels")
         if "decoder_input_ids" not in inputs and isinstance(labels, Tensor) and labels.dim() == 2:  # of a language model
             count += torch.bincount(labels[labels >= 0].cpu(), minlength=size) if "input_ids" in inputs else 0
+    sources = {source for names in comm.gather(sorted(counts)) for source in names}
     shares = torch.zeros(size, dtype=torch.float64)
-    for source in sorted({source for sources in comm.gather(sorted(counts)) for source in sources}):
+    for source in sorted(sources):
         count = comm(counts.get(source, torch.zeros_like(shares)).to(comm.device)).cpu()
-        shares += count / count.sum().clamp(min=1)
-    return shares
+        shares += (count - DISCOUNT).clamp(min=0) / count.sum().clamp(min=1)
+    return shares, len(sources)
+
+
+def predicted_shares(model: PreTrainedModel, size: int, batches: Sequence[Any], comm: Comm = SINGLE_PROCESS) -> Tensor:
+    """Returns the mean probability that the model gives each token on a part of the text: float64, `[size]`.
+
+    It tells how often the tokens can be expected in other text of the kind. Zeros if the model does not predict tokens.
+    """
+    sums = torch.zeros(size, dtype=torch.float64)
+
+    def read(run: Run) -> None:
+        logits = getattr(run.visit(), "logits", None)
+        if not isinstance(logits, Tensor) or logits.shape[-1] != size:
+            return
+        mask = run.tokens.get("decoder_attention_mask", run.tokens.get("attention_mask"))
+        rows = logits.flatten(0, -2) if mask is None or mask.shape != logits.shape[:-1] else logits[mask]
+        for part in torch.split(rows, max(ELEMENTS // size, 1)):
+            sums.add_(part.float().softmax(-1).sum(0).cpu())
+
+    with evaluating_without_grad(model), store_of(model).independently(comm):
+        run_side_by_side(model, [partial(read, run) for run in runs_of(model, _evenly(model, batches))])
+    sums = comm(sums.to(comm.device)).cpu()
+    return sums / sums.sum().clamp(min=1)
+
+
+def _evenly(model: PreTrainedModel, batches: Sequence[Any]) -> list[Any]:
+    """Returns batches of at most `PREDICTED` tokens of each source, evenly spaced, that the model predicts tokens of."""
+    by_source = dict[str, list[Any]]()
+    for batch in batches:
+        inputs = batch.batch if isinstance(batch, Run) else batch
+        decodes = not model.config.is_encoder_decoder or {"labels", "decoder_input_ids"} & inputs.keys()
+        if "input_ids" in inputs and decodes:
+            by_source.setdefault(source_of(batch), []).append(Batch(inputs, source_of(batch)))
+    chosen = list[Any]()
+    for of_source in by_source.values():
+        tokens = sum(batch["input_ids"].numel() for batch in of_source)
+        step = max(-(-tokens // PREDICTED), 1)
+        chosen += of_source[::step]
+    return chosen
 
 
 def order_tokens(
-    model: PreTrainedModel, size: int, vocabulary: Vocabulary, batches: Iterable[Any], comm: Comm = SINGLE_PROCESS
+    model: PreTrainedModel, size: int, vocabulary: Vocabulary, batches: Sequence[Any], comm: Comm = SINGLE_PROCESS
 ) -> tuple[list[int], list[int]]:
-    """Returns the ids that stay, and all others, the most used first; see `Vocabulary.order`.
+    """Returns the ids that stay, and all others, those that text needs most first; see `Vocabulary.order`.
 
     Raises:
         ValueError: If the tokenizer has more tokens than the model.
     """
     vocabulary.check_within(size)
-    shares = token_shares(batches, size, comm)
-    return vocabulary.order(shares.numpy(), named_token_ids(model, size).keys())
+    shares, sources = token_shares(batches, size, comm)
+    scores = shares + EXPECTED * sources * predicted_shares(model, size, batches, comm)
+    return vocabulary.order(scores.numpy(), shares.nonzero().flatten().numpy(), named_token_ids(model, size).keys())
 
 
 def token_scores(
     model: PreTrainedModel,
     units: Mapping[str, Units],
-    batches: Iterable[Any],
+    batches: Sequence[Any],
     tokenizer: PreTrainedTokenizerBase,
     comm: Comm = SINGLE_PROCESS,
 ) -> dict[str, Tensor]:
     """Returns scores by which the lowest tokens can go: float64, `[tokens]`.
 
-    The more text uses a token, the higher its score; a token that another is made of has a higher score than that. Tokens that
-    must stay (`Vocabulary.order`, and those that the config names) have an infinite score.
+    The more text uses a token and the model expects it, the higher its score; a token that another is made of has a higher score
+    than that. Tokens that must stay (`Vocabulary.order`, and those that the config names) have an infinite score.
 
     Raises:
         ValueError: If the tokenizer has more tokens than the model, or cannot lose any.

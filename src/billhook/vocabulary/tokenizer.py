@@ -65,18 +65,19 @@ class Vocabulary:
         if self.size > size:
             raise ValueError(f"tokenizer: it has ids up to {self.size - 1:,}, but the model only {size:,} tokens.")
 
-    def order(self, counts: Indices, named: Collection[int] = ()) -> tuple[list[int], list[int]]:
-        """Returns the ids that stay, and all others, the most used first.
+    def order(self, scores: Indices, used: Indices, named: Collection[int] = ()) -> tuple[list[int], list[int]]:
+        """Returns the ids that stay, and all others, the highest score first.
 
         The parts of a token come before it. These stay: added and special tokens, those of the chat template, bytes, and single
-        characters; letters only of scripts that are used, if others can be spelled in bytes. Unused tokens are ordered by id,
-        which is by frequency in most tokenizers, and ids without a token are last.
+        characters; letters only of scripts that are used, if others can be spelled in bytes. Tokens of equal score are ordered by
+        id, which is by frequency in most tokenizers, and ids without a token are last.
 
         Args:
-            counts: How often each id is used: float64, `[tokens]`.
+            scores: How much each id is worth: float64, `[tokens]`.
+            used: The ids in the text.
             named: Ids that must stay for another reason.
         """
-        placed, others = self._required(np.flatnonzero(counts)) | set(named), list[int]()
+        placed, others = self._required(used) | set(named), list[int]()
         waiting = list(placed)
         while waiting:  # with what they are made of
             parts = set(self._parts.get(waiting.pop(), ())) - placed
@@ -84,7 +85,7 @@ class Vocabulary:
             waiting += parts
         required = sorted(placed)
         tokens = {*self.ids.values(), *self.added.values()}
-        ranked = np.argsort(-np.where(np.isin(np.arange(len(counts)), list(tokens)), counts, -1), kind="stable")
+        ranked = np.argsort(-np.where(np.isin(np.arange(len(scores)), list(tokens)), scores, -1), kind="stable")
         for token in ranked.tolist():
             waiting = [token]
             while waiting:

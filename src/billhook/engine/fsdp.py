@@ -84,7 +84,7 @@ def class_of(module: nn.Module) -> type[nn.Module]:
 
 
 def fsdp_parts(modules: Iterable[nn.Module]) -> list[Any]:
-    """Returns those modules that FSDP shards."""
+    """Returns the modules that FSDP shards."""
     return [module for module in modules if isinstance(module, FSDPModule)]
 
 

@@ -240,7 +240,7 @@ def _limit(model: PreTrainedModel, file: Path) -> str:
 
 
 def _other_tokens(folder: str, engine: LlamaCpp) -> list[str]:
-    """Returns the first difference in tokenization, if there is one."""
+    """Returns the first difference in tokenization, if any."""
     expected: list[int] = load_tokenizer(folder)(TEXT, add_special_tokens=False)["input_ids"]
     tokens = engine.tokenize(TEXT)
     if tokens == expected:

@@ -112,9 +112,9 @@ def search_with_tokens(
     search: Search,
     seed: int,
 ) -> TokensChoice:
-    """Searches for a vocabulary, and for units beside it, which are repaired on batches in the remaining tokens.
+    """Searches for a vocabulary and for units beside it.
 
-    Losses of units are those of variants, of which a repair leaves a part. This part is known once a candidate is repaired. The
+    Units are repaired on batches in the remaining tokens. Losses of units are those of variants, of which a repair leaves a part. This part is known once a candidate is repaired. The
     vocabulary is then chosen again by what would be left, until no other is chosen.
     """
     scope, progress = measurement.scope, measurement.progress
@@ -135,7 +135,7 @@ def search_with_tokens(
 
 
 def choose_level(measurement: Measurement, levels: Sequence[VocabularyLevel], left: float) -> int:
-    """Returns the number of the vocabulary with the lowest loss, including that of the best units beside it.
+    """Returns the number of the vocabulary that loses least with the best units beside it.
 
     `left` is the part of the units' loss that remains after a repair.
     """
@@ -145,7 +145,10 @@ def choose_level(measurement: Measurement, levels: Sequence[VocabularyLevel], le
 
 
 def units_loss(measurement: Measurement, limit: int) -> float:
-    """Returns the estimated KL divergence of the best units within a limit, in nats; infinite if it is out of reach."""
+    """Returns the estimated KL divergence of the best units within a limit, in nats.
+
+    It is infinite if the limit is out of reach.
+    """
     point = best_point(measurement.spaces, limit)
     return math.inf if point is None else measurement.spaces[point[0]].predicted(point[1])
 

@@ -198,7 +198,7 @@ def remove_tokens(model: PreTrainedModel, vocabularies: SmallerVocabularies, lev
 
 
 def in_bits(shrunk: Shrunk, chosen: TokensChoice, scope: SearchScope) -> Shrunk:
-    """Returns a result of units with the cost and the losses of the vocabulary beside them, in bits per byte."""
+    """Returns the result of units and the vocabulary beside them, with losses in bits per byte."""
     level, dense, smallest_level = chosen.level, chosen.levels[0], chosen.levels[-1]
 
     def beside(candidate: Candidate) -> Candidate:

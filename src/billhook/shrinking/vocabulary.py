@@ -66,7 +66,7 @@ class VocabularyLevel:
         return mean_over_sources(self.densities) / math.log(2)
 
     def with_units(self, divergence: Mapping[str, float]) -> dict[str, float]:
-        """Returns the loss by source if units beside the vocabulary cost so many nats per token: in bits per byte."""
+        """Returns the loss by source in bits per byte, with that of units in nats per token."""
         return {name: loss + self.densities[name] * divergence[name] / math.log(2) for name, loss in self.losses.items()}
 
 
@@ -108,13 +108,13 @@ class SmallerVocabularies:
 
     @property
     def most_saved(self) -> int:
-        """What the smallest vocabulary saves."""
+        """The cost that the smallest vocabulary saves."""
         return self.token_cost * (self.size - min(self._counts(), default=self.size))
 
     def measure(self, model: PreTrainedModel, held_out: Iterable[Any], excess: int) -> list[VocabularyLevel]:
-        """Measures savings and losses of smaller vocabularies, the largest first, without changing the model.
+        """Measures the savings and losses of smaller vocabularies, the largest first.
 
-        The loss is that of the same text in the tokens that are left, with all others excluded from the predictions, which is the
+        The model does not change. The loss is that of the same text in the tokens that are left, with all others excluded from the predictions, which is the
         loss of the smaller model.
 
         Args:
@@ -153,7 +153,7 @@ class SmallerVocabularies:
         return changed
 
     def _counts(self) -> list[int]:
-        """Returns numbers of tokens below all, down to those that stay."""
+        """Returns the numbers of tokens that may be left, at most one for each sixteenth."""
         counts = list[int]()
         for sixteenth in range(1, SIXTEENTHS):
             count = (self.size - self.size * sixteenth // SIXTEENTHS) // MULTIPLES[0] * MULTIPLES[0]
@@ -173,7 +173,10 @@ def _texts(batches: Iterable[Any], tokenizer: PreTrainedTokenizerBase) -> list[t
 def _losses(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, ExampleText]], kept: Indices
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """Returns the loss of texts by source, in nats, and their predicted tokens, with the tokenizer of the kept ids."""
+    """Returns the loss of texts in nats and the number of their predicted tokens, by source.
+
+    `tokenizer` has the kept ids alone.
+    """
     sums, tokens, columns = dict[str, float](), dict[str, int](), torch.from_numpy(kept).to(model.device)
     with evaluating_without_grad(model):
         for source, text in texts:

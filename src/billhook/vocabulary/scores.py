@@ -28,7 +28,7 @@ ELEMENTS = 2**22
 
 
 def token_shares(batches: Iterable[Any], size: int, comm: Comm = SINGLE_PROCESS) -> tuple[Tensor, int]:
-    """Returns the discounted share of each token in the text, summed over sources: float64, `[size]`.
+    """Returns the discounted share of each token, summed over sources: float64, `[size]`.
 
     Padding (`attention_mask`) does not count; labels of an encoder-decoder do. Also returns the number of sources.
     """
@@ -52,9 +52,9 @@ def token_shares(batches: Iterable[Any], size: int, comm: Comm = SINGLE_PROCESS)
 
 
 def predicted_shares(model: PreTrainedModel, size: int, batches: Sequence[Any], comm: Comm = SINGLE_PROCESS) -> Tensor:
-    """Returns the mean probability that the model gives each token on a part of the text: float64, `[size]`.
+    """Returns the mean probability that the model gives each token: float64, `[size]`.
 
-    It tells how often the tokens can be expected in other text of the kind. Zeros if the model does not predict tokens.
+    It is measured on a part of the text, and tells how often the tokens can be expected in other text of the kind. Zeros if the model does not predict tokens.
     """
     sums = torch.zeros(size, dtype=torch.float64)
 
@@ -74,7 +74,7 @@ def predicted_shares(model: PreTrainedModel, size: int, batches: Sequence[Any], 
 
 
 def _evenly(model: PreTrainedModel, batches: Sequence[Any]) -> list[Any]:
-    """Returns batches of at most `PREDICTED` tokens of each source, evenly spaced, that the model predicts tokens of."""
+    """Returns evenly spaced batches of at most `PREDICTED` tokens of each source."""
     by_source = dict[str, list[Any]]()
     for batch in batches:
         inputs = batch.batch if isinstance(batch, Run) else batch
@@ -92,7 +92,7 @@ def _evenly(model: PreTrainedModel, batches: Sequence[Any]) -> list[Any]:
 def order_tokens(
     model: PreTrainedModel, size: int, vocabulary: Vocabulary, batches: Sequence[Any], comm: Comm = SINGLE_PROCESS
 ) -> tuple[list[int], list[int]]:
-    """Returns the ids that stay, and all others, those that text needs most first; see `Vocabulary.order`.
+    """Returns the ids that stay, and all others, those that text needs most first.
 
     Raises:
         ValueError: If the tokenizer has more tokens than the model.

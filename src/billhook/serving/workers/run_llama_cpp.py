@@ -85,7 +85,7 @@ class Engine:
             self.errors += [message] if level > WARNING else []
 
     def load(self, file: str, context: int, threads: int, cache: str) -> dict[str, Any]:
-        """Loads a file, replacing the previous one."""
+        """Loads a file in place of the previous file."""
         if self.loaded is not None:
             self.loaded.free()
             self.loaded = None

@@ -114,8 +114,9 @@ def search_with_tokens(
 ) -> TokensChoice:
     """Searches for a vocabulary and for units beside it.
 
-    Units are repaired on batches in the remaining tokens. Losses of units are those of variants, of which a repair leaves a part. This part is known once a candidate is repaired. The
-    vocabulary is then chosen again by what would be left, until no other is chosen.
+    Units are repaired on batches in the remaining tokens. Their estimated losses are those of variants, of which a repair leaves
+    a part. This part is known once a candidate is repaired. The vocabulary is then chosen again by what would be left, until the
+    choice stays the same.
     """
     scope, progress = measurement.scope, measurement.progress
     progress.enter("measuring smaller vocabularies")

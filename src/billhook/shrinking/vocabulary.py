@@ -114,8 +114,8 @@ class SmallerVocabularies:
     def measure(self, model: PreTrainedModel, held_out: Iterable[Any], excess: int) -> list[VocabularyLevel]:
         """Measures the savings and losses of smaller vocabularies, the largest first.
 
-        The model does not change. The loss is that of the same text in the tokens that are left, with all others excluded from the predictions, which is the
-        loss of the smaller model.
+        The loss is that of the same text in the tokens that are left, with all others excluded from the predictions, which is the
+        loss of the smaller model. The model does not change.
 
         Args:
             model: The dense model.

@@ -54,7 +54,8 @@ def token_shares(batches: Iterable[Any], size: int, comm: Comm = SINGLE_PROCESS)
 def predicted_shares(model: PreTrainedModel, size: int, batches: Sequence[Any], comm: Comm = SINGLE_PROCESS) -> Tensor:
     """Returns the mean probability that the model gives each token: float64, `[size]`.
 
-    It is measured on a part of the text, and tells how often the tokens can be expected in other text of the kind. Zeros if the model does not predict tokens.
+    It is measured on a part of the text, and tells how often the tokens can be expected in other text of the kind. Zeros if the
+    model does not predict tokens.
     """
     sums = torch.zeros(size, dtype=torch.float64)
 

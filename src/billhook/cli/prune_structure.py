@@ -249,8 +249,9 @@ def prune_vocabulary(
     round_to: RoundTo = "auto",
     dry_run: bool = False,
 ) -> None:
-    """Removes the tokens that text uses least from a model and its tokenizer, and saves it.
+    """Removes the tokens that text needs least from a model and its tokenizer, and saves it.
 
+    They are the tokens that your text has, and that the model expects in such text, least.
     Any text can still be encoded, in more tokens: languages and domains that are not in the text are spelled out. Bytes, special
     tokens, and tokens of the chat template stay. The checkpoint is verified, and bits per byte of text are measured before and
     after. `billhook prune-structure --tokens` also removes other units.

@@ -240,8 +240,9 @@ class Amount:
         residual: Fraction of hidden dimensions (`hidden_size`) to remove.
         experts: Fraction of experts to remove, with their router rows.
         blocks: Fraction (float) or number (int) of blocks to remove from each stack. Cannot be combined with other units.
-        tokens: Fraction of the vocabulary to remove: the tokens that the calibration data has, and the model expects in it, least.
-            Tokens that text cannot do without stay, such as bytes and special tokens. The tokenizer must follow (`plan.trim_tokenizer`).
+        tokens: Fraction of the vocabulary to remove: the tokens that the calibration data has, and the model expects in it,
+            least. Tokens that text cannot do without stay, such as bytes and special tokens. The tokenizer must follow
+            (`plan.trim_tokenizer`).
         params: Budget: maximum number (int) or fraction (float) of parameters.
         flops: Budget: FLOPs of the forward pass, per token or, for image models, per image.
         kv_cache_bytes: Budget: bytes of the KV cache per token.

@@ -77,15 +77,21 @@ def test_without_text_or_for_another_budget(text):
         bh.Shrinking(bh.Budget(params=0.9), search=bh.Search(tokens=True))
 
 
-def test_a_budget_that_only_tokens_can_reach(text):
+def test_a_budget_that_only_tokens_can_reach_and_units_beside_them_are_repaired(text):
     tokenizer, batches = text
     with pytest.raises(ValueError, match="out of reach"):
         bh.shrink(bh.load("tiny", "float32"), bh.Budget(params=0.2), batches, search=bh.Search(generations=0, repair=None))
-    model = bh.load("tiny", "float32")
-    search = bh.Search(generations=0, repair=None, tokens=True)
-    shrunk = bh.shrink(model, bh.Budget(params=0.2), batches, search=search, text=VocabularyText(tokenizer, batches))
-    assert model.num_parameters() == shrunk.left <= shrunk.limit == int(0.2 * 2754816)
-    assert shrunk.tokens is not None
+    batches = [Batch({"input_ids": row[None]}, batch.source) for batch in batches for row in batch["input_ids"].view(2, 16)]
+    losses = []
+    for repair in (None, bh.RepairConfig()):
+        model = bh.load("tiny", "float32")
+        search = bh.Search(generations=0, repair=repair, tokens=True)
+        shrunk = bh.shrink(model, bh.Budget(params=0.2), batches, search=search, text=VocabularyText(tokenizer, batches))
+        assert model.num_parameters() == shrunk.left <= shrunk.limit == int(0.2 * 2754816)
+        assert shrunk.tokens is not None
+        assert shrunk.plan.units
+        losses.append(sum(shrunk.measured.values()) / 2)
+    assert losses[1] < losses[0]
     with pytest.raises(ValueError, match=r"params=0\.01 \(27,548\) is out of reach"):
         bh.shrink(bh.load("tiny", "float32"), bh.Budget(params=0.01), batches, search=search, text=VocabularyText(*text))
 

@@ -43,13 +43,13 @@ def pareto(shrunk: Shrunk) -> Plot:
     all_units = {name: before for name, (before, _) in shrunk.kept.items()}
     for choice in reversed(shrunk.curve):
         if choice.kept == all_units:
-            name = "all but the removed tokens" if shrunk.tokens else "dense model"
+            name = "removed tokens alone" if shrunk.tokens else "dense model"
             axes.plot(choice.left / unit, choice.measured, "o", color="black", markersize=6, label=name)
             break
     if shrunk.ratio is None:
         axes.axvline(shrunk.limit / unit, color=RED, linestyle=":", linewidth=1, label="budget", zorder=1)
     axes.plot(shrunk.left / unit, mean_over_sources(shrunk.measured), "*", color=RED, markersize=12, label="selected")
-    axes.set(xlabel=LABELS.get(shrunk.target, shrunk.target), ylim=(0, None))
+    axes.set(xlabel=LABELS.get(shrunk.target, shrunk.target), ylim=(min(0, *measured, *predicted), None))
     name = "increase in bits per byte" if shrunk.per_byte else "KL divergence from the dense model, nats"
     axes.set_ylabel(name)
     plain = FuncFormatter(lambda value, _: f"{value:,g}")  # an engineering prefix `m` would read as milli-milliseconds

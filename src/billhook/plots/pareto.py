@@ -49,7 +49,7 @@ def pareto(shrunk: Shrunk) -> Plot:
     if shrunk.ratio is None:
         axes.axvline(shrunk.limit / unit, color=RED, linestyle=":", linewidth=1, label="budget", zorder=1)
     axes.plot(shrunk.left / unit, mean_over_sources(shrunk.measured), "*", color=RED, markersize=12, label="selected")
-    axes.set(xlabel=LABELS.get(shrunk.target, shrunk.target), ylim=(min(0, *measured, *predicted), None))
+    axes.set(xlabel=LABELS.get(shrunk.target, shrunk.target), ylim=(min((0, *measured, *predicted)), None))
     name = "increase in bits per byte" if shrunk.per_byte else "KL divergence from the dense model, nats"
     axes.set_ylabel(name)
     plain = FuncFormatter(lambda value, _: f"{value:,g}")  # an engineering prefix `m` would read as milli-milliseconds

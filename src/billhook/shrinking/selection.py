@@ -93,7 +93,7 @@ def search_within(
     limit: int,
     most: int = MOST,
 ) -> SearchResult:
-    """Searches within a limit and repairs the best candidates, at most so many.
+    """Searches within a limit and repairs the best candidates, at most `most` of them.
 
     Returns the one with the lowest loss after repair.
     """

@@ -31,6 +31,8 @@ def test_a_level_costs_what_the_smaller_model_loses(text):
     assert vocabularies.most_saved == levels[-1].saved
     enough = vocabularies.measure(model, batches[2:6], excess=levels[1].saved - 1)
     assert [level.saved for level in enough] == [0, levels[1].saved]  # no more than the budget requires
+    counted = SmallerVocabularies.find(model, "params", VocabularyText(tokenizer, batches[:3]), batches[2:6])
+    assert counted.others == vocabularies.others  # without what is held out
     level = levels[-1]
     smaller = bh.load("tiny", "float32")
     plan = plan_units(smaller, sorted({*range(2048)} - {*level.kept.tolist()}), "token")

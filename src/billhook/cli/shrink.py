@@ -312,7 +312,7 @@ def shrink(
     vocabularies = None
     if search.tokens:
         text = VocabularyText(work.tokenizer, work.read_tokens(before))
-        vocabularies = SmallerVocabularies.find(work.model, scope.target, text)
+        vocabularies = SmallerVocabularies.find(work.model, scope.target, text, held_out)
         scope.check_reach(getattr(amount, scope.target), vocabularies.most_saved)
     phases = [""]
     with progress_bar("shrinking", "steps", lambda: phases[-1], steady=False) as report:

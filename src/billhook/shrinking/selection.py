@@ -19,7 +19,6 @@ from billhook.shrinking.result import Candidate, Times
 from billhook.shrinking.scope import CURVE
 from billhook.shrinking.search import Search
 from billhook.shrinking.space import (
-    MOST,
     Point,
     best_point,
     evenly_sized,
@@ -91,14 +90,14 @@ def search_within(
     search: Search,
     seed: int,
     limit: int,
-    most: int = MOST,
 ) -> SearchResult:
-    """Searches within a limit and repairs the best candidates, at most `most` of them.
+    """Searches within a limit and repairs the best candidates.
 
     Returns the one with the lowest loss after repair.
     """
     choices, curve, tried = choose(measurement, search, seed, limit)
-    choices = choices[: 1 if repair is None else most]
+    if repair is None:
+        choices = choices[:1]
     chosen = [SearchResult(kept, plan(measurement, limit, kept, fitted, repair), limit, curve, tried) for kept in choices]
     if len(chosen) == 1:
         return chosen[0]
@@ -132,7 +131,7 @@ def search_with_tokens(
         level = levels[number]
         limit = scope.limit + level.saved
         spelled = measurement.on(vocabularies.respell(held_out, level), limit)
-        result = search_within(spelled, vocabularies.respell(fitted, level), repair, search, seed, limit, most=1)
+        result = search_within(spelled, vocabularies.respell(fitted, level), repair, search, seed, limit)
         with simulated(scope.model, result.planned):
             divergence = spelled.divergence.by_source()
         tried[number] = TokensChoice(levels, level, spelled, result, level.with_units(divergence))

@@ -116,9 +116,9 @@ def shrink(
     check_stored(subject)
     clock = None if budget.latency is None else (budget.latency, make_clock(subject, workload))
     amount = search.amount(budget)
-    vocabularies = None if text is None else SmallerVocabularies.find(subject, amount.target or "", text)
-    scope = SearchScope.find(subject, amount, layers == "uniform", vocabularies.most_saved if vocabularies else 0)
     fitted, held_out = split_batches(list(read_batches(batches, subject)))
+    vocabularies = None if text is None else SmallerVocabularies.find(subject, amount.target or "", text, held_out)
+    scope = SearchScope.find(subject, amount, layers == "uniform", vocabularies.most_saved if vocabularies else 0)
     repair, not_repaired = resolve_repair(scope, fitted, search.repair)
     if not_repaired:
         warnings.warn(f"shrink: {not_repaired}", stacklevel=2)

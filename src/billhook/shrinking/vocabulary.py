@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
@@ -91,10 +92,11 @@ class SmallerVocabularies:
     vocabulary: Vocabulary
 
     @classmethod
-    def find(cls, model: PreTrainedModel, target: str, text: VocabularyText) -> Self:
+    def find(cls, model: PreTrainedModel, target: str, text: VocabularyText, held_out: Iterable[Any] = ()) -> Self:
         """Finds the smaller vocabularies of a model for a budget of `"params"` or `"bytes"`.
 
-        Raises a ValueError if the model has no vocabulary, or the tokenizer cannot lose tokens.
+        Examples of the text that are held out are not counted, because losses are measured on them. Raises a ValueError if the
+        model has no vocabulary, or the tokenizer cannot lose tokens.
         """
         structure = trace(model)
         units = units_of(model, structure, ["token"])
@@ -103,7 +105,9 @@ class SmallerVocabularies:
         where, layer = next(iter(units.items()))
         group = next(group for group in structure.groups if group.leaf in layer.leaves)
         size, vocabulary = layer.count(), Vocabulary(text.tokenizer)
-        required, others = order_tokens(model, size, vocabulary, text.batches)
+        rows = {tuple(ids.tolist()) for batch in held_out for ids in _ids(batch)}
+        counted = [batch for batch in text.batches if not any(tuple(ids.tolist()) in rows for ids in _ids(batch))]
+        required, others = order_tokens(model, size, vocabulary, counted)
         return cls(where, size, {"params": group.entries, "bytes": group.bytes}[target], required, others, vocabulary)
 
     @property
@@ -165,9 +169,14 @@ def _texts(batches: Iterable[Any], tokenizer: PreTrainedTokenizerBase) -> list[t
     """Returns the texts of examples, with the names of their sources."""
     texts = list[tuple[str, ExampleText]]()
     for batch in batches:
-        inputs = batch.batch if isinstance(batch, Run) else batch
-        texts += [(source_of(batch), ExampleText.of(ids.cpu(), tokenizer)) for ids in inputs["input_ids"]]
+        texts += [(source_of(batch), ExampleText.of(ids.cpu(), tokenizer)) for ids in _ids(batch)]
     return texts
+
+
+def _ids(batch: Any) -> Tensor:  # noqa: ANN401
+    """Returns the token ids of a batch, `[batch, length]`."""
+    ids: Tensor = (batch.batch if isinstance(batch, Run) else batch)["input_ids"]
+    return ids
 
 
 def _losses(

@@ -24,7 +24,9 @@ def test_a_third_of_the_tokens_goes(small, files, tmp_path, capsys, stream):
     out = tmp_path / "out"
     main(["prune-vocabulary", str(small), str(out), "--tokens", "0.3", *SHORT, *stream, *option(files)])
     said, record = capsys.readouterr().out, record_of(out)
-    assert "remove tokens that text uses least: tokens=0.3 (counted in up to 4,000,000 of each source)" in said
+    assert (
+        "tokens that text needs least: tokens=0.3 (counted in up to 4,000,000 of each source, predicted for up to 16,384)" in said
+    )
     assert "measure bits per byte before and after" in said
     assert "bits per byte of" in said
     assert "  2,048 -> 1,408 tokens" in said

@@ -156,23 +156,23 @@ def _trainer(steps: int, device: torch.device, progress: OnProgress) -> pl.Train
     )
 
 
-def search_space(scope: SearchScope, steps: int, budget: str | None = None, elsewhere: int = 0) -> str:
+def search_space(scope: SearchScope, steps: int, budget: str | None = None, token_savings: int = 0) -> str:
     """Returns a description of the removable units, and the maximum number of steps.
 
     Args:
         scope: The search space.
         steps: Maximum number of search steps.
         budget: A budget of loss or latency, as text. Defaults to the size limit of the candidates.
-        elsewhere: What the vocabulary can save.
+        token_savings: What the vocabulary can save.
     """
     budget = f"{scope.limit:,}" if budget is None else budget
-    sizes = f"{scope.target} now {scope.now:,}, budget {budget}, smallest reachable {scope.least - elsewhere:,}"
+    sizes = f"{scope.target} now {scope.now:,}, budget {budget}, smallest reachable {scope.least - token_savings:,}"
     lines = [f"{type(scope.model).__name__}: {sizes}"]
     modules = Counter((name_pattern(layer.name), _levels(layer)) for layer in scope.modules)
     lines += [f"  {name}: keep {levels} (in each of {count})" for (name, levels), count in modules.items()]
     blocks = len(scope.blocks.removable)
     lines.append(f"  blocks that may be removed: {blocks}{'' if blocks else f' ({scope.blocks.why})'}")
-    lines += [f"  tokens: save at most {elsewhere:,}, less with scripts and words of the data"] if elsewhere else []
+    lines += [f"  tokens: save at most {token_savings:,}, less with scripts and words of the data"] if token_savings else []
     return "\n".join([*lines, f"  at most {steps:,} search steps"])
 
 

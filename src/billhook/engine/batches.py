@@ -56,6 +56,20 @@ def source_of(batch: Any) -> str:  # noqa: ANN401
     return batch.source if isinstance(batch, Batch | Run) else ""
 
 
+def inputs_of(batch: Any) -> Any:  # noqa: ANN401
+    """Returns the model's inputs of a batch, or of a run of it."""
+    return batch.batch if isinstance(batch, Run) else batch
+
+
+def logits_of(run: Run) -> Tensor | None:
+    """Runs a model and returns its logits at non-padding positions, `[positions, classes]`, or None if it has none."""
+    logits = getattr(run.forward(), "logits", None)
+    if not isinstance(logits, Tensor):
+        return None
+    mask = run.tokens.get("decoder_attention_mask", run.tokens.get("attention_mask"))
+    return logits[mask] if mask is not None and mask.shape == logits.shape[:-1] else logits.flatten(0, -2)
+
+
 def runs_of(model: nn.Module, batches: Iterable[Any]) -> list[Run]:
     """Makes a run of each batch, on the model's device and without a loss."""
     return [batch if isinstance(batch, Run) else _run(model, batch) for batch in check_batches(batches)]

@@ -72,24 +72,24 @@ class SearchScope:
     blocks: Blocks
 
     @classmethod
-    def find(cls, model: PreTrainedModel, amount: Amount, uniform: bool, elsewhere: int = 0) -> "SearchScope":
+    def find(cls, model: PreTrainedModel, amount: Amount, uniform: bool, token_savings: int = 0) -> "SearchScope":
         """Finds the prunable modules and blocks for a budget.
 
-        `elsewhere` is what the vocabulary can save. Raises a ValueError if the budget is out of reach.
+        `token_savings` is what the vocabulary can save. Raises a ValueError if the budget is out of reach.
         """
         search, target = RatioSearch(model, amount), amount.target or ""
         limit, now = search.limit(target), int(getattr(search.now, target))
         modules = find_modules(search, target, uniform)
         scope = cls(search, target, now, limit, uniform, modules, find_blocks(search, target, modules))
-        return scope.with_levels(getattr(amount, target), elsewhere)
+        return scope.with_levels(getattr(amount, target), token_savings)
 
-    def with_levels(self, budget: float, elsewhere: int = 0) -> "SearchScope":
+    def with_levels(self, budget: float, token_savings: int = 0) -> "SearchScope":
         """Returns the scope with levels that suit the limit.
 
         Raises a ValueError if it is out of reach.
         """
         scope = replace(self, modules=[replace(module, levels=module.grid()) for module in self.modules])
-        scope.check_reach(budget, elsewhere)
+        scope.check_reach(budget, token_savings)
         met = budget_sizes(scope.modules, self.blocks.removable, self.now, self.limit) if self.uniform else {}
         modules = list[PrunableModule]()
         for module in scope.modules:
@@ -99,10 +99,10 @@ class SearchScope:
             modules.append(replace(module, levels=tuple(sorted(levels, reverse=True))))
         return replace(self, modules=modules)
 
-    def check_reach(self, budget: float, elsewhere: int = 0) -> None:
+    def check_reach(self, budget: float, token_savings: int = 0) -> None:
         """Raises a ValueError if the limit is out of reach."""
-        if self.least - elsewhere > self.limit:
-            numbers = (self.limit, self.least - elsewhere, self.now)
+        if self.least - token_savings > self.limit:
+            numbers = (self.limit, self.least - token_savings, self.now)
             limit, least, now = (format_amount(self.target, number) for number in numbers)
             limit += " ms" * (self.target == "latency")
             raise ValueError(

@@ -7,11 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
-from billhook.engine.batches import Batch, Run, source_of
+from billhook.engine.batches import Batch, inputs_of, source_of
 from billhook.engine.state import evaluating_without_grad
 from billhook.model.repeat_kv import Indices
 from billhook.report.texts import ExampleText, example_loss
@@ -105,8 +104,10 @@ class SmallerVocabularies:
         where, layer = next(iter(units.items()))
         group = next(group for group in structure.groups if group.leaf in layer.leaves)
         size, vocabulary = layer.count(), Vocabulary(text.tokenizer)
-        rows = {tuple(ids.tolist()) for batch in held_out for ids in _ids(batch)}
-        counted = [batch for batch in text.batches if not any(tuple(ids.tolist()) in rows for ids in _ids(batch))]
+        rows = {tuple(ids.tolist()) for batch in held_out for ids in inputs_of(batch)["input_ids"]}
+        counted = [
+            batch for batch in text.batches if not any(tuple(ids.tolist()) in rows for ids in inputs_of(batch)["input_ids"])
+        ]
         required, others = order_tokens(model, size, vocabulary, counted)
         return cls(where, size, {"params": group.entries, "bytes": group.bytes}[target], required, others, vocabulary)
 
@@ -169,14 +170,8 @@ def _texts(batches: Iterable[Any], tokenizer: PreTrainedTokenizerBase) -> list[t
     """Returns the texts of examples, with the names of their sources."""
     texts = list[tuple[str, ExampleText]]()
     for batch in batches:
-        texts += [(source_of(batch), ExampleText.of(ids.cpu(), tokenizer)) for ids in _ids(batch)]
+        texts += [(source_of(batch), ExampleText.of(ids.cpu(), tokenizer)) for ids in inputs_of(batch)["input_ids"]]
     return texts
-
-
-def _ids(batch: Any) -> Tensor:  # noqa: ANN401
-    """Returns the token ids of a batch, `[batch, length]`."""
-    ids: Tensor = (batch.batch if isinstance(batch, Run) else batch)["input_ids"]
-    return ids
 
 
 def _losses(

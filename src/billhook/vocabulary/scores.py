@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from billhook.engine.batches import Batch, Run, runs_of, source_of
+from billhook.engine.batches import Batch, Run, inputs_of, logits_of, runs_of, source_of
 from billhook.engine.comm import SINGLE_PROCESS, Comm
 from billhook.engine.passes import run_side_by_side
 from billhook.engine.state import evaluating_without_grad
@@ -34,7 +34,7 @@ def token_shares(batches: Iterable[Any], size: int, comm: Comm = SINGLE_PROCESS)
     """
     counts = dict[str, Tensor]()
     for batch in batches:
-        inputs = batch.batch if isinstance(batch, Run) else batch
+        inputs = inputs_of(batch)
         count = counts.setdefault(source_of(batch), torch.zeros(size, dtype=torch.float64))
         for name, mask in {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}.items():
             if name in inputs:
@@ -60,12 +60,10 @@ def predicted_shares(model: PreTrainedModel, size: int, batches: Sequence[Any], 
     sums = torch.zeros(size, dtype=torch.float64)
 
     def read(run: Run) -> None:
-        logits = getattr(run.visit(), "logits", None)
-        if not isinstance(logits, Tensor) or logits.shape[-1] != size:
+        logits = logits_of(run)
+        if logits is None or logits.shape[-1] != size:
             return
-        mask = run.tokens.get("decoder_attention_mask", run.tokens.get("attention_mask"))
-        rows = logits.flatten(0, -2) if mask is None or mask.shape != logits.shape[:-1] else logits[mask]
-        for part in torch.split(rows, max(ELEMENTS // size, 1)):
+        for part in torch.split(logits, max(ELEMENTS // size, 1)):
             sums.add_(part.float().softmax(-1).sum(0).cpu())
 
     with evaluating_without_grad(model), store_of(model).independently(comm):
@@ -78,7 +76,7 @@ def _evenly(model: PreTrainedModel, batches: Sequence[Any]) -> list[Any]:
     """Returns evenly spaced batches of at most `PREDICTED` tokens of each source."""
     by_source = dict[str, list[Any]]()
     for batch in batches:
-        inputs = batch.batch if isinstance(batch, Run) else batch
+        inputs = inputs_of(batch)
         decodes = not model.config.is_encoder_decoder or {"labels", "decoder_input_ids"} & inputs.keys()
         if "input_ids" in inputs and decodes:
             by_source.setdefault(source_of(batch), []).append(Batch(inputs, source_of(batch)))

@@ -126,8 +126,8 @@ def search_with_tokens(
     scope, progress = measurement.scope, measurement.progress
     progress.enter("measuring smaller vocabularies")
     levels = vocabularies.measure(scope.model, held_out, scope.now - scope.limit)
-    left, tried = 1.0, dict[int, TokensChoice]()
-    while (number := choose_level(measurement, levels, left)) not in tried:
+    unrepaired, tried = 1.0, dict[int, TokensChoice]()
+    while (number := choose_level(measurement, levels, unrepaired)) not in tried:
         level = levels[number]
         limit = scope.limit + level.saved
         spelled = measurement.on(vocabularies.respell(held_out, level), limit)
@@ -136,17 +136,17 @@ def search_with_tokens(
             divergence = spelled.divergence.by_source()
         tried[number] = TokensChoice(levels, level, spelled, result, level.with_units(divergence))
         estimated = units_loss(measurement, limit)
-        left = mean_over_sources(divergence) / estimated if estimated else left
+        unrepaired = mean_over_sources(divergence) / estimated if estimated else unrepaired
     return min(tried.values(), key=lambda choice: mean_over_sources(choice.losses))
 
 
-def choose_level(measurement: Measurement, levels: Sequence[VocabularyLevel], left: float) -> int:
+def choose_level(measurement: Measurement, levels: Sequence[VocabularyLevel], unrepaired: float) -> int:
     """Returns the number of the vocabulary that loses least with the best units beside it.
 
-    `left` is the part of the units' loss that remains after a repair.
+    `unrepaired` is the part of the units' loss that remains after a repair.
     """
     limit = measurement.scope.limit
-    losses = [level.loss + left * level.bits * units_loss(measurement, limit + level.saved) for level in levels]
+    losses = [level.loss + unrepaired * level.bits * units_loss(measurement, limit + level.saved) for level in levels]
     return losses.index(min(losses))
 
 

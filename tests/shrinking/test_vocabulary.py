@@ -8,6 +8,8 @@ from billhook.calibration.reading import load_splits
 from billhook.engine.batches import Batch
 from billhook.model.preprocessors import load_tokenizer
 from billhook.pruning.planning import plan_units
+from billhook.repairs import repair as repairs
+from billhook.repairs.matching import BlockMatching
 from billhook.report.texts import ExampleText, bits_per_byte
 from billhook.shrinking.vocabulary import SmallerVocabularies, VocabularyText
 
@@ -79,21 +81,26 @@ def test_without_text_or_for_another_budget(text):
         bh.Shrinking(bh.Budget(params=0.9), search=bh.Search(tokens=True))
 
 
-def test_a_budget_that_only_tokens_can_reach_and_units_beside_them_are_repaired(text):
+def test_a_budget_that_only_tokens_can_reach_and_units_beside_them_are_repaired(text, monkeypatch):
+    match, matched = repairs.match_blocks, []
+    monkeypatch.setattr(repairs, "match_blocks", lambda *args: matched.append(args) or match(*args))
     tokenizer, batches = text
     with pytest.raises(ValueError, match="out of reach"):
         bh.shrink(bh.load("tiny", "float32"), bh.Budget(params=0.2), batches, search=bh.Search(generations=0, repair=None))
     batches = [Batch({"input_ids": row[None]}, batch.source) for batch in batches for row in batch["input_ids"].view(2, 16)]
     losses = []
-    for repair in (None, bh.RepairConfig()):
+    for repair in (None, bh.RepairConfig(), bh.RepairConfig(match=BlockMatching(steps=20))):
         model = bh.load("tiny", "float32")
         search = bh.Search(generations=0, repair=repair, tokens=True)
         shrunk = bh.shrink(model, bh.Budget(params=0.2), batches, search=search, text=VocabularyText(tokenizer, batches))
         assert model.num_parameters() == shrunk.left <= shrunk.limit == int(0.2 * 2754816)
         assert shrunk.tokens is not None
         assert shrunk.plan.units
+        assert shrunk.limit - shrunk.left < 32 * model.config.hidden_size  # tokens fill what units leave
+        assert all(candidate.left <= shrunk.limit for candidate in shrunk.tried)
         losses.append(sum(shrunk.measured.values()) / 2)
-    assert losses[1] < losses[0]
+    assert losses[2] < losses[1] < losses[0]
+    assert len(matched) == 1  # the selected units alone
     with pytest.raises(ValueError, match=r"params=0\.01 \(27,548\) is out of reach"):
         bh.shrink(bh.load("tiny", "float32"), bh.Budget(params=0.01), batches, search=search, text=VocabularyText(*text))
 

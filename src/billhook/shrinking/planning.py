@@ -54,6 +54,7 @@ class ShrinkPlan:
         weights: Repaired weights.
         merged: Conversions to fewer KV heads, one for each number of heads.
         dense: Number of parameters of the dense model, if heads are pooled.
+        left: Remaining cost, for a target that plans have a cost of.
         not_refitted: Names of layers that were pruned but not refitted, with the reason; empty if there are none.
     """
 
@@ -62,6 +63,7 @@ class ShrinkPlan:
     weights: Weights | None = None
     merged: tuple[KVHeadPlan, ...] = ()
     dense: int | None = None
+    left: int = 0
     not_refitted: str = ""
 
     @property
@@ -188,7 +190,8 @@ def plan_cuts(
             "budget."
         )
     rows = () if heads else _row_lengths(search, cut)
-    return ShrinkPlan(UnitPlan.of(cut, costs, rows), after, merged=tuple(plans), dense=search.now.params if heads else None)
+    dense = search.now.params if heads else None
+    return ShrinkPlan(UnitPlan.of(cut, costs, rows), after, merged=tuple(plans), dense=dense, left=left)
 
 
 def _output_layers(search: RatioSearch, removed: Collection[str]) -> list[str]:

@@ -68,7 +68,7 @@ class TokensChoice:
         levels: All vocabularies, the largest first.
         level: The chosen vocabulary.
         measurement: Losses of variants on batches in its tokens.
-        result: The candidate.
+        result: The units, and candidates with their losses in bits per byte.
         losses: The loss of both by source, in bits per byte.
     """
 
@@ -93,19 +93,25 @@ def search_within(
 ) -> SearchResult:
     """Searches within a limit and repairs the best candidates.
 
-    Returns the one with the lowest loss after repair.
+    Returns the one with the lowest loss after repair. Candidates are compared before any block-wise reconstruction, which takes
+    longer than all of the search.
     """
     choices, curve, tried = choose(measurement, search, seed, limit)
-    if repair is None:
-        choices = choices[:1]
-    chosen = [SearchResult(kept, plan(measurement, limit, kept, fitted, repair), limit, curve, tried) for kept in choices]
-    if len(chosen) == 1:
-        return chosen[0]
-    losses = list[float]()
+    if repair is None or len(choices) == 1:
+        return SearchResult(choices[0], plan(measurement, limit, choices[0], fitted, repair), limit, curve, tried)
+    refit, losses = replace(repair, match=None), list[float]()
+    chosen = [SearchResult(kept, plan(measurement, limit, kept, fitted, refit), limit, curve, tried) for kept in choices]
     for result in chosen:
         with simulated(measurement.scope.model, result.planned):
             losses.append(measurement.divergence.mean())
-    return chosen[losses.index(min(losses))]
+    return matched(measurement, fitted, repair, chosen[losses.index(min(losses))])
+
+
+def matched(measurement: Measurement, fitted: Sequence[Any], repair: RepairConfig | None, result: SearchResult) -> SearchResult:
+    """Repairs a refitted candidate again with block-wise reconstruction, if the settings ask for it."""
+    if repair is None or repair.match is None:
+        return result
+    return replace(result, planned=plan(measurement, result.limit, result.kept, fitted, repair))
 
 
 def search_with_tokens(
@@ -121,9 +127,10 @@ def search_with_tokens(
 
     Units are repaired on batches in the remaining tokens. Their estimated losses are those of variants, of which a repair leaves
     a part. This part is known once a candidate is repaired. The vocabulary is then chosen again by what would be left, until the
-    choice stays the same.
+    choice stays the same. What the chosen units leave of the budget is filled with tokens, and only these units are reconstructed
+    block-wise.
     """
-    scope, progress = measurement.scope, measurement.progress
+    scope, progress, refit = measurement.scope, measurement.progress, repair and replace(repair, match=None)
     progress.enter("measuring smaller vocabularies")
     levels = vocabularies.measure(scope.model, held_out, scope.now - scope.limit)
     unrepaired, tried = 1.0, dict[int, TokensChoice]()
@@ -131,13 +138,20 @@ def search_with_tokens(
         level = levels[number]
         limit = scope.limit + level.saved
         spelled = measurement.on(vocabularies.respell(held_out, level), limit)
-        result = search_within(spelled, vocabularies.respell(fitted, level), repair, search, seed, limit)
+        result = search_within(spelled, vocabularies.respell(fitted, level), refit, search, seed, limit)
         with simulated(scope.model, result.planned):
             divergence = spelled.divergence.by_source()
-        tried[number] = TokensChoice(levels, level, spelled, result, level.with_units(divergence))
+        losses = level.with_units(divergence)
+        result = replace(result, curve=[*map(level.beside, result.curve)], tried=[*map(level.beside, result.tried)])
+        tried[number] = TokensChoice(levels, level, spelled, result, losses)
         estimated = units_loss(measurement, limit)
         unrepaired = mean_over_sources(divergence) / estimated if estimated else unrepaired
-    return min(tried.values(), key=lambda choice: mean_over_sources(choice.losses))
+    chosen = min(tried.values(), key=lambda choice: mean_over_sources(choice.losses))
+    result = chosen.result
+    level = vocabularies.filled(scope.model, held_out, chosen.level, result.limit - result.planned.left)
+    spelled = measurement.on(vocabularies.respell(held_out, level), result.limit)
+    result = matched(spelled, vocabularies.respell(fitted, level), repair, result)
+    return replace(chosen, level=level, measurement=spelled, result=result)
 
 
 def choose_level(measurement: Measurement, levels: Sequence[VocabularyLevel], unrepaired: float) -> int:

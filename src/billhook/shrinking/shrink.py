@@ -29,7 +29,7 @@ from billhook.shrinking.latency import Clock, Workload, fast_enough, make_clock,
 from billhook.shrinking.measurement import Measurement, compare, measure
 from billhook.shrinking.modules import unit_counts
 from billhook.shrinking.planning import apply_plans
-from billhook.shrinking.result import Candidate, Shrunk
+from billhook.shrinking.result import Shrunk
 from billhook.shrinking.scope import Progress, SearchScope
 from billhook.shrinking.search import Budget, Search
 from billhook.shrinking.selection import SearchResult, TokensChoice, search_with_tokens, search_within, smallest
@@ -200,11 +200,6 @@ def remove_tokens(model: PreTrainedModel, vocabularies: SmallerVocabularies, lev
 def in_bits(shrunk: Shrunk, chosen: TokensChoice, scope: SearchScope) -> Shrunk:
     """Returns the result of units and the vocabulary beside them, with losses in bits per byte."""
     level, dense, smallest_level = chosen.level, chosen.levels[0], chosen.levels[-1]
-
-    def beside(candidate: Candidate) -> Candidate:
-        predicted, measured = (level.loss + level.bits * loss for loss in (candidate.predicted, candidate.measured))
-        return replace(candidate, left=candidate.left - level.saved, predicted=predicted, measured=measured)
-
     alone = {kind: (left, dense.bits * loss) for kind, (left, loss) in shrunk.alone.items()}
     if scope.now - smallest_level.saved <= scope.limit:
         alone["tokens"] = scope.now - smallest_level.saved, smallest_level.loss
@@ -214,8 +209,6 @@ def in_bits(shrunk: Shrunk, chosen: TokensChoice, scope: SearchScope) -> Shrunk:
         left=int(cost_of(scope.model, scope.target) or 0),
         predicted=level.loss + level.bits * shrunk.predicted,
         measured=level.with_units(shrunk.measured),
-        curve=tuple(map(beside, shrunk.curve)),
-        tried=tuple(map(beside, shrunk.tried)),
         alone=alone,
         token_loss=level.loss,
         per_byte=True,

@@ -1,8 +1,8 @@
 """The vocabulary in a search: savings and losses of smaller vocabularies."""
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from billhook.model.repeat_kv import Indices
 from billhook.report.texts import ExampleText, example_loss
 from billhook.serving.engines import MULTIPLES
 from billhook.shrinking.divergence import mean_over_sources
+from billhook.shrinking.result import Candidate
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
 from billhook.vocabulary.respelling import Respelling
@@ -68,6 +69,11 @@ class VocabularyLevel:
     def with_units(self, divergence: Mapping[str, float]) -> dict[str, float]:
         """Returns the loss by source in bits per byte, with that of units in nats per token."""
         return {name: loss + self.densities[name] * divergence[name] / math.log(2) for name, loss in self.losses.items()}
+
+    def beside(self, units: Candidate) -> Candidate:
+        """Returns units with this vocabulary, with losses in bits per byte."""
+        predicted, measured = (self.loss + self.bits * loss for loss in (units.predicted, units.measured))
+        return replace(units, left=units.left - self.saved, predicted=predicted, measured=measured)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,11 +133,19 @@ class SmallerVocabularies:
             held_out: Batches to measure on.
             excess: What the budget requires to save: no vocabulary saves more than needed.
         """
+        enough = (self.size - -(-excess // self.token_cost)) // MULTIPLES[-1] * MULTIPLES[-1]
+        return self._measured(model, held_out, {max(count, enough) for count in self._counts() if enough < self.size})
+
+    def filled(self, model: PreTrainedModel, held_out: Iterable[Any], level: VocabularyLevel, spare: int) -> VocabularyLevel:
+        """Returns a level with the most tokens that a spare part of the budget has room for, measured like the others."""
+        count = min(self.size, (len(level.kept) + spare // self.token_cost) // MULTIPLES[-1] * MULTIPLES[-1])
+        return self._measured(model, held_out, {count})[-1] if count > len(level.kept) else level
+
+    def _measured(self, model: PreTrainedModel, held_out: Iterable[Any], fewer: Collection[int]) -> list[VocabularyLevel]:
+        """Measures the full vocabulary and those with fewer tokens, the largest first."""
         texts, size = _texts(held_out, self.vocabulary.tokenizer), dict[str, int]()
         for source, text in texts:
             size[source] = size.get(source, 0) + text.bytes
-        enough = (self.size - -(-excess // self.token_cost)) // MULTIPLES[-1] * MULTIPLES[-1]
-        fewer = {max(count, enough) for count in self._counts() if enough < self.size}
         levels, dense = list[VocabularyLevel](), dict[str, float]()
         for count in sorted({self.size, *fewer}, reverse=True):
             kept = np.sort(np.array([*self.required, *self.others[: count - len(self.required)]]))

@@ -3,9 +3,9 @@
 `OMP_NUM_THREADS=1 python benchmarks/vocabulary.py MODEL DATA WORK --out vocabulary.md` writes the table; `measured.py` says what
 is in DATA. Tokens are counted in FOLDOC's training text, WikiText-2's validation text, and, unless a row says otherwise, packaged
 text. "tokens first" is what `billhook prune-structure` does. "jointly" is `shrink` with `Search(tokens=True)`, on the windows of
-`--texts`; "channels" is the same without tokens. Bits per byte are those of the first 12 windows of 512 tokens of each test text,
-and of Python's own library (the modules of its `asyncio`), which nothing has seen, in float32, each as a text, so that every
-tokenizer has the same. What WORK holds is not measured again.
+`--texts`; "channels" is the same without tokens, and "matched" the same with block-wise reconstruction. Bits per byte are those
+of the first 12 windows of 512 tokens of each test text, and of Python's own library (the modules of its `asyncio`), which nothing
+has seen, in float32, each as a text, so that every tokenizer has the same. What WORK holds is not measured again.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from transformers import AutoTokenizer
 
 import billhook as bh
 from billhook.engine.batches import Batch
+from billhook.repairs.matching import BlockMatching
 from billhook.report.texts import ExampleText, bits_per_byte
 from billhook.shrinking.vocabulary import VocabularyText
 from billhook.vocabulary.respelling import Respelling
@@ -30,6 +31,7 @@ ROWS = {
     **{f"tokens, {share:.0%}": share for share in (0.95, 0.9, 0.85, 0.8)},
     **{f"tokens, {share:.0%}, without packaged text": share for share in (0.95, 0.9, 0.85)},
     **{f"{how}, {share:.0%}": share for share in (0.9, 0.85, 0.8, 0.75) for how in ("jointly", "channels")},
+    **{f"jointly, {share:.0%}, matched": share for share in (0.85, 0.75)},
 }
 """Share of the parameters that is left."""
 FIRST = {"tokens first, 85%": (0.33, 0.85), "tokens first, 75%": (0.5, 0.75)}
@@ -68,7 +70,8 @@ def smaller(options, name, model, tokenizer):
         bh.apply(model, plan)
         return plan.trim_tokenizer(tokenizer)
     text = VocabularyText(tokenizer, counted(options, model, True)) if how == "jointly" else None
-    search = bh.Search(generations=0, tokens=text is not None)
+    match = BlockMatching() if "matched" in name else None
+    search = bh.Search(generations=0, tokens=text is not None, repair=bh.RepairConfig(match=match))
     cache = options.work / "variant_cache"
     shrunk = bh.shrink(model, bh.Budget(params=share), shown(options), search=search, variant_cache=cache, text=text)
     (options.work / f"{name} found.json").write_text(json.dumps(shrunk.to_json()))

@@ -39,12 +39,21 @@ COLUMNS = (
 )
 
 
+def rows_of(tokenizer, text, length=512):
+    """A text as rows of tokens, without the rest."""
+    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return ids[: len(ids) // length * length].view(-1, length)
+
+
+def drawn_from(rows, count):
+    """Rows at random."""
+    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count]]
+
+
 def windows(options, text, count, length=512, drawn=True):
     """Rows of a text, drawn at random or the first."""
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    ids = torch.tensor(tokenizer((options.data / text).read_text(), add_special_tokens=False)["input_ids"])
-    rows = ids[: len(ids) // length * length].view(-1, length)
-    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count]] if drawn else rows[:count]
+    rows = rows_of(AutoTokenizer.from_pretrained(options.model), (options.data / text).read_text(), length)
+    return drawn_from(rows, count) if drawn else rows[:count]
 
 
 def python(options, package=asyncio, count=12, length=512):

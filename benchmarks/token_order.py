@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measured import CALIBRATION, drawn_from, rows_of
 from transformers import AutoTokenizer
 
 import billhook as bh
@@ -29,18 +30,7 @@ ORDERS = {
     "twice expected": (0.75, 1),
 }
 """The discount of each count, and the weight of what the model expects."""
-LEFT, LENGTH, WINDOWS = 25_800, 512, 10
-
-
-def windows(text, tokenizer):
-    """Rows of a text."""
-    ids = torch.tensor(tokenizer(text, add_special_tokens=False)["input_ids"])
-    return ids[: len(ids) // LENGTH * LENGTH].view(-1, LENGTH)
-
-
-def drawn(rows, count):
-    """Rows at random."""
-    return rows[torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:count]]
+LEFT, WINDOWS = 25_800, 10
 
 
 @torch.no_grad()
@@ -58,14 +48,13 @@ def main():
     options = parser.parse_args()
     torch.set_num_threads(1)
     model, tokenizer = bh.load(str(options.model), dtype="float32").eval(), AutoTokenizer.from_pretrained(options.model)
-    files = {"FOLDOC": "foldoc/foldoc_train.txt", "WikiText-2": "wikitext-2/valid.txt"}
     packaged, size = load_splits("mixed")["train"], model.config.vocab_size
-    rows = {name: windows((options.data / file).read_text(), tokenizer) for name, file in files.items()}
-    rows["packaged"] = windows("\n".join(row["text"] for row in packaged if row["kind"] != "code"), tokenizer)
-    code = windows("\n".join(row["text"] for row in packaged if row["kind"] == "code"), tokenizer)
+    rows = {name: rows_of(tokenizer, (options.data / file).read_text()) for name, file in CALIBRATION.items()}
+    rows["packaged"] = rows_of(tokenizer, "\n".join(row["text"] for row in packaged if row["kind"] != "code"))
+    code = rows_of(tokenizer, "\n".join(row["text"] for row in packaged if row["kind"] == "code"))
     parts = {name: len(own) * 85 // 100 for name, own in rows.items()}
     counted = [Batch({"input_ids": row[None]}, name) for name, own in rows.items() for row in own[: parts[name]]]
-    measured = {name: drawn(rows[name][parts[name] :], WINDOWS) for name in files} | {"code": code[:WINDOWS]}
+    measured = {name: drawn_from(rows[name][parts[name] :], WINDOWS) for name in CALIBRATION} | {"code": code[:WINDOWS]}
     texts = {name: [ExampleText.of(row, tokenizer) for row in own] for name, own in measured.items()}
     dense = {name: bits(model, tokenizer, own, torch.arange(size)) for name, own in texts.items()}
     print(f"| order | {' | '.join(texts)} |\n|{'---|' * (len(texts) + 1)}")

@@ -204,7 +204,7 @@ def table_of_ablation(lab):
     lines.append("|---:" * 6 + "|")
     without, only = (bh.importance.ablate_heads(lab.model, lab.tested, accuracy, mode) for mode in ("without", "only"))
     for number, name in enumerate(without.values):
-        one, other = (100 * (found.values[name] - found.whole) for found in (without, only))
+        one, other = (100 * (found.values[name] - found.dense) for found in (without, only))
         worst, best = int(one.argmin()), int(other.argmax())
         lost = points(lab.right({name: [worst]}) - lab.dense)
         kept = points(lab.right({name: [head for head in range(len(one)) if head != best]}) - lab.dense)

@@ -37,7 +37,7 @@ def test_each_head_against_masks(mode, metric):
     names = [f"bert.encoder.layer.{layer}.attention" for layer in (0, 1)]
     assert list(found.values) == names
     with torch.no_grad():
-        assert found.whole == pytest.approx(sum(float(measure(model, batch)) for batch in batches) / 2)
+        assert found.dense == pytest.approx(sum(float(measure(model, batch)) for batch in batches) / 2)
         for name in names:
             assert found.values[name].dtype == torch.float64
             for head in range(4):
@@ -74,7 +74,7 @@ def test_padding_neither_predicts_nor_is_predicted(side, attention):
             bh.importance.ablate_heads(model, [{"input_ids": torch.cat(padding, 1), "attention_mask": torch.cat(mask, 1).long()}])
         )
     for other in found[1:]:
-        assert other.whole == pytest.approx(found[0].whole, rel=1e-5)  # rotary positions are relative, so a shift is nothing
+        assert other.dense == pytest.approx(found[0].dense, rel=1e-5)  # rotary positions are relative, so a shift is nothing
         for name, values in found[0].values.items():
             torch.testing.assert_close(other.values[name], values, rtol=1e-5, atol=1e-5)
 

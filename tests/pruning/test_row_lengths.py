@@ -82,8 +82,8 @@ class TestSmolLM2:
         assert all(plan.after[name] == (kept,) for name in MLPS)
         (row,) = plan.rows
         assert (row.kind, row.places, row.each, row.kept, row.multiple) == ("channel", 2, 1, kept, multiple)
-        assert row.asked == 1536 - int(ratio * 1536)
-        assert planned(smollm2(), Amount(channels=ratio, round_to=1)).after[MLPS[0]] == (row.asked,)
+        assert row.requested == 1536 - int(ratio * 1536)
+        assert planned(smollm2(), Amount(channels=ratio, round_to=1)).after[MLPS[0]] == (row.requested,)
 
     def test_what_is_told(self):
         plan = planned(smollm2(), Amount(channels=0.2))
@@ -93,7 +93,7 @@ class TestSmolLM2:
         again = bh.ModelPlan.from_json(json.loads(json.dumps(plan.to_json())), smollm2())
         assert again.rows == plan.rows
         assert plan.to_json()["rows"] == [{
-            "kind": "channel", "places": 2, "each": 1, "asked": 1229, "kept": 1216, "multiple": 64,
+            "kind": "channel", "places": 2, "each": 1, "requested": 1229, "kept": 1216, "multiple": 64,
             "others": [{"units": 1280, "multiple": 256, "more_parameters": more}],
         }]  # fmt: skip
         with pytest.raises(ValueError, match="plan: rows="):
@@ -101,7 +101,7 @@ class TestSmolLM2:
 
     def test_hidden_size_and_heads(self):
         plan = planned(smollm2(), Amount(residual=0.1, kv_heads=1 / 3))
-        assert [(row.kind, row.asked, row.kept, row.each, row.multiple) for row in plan.rows] == [
+        assert [(row.kind, row.requested, row.kept, row.each, row.multiple) for row in plan.rows] == [
             ("head", 6, 6, 64, 128), ("residual", 519, 512, 1, 256),
         ]  # fmt: skip
         assert "  heads: 6 (head dimension 64, rows of 384, a multiple of 128)" in str(plan).splitlines()
@@ -123,7 +123,7 @@ class TestTargets:
             for name in MLPS:
                 left, asked = plan.after[name][0], exact.after[name][0]
                 assert left == (asked if asked == 1536 else by_trial(asked, 1536, more=False))
-            assert all(row.kept <= row.asked for row in plan.rows)
+            assert all(row.kept <= row.requested for row in plan.rows)
 
     def test_beside_a_ratio_that_is_rounded(self):
         model = wide()

@@ -75,7 +75,7 @@ def test_a_model_within_its_budget(layers):
         (width,) = widths
         assert {layer.self_attn.k_proj.out_features // 4 for layer in model.model.layers} <= {8, 4, 2, 1}
         (row,) = [row for row in shrunk.plan.rows if row.kind == "channel"]
-        assert (row.kept, row.asked, row.multiple) == (width, width, multiple_of(width))
+        assert (row.kept, row.requested, row.multiple) == (width, width, multiple_of(width))
         assert f"  {row}" in shrunk.text().splitlines()
         assert shrunk.to_json()["plan"]["rows"][0]["multiple"] == row.multiple
 

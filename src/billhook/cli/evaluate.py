@@ -214,7 +214,7 @@ def _measure(
             {"line": question.line, "label": question.label, "acc": plain, "acc_norm": norm, "log_likelihoods": sums}
             for (question, sums), plain, norm in zip(likelihoods, right.each or (), right_normed.each or (), strict=True)
         ]
-    cut = sum(row.cut for asked in work.sets.values() for _, rows in asked for row in rows)
+    cut = sum(row.cut for sources in work.sets.values() for _, rows in sources for row in rows)
     return figures + tasks, {"cut": cut, "answers": answers}
 
 

@@ -36,7 +36,7 @@ class Source:
         config = None if self.folder else try_to_load_from_cache(name, "config.json")
         self.commit = Path(config).parent.name if isinstance(config, str) else None
 
-    def here(self, file: str) -> Path | None:
+    def local_path(self, file: str) -> Path | None:
         """Returns the local path of a file. None if it is not downloaded."""
         if self.folder is not None:
             return self.folder / file if (self.folder / file).is_file() else None
@@ -50,7 +50,7 @@ class Source:
     def has(self, file: str) -> bool:
         """Returns whether a file exists, in the folder or on the Hub."""
         if self.folder is not None or constants.HF_HUB_OFFLINE:
-            return self.here(file) is not None
+            return self.local_path(file) is not None
         with self._hub_errors(file):
             return HfApi().file_exists(self.name, file, revision=self.commit)
 
@@ -234,7 +234,7 @@ class TensorFiles:
             yield opened
 
     def _here(self, file: str) -> Path | None:
-        return self._paths.get(file) or self._source.here(file)
+        return self._paths.get(file) or self._source.local_path(file)
 
     def _like(self, name: str, kind: str, shape: Sequence[int]) -> Tensor:
         if kind not in DTYPES:
@@ -332,7 +332,7 @@ def _begin(file: BinaryIO, names: Iterable[str], sizes: Mapping[str, Tensor]) ->
 def _files(source: Source) -> dict[str, str]:
     """Returns the file of each tensor, from an index or a single file."""
     try:
-        if (single := source.here(SAFE_WEIGHTS_NAME)) is not None:
+        if (single := source.local_path(SAFE_WEIGHTS_NAME)) is not None:
             with safe_open(single, "pt", backend="pread") as opened:
                 return dict.fromkeys(opened.keys(), SAFE_WEIGHTS_NAME)
         if source.has(SAFE_WEIGHTS_NAME):

@@ -92,21 +92,21 @@ class HeadAblation(Printable):
 
     Attributes:
         mode: `"without"` each head, or with each as the `"only"` head of its layer.
-        whole: Metric with all heads.
+        dense: Metric with all heads.
         values: Metric for each head, by attention module: float64, `[heads]`.
     """
 
     mode: Mode
-    whole: float
+    dense: float
     values: dict[str, Tensor]
 
     def _renderables(self) -> list[RenderableType]:
         heads = "without each head" if self.mode == "without" else "with each head as the only head of its layer"
         rows = [
-            (name, "  ".join(f"{change:+7.4f}" for change in (values - self.whole).tolist()))
+            (name, "  ".join(f"{change:+7.4f}" for change in (values - self.dense).tolist()))
             for name, values in self.values.items()
         ]
-        return [f"change of the metric {heads}, from {self.whole:.4f}", text_table(rows, aligns="<", indent=2)]
+        return [f"change of the metric {heads}, from {self.dense:.4f}", text_table(rows, aligns="<", indent=2)]
 
 
 def ablate_heads(

@@ -58,20 +58,20 @@ def renumber_generation_config(model: PreTrainedModel, kept: Indices) -> None:
 def _all_fields(model: PreTrainedModel, size: int) -> Fields:
     fields: Fields = {}
     for prefix, nested in _of_vocabulary(model.config, size):
-        own = {name: value for name, value in fields_of(nested).items() if "." not in name}
-        fields |= {f"config.{prefix}{name}": value for name, value in own.items()}
+        direct = {name: value for name, value in fields_of(nested).items() if "." not in name}
+        fields |= {f"config.{prefix}{name}": value for name, value in direct.items()}
     generation: Any = getattr(model, "generation_config", None)
     return fields | {f"generation_config.{name}": value for name, value in vars(generation or PretrainedConfig()).items()}
 
 
 def _of_vocabulary(config: PretrainedConfig, size: int) -> list[tuple[str, PretrainedConfig]]:
     """Returns the configs with a vocabulary of this size, or the outermost without any."""
-    own = list[tuple[str, PretrainedConfig]]()
+    configs = list[tuple[str, PretrainedConfig]]()
     for prefix, nested in nested_configs(config):
         sizes = _vocabulary_sizes(nested).values()
         if size in sizes or not (prefix or sizes):
-            own.append((prefix, nested))
-    return own
+            configs.append((prefix, nested))
+    return configs
 
 
 def _vocabulary_sizes(config: PretrainedConfig) -> dict[str, int]:

@@ -113,7 +113,7 @@ class RowLength:
         kind: Kind of the units.
         places: Number of modules.
         each: Entries of one unit in a row, such as the head dimension.
-        asked: Number of units that were requested.
+        requested: Number of units that were requested.
         kept: Number of units that remain.
         multiple: Largest of 256, 128, 64, and 32 that divides the row length; 1 if none does.
         others: Alternative unit counts, each with its largest multiple and the change in the number of parameters.
@@ -122,7 +122,7 @@ class RowLength:
     kind: UnitKind
     places: int
     each: int
-    asked: int
+    requested: int
     kept: int
     multiple: int
     others: tuple[tuple[int, int, int], ...] = ()
@@ -133,10 +133,10 @@ class RowLength:
 
     def __str__(self) -> str:
         multiple = f"a multiple of {self.multiple}" if self.multiple > 1 else "no multiple of 32 is near enough"
-        if self.asked != self.kept and self.multiple > 1:
-            multiple = f"rounded from {self.asked:,} to {multiple}"
-        elif self.asked != self.kept:
-            multiple = f"requested {self.asked:,}; {multiple}"
+        if self.requested != self.kept and self.multiple > 1:
+            multiple = f"rounded from {self.requested:,} to {multiple}"
+        elif self.requested != self.kept:
+            multiple = f"requested {self.requested:,}; {multiple}"
         rows = "" if self.each == 1 else f"head dimension {self.each}, rows of {self.kept * self.each:,}, "
         parts = [f"{PLURAL[self.kind]}: {self.kept:,} ({rows}{multiple})"]
         for units, other_multiple, more in self.others:

@@ -203,8 +203,8 @@ def _find_again(
     differs = "another class"
     for name in [*before, *counts_here]:
         if before.get(name) != counts_here.get(name):
-            in_plan, here = (" and ".join(map(str, numbers.get(name, ["none"]))) for numbers in (before, counts_here))
-            differs = f"{name or 'the model'}: {in_plan} then, {here} now"
+            in_plan, now = (" and ".join(map(str, numbers.get(name, ["none"]))) for numbers in (before, counts_here))
+            differs = f"{name or 'the model'}: {in_plan} then, {now} now"
             break
     raise ValueError(
         f"plan: it was made for a {made_for} with other units than this {type(model).__name__} has ({differs}). Make a new plan."

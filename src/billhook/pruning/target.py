@@ -309,7 +309,7 @@ def row_lengths(model: nn.Module, cut: Cut, num_asked: Mapping[str, int], least:
     rows = list[RowLength]()
     for row, names in modules_of.items():
         counts = {name: cut.all_units[name].count() for name in names}
-        options = {} if row.kind == "head" else nearby_counts(row.asked, row.kept, max(counts.values()), least)
+        options = {} if row.kind == "head" else nearby_counts(row.requested, row.kept, max(counts.values()), least)
         alternatives = list[tuple[int, int, int]]()
         for num_kept, multiple in options.items():
             chosen = cut.units | {name: list(range(num_kept, count)) for name, count in counts.items()}

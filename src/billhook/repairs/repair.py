@@ -208,16 +208,16 @@ def _refit(
     visitor.take(visitor.inside(None) if by_block else observed)
     refitted = list(filter(visitor.left.__contains__, observed))
     if repeated:
-        with replaced({observed[name]: visitor.own(name) for name in refitted}):
+        with replaced({observed[name]: visitor.current(name) for name in refitted}):
             Walk([Site(model, dict(repeated))], visitor, comm)(forwards)
     if once := _in_order(observed, observed.keys() - repeated.keys()):
         sites = find_sites(model, once, "layer", store_of(model).blocks.values() if by_block else ())
         while not sites[-1].linears:
             sites.pop()
         visitor.untouched = range(len(forwards) // 2, len(forwards)) if visitor.compensates else ()
-        with replaced(dict(zip(repeated.values(), map(visitor.own, repeated), strict=True))):
+        with replaced(dict(zip(repeated.values(), map(visitor.current, repeated), strict=True))):
             Walk(sites, visitor, comm, visitor.enter if by_block else None)(forwards)
-    return visitor.finish() if by_block else LazyTensors.of(by_parameter({name: visitor.own(name) for name in refitted}))
+    return visitor.finish() if by_block else LazyTensors.of(by_parameter({name: visitor.current(name) for name in refitted}))
 
 
 def _in_order(layers: Mapping[str, nn.Module], names: Set[str]) -> dict[str, nn.Module]:

@@ -238,9 +238,9 @@ def check_tokens(
         raise NoRepair(too_few_tokens_message(names[0], int(required[0]), int(tokens[0])))
 
 
-def too_few_tokens_message(name: str, required: int, given: int | None = None) -> str:
+def too_few_tokens_message(name: str, required: int, tokens: int | None = None) -> str:
     """Returns the message for a layer with too few tokens."""
-    got = "" if given is None else f", got {given}"
+    got = "" if tokens is None else f", got {tokens}"
     return f"batches: repair of {name} needs at least {required} non-padding tokens{got}. Use more or longer examples."
 
 

@@ -245,7 +245,7 @@ class RepairVisitor(Visitor):
     def stage(self) -> None:
         """Stages the new parameters of the current block, or outside all blocks, and drops them."""
         names = self.inside(self._block)
-        new = {name: self.own(name) for name in names if name in self._kept}
+        new = {name: self.current(name) for name in names if name in self._kept}
         notes = {name: name in self._refitted for name in new}
         self.new |= self._store.stage(self._block, by_parameter(new), notes)
         self._block = None
@@ -302,10 +302,10 @@ class RepairVisitor(Visitor):
 
     def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
         """Returns the new parameters of a stop's layers, in memory layout."""
-        new = {name: self.own(name) for name in site.linears}
+        new = {name: self.current(name) for name in site.linears}
         return {name: parameters for name, parameters in new.items() if parameters}
 
-    def own(self, name: str) -> dict[str, Tensor]:
+    def current(self, name: str) -> dict[str, Tensor]:
         """Returns a layer's current parameters in memory layout, with zeros for removed inputs."""
         return self._linears[name].parameters
 

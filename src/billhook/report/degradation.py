@@ -224,7 +224,7 @@ class DenseReference:
         """
         results = torch.zeros(len(self.rows), 2, dtype=torch.float64)  # loss and divergence
         examples = [text.encoded(tokenizer) for text in self._texts] if tokenizer else self._examples
-        num_before, num_after = ([example.predicted for example in own] for own in (self._examples, examples))
+        num_before, num_after = ([example.predicted for example in encoded] for encoded in (self._examples, examples))
 
         def visit(row: int, logits: Tensor, loss: float) -> None:
             dense = self._predictions.get(row) if tokenizer is None else None

@@ -219,7 +219,9 @@ def measure_without_blocks(
         ((name, blocks),) = find_units(model, "block").items()
     except ValueError:
         return None
-    sizes = {sum(one.numel() for one in block.parameters()) for block in cast(nn.ModuleList, model.get_submodule(name))}
+    sizes = {
+        sum(parameter.numel() for parameter in block.parameters()) for block in cast(nn.ModuleList, model.get_submodule(name))
+    }
     size = sizes.pop()
     number = -(-parameters // size) if size else 0
     if sizes or not size or number > blocks.count() - sum(ends):

@@ -108,7 +108,7 @@ def search_within(
 
 
 def matched(measurement: Measurement, fitted: Sequence[Any], repair: RepairConfig | None, result: SearchResult) -> SearchResult:
-    """Repairs a refitted candidate again with block-wise reconstruction, if the settings ask for it."""
+    """Repairs a candidate again with `RepairConfig.match`, if it is set."""
     if repair is None or repair.match is None:
         return result
     return replace(result, planned=plan(measurement, result.limit, result.kept, fitted, repair))

@@ -137,7 +137,7 @@ class SmallerVocabularies:
         return self._measured(model, held_out, {max(count, enough) for count in self._counts() if enough < self.size})
 
     def filled(self, model: PreTrainedModel, held_out: Iterable[Any], level: VocabularyLevel, spare: int) -> VocabularyLevel:
-        """Returns a level with the most tokens that a spare part of the budget has room for, measured like the others."""
+        """Measures a level with as many more tokens as the rest of the budget allows."""
         count = min(self.size, (len(level.kept) + spare // self.token_cost) // MULTIPLES[-1] * MULTIPLES[-1])
         return self._measured(model, held_out, {count})[-1] if count > len(level.kept) else level
 

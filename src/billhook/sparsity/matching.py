@@ -32,10 +32,10 @@ class MatchingVisitor(PruningVisitor):
         if self.walks.tied:
             raise_block_called_again(self.walks.tied[0][0])
 
-    def on_exit(self, run: int, given: Arguments, output: object) -> None:
+    def on_exit(self, run: int, arguments: Arguments, output: object) -> None:
         """Records the input and output of a block."""
         if (state := hidden_state(output)) is not None:
-            self._outputs[run] = given, state
+            self._outputs[run] = arguments, state
 
     def on_reentry(self, site: Site) -> None:
         """Raises if linear layers are called again after their block was tuned."""

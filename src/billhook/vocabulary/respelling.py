@@ -55,7 +55,7 @@ class Respelling:
                 ids if mask is None else mask
             )
         if aligned:
-            changed["labels"] = self._padded([own for _, own in rows], width, IGNORED).to(ids)
+            changed["labels"] = self._padded([target for _, target in rows], width, IGNORED).to(ids)
         elif isinstance(labels, Tensor) and labels.dim() == 2:
             if labels.shape == ids.shape:
                 raise ValueError(
@@ -69,8 +69,8 @@ class Respelling:
         """Returns the new ids and labels of each row, without padding."""
         keep = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask.bool()
         rows = list[tuple[list[int], list[int]]]()
-        for row, own, real in zip(ids, labels, keep, strict=True):
-            rows.append(self._row(row[real].tolist(), (own[real] == IGNORED).tolist(), len(row)))
+        for row, targets, real in zip(ids, labels, keep, strict=True):
+            rows.append(self._row(row[real].tolist(), (targets[real] == IGNORED).tolist(), len(row)))
         return rows
 
     def _row(self, ids: list[int], ignored: list[bool], length: int) -> tuple[list[int], list[int]]:

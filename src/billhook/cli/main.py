@@ -64,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _end(command: str, interrupt: KeyboardInterrupt) -> NoReturn:
-    """Ends an interrupted command with a line on its results, and the exit status of the signal."""
+    """Ends an interrupted command with a line on its results and the signal's status."""
     results = str(interrupt)
     if command == "fit":
         results = "Checkpoints are kept. Resume with --ckpt_path FILE."

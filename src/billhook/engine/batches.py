@@ -62,7 +62,7 @@ def inputs_of(batch: Any) -> Any:  # noqa: ANN401
 
 
 def logits_of(run: Run) -> Tensor | None:
-    """Runs a model and returns its logits at non-padding positions, `[positions, classes]`, or None if it has none."""
+    """Returns a model's logits at non-padding positions, `[positions, classes]`, if any."""
     logits = getattr(run.forward(), "logits", None)
     if not isinstance(logits, Tensor):
         return None

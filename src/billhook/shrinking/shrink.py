@@ -198,7 +198,7 @@ def remove_tokens(model: PreTrainedModel, vocabularies: SmallerVocabularies, lev
 
 
 def in_bits(shrunk: Shrunk, chosen: TokensChoice, scope: SearchScope) -> Shrunk:
-    """Returns the result of units and the vocabulary beside them, with losses in bits per byte."""
+    """Returns the result of units and the vocabulary, with losses in bits per byte."""
     level, dense, smallest_level = chosen.level, chosen.levels[0], chosen.levels[-1]
     alone = {kind: (left, dense.bits * loss) for kind, (left, loss) in shrunk.alone.items()}
     if scope.now - smallest_level.saved <= scope.limit:

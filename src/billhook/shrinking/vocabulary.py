@@ -137,12 +137,12 @@ class SmallerVocabularies:
         return self._measured(model, held_out, {max(count, enough) for count in self._counts() if enough < self.size})
 
     def filled(self, model: PreTrainedModel, held_out: Iterable[Any], level: VocabularyLevel, spare: int) -> VocabularyLevel:
-        """Measures a level with as many more tokens as the rest of the budget allows."""
+        """Measures a level that fills the rest of the budget with tokens."""
         count = min(self.size, (len(level.kept) + spare // self.token_cost) // MULTIPLES[-1] * MULTIPLES[-1])
         return self._measured(model, held_out, {count})[-1] if count > len(level.kept) else level
 
     def _measured(self, model: PreTrainedModel, held_out: Iterable[Any], fewer: Collection[int]) -> list[VocabularyLevel]:
-        """Measures the full vocabulary and those with fewer tokens, the largest first."""
+        """Measures the full and smaller vocabularies, the largest first."""
         texts, size = _texts(held_out, self.vocabulary.tokenizer), dict[str, int]()
         for source, text in texts:
             size[source] = size.get(source, 0) + text.bytes

@@ -91,7 +91,7 @@ def _evenly(model: PreTrainedModel, batches: Sequence[Any]) -> list[Any]:
 def order_tokens(
     model: PreTrainedModel, size: int, vocabulary: Vocabulary, batches: Sequence[Any], comm: Comm = SINGLE_PROCESS
 ) -> tuple[list[int], list[int]]:
-    """Returns the ids that stay, and all others, those that text needs most first.
+    """Returns the ids that stay, and all others by falling score.
 
     Raises:
         ValueError: If the tokenizer has more tokens than the model.

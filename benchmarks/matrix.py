@@ -22,7 +22,7 @@ import tomllib
 ROOT = Path(__file__).resolve().parents[1]
 MIDDLE = "transformers==5.20.2"
 SETS = "floors", "middle", "newest"
-CORE = ["sparsity", "kv_heads", "units", "pruning", "checkpoints", "callbacks"]
+CORE = ["sparsity", "kv_heads", "units", "pruning", "checkpoints", "callbacks", "report/test_generation.py"]
 TOOLS = ["pytest", "pytest-xdist", "hypothesis", "jsonschema", "gguf", "sentencepiece", "onnx"]
 SHOWN = ["torch", "transformers", "lightning", "peft", "datasets", "torchmetrics"]
 ASK = "import sys, importlib.metadata as m; print(sys.version.split()[0], *(m.version(p) for p in sys.argv[1:]))"

@@ -19,7 +19,7 @@ def generates(model: PreTrainedModel) -> bool:
 def cache_name(model: PreTrainedModel) -> str | None:
     """Returns the name of the forward's cache argument, renamed in transformers 5.20."""
     names = inspect.signature(model.forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in names), None)
+    return next((name for name in ("cache", "past_key_values", "cache_params") if name in names), None)
 
 
 class Generation:
@@ -86,10 +86,15 @@ class Generation:
         return list(tensors.values())
 
     def start(self) -> None:
-        """Empties the cache and keeps its memory."""
+        """Empties the cache and keeps its memory, except that of layers which grow with each token."""
         self._decoded = 0
-        if self._cache is not None:
-            self._cache.reset()  # type: ignore[no-untyped-call]
+        if self._cache is None:
+            return
+        self._cache.reset()  # type: ignore[no-untyped-call]
+        if self.kind != "static":  # in transformers 5.16, what grows only becomes zero
+            layers, self._cache = self._cache.layers, self._new_cache()
+            pairs = zip(layers, self._cache.layers, strict=True)
+            self._cache.layers = [layer if isinstance(layer, _Reserved) else new for layer, new in pairs]
 
     def prefill(self) -> None:
         """Processes the prompts; the cache must be empty."""
@@ -121,7 +126,7 @@ class Generation:
         """Removes the generated tokens from the cache, or processes the prompts again."""
         if not self._decoded or self._cache is None:
             return
-        if self._plain:
+        if self._plain and all(hasattr(layer, "crop") for layer in self._cache.layers):  # not the static ones of transformers 5.16
             self._cache.crop(-self._decoded)
             self._decoded = 0
         else:

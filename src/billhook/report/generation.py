@@ -126,7 +126,7 @@ class Generation:
         """Removes the generated tokens from the cache, or processes the prompts again."""
         if not self._decoded or self._cache is None:
             return
-        if self._plain and all(hasattr(layer, "crop") for layer in self._cache.layers):  # not the static ones of transformers 5.16
+        if self._plain and all(hasattr(layer, "crop") for layer in self._cache.layers):  # not static ones in transformers 5.16
             self._cache.crop(-self._decoded)
             self._decoded = 0
         else:

@@ -49,7 +49,7 @@ def log_validation_split(share: float, seed: int, examples: int) -> None:
     if examples:
         rank_zero_info(
             f"billhook: holding out {examples} examples of 'train' for validation ({share:.3g} of its rows, seed {seed}), "
-            "because the data has no split 'validation'. Set validation=0 to train on all of them."
+            "because the data has no split 'validation'. A data module with validation=0 trains on all of them."
         )
     else:
         rank_zero_info(

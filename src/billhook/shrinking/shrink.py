@@ -64,7 +64,10 @@ def shrink(
     prunes other kinds of units is also repaired if its loss is at most 1.25x the best, and the better of both is used.
 
     With `Search(tokens=True)`, smaller vocabularies compete: each is measured by what the same held-out text costs in the tokens
-    that are left, and the one with the lowest sum of losses after repair is used. The repair sees text in these tokens.
+    that are left, and the one with the lowest sum of losses after repair is used. The repair sees text in these tokens. What the
+    selected units leave of the budget is filled with tokens.
+
+    `RepairConfig.match` applies to the selected model only. Candidates are compared before it.
 
     Reference: ZipLM (Kurtic et al., 2023), https://arxiv.org/abs/2302.04089
     Reference: MoDeGPT (Lin et al., 2024), https://arxiv.org/abs/2408.09632

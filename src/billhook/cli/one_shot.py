@@ -429,8 +429,10 @@ class OneShot:
         with self._on_device():
             if self.metric == "perplexity":
                 with progress_bar("reading text"):
-                    written, also = not self.options.stream, self.options.also
-                    rows = evaluation_batches(self.calibration, self.model, self.options.evaluate, also, written=written)
+                    options = self.options
+                    rows = evaluation_batches(
+                        self.calibration, self.model, options.evaluate, options.also, written=not options.stream
+                    )
                 calibrated = list(self.calibration.named) if self.calibrates else []
                 with model_progress(self.model, "measuring", "examples") as progress:
                     tokenizer = self.tokenizer if self._as_text else None

@@ -69,14 +69,12 @@ class TokensChoice:
         level: The chosen vocabulary.
         measurement: Losses of variants on batches in its tokens.
         result: The units, and candidates with their losses in bits per byte.
-        losses: The loss of both by source, in bits per byte.
     """
 
     levels: Sequence[VocabularyLevel]
     level: VocabularyLevel
     measurement: Measurement
     result: SearchResult
-    losses: Mapping[str, float]
 
 
 Within = Callable[[int], SearchResult]
@@ -94,7 +92,7 @@ def search_within(
     """Searches within a limit and repairs the best candidates.
 
     Returns the one with the lowest loss after repair. Candidates are compared before any block-wise reconstruction, which takes
-    longer than all of the search.
+    longer than their repair.
     """
     choices, curve, tried = choose(measurement, search, seed, limit)
     if repair is None or len(choices) == 1:
@@ -133,7 +131,7 @@ def search_with_tokens(
     scope, progress, refit = measurement.scope, measurement.progress, repair and replace(repair, match=None)
     progress.enter("measuring smaller vocabularies")
     levels = vocabularies.measure(scope.model, held_out, scope.now - scope.limit)
-    unrepaired, tried = 1.0, dict[int, TokensChoice]()
+    unrepaired, tried, losses = 1.0, dict[int, TokensChoice](), dict[int, float]()
     while (number := choose_level(measurement, levels, unrepaired)) not in tried:
         level = levels[number]
         limit = scope.limit + level.saved
@@ -141,15 +139,16 @@ def search_with_tokens(
         result = search_within(spelled, vocabularies.respell(fitted, level), refit, search, seed, limit)
         with simulated(scope.model, result.planned):
             divergence = spelled.divergence.by_source()
-        losses = level.with_units(divergence)
+        losses[number] = mean_over_sources(level.with_units(divergence))
         result = replace(result, curve=[*map(level.beside, result.curve)], tried=[*map(level.beside, result.tried)])
-        tried[number] = TokensChoice(levels, level, spelled, result, losses)
+        tried[number] = TokensChoice(levels, level, spelled, result)
         estimated = units_loss(measurement, limit)
         unrepaired = mean_over_sources(divergence) / estimated if estimated else unrepaired
-    chosen = min(tried.values(), key=lambda choice: mean_over_sources(choice.losses))
-    result = chosen.result
+    chosen = tried[min(losses, key=losses.__getitem__)]
+    result, spelled = chosen.result, chosen.measurement
     level = vocabularies.filled(scope.model, held_out, chosen.level, result.limit - result.planned.left)
-    spelled = measurement.on(vocabularies.respell(held_out, level), result.limit)
+    if level is not chosen.level:
+        spelled = measurement.on(vocabularies.respell(held_out, level), result.limit)
     result = matched(spelled, vocabularies.respell(fitted, level), repair, result)
     return replace(chosen, level=level, measurement=spelled, result=result)
 

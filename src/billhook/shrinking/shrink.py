@@ -67,7 +67,7 @@ def shrink(
     that are left, and the one with the lowest sum of losses after repair is used. The repair sees text in these tokens. What the
     selected units leave of the budget is filled with tokens.
 
-    `RepairConfig.match` applies to the selected model only. Candidates are compared before it.
+    With `RepairConfig.match`, candidates of a size are compared before it, and only the selected one is reconstructed.
 
     Reference: ZipLM (Kurtic et al., 2023), https://arxiv.org/abs/2302.04089
     Reference: MoDeGPT (Lin et al., 2024), https://arxiv.org/abs/2408.09632

@@ -88,8 +88,8 @@ class DepthPruning(ShapeCallback):
 
     @property
     def needs_data(self) -> bool:
-        """True until the blocks have been removed."""
-        return self.last_event_step < 0
+        """True: blocks are ranked on batches."""
+        return True
 
     def check(self, fit: Fit) -> None:
         """Raises `ValueError` if the model has no blocks."""

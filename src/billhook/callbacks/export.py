@@ -36,6 +36,7 @@ from billhook.folder_lock import FolderLock
 from billhook.model.checkpoint_shape import save_shape
 from billhook.model.config_fields import text_config
 from billhook.model.preprocessors import Preprocessor, load_preprocessor
+from billhook.report.summary import summary
 from billhook.serving.converter import find_converter
 from billhook.serving.worker import Missing
 from billhook.serving.written import check_gguf, export_gguf
@@ -71,7 +72,8 @@ class Export(FitCallback):
 
     Raises:
         ValueError: Before training, if `folder` is not a billhook checkpoint, an argument is not legal, the model cannot be
-            saved, verified, or converted, or there is no token for `push_to_hub`.
+            saved, verified, or converted, or there is no token for `push_to_hub`. If the model has another size than the last
+            event left, before a resumed run and at the end.
 
     >>> import billhook as bh
     >>> callback = bh.Export("outputs/model")  # last in Trainer(callbacks=[...])
@@ -155,6 +157,9 @@ class Export(FitCallback):
                 f"folder, so none is saved to {self.folder}. Pass Export(tokenizer=...)."
             )
 
+        if fit.resumes:
+            _check_events_kept(fit)
+
     def before_batch(self, fit: Fit, batch: object) -> None:
         """Keeps an example of the first batch for verification, and runs the trial export."""
         if self._begun or fit.is_tuning:
@@ -198,6 +203,7 @@ class Export(FitCallback):
         if fit.is_trial:
             rank_zero_info(f"billhook: fast_dev_run, so {self.folder} was not written")
             return
+        _check_events_kept(fit)
         model, failed = fit.model, list[Exception]()
         if _vocab_size(model) != self._vocab_size:  # tokens were removed, which the first batch may have
             self._along = fit.preprocessors() or self._along
@@ -298,6 +304,17 @@ class Export(FitCallback):
 def _vocab_size(model: PreTrainedModel) -> int | None:
     size: int | None = getattr(text_config(model.config), "vocab_size", None)
     return size
+
+
+def _check_events_kept(fit: Fit) -> None:
+    """Raises `ValueError` if the model does not have the size that the last event left."""
+    params = summary(fit.module).params if events_of(fit) else 0
+    for event in events_of(fit)[-1:]:
+        if event["after"].get("params", params) != params:
+            raise ValueError(
+                f"Export: the event at step {event['step']} left {event['after']['params']:,} parameters, but the model has "
+                f"{params:,}, so the event is lost. Load the model from the checkpoint that training resumes from."
+            )
 
 
 def _raise(failed: Sequence[Exception]) -> None:

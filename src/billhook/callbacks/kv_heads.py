@@ -281,12 +281,15 @@ class KVHeadConversion(StageCallback):
                 "the settings of the run that saved it."
             )
 
-    def begin_training(self, fit: Fit) -> None:
-        """Checks the batches and applies events that are due before the first step."""
-        if self._most(fit.module) > self.heads[-1]:
-            with fail_together(fit, "KVHeadConversion"):
-                self.preparation.check_data(fit)
-        super().begin_training(fit)
+    @property
+    def needs_data(self) -> bool:
+        """True if heads are rotated or layers are repaired."""
+        return self.preparation.needed
+
+    def check_data(self, fit: Fit) -> None:
+        """Raises `ValueError` if there are too few batches, or they can be read only once."""
+        with fail_together(fit, "KVHeadConversion"):
+            self.preparation.check_data(fit)
 
     def change(self, fit: Fit, stage: int, optimizers: list[Optimizer]) -> str:
         """Converts the heads of a stage and returns a description."""
@@ -298,7 +301,7 @@ class KVHeadConversion(StageCallback):
             how += f", over {self._stages[stage].over} steps"
         elif preparation.needed:
             plan, weights, how = preparation.ready(fit, plan)
-        preparation.check_same(fit, plan, weights, trained=bool(optimizers))
+        preparation.check_same(fit, plan, weights, trained=self._by_layer or self.at[stage] != "start")
         apply_plan(model, plan, optimizers, weights)
         where = (
             f" in {len(plan.layers)} of {len(kv_heads_by_layer(model, self.encoder))} attention modules" if self._by_layer else ""

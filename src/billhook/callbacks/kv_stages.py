@@ -1,5 +1,6 @@
 """Stages of KV-head conversion: steps, targets, and gradual conversion."""
 
+import weakref
 from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from billhook.fit.fit import Fit
 from billhook.fit.shape_event import ShapeCallback
 from billhook.fit.targets import At, check_at, resolve_at, share_targets
 from billhook.kv_heads.methods import KVMethod
+from billhook.model.surgery import check_replaceable
 from billhook.repairs.repair import RepairConfig
 from billhook.schedules import Schedule, check_step
 
@@ -110,6 +112,7 @@ class StageCallback(ShapeCallback):
         self.heads, self.at, self.over, self.moves_weights = heads, list(at), over, bool(over)
         self._stages: list[Stage] = []
         self._done: set[int] = set()  # indices of finished stages
+        self._replaced: list[weakref.ref[nn.Parameter]] = []  # at the start; an optimizer that holds one would not train the new
         super().__init__(calibration, measure_batches)
 
     @abstractmethod
@@ -138,9 +141,13 @@ class StageCallback(ShapeCallback):
             )
         for index, entry in enumerate(self.at):
             if entry == "start" and not fit.is_tuning and index not in self.reached(fit.module):
+                check_replaceable(fit.module, fit.existing_optimizers, type(self).__name__)
+                before = list(fit.module.parameters())
                 with fit.reshaping(self.blockwise):  # `configure_model` may have sharded it
-                    event = self.record_event(fit, {}, partial(self.change, fit, index, []))
+                    event = self.record_event(fit, {}, partial(self.change, fit, index, fit.existing_optimizers))
                 log_event(fit, event)
+                after = set(map(id, fit.module.parameters()))
+                self._replaced += [weakref.ref(parameter) for parameter in before if id(parameter) not in after]
 
     def stages(self, total: int | None, fit: Fit) -> list[Stage]:
         """Returns the stages with resolved steps; a fraction `over` gives at least 1 step."""
@@ -189,6 +196,13 @@ class StageCallback(ShapeCallback):
 
     def begin_training(self, fit: Fit) -> None:
         """Applies events that are due before the first step, or that a resumed checkpoint lacks."""
+        replaced = {id(parameter) for ref in self._replaced if (parameter := ref()) is not None}
+        for optimizer in fit.optimizers:
+            if any(id(parameter) in replaced for group in optimizer.param_groups for parameter in group["params"]):
+                raise ValueError(
+                    f"at='start': {type(optimizer).__name__} was created before training and holds parameters that "
+                    f"{type(self).__name__} has replaced. Create it in configure_optimizers, or convert at step 0 (at=0)."
+                )
         self._done = self.reached(fit.module)
         if any(stage.step == -1 and number not in self._done for number, stage in enumerate(self._stages)):
             self.events = []  # a checkpoint without this callback undid the stage at the start

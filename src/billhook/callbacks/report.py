@@ -1,5 +1,6 @@
 """The Report callback: a table and a plot of the training run."""
 
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ class Report(FitCallback):
         measure_batches: Validation batches to run at the start and the end. Defaults to all; 0 disables it.
 
     Raises:
-        ValueError: If an argument is not legal.
+        ValueError: If an argument is not legal. Before training, if the plot cannot be written.
 
     >>> import billhook as bh
     >>> callback = bh.Report("outputs/report.png")  # last in Trainer(callbacks=[...])
@@ -58,9 +59,18 @@ class Report(FitCallback):
         """Clears results and checks the order of callbacks."""
         for callback in fit.callbacks(Degradation):
             check_listed_after(fit, self, callback)
+        on_first_rank(fit, "Report", self._check_file)
         self.history, self.first = [], None
         if Path(self.plot_file).is_file():
             rank_zero_info(f"billhook: the plot {self.plot_file} will be replaced")
+
+    def _check_file(self) -> None:
+        """Raises `ValueError` if the plot cannot be written."""
+        path = Path(self.plot_file).absolute()
+        parent = next(parent for parent in path.parents if parent.exists())
+        if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):
+            reason = "it is a folder" if path.is_dir() else f"{parent} is not a folder that can be written to"
+            raise ValueError(f"plot_file='{self.plot_file}' cannot be written, because {reason}. Pass another file.")
 
     def begin_training(self, fit: Fit) -> None:
         """Measures the model before training."""
@@ -94,30 +104,28 @@ class Report(FitCallback):
             if callback.saved is not None:
                 notes += [("checkpoint", callback.saved.folder), ("format", callback.saved.format)]
                 notes += [("verified", f"largest logit difference {callback.saved.difference:.3g}")]
+        plots = list[tuple[str, Path, Any]]()
         if name := self._name(last):
-            Path(self.plot_file).parent.mkdir(parents=True, exist_ok=True)
             marks = [(e["step"], label_of(e), e["before"].get(name), e["after"].get(name)) for e in events]
             dense = stages[0].numbers.get(name) if events else None
             figure = validation(self._points(name, last, fit.step), marks, name, dense)
-            figure.savefig(self.plot_file)
             fit.log_plot("report", figure)
-            notes.append(("plot", self.plot_file))
+            plots.append(("plot", Path(self.plot_file), figure))
         elif self.metric:
             rank_zero_warn(f"metric={self.metric!r} is not logged in validation, so no plot is drawn. Logged: {', '.join(last)}.")
-        notes += self._save_plots(fit)
-        print("\n".join(["", stage_table(stages, notes, name, self._dtype), "", *self._degradation(fit, events)]))
-
-    def _save_plots(self, fit: Fit) -> list[tuple[str, str]]:
-        """Saves the plots of other callbacks next to `plot_file`; returns their kinds and paths."""
-        saved = list[tuple[str, str]]()
-        for callback in fit.callbacks(EventCallback):
-            for kind, plot in callback.plots().items():
-                path = Path(self.plot_file)
-                path = path.with_stem(f"{path.stem}_{kind}{len(saved) or ''}")
+        plots_of_callbacks = [plot for callback in fit.callbacks(EventCallback) for plot in callback.plots().items()]
+        for number, (kind, figure) in enumerate(plots_of_callbacks):
+            path = Path(self.plot_file)
+            plots.append((kind, path.with_stem(f"{path.stem}_{kind}{number or ''}"), figure))
+        for kind, path, figure in plots:
+            try:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                plot.savefig(path)
-                saved.append((kind, str(path)))
-        return saved
+                figure.savefig(path)
+            except OSError as error:  # a plot is no reason to end training before Export
+                rank_zero_warn(f"Report: {path} was not written ({error}).")
+            else:
+                notes.append((kind, str(path)))
+        print("\n".join(["", stage_table(stages, notes, name, self._dtype), "", *self._degradation(fit, events)]))
 
     def _degradation(self, fit: Fit, events: list[Event]) -> list[str]:
         """Returns a table of degradation after each event that was evaluated, and at the end."""

@@ -62,6 +62,13 @@ def forked(device: torch.device) -> AbstractContextManager[None]:
     return forking
 
 
+def seed_random_state(number: int, device: torch.device) -> None:
+    """Seeds torch on the CPU and a device; `torch.manual_seed` would seed all other devices, too."""
+    torch.default_generator.manual_seed(number)
+    if _has_own(device):
+        torch.get_device_module(device).manual_seed(number)
+
+
 def _has_own(device: torch.device) -> bool:
     """Returns whether a device has its own random state."""
     return device.type not in ("cpu", "meta")

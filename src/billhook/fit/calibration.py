@@ -18,6 +18,7 @@ from billhook.calibration.calibration import Batches, Calibration
 from billhook.calibration.generated import GENERATED
 from billhook.engine.batches import Batch
 from billhook.engine.passes import blockwise
+from billhook.engine.state import forked, seed_random_state
 from billhook.engine.trees import tree_flatten, tree_leaves, tree_unflatten
 from billhook.fit.fit import Fit, Loss
 from billhook.fit.run import isolated_rng
@@ -85,11 +86,12 @@ class FitCalibration:
                 "Calibration as calibration=, or define calibration_batches(self) in the module."
             )
         for loader in tree_leaves(fit.train_data):
-            source = loader.dataset if isinstance(loader, DataLoader) else loader
-            if isinstance(source, Iterator):
+            source: Any = loader.dataset if isinstance(loader, DataLoader) else loader
+            streams = isinstance(source, IterableDataset) or not hasattr(source, "__len__")
+            if isinstance(source, Iterator) or (streams and not _starts_again(source)):
                 raise ValueError(
                     f"calibration: examples come from the training data, but {type(source).__name__} can be read only "
-                    "once. Pass batches or a Calibration."
+                    "once, or in another order each time. Pass batches or a Calibration."
                 )
 
     def read(self, fit: Fit, same_on_ranks: bool = False) -> Iterator[Any]:
@@ -120,8 +122,9 @@ class FitCalibration:
         """Seeds random state and disables logging within; restores both afterward."""
         trained = {parameter: parameter.requires_grad for parameter in fit.module.parameters()}
         try:
-            with fit.undisturbed(), isolated_rng(), torch.no_grad():
-                torch.manual_seed(self.seed)
+            # `isolated_rng` restores Python, NumPy, the CPU, and CUDA, `forked` any other device of this rank
+            with fit.undisturbed(), isolated_rng(), forked(fit.device), torch.no_grad():
+                seed_random_state(self.seed, fit.device)
                 random.seed(self.seed)
                 np.random.seed(self.seed % 2**32)
                 yield
@@ -186,6 +189,17 @@ def _first(batches: Iterable[Any], number: int, rank: int, ranks: int) -> Iterat
         number -= _size(batch)
         if number <= 0:
             return
+
+
+def _starts_again(dataset: Iterable[Any]) -> bool:
+    """Returns whether a dataset can be read twice, instead of continuing one stream."""
+    first = list[Any]()
+    for _ in range(2):
+        with isolated_rng():
+            first.append(next(iter(dataset), None))
+    leaves, others = map(tree_leaves, first)
+    pairs = zip(leaves, others, strict=False)
+    return len(leaves) == len(others) and all(bool(np.all(np.asarray(leaf == other))) for leaf, other in pairs)
 
 
 def _size(batch: Any) -> int:  # noqa: ANN401

@@ -103,8 +103,13 @@ class EventCallback(ShapeSavingCallback, ABC):
 
     @property
     def needs_data(self) -> bool:
-        """True if events use batches."""
+        """True if events use batches, whether or not they are still to come."""
         return False
+
+    def check_data(self, fit: Fit) -> None:
+        """Raises `ValueError` if the calibration data of a coming event cannot be used."""
+        if self.needs_data:
+            self.calibration.check(fit)
 
     def prepare(self, fit: Fit) -> None:
         """Checks the run, and clears an earlier run."""
@@ -128,8 +133,8 @@ class EventCallback(ShapeSavingCallback, ABC):
 
     def begin_training(self, fit: Fit) -> None:
         """Applies events that are due before the first step, or that a resumed checkpoint lacks."""
-        if self.needs_data:
-            self.calibration.check(fit)
+        if self.due(fit.module, fit.step) or self.pending_steps(fit.module, fit.step):
+            self.check_data(fit)
         if fit.callbacks(EventCallback)[0] is self and fit.starts_fresh:
             record_start(fit, {} if events_of(fit) else summary(fit.module).numbers())
             record_start(fit, metrics_of_callbacks(fit))

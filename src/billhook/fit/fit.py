@@ -102,6 +102,11 @@ class Fit(ABC):
         """The optimizers; empty before they exist."""
 
     @property
+    @abstractmethod
+    def existing_optimizers(self) -> list[Optimizer]:
+        """Optimizers that were created before training begins, and must follow changes at the start."""
+
+    @property
     def averages(self) -> list[tuple[object, nn.Module | None]]:
         """Callbacks that average weights, each with its copy of the model, if it exists."""
         return []

@@ -114,6 +114,11 @@ class LightningFit(Fit):
         return self.trainer.optimizers
 
     @property
+    def existing_optimizers(self) -> list[Optimizer]:
+        """Optimizers that the module created in its constructor."""
+        return [value for value in vars(self.module).values() if isinstance(value, Optimizer)]
+
+    @property
     def averages(self) -> list[tuple[object, nn.Module | None]]:
         """Callbacks that average weights, each with its copy of the model, if it exists."""
         return list[tuple[object, nn.Module | None]](averaging_callbacks(self.trainer))

@@ -1,18 +1,27 @@
 """billhook's callbacks in transformers' Trainer, and in trainers that derive from it."""
 
+import json
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
+from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from billhook.adapters.merge import adapters_removed, has_adapters
 from billhook.arguments import check_types
-from billhook.callbacks.kv_heads import KVHeadConversion
+from billhook.callbacks.export import Export
+from billhook.checkpoints.save import state_shape
+from billhook.engine.parts import replace_file
 from billhook.engine.state import overridden
+from billhook.engine.store import store_of
 from billhook.fit.callback import FitCallback
 from billhook.fit.event import EventCallback, events_of
 from billhook.fit.resume import check_callbacks
@@ -22,6 +31,8 @@ from billhook.model.find import find_transformer
 
 STATE = "billhook_fit.pt"
 """File of a checkpoint folder with the state of callbacks."""
+BASE = "base_model"
+"""Folder of a PEFT checkpoint with the base model, once an event has changed it in training."""
 
 
 class Callbacks(TrainerCallback, ExportableState):
@@ -30,7 +41,8 @@ class Callbacks(TrainerCallback, ExportableState):
     Events at the start happen when the Trainer is created, before the model is wrapped and the optimizer exists, if they need no
     data or their calibration is not drawn from the training data; otherwise, and later ones, before the step that they are due
     at. The optimizer follows. Each checkpoint folder also gets the state of the callbacks, and its config the shape of the model.
-    To resume a run whose shapes change after the start, load the model from the checkpoint: `bh.load("out/checkpoint-50")`.
+    To resume a run whose shapes change after the start, load the model from the checkpoint: `bh.load("out/checkpoint-50")`. With
+    PEFT, load the base model from `out/checkpoint-50/base_model`, and the adapters with `PeftModel.from_pretrained`.
 
     Before and after events, the model is validated on `validation`: `val_loss`, and `val_perplexity` of language models. These
     and other metrics of callbacks go to the Trainer's `state.log_history`, and events to its `trainer_state.json`.
@@ -43,7 +55,7 @@ class Callbacks(TrainerCallback, ExportableState):
 
     Raises:
         ValueError: If a callback is not billhook's. When the Trainer is created or training begins, if the Trainer does not
-            support a callback.
+            support a callback or has several `Callbacks`.
 
     Example:
         >>> import billhook as bh
@@ -65,7 +77,10 @@ class Callbacks(TrainerCallback, ExportableState):
         check_types(Callbacks, locals())
         self._fit: TransformersFit | None = None
         self._metrics: dict[str, float] = {}
-        self._restored = -1  # step of the checkpoint that the model was loaded from
+        self._run = uuid4().hex  # in both files of a checkpoint, so that they are known to belong together
+        self._loaded: tuple[int, str] | None = None  # step and run of the checkpoint that the model was loaded from
+        self._repeatable = 0  # events that happen again when the model is created as before
+        self._shape_check: RemovableHandle | None = None
 
     def setup(self, *_: object, **__: object) -> None:
         """Raises `ValueError`: Lightning's Trainer calls this."""
@@ -76,7 +91,7 @@ class Callbacks(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """Returns the events for `trainer_state.json`; the rest is in a file of each checkpoint."""
-        return {"args": {}, "attributes": {"events": [] if self._fit is None else events_of(self._fit)}}
+        return {"args": {}, "attributes": {"events": [] if self._fit is None else events_of(self._fit), "run": self._run}}
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **hooked: Any) -> None:  # noqa: ANN401
         """Checks callbacks and model, and applies events at the start that need no training data."""
@@ -84,22 +99,24 @@ class Callbacks(TrainerCallback, ExportableState):
             raise ValueError(
                 "restore_callback_states_from_checkpoint=True replaces Callbacks. It restores its own state: set False."
             )
+        self._state_of(state)
         folder = Path(str(find_transformer(hooked["model"]).config.name_or_path))
-        saved = _read(folder)
-        self._restored = -1 if saved is None else saved["step"]
+        saved = _read(folder.parent if folder.name == BASE else folder)
+        self._loaded = None if saved is None else (saved["step"], saved["run"])
         self._metrics = {}
         with self._fitting(args, state, hooked, resumes=saved is not None) as fit:
             for callback in self.callbacks:
                 callback.prepare(fit)
             if saved is not None:
                 self._restore(saved)
-            fit.model.register_load_state_dict_pre_hook(_refuse_other_shape)  # type: ignore[no-untyped-call]
+            self._shape_check = fit.model.register_load_state_dict_pre_hook(_refuse_other_shape)  # type: ignore[no-untyped-call]
             for callback in self.callbacks if saved is None else ():
                 if isinstance(callback, EventCallback) and _starts(callback):
                     if _draws_training_data(callback):
                         break  # later events must not overtake it
                     callback.resolve(fit)
                     callback.begin_training(fit)
+            self._repeatable = len(events_of(fit)) if saved is None else 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **hooked: Any) -> None:  # noqa: ANN401
         """Restores a resumed run, checks later events, and applies due events."""
@@ -112,12 +129,12 @@ class Callbacks(TrainerCallback, ExportableState):
             self.on_init_end(args, state, control, **hooked)
         elif self._fit.module is not hooked["model"]:
             raise ValueError("the Trainer created its model again (model_init). Pass Trainer(model=...).")
-        if state.global_step and state.global_step != self._restored:
+        if state.global_step and (state.global_step, self._state_of(state)["run"]) != self._loaded:
             self._restore(self._find(args, state))
-        if not state.global_step and self._restored >= 0:
+        if not state.global_step and self._loaded is not None:
             raise ValueError(
-                f"the model is from step {self._restored} of a run with these callbacks. Call train(resume_from_checkpoint=...), "
-                "or load a model that bh.save has saved."
+                f"the model is from step {self._loaded[0]} of a run with these callbacks. Call "
+                "train(resume_from_checkpoint=...), or load a model that bh.save has saved."
             )
         with self._fitting(args, state, hooked, resumes=bool(state.global_step)) as fit:
             for callback in self.callbacks:
@@ -178,9 +195,19 @@ class Callbacks(TrainerCallback, ExportableState):
         entries = dict[str, Any]()
         for callback in self.callbacks:
             entries |= callback.checkpoint_entries() if isinstance(callback, EventCallback) else {}
-        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
-        if state.is_world_process_zero and folder.is_dir():
-            torch.save({"step": state.global_step, "callbacks": states, **entries}, folder / STATE)
+        folder, fit = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}", self._fit
+        if not args.should_save or not folder.is_dir():
+            return
+        saves_base = fit is not None and self._changes_base(fit)
+        if fit is not None and saves_base:
+            _save_base(fit, folder)
+        saved = {"step": state.global_step, "run": self._run, "callbacks": states, "base": saves_base, **entries}
+        torch.save(saved, folder / f".{STATE}")
+        replace_file(folder / f".{STATE}", folder / STATE)
+
+    def _changes_base(self, fit: TransformersFit) -> bool:
+        """Returns whether an event has changed the base model of adapters, which checkpoints of PEFT lack."""
+        return has_adapters(fit.model) and len(events_of(fit)) > self._repeatable
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **hooked: Any) -> None:  # noqa: ANN401
         """Applies events that are due after the last step, and ends training."""
@@ -193,6 +220,12 @@ class Callbacks(TrainerCallback, ExportableState):
                 callback.close(fit)
             for callback in self.callbacks:
                 callback.release(fit, completed=True)
+            if self._changes_base(fit) and not fit.callbacks(Export):
+                rank_zero_warn(
+                    "Callbacks: an event has changed the base model of the adapters, which save_model does not save. Use "
+                    "bh.Export or bh.save for the result of training."
+                )
+        self._drop_shape_check()
 
     @contextmanager
     def _fitting(
@@ -213,7 +246,23 @@ class Callbacks(TrainerCallback, ExportableState):
         except BaseException:
             for callback in self.callbacks:
                 callback.release(fit, completed=False)
+            self._drop_shape_check()
             raise
+
+    def _drop_shape_check(self) -> None:
+        if self._shape_check is not None:
+            self._shape_check.remove()
+
+    def _state_of(self, state: TrainerState) -> dict[str, Any]:
+        """Returns what `trainer_state.json` holds of `state`; raises `ValueError` for several `Callbacks`."""
+        states: Any = state.stateful_callbacks or {}
+        saved = states.get(type(self).__name__)
+        if isinstance(saved, list):
+            raise ValueError(
+                f"{len(saved)} Callbacks in one Trainer would overwrite each other's state. Pass one, with all callbacks in the "
+                "order of their events."
+            )
+        return {"run": None} if saved is None else saved["attributes"]
 
     def _restore(self, saved: Mapping[str, Any]) -> None:
         check_callbacks(self.callbacks, saved["callbacks"])
@@ -223,24 +272,50 @@ class Callbacks(TrainerCallback, ExportableState):
 
     def _find(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
         """Returns the saved state of the checkpoint that training resumes from."""
-        folders = [Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"]
-        folders += [Path(args.resume_from_checkpoint)] if args.resume_from_checkpoint else []
-        for folder in folders:
-            if (saved := _read(folder)) is not None and saved["step"] == state.global_step:
-                return saved
+        folders = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
+        for folder in [*folders, Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"]:
+            saved = _read(folder)
+            # another run may have left a checkpoint of this step; the weights are from the folder that `state` was read from
+            if saved is None or (saved["step"], saved["run"]) != (state.global_step, self._state_of(state)["run"]):
+                continue
+            if saved["base"]:
+                raise ValueError(f"an event has changed the base model of the adapters. {_load_from(folder)}")
+            return saved
         raise ValueError(
-            f"training resumes at step {state.global_step}, but there is no {STATE} for it. Pass the checkpoint folder as "
-            "TrainingArguments(resume_from_checkpoint=...) too, or load the model from it with bh.load."
+            f"training resumes at step {state.global_step}, but there is no {STATE} of that run and step. Pass the checkpoint "
+            "folder as TrainingArguments(resume_from_checkpoint=...) too, or load the model from it with bh.load."
         )
+
+
+def _load_from(folder: str | Path) -> str:
+    """Returns how to load a checkpoint of adapters whose base model has changed."""
+    return (
+        f"Create the model as PeftModel.from_pretrained(bh.load('{folder}/{BASE}'), '{folder}', is_trainable=True) before the "
+        "Trainer is created."
+    )
+
+
+def _save_base(fit: TransformersFit, folder: Path) -> None:
+    """Saves the base model of adapters into their checkpoint folder, and names it as their base."""
+    model, base = fit.model, (folder / BASE).absolute()
+    shutil.rmtree(base, ignore_errors=True)  # of a checkpoint that this one replaces
+    with adapters_removed(model), overridden(model, _hf_peft_config_loaded=False):  # else transformers saves adapters alone
+        state_shape(model)
+        store_of(model).write(base)
+    for preprocessor in fit.preprocessors():
+        preprocessor.save_pretrained(base)
+    for file in folder.rglob("adapter_config.json"):  # so that AutoPeftModel finds this base, and not the dense one
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}, indent=2))
 
 
 def _refuse_other_shape(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: object) -> None:
     """Raises `ValueError` before the Trainer loads a checkpoint into a model of another shape."""
     for name, parameter in model.named_parameters():
         if (saved := state.get(f"{prefix}{name}")) is not None and saved.shape != parameter.shape:
+            advice = "Load the model from the checkpoint folder (bh.load) before the Trainer is created."
             raise ValueError(
                 f"the checkpoint has {name} of shape {list(saved.shape)}, and the model {list(parameter.shape)}, because an "
-                "event changed it. Load the model from the checkpoint folder (bh.load) before the Trainer is created."
+                f"event changed it. {_load_from('FOLDER') if has_adapters(model) else advice}"
             )
 
 
@@ -252,8 +327,7 @@ def _starts(callback: FitCallback) -> bool:
 
 def _draws_training_data(callback: EventCallback) -> bool:
     """Returns whether a callback is calibrated on training data."""
-    needs_data = callback.preparation.needed if isinstance(callback, KVHeadConversion) else callback.needs_data
-    return needs_data and callback.calibration.batches is None
+    return callback.needs_data and callback.calibration.batches is None
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

@@ -92,6 +92,11 @@ class TransformersFit(Fit):
         optimizer = self._hooked.get("optimizer")
         return [] if optimizer is None else [getattr(optimizer, "optimizer", optimizer)]
 
+    @property
+    def existing_optimizers(self) -> list[Optimizer]:
+        """The optimizer that was passed to the Trainer, if any."""
+        return self.optimizers
+
     def check_takes_steps(self, name: str) -> None:
         """Raises `ValueError` if training takes no step."""
         if self.args.max_steps == 0 or (self.args.max_steps < 0 and self.args.num_train_epochs == 0):

@@ -1,7 +1,7 @@
 """Enforces masks: pruned weights are zero after every optimizer step."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class EnforcedMasks:
         self._linears: list[dict[str, nn.Module]] = []
         self._weights: dict[str, nn.Parameter] = {}
         self._adapted: Collection[str] = ()
+        self._optimizers: Sequence[Optimizer] = ()
         self._hooks: list[RemovableHandle] = []
 
     @property
@@ -50,7 +51,7 @@ class EnforcedMasks:
             adapted: Linear layers whose LoRA adapters are masked, too.
         """
         self._let_go()
-        self._models, self._adapted = [model, *copies], adapted
+        self._models, self._adapted, self._optimizers = [model, *copies], adapted, optimizers
         for masked in self._models if adapted else ():
             unmask_adapters(masked, adapted)
         self.hold(self._masks or self._restored())
@@ -115,6 +116,9 @@ class EnforcedMasks:
             reshard(model)
             weights = [linears[name].get_parameter("weight").data for name in self._masks]
             _mask(weights, [mask.to(weight.device) for mask, weight in zip(self._masks.values(), weights, strict=True)])
+        for optimizer in self._optimizers:
+            pairs = [(self._weights[name], mask) for name, mask in self._masks.items()]
+            _mask(*_averaged_by(optimizer, pairs))
 
     def detach(self) -> None:
         """Applies the masks a last time and releases model and optimizers; the masks stay."""
@@ -128,19 +132,21 @@ class EnforcedMasks:
     def _let_go(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._models, self._linears, self._weights = [], [], [], {}
+        self._hooks, self._models, self._linears, self._weights, self._optimizers = [], [], [], {}, ()
 
-    def _step(self, *_: object) -> None:
+    def _step(self, optimizer: Optimizer, *_: object) -> None:
         for model, linears in zip(self._models[:1], self._linears, strict=False):
             reshard(model)
-            weights, masks = list[Tensor](), list[Tensor]()
+            pairs = list[tuple[nn.Parameter, Tensor]]()
             for name, mask in self._masks.items():
                 weight = linears[name].get_parameter("weight")
+                if weight.shape != mask.shape:
+                    raise ValueError(f"{name} has changed its shape since the masks were made. Call follow() after each change.")
                 if weight.requires_grad or weight.grad is not None:
-                    weights.append(weight.data)
-                    masks.append(mask)
-            if weights:
-                _mask(weights, masks)
+                    pairs.append((weight, mask))
+            weights, masks = _averaged_by(optimizer, pairs)
+            if pairs:
+                _mask([*(weight.data for weight, _ in pairs), *weights], [*(mask for _, mask in pairs), *masks])
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the masks, a bit per weight; packed again only if they have changed."""
@@ -157,7 +163,9 @@ class EnforcedMasks:
         self._masks, self._saved, self._packed = {}, state, {}
 
 
-def hold_masks(model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Any]) -> EnforcedMasks:
+def hold_masks(
+    model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], masks: Mapping[str, Tensor | Mapping[str, Any]]
+) -> EnforcedMasks:
     """Keeps pruned weights at zero after each optimizer step, in a loop of your own.
 
     Under momentum and weight decay, too. Call `follow()` on the result after shapes have changed, and `detach()` when training
@@ -165,11 +173,12 @@ def hold_masks(model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Any])
 
     Args:
         model: The model. Under DDP, the model inside (`module`).
-        optimizer: Its optimizer, or accelerate's wrapper of it.
+        optimizer: Its optimizer, or accelerate's wrapper of it; a list if several optimizers train the masked weights.
         masks: Keep-masks (bool) by linear layer, such as `plan.masks(model)` of `prune`, or a saved `state_dict()`.
 
     Raises:
-        ValueError: If a mask does not fit a layer of the model.
+        ValueError: If a mask is not bool or does not fit a layer of the model, or no optimizer holds a masked weight that is
+            trained.
 
     Example:
         >>> import torch, billhook as bh
@@ -183,9 +192,23 @@ def hold_masks(model: nn.Module, optimizer: Optimizer, masks: Mapping[str, Any])
         0.5
     """
     check_types(hold_masks, locals())
+    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper renames layers
+    wrapped = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
+    optimizers = [getattr(inner, "optimizer", inner) for inner in wrapped]
+    trained = {id(parameter) for inner in optimizers for group in inner.param_groups for parameter in group["params"]}
+    linears = _linears(model)
+    for name, mask in masks.items():
+        if isinstance(mask, Tensor) and mask.dtype != torch.bool:
+            raise ValueError(f"masks: the mask of {name} has dtype {mask.dtype}. Masks are bool, True where a weight is kept.")
+        weight = linears[name].get_parameter("weight") if name in linears else None
+        if weight is not None and weight.requires_grad and id(weight) not in trained:
+            raise ValueError(
+                f"optimizer: {' and '.join(type(inner).__name__ for inner in optimizers)} does not hold the weight of {name}, so "
+                "its zeros would be lost. Pass the optimizer that trains it, or a list of all optimizers."
+            )
     enforced = EnforcedMasks()
     enforced.load_state_dict({name: mask for name, mask in masks.items() if not isinstance(mask, Tensor)})
-    enforced.attach(model, [getattr(optimizer, "optimizer", optimizer)])
+    enforced.attach(model, optimizers)
     if tensors := {name: mask for name, mask in masks.items() if isinstance(mask, Tensor)}:
         enforced.hold(tensors)
     return enforced
@@ -205,6 +228,21 @@ def _unpacked(saved: Mapping[str, Any], device: torch.device) -> Tensor:
     return unpack_mask(saved["bits"].cpu().numpy(), math.prod(saved["shape"]), device).view(saved["shape"])
 
 
+def _averaged_by(optimizer: Optimizer, pairs: Iterable[tuple[nn.Parameter, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
+    """Returns the copies of weights that a schedule-free optimizer mixes into them in `eval()` and `train()`, and their masks.
+
+    Defazio et al., The Road Less Scheduled (2024), https://arxiv.org/abs/2405.15682: x = (1 - 1/b) z + y/b, with y the weight.
+    """
+    copies, masks = list[Tensor](), list[Tensor]()
+    for weight, mask in pairs if callable(getattr(optimizer, "eval", None)) else ():
+        copy = optimizer.state.get(weight, {}).get("z")
+        if isinstance(copy, Tensor):
+            copies.append(copy)
+            masks.append(mask)
+    return copies, masks
+
+
 def _mask(weights: list[Tensor], masks: list[Tensor]) -> None:
     """Multiplies weights by masks in place, as bytes 0 and 1 (three times faster than bool)."""
-    torch._foreach_mul_([local(weight) for weight in weights], [local(mask).view(torch.uint8) for mask in masks])
+    if weights:
+        torch._foreach_mul_([local(weight) for weight in weights], [local(mask).view(torch.uint8) for mask in masks])

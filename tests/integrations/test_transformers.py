@@ -11,10 +11,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, get_peft_model
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import billhook as bh
+from billhook.fit.callback import FitCallback
 from billhook.integrations.transformers import Callbacks
 from billhook.integrations.transformers_fit import TransformersFit
 from billhook.model.layers import prunable
@@ -106,6 +107,145 @@ def test_masks_of_dense_weights_resume(tmp_path):
         train(tmp_path / "b", [EVENTS["wanda"](1)], others=[Stop()], **MIDDLE)
     again, _ = train(tmp_path / "b", [EVENTS["wanda"](1)], resume=True, **MIDDLE)
     assert same(again.state_dict(), model.state_dict())
+
+
+KEPT = MIDDLE | {"save_total_limit": None}
+
+
+def lora(target="all-linear", **options):
+    """The dense model with adapters, equal in each call."""
+    torch.manual_seed(0)
+    return get_peft_model(Own().net, LoraConfig(r=2, task_type="CAUSAL_LM", target_modules=target, **options))
+
+
+ADAPTED = {
+    "q and v": lambda: lora(["q_proj", "v_proj"]),
+    "all": lora,
+    "trained copies": lambda: lora(["q_proj"], modules_to_save=["lm_head"]),
+}
+OF_BASE = {name: EVENTS[name] for name in ("structure", "depth", "heads", "masked")} | {
+    "wanda": lambda at: prunes.WeightPruning(sparsity=0.5, at=at, adapters="mask", **FEW),
+    "sparsegpt": lambda at: prunes.WeightPruning(bh.SparseGPT(), sparsity=0.5, at=at, adapters="mask", **FEW),
+}
+
+
+@pytest.mark.daily("structure-q*", "structure-all", "sparsegpt-q*", "masked-trained*", "depth-all")
+@pytest.mark.parametrize("adapted", ADAPTED)
+@pytest.mark.parametrize("event", OF_BASE)
+def test_a_resumed_run_with_adapters_has_the_base_that_events_left(tmp_path, event, adapted):
+    """PEFT's checkpoints hold adapters alone."""
+    straight, folder = ADAPTED[adapted](), tmp_path / "a" / "hf" / "checkpoint-2"
+    train(tmp_path / "a", [OF_BASE[event](1), bh.Export(str(tmp_path / "straight"))], straight, **KEPT)
+    with pytest.raises(ValueError, match=r"PeftModel.from_pretrained\(bh.load\('.*/base_model'\), '.*', is_trainable=True\)"):
+        train(tmp_path / "b", [OF_BASE[event](1)], ADAPTED[adapted](), str(folder), resume_from_checkpoint=str(folder), **KEPT)
+    again = PeftModel.from_pretrained(bh.load(folder / "base_model", dtype="float32"), folder, is_trainable=True).train()
+    callbacks = [OF_BASE[event](1), bh.Export(str(tmp_path / "resumed"))]
+    train(tmp_path / "b", callbacks, again, str(folder), **KEPT)
+    assert same(again.state_dict(), straight.state_dict())
+    exported = [bh.load(tmp_path / name, dtype="float32").state_dict() for name in ("straight", "resumed")]
+    assert same(*exported)
+    assert len(callbacks[0].events) == 1
+
+
+def test_adapters_name_the_base_that_events_left(tmp_path):
+    """Loaded by PEFT alone, they find it; save_model, which saves adapters alone, is warned of."""
+    model = lora(["q_proj"])
+    with pytest.warns(UserWarning, match="changed the base model of the adapters, which save_model does not save"):
+        train(tmp_path, [EVENTS["wanda"](1)], model, **KEPT | {"max_steps": 2})
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "hf" / "checkpoint-2")
+    assert same(loaded.state_dict(), model.state_dict())
+
+
+def test_adapters_of_a_base_that_starts_pruned_resume_without_a_copy(tmp_path):
+    """Events that happen when the Trainer is created happen again."""
+    cut = lambda: bh.StructuredPruning(bh.Amount(channels=0.5), calibration=calibration(), measure_batches=0)  # noqa: E731
+    straight, again, folder = lora(), lora(), tmp_path / "hf" / "checkpoint-2"
+    train(tmp_path, [cut()], straight, **KEPT)
+    assert not (folder / "base_model").exists()
+    train(tmp_path, [cut()], again, str(folder), **KEPT)
+    assert same(again.state_dict(), straight.state_dict())
+
+
+def test_an_export_refuses_a_model_that_lost_its_event(tmp_path):
+    class Undo(FitCallback):
+        """Puts the dense channels back after the event."""
+
+        def end_training(self, fit):
+            for layer in fit.model.model.layers:
+                layer.mlp = copy.deepcopy(Own().net.model.layers[0].mlp)
+
+    callbacks = [bh.StructuredPruning(bh.Amount(channels=0.5), at=1, **FEW), Undo(), bh.Export(str(tmp_path / "out"))]
+    with pytest.raises(
+        ValueError, match="the event at step 1 left 5,328 parameters, but the model has 6,480, so the event is lost"
+    ):
+        train(tmp_path, callbacks)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("named", [True, False], ids=["in arguments", "in the call"])
+def test_a_run_resumes_with_its_own_state(tmp_path, named):
+    """Not with that of an earlier run, which left a checkpoint of the same step in the output folder."""
+    first, second = Own().net, Own().net
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    for folder, model in (("out", first), ("backup", second)):
+        train(tmp_path / folder, [EVENTS["wanda"](1)], model, **MIDDLE | {"max_steps": 2})
+    folder, callback = str(tmp_path / "backup" / "hf" / "checkpoint-2"), EVENTS["wanda"](1)
+    settings = MIDDLE | ({"resume_from_checkpoint": folder} if named else {})
+    if not named:
+        with pytest.raises(ValueError, match="there is no billhook_fit.pt of that run and step. Pass the checkpoint folder as"):
+            train(tmp_path / "out", [callback], Own().net, folder, **settings)
+        return
+    train(tmp_path / "out", [callback], Own().net, folder, **settings)
+    saved = bh.load(folder, dtype="float32")
+    for name, mask in callback.masks.items():
+        assert torch.equal(mask, saved.get_submodule(name).weight != 0), name
+
+
+def test_each_node_has_the_state(tmp_path):
+    (tmp_path / "checkpoint-4").mkdir()  # as the Trainer writes it on the second node
+    args = TrainingArguments(str(tmp_path), save_on_each_node=True, use_cpu=True, report_to="none")
+    state = TrainerState(is_local_process_zero=True, is_world_process_zero=False, global_step=4)
+    Callbacks([EVENTS["wanda"](1)]).on_save(args, state, TrainerControl())
+    assert [file.name for file in (tmp_path / "checkpoint-4").iterdir()] == ["billhook_fit.pt"]
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "added later"])
+def test_two_of_them_are_refused(tmp_path, late):
+    both = [Callbacks([EVENTS["wanda"](2)]), Callbacks([EVENTS["mean"](3)])]
+    args = TrainingArguments(str(tmp_path), **SETTINGS)
+    told = "2 Callbacks in one Trainer would overwrite each other's state. Pass one"
+    if not late:
+        with pytest.raises(ValueError, match=told):
+            Ordered(Own().net, args, train_dataset=loader().dataset, callbacks=both)
+        return
+    run = Ordered(Own().net, args, train_dataset=loader().dataset, callbacks=both[:1])
+    run.add_callback(both[1])
+    with pytest.raises(ValueError, match=told):
+        run.train()
+
+
+def test_an_optimizer_that_exists_follows_events_at_the_start(tmp_path):
+    model, args = Own().net, TrainingArguments(str(tmp_path), **SETTINGS)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    run = Ordered(
+        model,
+        args,
+        train_dataset=loader().dataset,
+        optimizers=(optimizer, schedule),
+        callbacks=[Callbacks([bh.KVHeadConversion(2, at="start", method="mean")])],
+    )
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    run.train()
+    assert model.config.num_key_value_heads == 2
+    assert not any(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_nothing_is_left_on_the_model(tmp_path):
+    model, _ = train(tmp_path, [EVENTS["wanda"](1)])
+    assert not model._load_state_dict_pre_hooks
 
 
 @pytest.mark.parametrize(

@@ -38,15 +38,15 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def adapters_removed(model: nn.Module) -> Iterator[None]:
-    """Replaces adapted layers with their base layers within a `with` block."""
-    layers = [(model.get_submodule(name.rpartition(".")[0]), name, layer) for name, layer in adapter_layers(model).items()]
+    """Replaces adapted layers, and trained copies of layers, with the base model's within a `with` block."""
+    layers = list(_outermost_layers(model))
     try:
         for owner, name, layer in layers:
-            setattr(owner, name.rpartition(".")[2], layer.get_base_layer())
+            setattr(owner, name, layer.original_module if is_trained_copy(layer) else layer.get_base_layer())
         yield
     finally:
         for owner, name, layer in layers:
-            setattr(owner, name.rpartition(".")[2], layer)
+            setattr(owner, name, layer)
 
 
 def is_initial_lora(layer: Any) -> bool:  # noqa: ANN401 - any of PEFT's layers

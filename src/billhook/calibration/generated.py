@@ -16,7 +16,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 from billhook.arguments import check_int, check_number, check_types
 from billhook.engine.batches import Batch
-from billhook.engine.state import evaluating_without_grad, overridden
+from billhook.engine.state import evaluating_without_grad, overridden, seed_random_state
 from billhook.model.config_fields import text_config
 from billhook.model.costs import kv_cache_bytes
 from billhook.model.find import check_values, find_transformer
@@ -165,7 +165,7 @@ def _written(model: PreTrainedModel, starts: list[list[int]], length: int, tempe
     with evaluating_without_grad(model):
         if not model(torch.tensor(starts[:1], device=model.device)).logits.isfinite().all():
             raise ValueError(f"model: {type(model).__name__} returns logits that are not finite, so it cannot generate text.")
-        torch.manual_seed(seed)
+        seed_random_state(seed, model.device)
         with progress_bar("generating text", "tokens") as report:
             progress = _Progress(report, rows.numel() - sum(map(len, starts)))
             for group in groups:

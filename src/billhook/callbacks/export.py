@@ -20,6 +20,7 @@ from billhook.adapters.checkpoint import save_adapters
 from billhook.arguments import check_path, check_types
 from billhook.atomic_folder import RECORD, check_target, replacement_note
 from billhook.callbacks.degradation import Degradation, check_listed_after
+from billhook.callbacks.head_masking import HeadMasking
 from billhook.checkpoints.origin import CARD
 from billhook.checkpoints.push import NotPushed, check_repository, check_token, push
 from billhook.checkpoints.save import Saved, check_names, save
@@ -169,8 +170,15 @@ class Export(FitCallback):
         self._probe = self.probe or _inputs_in(batch, model)
         if not self.rehearse:
             return
-        with blockwise(model):
-            on_first_rank(fit, "Export", partial(self._rehearse, model), store_of(model).independently)
+        masking = fit.callbacks(HeadMasking)
+        for callback in masking:  # a resumed run may have masked heads, which become zeros at the end of training only
+            callback.unmask()
+        try:
+            with blockwise(model):
+                on_first_rank(fit, "Export", partial(self._rehearse, model), store_of(model).independently)
+        finally:
+            for callback in masking:
+                callback.mask(fit.module, callback.heads)
 
     def _rehearse(self, model: PreTrainedModel) -> None:
         """Saves the model next to the folder and deletes the result, to report problems early."""

@@ -310,12 +310,16 @@ def _save_base(fit: TransformersFit, folder: Path) -> None:
 
 def _refuse_other_shape(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: object) -> None:
     """Raises `ValueError` before the Trainer loads a checkpoint into a model of another shape."""
+    lora = has_adapters(model)
     for name, parameter in model.named_parameters():
-        if (saved := state.get(f"{prefix}{name}")) is not None and saved.shape != parameter.shape:
+        saved = state.get(f"{prefix}{name}")
+        removed = saved is None and lora and ".lora_" in name
+        if removed or (saved is not None and saved.shape != parameter.shape):
             advice = "Load the model from the checkpoint folder (bh.load) before the Trainer is created."
+            of_shape = "no longer" if saved is None else f"of shape {list(saved.shape)}"
             raise ValueError(
-                f"the checkpoint has {name} of shape {list(saved.shape)}, and the model {list(parameter.shape)}, because an "
-                f"event changed it. {_load_from('FOLDER') if has_adapters(model) else advice}"
+                f"the checkpoint has {name} {of_shape}, and the model {list(parameter.shape)}, because an event changed it. "
+                f"{_load_from('FOLDER') if lora else advice}"
             )
 
 

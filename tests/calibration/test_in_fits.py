@@ -58,3 +58,45 @@ def test_a_callback_reads_it(name, tmp_path):
         trainer(tmp_path, [callback], max_steps=1).fit(lit, loader(), loader(4, 4))
         found.append(weights(lit))
     assert all(torch.equal(one, found[1][key]) for key, one in found[0].items())
+
+
+@pytest.mark.parametrize("name", CALLBACKS)
+def test_events_record_their_calibration(name, tmp_path):
+    """Also after the event, when no more data is needed."""
+    callback, lit = CALLBACKS[name](at=0, measure_batches=0, calibration=6), Own()
+    trainer(tmp_path, [callback], max_steps=1).fit(lit, loader(), loader(4, 4))
+    assert callback.events[-1]["by"]["calibration"] == {"from": "training data", "seed": 0, "examples": 6}
+
+
+class Stream(torch.utils.data.IterableDataset):
+    """Goes on where the last reader stopped, or starts again."""
+
+    def __init__(self, again):
+        self.rows, self.again = loader().dataset, again
+        self.left = iter(self.rows)
+
+    def __iter__(self):
+        yield from self.rows if self.again else self.left
+
+
+def test_a_stream_that_does_not_start_again_is_not_read(tmp_path):
+    """Training would never see what calibration has read."""
+    callback = bh.WeightPruning(sparsity=0.5, at=1, calibration=4, measure_batches=0)
+    data = torch.utils.data.DataLoader(Stream(again=False), batch_size=2)
+    with pytest.raises(ValueError, match="Stream can be read only once, or in another order each time. Pass batches or"):
+        trainer(tmp_path, [callback], max_steps=2).fit(Own(), data, loader(4, 4))
+    trainer(tmp_path, [callback], max_steps=2).fit(
+        Own(), torch.utils.data.DataLoader(Stream(again=True), batch_size=2), loader(4, 4)
+    )
+    assert len(callback.events) == 1
+
+
+def test_events_leave_the_random_state_of_other_devices(tmp_path, monkeypatch):
+    """torch.manual_seed seeds all devices."""
+    seeds, lit, data = [], Own(), [loader(), loader(4, 4)]
+    monkeypatch.setattr(torch.mps, "manual_seed", seeds.append)
+    monkeypatch.setattr(torch.mps, "_is_in_bad_fork", lambda: False)
+    callback = bh.WeightPruning(sparsity=0.5, at=1, calibration=4, measure_batches=0)
+    trainer(tmp_path, [callback], max_steps=2).fit(lit, *data)
+    assert len(callback.events) == 1
+    assert seeds == []

@@ -8,6 +8,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from matplotlib.figure import Figure
 
 from billhook import Amount, Export, KVHeadConversion, Report, StructuredPruning, TextDataModule, WeightPruning, load
+from kit.events import Own, loader
 from kit.fits import data, module, trainer
 from kit.published import record_of
 
@@ -241,3 +242,27 @@ def test_events_before_and_in_training(files, tmp_path, capsys):
             assert float(rows[after[0]][1].replace(",", "")) > 1
         events = json.loads((tmp_path / "model" / "billhook.json").read_text())["events"]
         assert [event["what"][:5] for event in events] == ["4 -> ", "Wanda"]
+
+
+@pytest.mark.parametrize("way", ["folder", "file"])
+def test_a_plot_that_cannot_be_written_is_refused_before_training(tmp_path, way):
+    (tmp_path / "plot.png").mkdir()
+    (tmp_path / "file").touch()
+    report = Report(str(tmp_path / "plot.png" if way == "folder" else tmp_path / "file" / "plot.png"))
+    reason = "it is a folder" if way == "folder" else "file is not a folder that can be written to"
+    with pytest.raises(ValueError, match=f"plot_file='.*' cannot be written, because .*{reason}. Pass another file."):
+        trainer(tmp_path, [report], max_steps=1).fit(Own(), loader(), loader(4, 4))
+
+
+def test_a_plot_that_fails_costs_nothing_else(tmp_path, capsys):
+    """A folder takes its place while training runs."""
+
+    class Taken(pl.Callback):
+        def on_train_start(self, trainer, pl_module):
+            (tmp_path / "plot.png").mkdir()
+
+    callbacks = [Taken(), Report(str(tmp_path / "plot.png")), Export(str(tmp_path / "model"))]
+    with pytest.warns(UserWarning, match="Report: .*plot.png was not written"):
+        trainer(tmp_path, callbacks, max_steps=1).fit(Own(), loader(), loader(4, 4))
+    assert "end of training" in capsys.readouterr().out
+    assert (tmp_path / "model" / "config.json").exists()

@@ -12,6 +12,7 @@ from billhook import KVHeadConversion, TransformerModule
 from billhook.kv_heads.config import kv_heads_of
 from billhook.kv_heads.convert import convert_kv_heads
 from billhook.training import ShapeInCheckpoint
+from kit.events import Own, Watch, loader
 from kit.families import llama, tokens
 from kit.fits import data, module, same, trainer, weights
 
@@ -361,3 +362,27 @@ def test_training_that_ends_before_a_stage_says_so(files, tmp_path, at, told):
     callback = KVHeadConversion([2, 1], at=at, measure_batches=0)
     with pytest.warns(UserWarning, match=f"training ended at step 3, before {told}"):
         trainer(tmp_path, [callback, Stop()]).fit(module(), data(files))
+
+
+class Early(Own):
+    """Creates its optimizer in its constructor, where billhook finds it, or where it does not."""
+
+    def __init__(self, hidden):
+        super().__init__()
+        made = torch.optim.SGD(self.parameters(), 0.1)
+        self.made = (made,) if hidden else made
+
+    def configure_optimizers(self):
+        return self.made[0] if isinstance(self.made, tuple) else self.made
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_an_optimizer_from_before_the_start(tmp_path, hidden):
+    """It trains the new projections, or is refused."""
+    lit, conversion = Early(hidden), KVHeadConversion(2, at="start", method="mean")
+    if hidden:
+        with pytest.raises(ValueError, match="SGD was created before training and holds parameters that KVHeadConversion has"):
+            trainer(tmp_path, [conversion], max_steps=2).fit(lit, loader(), loader(4, 4))
+        return
+    trainer(tmp_path, [conversion, Watch()], max_steps=2).fit(lit, loader(), loader(4, 4))
+    assert lit.net.config.num_key_value_heads == 2

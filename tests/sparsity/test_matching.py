@@ -223,8 +223,8 @@ def test_families(name, sequential):
     model = family(name)
     before = copy.deepcopy(model)
     plan = prunes.prune(model, bh.Wanda(), batches_of(model), 0.5, sequential=sequential, match=BlockMatching(steps=3))
-    assert abs(plan.sparsity - 0.5) < 0.01
     masks, linears = plan.masks(model), prunable(model)
+    assert all(abs(float(mask.float().mean()) - 0.5) < 0.05 for mask in masks.values())
     assert all(not linears[name].weight[~mask].any() for name, mask in masks.items())
     moved = [name for name, mask in masks.items() if not torch.equal(linears[name].weight, prunable(before)[name].weight * mask)]
     assert len(moved) >= len(masks) / 2

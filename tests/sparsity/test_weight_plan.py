@@ -8,9 +8,12 @@ import torch
 from torch import nn
 
 import billhook as bh
+from billhook.model.layers import prunable
 from billhook.model.plan import ModelPlan, apply
 from billhook.sparsity.weight_plan import WeightPlan
+from kit.events import Own, loader
 from kit.families import llama
+from kit.fits import trainer
 from kit.sparsity import batches_of, family
 
 
@@ -57,6 +60,7 @@ def test_linears_that_were_not_called_are_named_in_json_too():
     again = WeightPlan.from_json(plan.to_json(), model)
     assert again.uncalled == ("other",)
     assert again.shapes == plan.shapes
+    assert plan.sparsity == again.sparsity == 32 / 96
 
 
 def test_new_values_come_first_and_go_with_an_error():
@@ -110,3 +114,21 @@ class TestRefused:
     def test_another_model(self, plain):
         with pytest.raises(ValueError, match=r"belongs to another model: 0 has shape \(8, 8\) in the plan and \(4, 8\) here"):
             ModelPlan.from_json(plain, nn.Sequential(nn.Linear(8, 4)))
+
+
+def test_sparsity_counts_experts_that_stay_dense(tmp_path):
+    """In the plan, in JSON, and in the metrics of a fit."""
+    lit = Own()
+    lit.net = family("mixtral").train()
+    experts = {name: value for name, value in lit.net.named_parameters() if value.dim() == 3}
+    linear = sum(layer.weight.numel() for layer in prunable(lit.net).values())
+    expected = 0.5 * linear / (linear + sum(value.numel() for value in experts.values()))
+    with pytest.warns(UserWarning, match="these weights hold several matrices"):
+        plan = bh.prune(lit.net, bh.Magnitude(), sparsity=0.5, dry_run=True)
+    assert set(plan.unsupported) == set(experts)
+    assert plan.sparsity == WeightPlan.from_json(plan.to_json(), lit.net).sparsity == pytest.approx(expected, abs=1e-3)
+    callback = bh.WeightPruning(bh.Magnitude(), sparsity=0.5, measure_batches=0)
+    with pytest.warns(UserWarning, match="these weights hold several matrices"):
+        trainer(tmp_path, [callback], max_steps=1).fit(lit, loader(), loader(4, 4))
+    assert callback.events[0]["after"]["sparsity"] == plan.sparsity
+    assert callback.metrics(lit.net)["sparsity"] == pytest.approx(plan.sparsity, abs=1e-3)

@@ -25,7 +25,7 @@ from billhook.fit.shape_event import ShapeCallback, check_no_shape_changes
 from billhook.fit.targets import At, check_at, round_targets
 from billhook.model.find import find_transformer
 from billhook.schedules import Schedule
-from billhook.sparsity.checks import check_matching, check_pruning, find_countable_adapters, needs_data
+from billhook.sparsity.checks import check_matching, check_pruning, find_countable_adapters, needs_data, unsupported_weights
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.enforcement import EnforcedMasks
 from billhook.sparsity.masks import check_amount
@@ -103,7 +103,7 @@ class WeightPruning(EventCallback, ShapeFollower):
                     "or None, or match=None."
                 )
             check_matching(self.criterion, self.options.sequential, count_adapters=False)
-        self._hold, self._adapted, self._layers = EnforcedMasks(), list[str](), list[str]()
+        self._hold, self._adapted, self._weights = EnforcedMasks(), list[str](), list[str]()
         super().__init__(FitCalibration.of(calibration), measure_batches)
 
     def reset(self) -> None:
@@ -139,7 +139,8 @@ class WeightPruning(EventCallback, ShapeFollower):
         super().resolve(fit)
         model = fit.model
         layers = check_pruning(model, self.criterion, self.pattern, self.options)
-        self._layers = list(layers)
+        with adapters_removed(model):
+            self._weights = [*(f"{layer}.weight" for layer in layers), *unsupported_weights(model, layers)]
         self.check_layers(layers)
         if self._counts:
             find_countable_adapters(model, self.criterion, layers, f"adapters={self.adapters!r}")
@@ -202,13 +203,13 @@ class WeightPruning(EventCallback, ShapeFollower):
         return f"{self._how} sparsity {pruning.sparsity:.4f} in {len(pruning.pruned)} linear layers"
 
     def metrics(self, model: nn.Module) -> dict[str, float | None]:
-        """Returns the fraction of zeros in the pruned layers."""
+        """Returns the fraction of zeros in the weights that the callback covers, as `WeightPlan.sparsity`."""
         subject = find_transformer(model)
         reshard(subject)
         with adapters_removed(subject):
             zeros, sizes = zeros_by_name(subject) or {}, dict(subject.named_parameters())
             num_zeros = total = 0
-            for name in (f"{layer}.weight" for layer in self._layers):
+            for name in self._weights:
                 if name in zeros:
                     num_zeros, total = num_zeros + zeros[name], total + sizes[name].numel()
         return {"sparsity": num_zeros / total} if total else {}

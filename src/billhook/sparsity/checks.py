@@ -227,16 +227,23 @@ def check_called_once(model: nn.Module, runs: Sequence[Run]) -> None:
         raise_called_again(again)
 
 
-def warn_of_unsupported_weights(model: nn.Module, linears: Mapping[str, nn.Module]) -> None:
-    """Warns of three-dimensional weights, such as fused experts, which are not pruned."""
+def unsupported_weights(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of three-dimensional weights, such as fused experts, which are not pruned."""
     inside = {module for site in find_sites(model, linears, "block") for module in site.module.modules()}
-    shapes = {}
-    for name, module in model.named_modules():
+    shapes = dict[str, tuple[int, ...]]()
+    for owner, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False) if module in inside else ():
-            if parameter.dim() == 3 and min(parameter.shape) > 1 and not isinstance(module, CONVOLUTIONS):
-                shapes[re.sub(r"\b\d+\b", "*", f"{name}.{attribute}")] = list(parameter.shape)
+            name, shape = f"{owner}.{attribute}", tuple(parameter.shape)
+            if len(shape) == 3 and min(shape) > 1 and not isinstance(module, CONVOLUTIONS):
+                shapes[name] = shape
+    return shapes
+
+
+def warn_of_unsupported_weights(shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Warns of weights that are not pruned, similar ones once."""
     if shapes:
-        listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+        similar = {re.sub(r"\b\d+\b", "*", name): list(shape) for name, shape in shapes.items()}
+        listed = ", ".join(f"{name} {shape}" for name, shape in similar.items())
         warnings.warn(f"these weights hold several matrices, are not linear layers, and stay dense: {listed}", stacklevel=3)
 
 

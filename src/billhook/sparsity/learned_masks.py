@@ -18,7 +18,14 @@ from billhook.engine.state import replaced
 from billhook.engine.statistics import Statistics
 from billhook.model.layers import find_tied, prunable, to_layout, weight_of
 from billhook.sparsity.allocation import Uniform, allocate_sparsities
-from billhook.sparsity.checks import check_called, check_pruning, make_runs, needs_data, warn_of_unsupported_weights
+from billhook.sparsity.checks import (
+    check_called,
+    check_pruning,
+    make_runs,
+    needs_data,
+    unsupported_weights,
+    warn_of_unsupported_weights,
+)
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.grouped import GroupedStatistics, empty_statistics, prefix_errors, prune_weight, score_weight
 from billhook.sparsity.masks import check_amount, parse_pattern, where_kept
@@ -97,7 +104,7 @@ def find_mask_rules(
     """Returns the mask rules of the masks that `prune` would make, without changing the model."""
     linears = check_pruning(model, criterion, pattern, options)
     walks = Walks(model, linears, make_runs(model, batches, comm, criterion, options.allocation), comm, None, None, {})
-    warn_of_unsupported_weights(model, linears)
+    warn_of_unsupported_weights(unsupported_weights(model, linears))
     sparsities = allocate_sparsities(walks, check_amount(sparsity, pattern), options.allocation or Uniform())
     make = partial(_NotingVisitor, criterion, sparsities, pattern, None)
     noted = walks(options.sequential if needs_data(criterion) else None, make).noted

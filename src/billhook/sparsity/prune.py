@@ -31,6 +31,7 @@ from billhook.sparsity.checks import (
     make_runs,
     needs_data,
     too_few_tokens,
+    unsupported_weights,
     warn_of_unsupported_weights,
 )
 from billhook.sparsity.criteria import Criterion, Wanda
@@ -127,7 +128,8 @@ def prune(
             adapters = find_countable_adapters(model, criterion, linears) if count_adapters else {}
             runs = make_runs(model, batches, comm, criterion, allocation, match)
             check_called_once(model, runs)
-            warn_of_unsupported_weights(model, linears)
+            unsupported = unsupported_weights(model, linears)
+            warn_of_unsupported_weights(unsupported)
             expected = expected_tokens(criterion, linears, runs, comm)
             if message := too_few_tokens(criterion, expected):  # before the work, if the number is known
                 log_once(message)
@@ -152,7 +154,7 @@ def prune(
             if message := too_few_tokens(criterion, fewer):
                 log_once(message)
         shapes = dict(zip(linears, map(size_of, linears.values()), strict=True))
-        plan = WeightPlan(type(model).__name__, str(criterion), pattern, pruned, shapes, left_out)
+        plan = WeightPlan(type(model).__name__, str(criterion), pattern, pruned, shapes, left_out, unsupported)
         if not dry_run:
             plan.apply(model)
     return plan

@@ -7,10 +7,10 @@ import hashlib
 import math
 import re
 from base64 import b64decode, b64encode
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import numpy as np
@@ -203,6 +203,7 @@ class WeightPlan(ModelPlan):
             saved.
         shapes: Shape of each layer's weight, `[out_features, in_features]`.
         uncalled: Layers that stay dense because no batch called them.
+        unsupported: Shape of each weight that stays dense because it holds several matrices, such as those of fused experts.
     """
 
     kind: ClassVar[str] = "weights"
@@ -212,12 +213,14 @@ class WeightPlan(ModelPlan):
     pruned: Mapping[str, PrunedLayer]
     shapes: Mapping[str, tuple[int, ...]]
     uncalled: tuple[str, ...] = ()
+    unsupported: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
-        """Fraction of weights that are removed, over all pruned layers."""
-        total = sum(math.prod(self.shapes[name]) for name in self.pruned)
-        return 1 - sum(part.kept for part in self.pruned.values()) / total if total else 0.0
+        """Fraction of weights that are removed, over all layers that the call covers, those that stay dense included."""
+        total = sum(map(math.prod, [*self.shapes.values(), *self.unsupported.values()]))
+        removed = sum(math.prod(self.shapes[name]) - part.kept for name, part in self.pruned.items())
+        return removed / total if total else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Returns the plan as plain data: a bit per weight, and changed values in base64.
@@ -227,7 +230,7 @@ class WeightPlan(ModelPlan):
         pruned = {name: {"shape": list(self.shapes[name]), **part.to_json()} for name, part in self.pruned.items()}
         names = {"kind": self.kind, "model": self.model, "criterion": self.criterion, "pattern": self.pattern}
         uncalled = {name: list(self.shapes[name]) for name in self.uncalled}
-        return names | {"pruned": pruned, "uncalled": uncalled}
+        return names | {"pruned": pruned, "uncalled": uncalled, "unsupported": dict(self.unsupported)}
 
     @classmethod
     def _read(cls, plain: Mapping[str, Any], model: nn.Module) -> Self:
@@ -238,9 +241,10 @@ class WeightPlan(ModelPlan):
                 shapes[name] = tuple(map(int, part["shape"]))
                 pruned[name] = PrunedLayer.from_json(part, math.prod(shapes[name]))
             uncalled = {name: tuple(map(int, shape)) for name, shape in plain["uncalled"].items()}
+            unsupported = {name: tuple(map(int, shape)) for name, shape in plain["unsupported"].items()}
         except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(f"plan was not written by WeightPlan.to_json ({type(error).__name__}: {error})") from error
-        plan = cls(kind, criterion, pattern, pruned, shapes | uncalled, tuple(uncalled))
+        plan = cls(kind, criterion, pattern, pruned, shapes | uncalled, tuple(uncalled), unsupported)
         plan.check_made_for(model)
         return plan
 
@@ -322,4 +326,6 @@ class WeightPlan(ModelPlan):
             spread = f"{low:.4f}" if high - low < 5e-5 else f"{low:.4f} to {high:.4f}"
             rows.append((name, f"{len(values):>4} x [{out_features:>6,}, {in_features:>6,}]  sparsity {spread}"))
         rows += [(name, "not called by any batch, kept dense") for name in self.uncalled]
+        kinds = Counter((re.sub(r"\b\d+\b", "*", name), shape) for name, shape in self.unsupported.items())
+        rows += [(name, f"{count:>4} x {list(shape)}  not linear layers, kept dense") for (name, shape), count in kinds.items()]
         return [f"{self.criterion}, {self.pattern}", text_table(rows, aligns="<", indent=2)]

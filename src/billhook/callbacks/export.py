@@ -211,13 +211,17 @@ class Export(FitCallback):
         if fit.is_trial:
             rank_zero_info(f"billhook: fast_dev_run, so {self.folder} was not written")
             return
-        _check_events_kept(fit)
         model, failed = fit.model, list[Exception]()
         if _vocab_size(model) != self._vocab_size:  # tokens were removed, which the first batch may have
             self._along = fit.preprocessors() or self._along
             self._probe = self.probe
-        with blockwise(model):
-            on_first_rank(fit, "Export", partial(self._export, fit, model, failed), store_of(model).independently)
+        try:
+            _check_events_kept(fit)
+        except ValueError as error:
+            failed.append(error)  # the weights are kept
+        else:
+            with blockwise(model):
+                on_first_rank(fit, "Export", partial(self._export, fit, model, failed), store_of(model).independently)
         full = any(isinstance(error, OSError) and error.errno == errno.ENOSPC for error in failed)
         words = [f"{type(error).__name__}: {error}" for error in failed if not full]
         for why in from_first_rank(fit, "Export", "the error", words):

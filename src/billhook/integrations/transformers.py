@@ -1,6 +1,7 @@
 """billhook's callbacks in transformers' Trainer, and in trainers that derive from it."""
 
 import json
+import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
@@ -33,6 +34,10 @@ STATE = "billhook_fit.pt"
 """File of a checkpoint folder with the state of callbacks."""
 BASE = "base_model"
 """Folder of a PEFT checkpoint with the base model, once an event has changed it in training."""
+
+
+LORA = re.compile(r"\.lora_\w+\.(\w+)")
+"""Part of a parameter's name with the name of its adapter."""
 
 
 class Callbacks(TrainerCallback, ExportableState):
@@ -207,7 +212,8 @@ class Callbacks(TrainerCallback, ExportableState):
 
     def _changes_base(self, fit: TransformersFit) -> bool:
         """Returns whether an event has changed the base model of adapters, which checkpoints of PEFT lack."""
-        return has_adapters(fit.model) and len(events_of(fit)) > self._repeatable
+        adapted = hasattr(fit.module, "peft_config") or has_adapters(fit.model)
+        return adapted and len(events_of(fit)) > self._repeatable
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **hooked: Any) -> None:  # noqa: ANN401
         """Applies events that are due after the last step, and ends training."""
@@ -310,10 +316,10 @@ def _save_base(fit: TransformersFit, folder: Path) -> None:
 
 def _refuse_other_shape(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: object) -> None:
     """Raises `ValueError` before the Trainer loads a checkpoint into a model of another shape."""
-    lora = has_adapters(model)
+    lora, adapters = has_adapters(model), {match[1] for key in state if (match := LORA.search(key))}
     for name, parameter in model.named_parameters():
-        saved = state.get(f"{prefix}{name}")
-        removed = saved is None and lora and ".lora_" in name
+        saved, match = state.get(f"{prefix}{name}"), LORA.search(name)
+        removed = saved is None and match is not None and match[1] in adapters
         if removed or (saved is not None and saved.shape != parameter.shape):
             advice = "Load the model from the checkpoint folder (bh.load) before the Trainer is created."
             of_shape = "no longer" if saved is None else f"of shape {list(saved.shape)}"

@@ -91,7 +91,7 @@ class FitCalibration:
             if isinstance(source, Iterator) or (streams and not _starts_again(source)):
                 raise ValueError(
                     f"calibration: examples come from the training data, but {type(source).__name__} can be read only "
-                    "once, or in another order each time. Pass batches or a Calibration."
+                    "once. Pass batches or a Calibration."
                 )
 
     def read(self, fit: Fit, same_on_ranks: bool = False) -> Iterator[Any]:

@@ -203,7 +203,7 @@ class WeightPruning(EventCallback, ShapeFollower):
         return f"{self._how} sparsity {pruning.sparsity:.4f} in {len(pruning.pruned)} linear layers"
 
     def metrics(self, model: nn.Module) -> dict[str, float | None]:
-        """Returns the fraction of zeros in the weights that the callback covers, as `WeightPlan.sparsity`."""
+        """Returns the fraction of zeros, as in `WeightPlan.sparsity`."""
         subject = find_transformer(model)
         reshard(subject)
         with adapters_removed(subject):

@@ -100,7 +100,9 @@ def prune(
     lines = [plan.text()]
     if amount - plan.sparsity >= TOLERANCE:
         dense = plan.unsupported or plan.uncalled
-        reason = f"{amount:g} of the pruned layers; others stay dense" if dense else f"rounded down from {amount:g} to whole weights"
+        reason = (
+            f"{amount:g} of the pruned layers; others stay dense" if dense else f"rounded down from {amount:g} to whole weights"
+        )
         lines.append(f"Sparsity: {plan.sparsity:.4f} ({reason})")
     if dry_run:
         work.print_dry_run("\n".join(lines))

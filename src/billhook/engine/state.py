@@ -63,7 +63,7 @@ def forked(device: torch.device) -> AbstractContextManager[None]:
 
 
 def seed_random_state(number: int, device: torch.device) -> None:
-    """Seeds torch on the CPU and a device; `torch.manual_seed` would seed all other devices, too."""
+    """Seeds torch on the CPU and a device; `torch.manual_seed` seeds all devices."""
     torch.default_generator.manual_seed(number)
     if _has_own(device):
         torch.get_device_module(device).manual_seed(number)

@@ -104,7 +104,7 @@ class Fit(ABC):
     @property
     @abstractmethod
     def existing_optimizers(self) -> list[Optimizer]:
-        """Optimizers that were created before training begins, and must follow changes at the start."""
+        """Optimizers from before training, which must follow changes at the start."""
 
     @property
     def averages(self) -> list[tuple[object, nn.Module | None]]:

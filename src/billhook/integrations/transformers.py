@@ -211,7 +211,7 @@ class Callbacks(TrainerCallback, ExportableState):
         replace_file(folder / f".{STATE}", folder / STATE)
 
     def _changes_base(self, fit: TransformersFit) -> bool:
-        """Returns whether an event has changed the base model of adapters, which checkpoints of PEFT lack."""
+        """Returns whether an event has changed the base model, which PEFT does not save."""
         adapted = hasattr(fit.module, "peft_config") or has_adapters(fit.model)
         return adapted and len(events_of(fit)) > self._repeatable
 
@@ -260,7 +260,7 @@ class Callbacks(TrainerCallback, ExportableState):
             self._shape_check.remove()
 
     def _state_of(self, state: TrainerState) -> dict[str, Any]:
-        """Returns what `trainer_state.json` holds of `state`; raises `ValueError` for several `Callbacks`."""
+        """Returns the entry of `trainer_state.json`; raises `ValueError` for several `Callbacks`."""
         states: Any = state.stateful_callbacks or {}
         saved = states.get(type(self).__name__)
         if isinstance(saved, list):

@@ -229,7 +229,9 @@ def _unpacked(saved: Mapping[str, Any], device: torch.device) -> Tensor:
 
 
 def _averaged_by(optimizer: Optimizer, pairs: Iterable[tuple[nn.Parameter, Tensor]]) -> tuple[list[Tensor], list[Tensor]]:
-    """Returns the copies of weights that a schedule-free optimizer mixes into them in `eval()` and `train()`, and their masks.
+    """Returns the copies of weights that a schedule-free optimizer keeps, and their masks.
+
+    Its `eval()` and `train()` mix them into the weights.
 
     Defazio et al., The Road Less Scheduled (2024), https://arxiv.org/abs/2405.15682: x = (1 - 1/b) z + y/b, with y the weight.
     """

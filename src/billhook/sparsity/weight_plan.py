@@ -217,7 +217,7 @@ class WeightPlan(ModelPlan):
 
     @property
     def sparsity(self) -> float:
-        """Fraction of weights that are removed, over all layers that the call covers, those that stay dense included."""
+        """Fraction of weights that are removed, over all layers, with those that stay dense."""
         total = sum(map(math.prod, [*self.shapes.values(), *self.unsupported.values()]))
         removed = sum(math.prod(self.shapes[name]) - part.kept for name, part in self.pruned.items())
         return removed / total if total else 0.0

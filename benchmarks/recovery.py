@@ -7,7 +7,7 @@ Calibration is the first 32 windows of 512 tokens of TRAIN, perplexity that of t
 each, in float32, summed in float64. Every row is a fresh process and trains on the same batches of TRAIN in the same order,
 with AdamW, a warm-up of 10 % of the steps and cosine decay, all weights at one learning rate and adapters at another
 (LLM-Pruner's: r = 8, alpha = 16, dropout 0.05, on all linears). Gradual: Wanda in six rounds along a cubic schedule, over the
-first 60 % of the steps. Learned: masks are chosen anew at each of those steps (`SRSTE`). The learning rates are customary ones,
+first 60 % of the steps. The learning rates are customary ones,
 not tuned; to tune them, cut TRAIN in two and give its parts as TRAIN and TEST.
 Masked adapters are the same before and after they are merged, but for rounding (the largest difference of logits on the first
 window is printed), so only what is merged is measured. CPU seconds are those of one thread.
@@ -41,9 +41,7 @@ ROWS = {  # how it is pruned, and what is trained
     "dense, LoRA": (None, "adapters"),
     "Wanda, 50 %": ((bh.Wanda(), HALF), "all weights"),
     "Wanda, to 50 % gradually": ((bh.Wanda(), None), "all weights"),
-    "Wanda, learned to 50 %": ((bh.Wanda(), HALF | {"end": 0.6}), "all weights"),
     "Wanda, 2:4": ((bh.Wanda(), PAIRS), "all weights"),
-    "Wanda, learned to 2:4": ((bh.Wanda(), PAIRS | {"end": 0.6}), "all weights"),
     "Refit, 50 %": ((bh.criteria.Refit(), HALF | LAYER), "all weights"),
     "Refit, 50 %, LoRA masked": ((bh.criteria.Refit(), HALF | LAYER), "masked adapters"),
     "Refit, 50 %, LoRA": ((bh.criteria.Refit(), HALF | LAYER), "adapters"),
@@ -118,8 +116,7 @@ def train_weights(model, pruning, calibration, look, options):
     if pruning is not None:
         criterion, settings = pruning
         settings = settings or {"sparsity": bh.schedules.Cubic(0.5, end=0.6, every=max(1, options.steps // 10))}
-        kind = bh.SRSTE if "end" in settings else bh.WeightPruning
-        callbacks = [kind(criterion, **settings, calibration=calibration, measure_batches=0)]
+        callbacks = [bh.WeightPruning(criterion, **settings, calibration=calibration, measure_batches=0)]
     train(model, options.lr, [watch, *callbacks], options)
     return model, {"before": watch.seen, "step": median(watch.seconds), "trained": perplexity(model, options.held_out)}
 

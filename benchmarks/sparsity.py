@@ -78,10 +78,6 @@ ROWS = {
     ),
     "Refit(SparseGPT), 2:4, layer": (bh.criteria.Refit(bh.SparseGPT()), PAIRS | LAYER),
 }
-ROWS |= {
-    f"{name}, permuted": (criterion, settings | {"permute": True})
-    for name, (criterion, settings) in ((name, ROWS[name]) for name in ROWS if "2:4" in name)
-}
 MEASURED = "sparsity | CPU s | forwards | peak memory above the model, MiB"
 
 

@@ -252,7 +252,6 @@ BESIDE = {
     "Amount": {"residual": 0.5},
     "DepthPruning": {"blocks": 1},
     "StopWhenWorse": {"monitor": "val_loss"},
-    "SRSTE": {"sparsity": 0.5},
     "Budget": {"params": 0.9},
     "WeightPruning": {"sparsity": 0.5},
     "measure_speed": {"contexts": [4], "new_tokens": 2, "rounds": 1, "batch_sizes": [1]},

@@ -19,8 +19,6 @@ ROUNDS = {
     "weights, unevenly": lambda: prunes.WeightPruning(sparsity=HALF, allocation=bh.criteria.OWL(), **FEW),
     "weights, solved for": lambda: prunes.WeightPruning(bh.SparseGPT(), HALF, **FEW),
     "weights, matched": lambda: prunes.WeightPruning(sparsity=HALF, match=bh.criteria.BlockMatching(), sequential="layer", **FEW),
-    "masks that are learned": lambda: prunes.SRSTE(sparsity=0.5, end=3, **FEW),
-    "pairs that are learned": lambda: prunes.SRSTE(bh.criteria.RIA(), pattern="2:4", sequential="layer", end=3, **FEW),
     "masked heads": lambda: bh.HeadPruning(HALF, remove="never", **FEW),
     "heads": lambda: bh.HeadPruning(
         HALF, remove="rounds", options=bh.HeadOptions(ranking="global"), importance=bh.importance.Taylor(), **FEW
@@ -43,7 +41,7 @@ def optimizer_state(run):
     return [value for state in run.optimizers[0].state.values() for value in state.values()]
 
 
-@pytest.mark.daily("weights, unevenly", "weights, matched", "pairs*", "heads", "channels", "KV heads that turn and move")
+@pytest.mark.daily("weights, unevenly", "weights, matched", "heads", "channels", "KV heads that turn and move")
 @pytest.mark.parametrize("name", ROUNDS)
 def test_resumed_equals_straight_through(tmp_path, name):
     straight, callback = Own(), ROUNDS[name]()

@@ -18,12 +18,6 @@ RISING = bh.schedules.Cubic(final=1.0, start=1, end=4, every=1)
 # each with the steps of its events
 CALLBACKS = {
     "held masks": (lambda folder: prunes.WeightPruning(sparsity=0.5, at=1, **FEW), [1]),
-    "learned masks": (lambda folder: prunes.SRSTE(sparsity=0.5, at=1, end=STEPS, **FEW), [1]),
-    "learned N:M": (lambda folder: prunes.SRSTE(bh.criteria.RIA(), pattern="2:4", at=1, end=STEPS, **FEW), [1]),
-    "learned in layers": (
-        lambda folder: prunes.SRSTE(bh.Magnitude(), 0.5, at=1, end=STEPS, **FEW),
-        [1],
-    ),
     "KV heads": (lambda folder: bh.KVHeadConversion(2, at=3, measure_batches=0), [3]),
     "KV heads by layer": (lambda folder: bh.KVHeadConversion(2, at=RISING, measure_batches=0), [2, 4]),
     "KV heads that move": (lambda folder: bh.KVHeadConversion(2, at=5, over=3, measure_batches=0), [2, 5]),
@@ -48,7 +42,7 @@ def plain(tmp_path_factory):
     return steps(tmp_path_factory.mktemp("plain"), [])
 
 
-@pytest.mark.daily("held masks", "learned N:M", "KV heads that move", "masked heads", "structure")
+@pytest.mark.daily("held masks", "KV heads that move", "masked heads", "structure")
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_a_step_waits_for_nothing(tmp_path, plain, name, monkeypatch):
     make, events = CALLBACKS[name]

@@ -170,30 +170,3 @@ def test_offloaded_to_the_only_device_there_is_the_figures_are_the_same(tmp_path
     plain, *others = (json.loads((tmp_path / out / "billhook.json").read_text()) for out in ("plain", "offloaded", "said"))
     assert all(other["perplexity"] == plain["perplexity"] for other in others)
     assert {one.name for one in tmp_path.iterdir() if one.is_dir()} == {"plain", "offloaded", "said"}
-
-
-def test_channels_in_the_order_in_which_groups_lose_least(tmp_path, data, capsys):
-    main(["prune", "tiny", str(tmp_path / "out"), "--pattern", "2:4", "--permute", "true", *data, *SHORT])
-    assert "  permute channels\n" in capsys.readouterr().out
-    record, dense = json.loads((tmp_path / "out" / "billhook.json").read_text()), bh.load("tiny")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    assert record["pruned"]["permute"] is True
-    weight = model.model.layers[0].mlp.down_proj.weight
-    assert (weight.view(len(weight), -1, 4) != 0).sum(-1).eq(2).all()
-    before, then = dense.model.embed_tokens.weight[5].tolist(), model.model.embed_tokens.weight[5].tolist()
-    assert before != then
-    assert sorted(before) == sorted(then)
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        (["--sparsity", "0.5"], "channel order matters only for N:M patterns"),
-        (["--pattern", "2:4", "--dry_run", "true"], "permute=True cannot be combined with dry_run=True"),
-        (["--pattern", "2:4", "--stream", "true"], "permute does not support streamed models"),
-    ],
-)
-def test_an_order_that_cannot_be_changed(tmp_path, data, settings, said):
-    with pytest.raises(SystemExit, match=said):
-        main(["prune", "tiny", str(tmp_path / "out"), "--permute", "true", *settings, *data])
-    assert not (tmp_path / "out").exists()

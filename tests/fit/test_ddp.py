@@ -48,7 +48,7 @@ def test_two_processes_equal_one_on_the_same_global_batches(of_two, files, tmp_p
 
 
 @pytest.mark.daily("weights, text")
-@pytest.mark.parametrize("name", ["weights, tuples", "weights, text", "weights, matched", "weights, learned"])
+@pytest.mark.parametrize("name", ["weights, tuples", "weights, text", "weights, matched"])
 def test_two_processes_prune_as_one_does(of_two, files, tmp_path, name):
     state, (masks, events) = of_two(name)
     _, single, (masks_of_one, events_of_one) = FITS[name].run(tmp_path, files)

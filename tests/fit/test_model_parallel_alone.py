@@ -122,13 +122,6 @@ def test_layers_that_torch_recomputes_are_refused_before_training(tmp_path, alon
     assert run.global_step == 0
 
 
-def test_masks_that_are_learned_are_refused(tmp_path, alone):
-    callback = prunes.SRSTE(bh.Wanda(), 0.5, **GIVEN)
-    match = "SRSTE does not support ModelParallelStrategy, because masks need unsharded weights at each step"
-    with pytest.raises(ValueError, match=match):
-        trainer(tmp_path, [callback], strategy=alone).fit(Own())
-
-
 def test_a_module_that_an_earlier_fit_has_sharded_is_converted(tmp_path, alone):
     lit = Own()
     trainer(tmp_path, [], max_steps=1, strategy=alone).fit(lit)

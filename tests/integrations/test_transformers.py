@@ -270,16 +270,6 @@ def test_settings_of_the_trainer(tmp_path, event, settings):
     assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-def test_srste_is_that_of_lightning(tmp_path):
-    make = lambda: bh.SRSTE(bh.Magnitude(), sparsity=0.5, at=1, end=3, measure_batches=0)  # noqa: E731
-    callback, other, lit = make(), make(), Plain()
-    model, _ = train(tmp_path, [callback])
-    trainer(tmp_path, [other], max_steps=4).fit(lit, loader(), loader(4, 4))
-    close(model, lit.net)
-    assert all(torch.equal(mask, other.masks[name]) for name, mask in callback.masks.items())
-    assert figures(model)[-1] == 0.5
-
-
 def test_adapters(tmp_path):
     """LoRA by peft: pruned at the start, trained, merged, and masked in the end."""
     model = Own().net

@@ -136,12 +136,6 @@ FITS = {
     "weights, tuples": weight_pruning(FitOfTuples),
     "weights, text": weight_pruning(module),
     "weights, matched": weight_pruning(module, 8, bh.criteria.BlockMatching()),  # as many examples as make batches of equal parts
-    "weights, learned": Fit(
-        module,
-        lambda: bh.SRSTE(sparsity=0.5, end=4, calibration=7, measure_batches=2),
-        lambda one: [one.masks, one.events],
-        {"accumulate_grad_batches": 2},
-    ),
     "heads in rounds": head_pruning("rounds", given=False),
     "heads at the end": head_pruning("end", given=True),
     "structure": structured_pruning(),
@@ -409,7 +403,6 @@ ZEROS = {"sparsity": 0.5, "at": 1, "measure_batches": 0}
 STEPS = {
     "plain": (FitOfTuples, lambda: []),
     "held masks": (FitOfTuples, lambda: [prunes.WeightPruning(bh.Magnitude(), **ZEROS)]),
-    "learned masks": (FitOfTuples, lambda: [prunes.SRSTE(bh.Magnitude(), end=5, **ZEROS)]),
     "masked adapters": (Adapted, lambda: [prunes.WeightPruning(bh.Magnitude(), adapters="mask", **ZEROS)]),
 }
 """Fits whose steps ask the device for nothing once weights are zero."""

@@ -1,4 +1,4 @@
-"""`bh.prune`, `bh.WeightPruning` and `bh.SRSTE` with the settings of `bh.PruneOptions` among their other arguments."""
+"""`bh.prune` and `bh.WeightPruning` with the settings of `bh.PruneOptions` among their other arguments."""
 
 from dataclasses import fields
 
@@ -20,7 +20,3 @@ def prune(*args, **arguments):
 
 def WeightPruning(*args, **arguments):  # noqa: N802 - as the class that it makes
     return bh.WeightPruning(*args, **in_object(arguments))
-
-
-def SRSTE(*args, **arguments):  # noqa: N802
-    return bh.SRSTE(*args, **in_object(arguments))

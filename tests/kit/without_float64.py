@@ -8,6 +8,7 @@ import traceback
 from types import SimpleNamespace
 
 import torch
+from billhook.sparsity.channel_order import find_order, kept_sum
 
 import billhook as bh
 from billhook.cli.machine import device_of
@@ -15,7 +16,6 @@ from billhook.engine.state import random_state, seeded, set_random_state
 from billhook.fit.measure import _Logged
 from billhook.fit.ranks import sum_over_ranks
 from billhook.model import surgery
-from billhook.sparsity.channel_order import find_order, kept_sum
 from kit import prunes
 from kit.families import llama, tokens
 from kit.standin import NAME, Registered

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from billhook.callbacks.kv_heads import KVHeadConversion as KVHeadConversion
     from billhook.callbacks.report import Report as Report
     from billhook.callbacks.shrinking import Shrinking as Shrinking
-    from billhook.callbacks.srste import SRSTE as SRSTE
     from billhook.callbacks.structured_pruning import StructuredPruning as StructuredPruning
     from billhook.callbacks.uptraining import Uptraining as Uptraining
     from billhook.callbacks.weight_pruning import WeightPruning as WeightPruning
@@ -29,7 +28,6 @@ else:  # imported on first use, because each callback needs other modules
         "Report": "billhook.callbacks.report",
         "StopWhenWorse": "billhook.callbacks.head_pruning",
         "Shrinking": "billhook.callbacks.shrinking",
-        "SRSTE": "billhook.callbacks.srste",
         "StructuredPruning": "billhook.callbacks.structured_pruning",
         "Uptraining": "billhook.callbacks.uptraining",
         "WeightPruning": "billhook.callbacks.weight_pruning",

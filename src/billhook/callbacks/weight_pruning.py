@@ -2,8 +2,8 @@
 
 import logging
 import sys
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, Literal
 
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from billhook.adapters.masked import find_adapters, mask_nonzero, require_plain_adapters
 from billhook.adapters.merge import adapters_removed
 from billhook.arguments import check_one_of, check_types
-from billhook.calibration.calibration import Batches
 from billhook.engine.passes import blockwise
 from billhook.engine.sharding import full_tensor, reshard
 from billhook.engine.zeros import zeros_by_name
@@ -141,7 +140,6 @@ class WeightPruning(EventCallback, ShapeFollower):
         layers = check_pruning(model, self.criterion, self.pattern, self.options)
         with adapters_removed(model):
             self._weights = [*(f"{layer}.weight" for layer in layers), *unsupported_weights(model, layers)]
-        self.check_layers(layers)
         if self._counts:
             find_countable_adapters(model, self.criterion, layers, f"adapters={self.adapters!r}")
         self._adapted = list(require_plain_adapters(model, layers, f"adapters={self.adapters!r}")) if self._masks_lora else []
@@ -149,9 +147,6 @@ class WeightPruning(EventCallback, ShapeFollower):
             _warn_unmasked_adapters(set(find_adapters(model)) & set(layers))
         if self._steps:
             check_no_shape_changes(fit, self, min(self._steps), sys.maxsize, "made masks", self._cannot_follow)
-
-    def check_layers(self, layers: dict[str, nn.Module]) -> None:
-        """Raises `ValueError` if the layers cannot be pruned; a subclass may check more."""
 
     def _cannot_follow(self, callback: ShapeCallback) -> str | None:
         """Returns the reason why masks cannot follow a callback's shape changes; None if they can."""
@@ -183,24 +178,19 @@ class WeightPruning(EventCallback, ShapeFollower):
 
     def apply_event(self, fit: Fit, step: int) -> None:
         """Prunes to the target sparsity of a round and logs the event."""
-        event = self.event_at(fit, self.validate(fit), step)
-        event["after"] |= self.validate(fit)
-        log_event(fit, event)
-
-    def event_at(self, fit: Fit, metrics: dict[str, float], step: int) -> Event:
-        """Prunes to the target sparsity of a round and returns the event."""
-        model = fit.model
+        model, metrics = fit.model, self.validate(fit)
         with fail_together(fit, "WeightPruning"):
             pruning = self._plan(fit, self._steps[step])
             check_identical(fit, "WeightPruning", "the masks", pruning.decided)
             event = self.record_event(fit, metrics, partial(self._apply, model, pruning, step))
-        event["after"]["sparsity"] = pruning.sparsity
-        return event
+        event["after"] |= {"sparsity": pruning.sparsity} | self.validate(fit)
+        log_event(fit, event)
 
     def _apply(self, model: nn.Module, pruning: WeightPlan, step: int) -> str:
         self._hold.hold(pruning.masks(model), partial(pruning.apply, model))
         self.last_event_step, self.last_target = step, self._steps[step]
-        return f"{self._how} sparsity {pruning.sparsity:.4f} in {len(pruning.pruned)} linear layers"
+        amount = f"sparsity {pruning.sparsity:.4f} in {len(pruning.pruned)} linear layers"
+        return f"{type(self.criterion).__name__}, {self.pattern}: {amount}"
 
     def metrics(self, model: nn.Module) -> dict[str, float | None]:
         """Returns the fraction of zeros, as in `WeightPlan.sparsity`."""
@@ -219,17 +209,15 @@ class WeightPruning(EventCallback, ShapeFollower):
         amount = f"{100 * self.last_target:.3g} %" if self.pattern == "unstructured" else self.pattern
         return f"{type(self.criterion).__name__} {amount}"
 
-    @property
-    def _how(self) -> str:
-        return f"{type(self.criterion).__name__}, {self.pattern}:"
-
     def _plan(self, fit: Fit, sparsity: float) -> WeightPlan:
+        """Returns the masks for a sparsity; blocks of a sharded model are gathered one at a time."""
         model = fit.model
-        with self._runs(fit) as runs:
+        precision = fit.forward_context() if self.needs_data else nullcontext()
+        with self.calibration.undisturbed(fit), precision, blockwise(fit.module):
             return prune(
                 model,
                 self.criterion,
-                runs,
+                fit.runs(model, self.calibration.read(fit)) if self.needs_data else None,
                 sparsity,
                 self.pattern,
                 options=self.options,
@@ -237,14 +225,6 @@ class WeightPruning(EventCallback, ShapeFollower):
                 reduce=comm_of(fit),
                 dry_run=True,
             )
-
-    @contextmanager
-    def _runs(self, fit: Fit) -> Iterator[Batches | None]:
-        """Yields calibration runs, gathering block by block; None if no data is needed."""
-        model = fit.model
-        precision = fit.forward_context() if self.needs_data else nullcontext()
-        with self.calibration.undisturbed(fit), precision, blockwise(fit.module):
-            yield fit.runs(model, self.calibration.read(fit)) if self.needs_data else None
 
     def state_dict(self) -> dict[str, Any]:
         """Returns events and masks."""

@@ -32,7 +32,6 @@ from billhook.model.preprocessors import Preprocessor
 from billhook.model.shape import KEY, Shape, shape_beyond_config, to_entry
 from billhook.model.shaped import load_as, readable
 from billhook.private_paths import without_paths
-from billhook.sparsity.learned_masks import with_learned_masks
 from billhook.versions import versions
 
 Way = Literal["plain", "equivalent", "shaped"]
@@ -171,7 +170,7 @@ def _save(
 ) -> Saved:
     """Saves a model without adapters to a locked folder, with a record of plain data."""
     expected, origin = expect(model, probe), origin_of(str(model.config.name_or_path), model.config)
-    with draft_folder(target) as draft, _untouched(model), with_learned_masks(model):
+    with draft_folder(target) as draft, _untouched(model):
         way, family, difference = _write(model, expected, draft, probe)
         for preprocessor in preprocessors:
             preprocessor.save_pretrained(draft)

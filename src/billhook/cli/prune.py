@@ -15,7 +15,6 @@ from billhook.sparsity.checks import check_folder, check_pruning, needs_data, so
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.masks import check_amount
 from billhook.sparsity.options import PruneOptions
-from billhook.sparsity.permute import check_permute
 from billhook.sparsity.prune import prune as prune_weights
 
 TOLERANCE = 5e-5
@@ -32,7 +31,6 @@ def prune(
     pattern: str = "unstructured",
     offload: bool = False,
     activations: str | None = None,
-    permute: bool = False,
     dry_run: bool = False,
 ) -> None:
     """Sets the least important weights of a model to zero, and saves it.
@@ -49,16 +47,12 @@ def prune(
         pattern: "unstructured", or "N:M" to keep N of every M consecutive inputs, such as 2:4.
         offload: If true, keeps the model in CPU memory and moves one block at a time to the device.
         activations: Folder for block outputs during calibration. Defaults to memory.
-        permute: If true, first reorders channels so that an N:M pattern loses least; the model's outputs do not change. Not with
-            dry_run.
         dry_run: If true, scores the weights, prints the plan, and writes nothing.
 
     Raises:
         ValueError: If an argument is not legal or two contradict each other, before anything is written.
     """
     amount = check_amount(sparsity, pattern)
-    if permute:
-        check_permute(pattern, dry_run, examples.stream)
     folder = check_folder(activations)
     criterion = criterion or Wanda()
     allocation, match = options.allocation, options.match
@@ -68,7 +62,7 @@ def prune(
         check_examples(work, 2, "match")
     layers = check_pruning(work.model, criterion, pattern, options)
     step = f"prune linear layers to {100 * amount:.4g}% sparsity ({pattern}) with {criterion}"
-    steps = ["permute channels"] * permute + [step] + ([] if match is None else [work.matching_step(match)])
+    steps = [step] + ([] if match is None else [work.matching_step(match)])
     if (
         not work.of_images
         and solves_for_weights(criterion)
@@ -94,7 +88,6 @@ def prune(
             progress=progress,
             offload=work.device if offload else None,
             activations=folder or spill_folder,
-            permute=permute,
             dry_run=dry_run,
         )
     lines = [plan.text()]
@@ -109,7 +102,6 @@ def prune(
         return
     record = {"criterion": plan.criterion, "pattern": pattern, "sparsity": plan.sparsity, "sequential": options.sequential}
     record |= {"match": str(match)} if match else {}
-    record |= {"permute": True} if permute else {}
     what = f"{plan.criterion}, {pattern}: sparsity {plan.sparsity:.4f} in {len(plan.pruned)} linear layers"
     work.save(before, what, {"pruned": record}, *lines)
 

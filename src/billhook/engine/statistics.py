@@ -35,17 +35,11 @@ class Statistics(ABC):
 
     chunk: ClassVar[tuple[int, int]]
     """Number of input values in float32 at a time, on the CPU and on other devices."""
-    frozen = False
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
         self.in_features = in_features
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self._largest: Tensor | None = None  # of the first inputs: distinguishes zeros from squares that underflow
-
-    def freeze(self) -> None:
-        """Checks the sums a last time. No inputs can be added, so `check` is free afterwards."""
-        self.check()
-        self.frozen = True
 
     @torch.no_grad()
     def add(self, inputs: Tensor, keep: Tensor | None = None) -> None:
@@ -77,8 +71,6 @@ class Statistics(ABC):
 
     def check(self) -> None:
         """Raises if there are no tokens, or if sums are NaN, infinite, or underflow."""
-        if self.frozen:
-            return
         finite = torch.isfinite(self.squares)
         fine = finite.all() & (self.tokens > 0)
         if self._largest is not None:

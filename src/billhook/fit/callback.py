@@ -5,7 +5,6 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
-from torch.optim import Optimizer
 
 from billhook.checkpoints.export import TRAINED
 from billhook.fit.checkpoint_hooks import ResumeState, add_resume_state, unwrap_hooks, wrap_hooks
@@ -31,9 +30,6 @@ class FitCallback(Callback):
 
     def before_batch(self, fit: Fit, batch: object) -> None:
         """Runs before each batch."""
-
-    def before_optimizer_step(self, fit: Fit, optimizer: Optimizer) -> None:
-        """Runs before each optimizer step, on gradients that may have been clipped."""
 
     def after_batch(self, fit: Fit) -> None:
         """Runs after each batch."""
@@ -77,10 +73,6 @@ class FitCallback(Callback):
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int) -> None:
         """Calls `before_batch`."""
         self.before_batch(LightningFit(trainer, pl_module), batch)
-
-    def on_before_optimizer_step(self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: Optimizer) -> None:
-        """Calls `before_optimizer_step`."""
-        self.before_optimizer_step(LightningFit(trainer, pl_module), optimizer)
 
     def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
         """Calls `after_batch`."""

@@ -131,10 +131,6 @@ class Fit(ABC):
         """Raises `ValueError` if the strategy does not support masks."""
 
     @abstractmethod
-    def check_learned_masks(self, name: str) -> None:
-        """Raises `ValueError` if the strategy does not support masks that change at each step."""
-
-    @abstractmethod
     def check_reshaping(self, name: str) -> None:
         """Raises `ValueError` if the strategy does not support shape changes."""
 

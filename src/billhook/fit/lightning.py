@@ -24,7 +24,6 @@ from billhook.fit.measure import log_card, log_metrics, log_plot, log_settings, 
 from billhook.fit.preprocessors import find_preprocessors
 from billhook.fit.run import once_model_exists, training_record, training_steps
 from billhook.fit.strategies import (
-    check_learning_strategy,
     check_masking_strategy,
     check_reshaping_strategy,
     check_strategy,
@@ -139,10 +138,6 @@ class LightningFit(Fit):
     def check_masking(self, name: str) -> None:
         """Raises `ValueError` if the strategy does not support masks."""
         check_masking_strategy(self.trainer, name)
-
-    def check_learned_masks(self, name: str) -> None:
-        """Raises `ValueError` if the strategy does not support masks that change at each step."""
-        check_learning_strategy(self.trainer, name)
 
     def check_reshaping(self, name: str) -> None:
         """Raises `ValueError` if the strategy does not support shape changes."""

@@ -36,17 +36,6 @@ def check_masking_strategy(trainer: pl.Trainer, name: str) -> None:
         raise ValueError(f"{name} under ModelParallelStrategy cannot mask the copy of {averaging[0]}. Remove {averaging[0]}.")
 
 
-def check_learning_strategy(trainer: pl.Trainer, name: str) -> None:
-    """Raises `ValueError` if the strategy or a callback does not support learned masks."""
-    if isinstance(trainer.strategy, ModelParallelStrategy):
-        raise ValueError(
-            f"{name} does not support ModelParallelStrategy, because masks need unsharded weights at each step. Use one device, "
-            "DDP, or WeightPruning."
-        )
-    if averaging := [type(callback).__name__ for callback, _ in averaging_callbacks(trainer)]:
-        raise ValueError(f"{name} cannot mask the copy of {averaging[0]}. Remove one of them.")
-
-
 def check_reshaping_strategy(trainer: pl.Trainer, name: str) -> None:
     """Raises `ValueError` if the strategy does not support shape changes."""
     check_strategy(trainer, name)

@@ -172,13 +172,6 @@ class Callbacks(TrainerCallback, ExportableState):
             for callback in self.callbacks:
                 callback.before_batch(fit, None)
 
-    def on_pre_optimizer_step(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **hooked: Any) -> None:  # noqa: ANN401
-        """Passes the hook on."""
-        with self._fitting(args, state, hooked) as fit:
-            for callback in self.callbacks:
-                for optimizer in fit.optimizers:
-                    callback.before_optimizer_step(fit, optimizer)
-
     def on_evaluate(
         self,
         args: TrainingArguments,

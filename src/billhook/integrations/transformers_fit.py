@@ -113,12 +113,6 @@ class TransformersFit(Fit):
         """Raises `ValueError` if weights are sharded."""
         self.check_strategy(name)
 
-    def check_learned_masks(self, name: str) -> None:
-        """Raises `ValueError` if weights are sharded, or gradients are scaled."""
-        self.check_strategy(name)
-        if self.args.fp16 and not self.args.max_grad_norm:
-            raise ValueError(f"{name} needs unscaled gradients. Set max_grad_norm above 0, or use bf16.")
-
     def check_reshaping(self, name: str) -> None:
         """Does nothing: the model is not wrapped yet. See `check_reshaping_later`."""
 

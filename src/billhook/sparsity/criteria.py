@@ -199,7 +199,7 @@ class RIA(Criterion):
 
     S_ij = (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) ||X_j||^a. From "Plug-and-Play: An Efficient Post-training Pruning
     Method for Large Language Models", Zhang, Bai, Lin, Zhao, Hou & Cannistraci, ICLR 2024,
-    https://openreview.net/forum?id=Tr0lPx9woF. Its channel permutation for N:M is `permute_for`.
+    https://openreview.net/forum?id=Tr0lPx9woF.
 
     Args:
         exponent: Exponent a of the input norms.

@@ -28,11 +28,6 @@ class GroupedStatistics:
         for part, inputs_of_group in zip(self.parts, inputs.unbind(-2), strict=True):
             part.add(inputs_of_group, keep)
 
-    def freeze(self) -> None:
-        """Checks the sums of all groups a last time."""
-        for part in self.parts:
-            part.freeze()
-
     def tensors(self) -> list[Tensor]:
         """Returns the sums of all groups."""
         return [tensor for part in self.parts for tensor in part.tensors()]

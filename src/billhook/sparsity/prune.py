@@ -9,7 +9,7 @@ from torch import nn
 
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, log_once
-from billhook.engine.comm import SINGLE_PROCESS, Comm, Reduce
+from billhook.engine.comm import Comm, Reduce
 from billhook.engine.device import check_device
 from billhook.engine.passes import blockwise
 from billhook.engine.sharding import is_sharded
@@ -38,7 +38,6 @@ from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.masks import check_amount
 from billhook.sparsity.matching import MatchingVisitor
 from billhook.sparsity.options import PruneOptions
-from billhook.sparsity.permute import check_permutable, check_permute, permuted
 from billhook.sparsity.visitor import GlobalPruningVisitor, PruningVisitor, Walks
 from billhook.sparsity.weight_plan import WeightPlan
 
@@ -56,14 +55,13 @@ def prune(
     progress: OnProgress | None = None,
     offload: str | torch.device | None = None,
     activations: str | None = None,
-    permute: bool = False,
     dry_run: bool = False,
 ) -> WeightPlan:
     """Prunes the weights of linear layers and convolutions, in place and without training.
 
     If a criterion or a run fails, the model is unchanged. If an interrupt stops `prune` while it applies masks to a model in
     memory, some weights keep their old values. The same call then finishes with the same masks, if the criterion is `Magnitude`
-    or `Wanda` and neither `allocation`, `match`, nor `permute` is set, because zeros score lowest. Modes, random state, hooks,
+    or `Wanda` and neither `allocation` nor `match` is set, because zeros score lowest. Modes, random state, hooks,
     and configs are restored.
 
     Args:
@@ -86,7 +84,6 @@ def prune(
             copied meanwhile, and outputs return to the model's device. Defaults to None (off).
         activations: Folder for temporary files with module outputs. Defaults to None (memory). Other state of waiting runs, such
             as attention masks, stays in memory.
-        permute: If True, first reorders channels so that N:M groups lose least. See `permute_for`.
         dry_run: If True, the model stays unchanged. Apply the plan later with `bh.apply(model, plan)`.
 
     Returns:
@@ -114,9 +111,6 @@ def prune(
     amount, device, folder = check_amount(sparsity, pattern), check_device(offload), check_folder(activations)
     check_changeable(model)
     comm = Comm.of(reduce, model)  # communicates, so it comes after the checks that each rank makes alone
-    if permute:
-        check_permute(pattern, dry_run, not store_of(model).holds_all, comm is not SINGLE_PROCESS)
-        check_permutable(model)
     if is_sharded(model):
         check_sharded(criterion, allocation, comm, offload)
     check_streamed(model, comm)
@@ -134,21 +128,20 @@ def prune(
             if message := too_few_tokens(criterion, expected):  # before the work, if the number is known
                 log_once(message)
             walks = Walks(model, linears, runs, comm, device, folder, adapters)
-            with permuted(walks, criterion, pattern) if permute else nullcontext():
-                sparsities = dict.fromkeys(linears, amount)
-                if allocation is not None:
-                    sparsities = allocate_sparsities(walks, amount, allocation)
-                key = f"{criterion} {pattern} {options.sequential} {sparsities}" + (f" {match}" if match else "")
-                kind: Callable[..., PruningVisitor] = GlobalPruningVisitor if criterion.compares == "global" else PruningVisitor
-                if match is not None:
-                    kind = partial(MatchingVisitor, match)
-                visitor = walks(
-                    options.sequential if needs_data(criterion) or match else None,
-                    partial(kind, criterion, sparsities, pattern, progress),
-                    None if dry_run else key,
-                )
-                pruned = {name: visitor.pruned[name] for name in linears if name in visitor.pruned}
-                left_out = check_called(linears, pruned)
+            sparsities = dict.fromkeys(linears, amount)
+            if allocation is not None:
+                sparsities = allocate_sparsities(walks, amount, allocation)
+            key = f"{criterion} {pattern} {options.sequential} {sparsities}" + (f" {match}" if match else "")
+            kind: Callable[..., PruningVisitor] = GlobalPruningVisitor if criterion.compares == "global" else PruningVisitor
+            if match is not None:
+                kind = partial(MatchingVisitor, match)
+            visitor = walks(
+                options.sequential if needs_data(criterion) or match else None,
+                partial(kind, criterion, sparsities, pattern, progress),
+                None if dry_run else key,
+            )
+            pruned = {name: visitor.pruned[name] for name in linears if name in visitor.pruned}
+            left_out = check_called(linears, pruned)
             # experts get only some of the tokens
             fewer = {name: seen for name, seen in visitor.tokens.items() if name not in expected or seen[0] < expected[name][0]}
             if message := too_few_tokens(criterion, fewer):

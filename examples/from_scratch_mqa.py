@@ -8,10 +8,25 @@ import argparse
 import statistics
 
 import lightning.pytorch as pl
-from transformers import LlamaConfig, PretrainedConfig
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, PretrainedConfig
 
 import billhook as bh
-from billhook.kv_heads.equal_parameters import equal_parameters
+
+
+def widened(config: PretrainedConfig, num_key_value_heads: int) -> PretrainedConfig:
+    """A config with fewer KV heads, whose wider MLPs bring back the parameters (section 4 of the paper).
+
+    w' = w + (P(h, w) - P(h', w)) / (P(h, w + 1) - P(h, w)), with P(h, w) parameters at h KV heads and MLP width w.
+    """
+
+    def count(**changes: int) -> int:
+        with torch.device("meta"):
+            return LlamaForCausalLM(LlamaConfig(**config.to_diff_dict() | changes)).num_parameters()
+
+    width, heads = config.intermediate_size, {"num_key_value_heads": num_key_value_heads}
+    saved, channel = count() - count(**heads), count(intermediate_size=width + 1) - count()
+    return LlamaConfig(**config.to_diff_dict() | heads | {"intermediate_size": width + round(saved / channel)})
 
 
 def train(config: PretrainedConfig, seed: int, steps: int) -> tuple[bh.TransformerModule, float]:
@@ -41,7 +56,7 @@ def main(steps: int, seeds: int) -> None:
         eos_token_id=0,
     )
     one = LlamaConfig(**many.to_diff_dict() | {"num_key_value_heads": 1})
-    models = {"multi-head": many, "multi-query, equal parameters": equal_parameters(many, 1), "multi-query, as wide": one}
+    models = {"multi-head": many, "multi-query, equal parameters": widened(many, 1), "multi-query, as wide": one}
     rows = []
     for name, config in models.items():
         runs = [train(config, seed, steps) for seed in range(seeds)]

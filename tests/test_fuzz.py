@@ -152,7 +152,6 @@ CALLBACKS = [
     ),
     ("Shrinking", {"budget": {"params": 0.8}, "layers": "free", "at": 0.5, "search": {"generations": 2, "round_to": 8}}),
     ("DepthPruning", {"blocks": 1, "importance": {"class_path": "Ablation"}, "greedy": True, "first": 1}),
-    ("Uptraining", {"alpha": 0.05, "pretraining_steps": 100}),
     ("Export", {"folder": "out"}),
     ("Report", {"plot_file": "report.png", "metric": "val_loss", "measure_batches": 2}),
 ]

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
     from billhook.callbacks import DepthPruning as DepthPruning, HeadPruning as HeadPruning, StopWhenWorse as StopWhenWorse
     from billhook.pruning.choice import HeadOptions as HeadOptions
-    from billhook.callbacks import KVHeadConversion as KVHeadConversion, Uptraining as Uptraining
+    from billhook.callbacks import KVHeadConversion as KVHeadConversion
     from billhook.callbacks import StructuredPruning as StructuredPruning, WeightPruning as WeightPruning
     from billhook.callbacks import Degradation as Degradation, Export as Export, Report as Report, Shrinking as Shrinking
     from billhook.training.module import TransformerModule as TransformerModule
@@ -86,7 +86,7 @@ else:
         "billhook.sparsity.criteria": "Magnitude Wanda",
         "billhook.sparsity.sparsegpt": "SparseGPT",
         "billhook.pruning.choice": "HeadOptions",
-        "billhook.callbacks": "DepthPruning HeadPruning StopWhenWorse KVHeadConversion Uptraining StructuredPruning "
+        "billhook.callbacks": "DepthPruning HeadPruning StopWhenWorse KVHeadConversion StructuredPruning "
         "WeightPruning Degradation Export Report Shrinking",
         "billhook.training.module": "TransformerModule",
         "billhook.training.data": "TextDataModule",

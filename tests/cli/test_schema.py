@@ -61,7 +61,7 @@ def test_what_has_been_imported_makes_no_difference(capsys):
         wanda(class_path="my.own.Callback", init_args={"any": 1}),
         wanda(class_path="ModelCheckpoint", init_args={"monitor": "val_loss"}),
         {"model": {"class_path": "my.own.Module", "init_args": {"any": 1}}, "data": {"data": "tiny"}},
-        {"trainer": {"callbacks": ["billhook.Uptraining"], "max_steps": 3}},
+        {"trainer": {"callbacks": ["billhook.Report"], "max_steps": 3}},
         wanda(init_args={"criterion": {"class_path": "Refit", "init_args": {"criterion": "my.own.Criterion"}}, "sparsity": 0.5}),
     ],
 )

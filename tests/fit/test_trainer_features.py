@@ -17,7 +17,7 @@ from lightning.pytorch.tuner import Tuner
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import billhook as bh
-from kit.events import AFTER, DENSE, END, EVENTS, FEW, Own, Watch, close, figures, fit, loader, same_after_reload
+from kit.events import DENSE, END, EVENTS, FEW, Own, close, figures, fit, loader, same_after_reload
 from kit.families import recompute
 from kit.fits import same, trainer, weights
 
@@ -323,17 +323,3 @@ def test_early_stopping_after_the_event(tmp_path, event):
     stop = EarlyStopping("worse", patience=2, check_on_train_epoch_end=False)
     _, _, watch = fit(tmp_path, event, lit=Rising(), more=[stop], max_steps=9, val_check_interval=1)
     assert [step for step, _ in watch.seen] == [0, 1, 2]
-
-
-@pytest.mark.daily("mean")
-@pytest.mark.parametrize("event", [*CONVERSIONS, "wanda", "masked"])
-def test_uptraining_sets_the_length(tmp_path, event):
-    """The event at a fraction of what it sets."""
-    lit, callback, watch = Own(), EVENTS[event](0.5), Watch()
-    more = [bh.Uptraining(0.04, pretraining_steps=100), bh.Report(str(tmp_path / "report.png"))]
-    run = trainer(tmp_path, [callback, watch, *more], max_steps=-1, max_epochs=-1)
-    run.fit(lit, loader(), loader(4, 4))
-    assert run.global_step == 4
-    assert [seen for _, seen in watch.seen] == [DENSE, DENSE, AFTER[event], AFTER[event]]
-    (uptraining,) = (callback for callback in run.callbacks if isinstance(callback, bh.Uptraining))
-    assert uptraining.steps == 4

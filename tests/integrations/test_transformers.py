@@ -329,7 +329,6 @@ REFUSED = {
     "vllm": (lambda: [EVENTS["mean"](2)], {"use_vllm": True}, "at step 2, which is not possible with colocated vLLM, whose copy"),
     "best": (lambda: [EVENTS["mean"](2)], {"load_best_model_at_end": True}, "load_best_model_at_end=True may load weights from"),
     "best masks": (lambda: [EVENTS["wanda"](2)], {"load_best_model_at_end": True}, "load_best_model_at_end=True may load"),
-    "length": (lambda: [bh.Uptraining(pretraining_steps=100)], {}, "Uptraining needs 5 training steps, and .* has 4. Set"),
     "no step": (lambda: [EVENTS["mean"](2)], {"max_steps": -1, "num_train_epochs": 0}, "takes no training step"),
     "restored": (
         lambda: [EVENTS["mean"](2)],

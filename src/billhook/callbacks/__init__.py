@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from billhook.callbacks.report import Report as Report
     from billhook.callbacks.shrinking import Shrinking as Shrinking
     from billhook.callbacks.structured_pruning import StructuredPruning as StructuredPruning
-    from billhook.callbacks.uptraining import Uptraining as Uptraining
     from billhook.callbacks.weight_pruning import WeightPruning as WeightPruning
     from billhook.fit.calibration import FitCalibration as FitCalibration
 
@@ -29,7 +28,6 @@ else:  # imported on first use, because each callback needs other modules
         "StopWhenWorse": "billhook.callbacks.head_pruning",
         "Shrinking": "billhook.callbacks.shrinking",
         "StructuredPruning": "billhook.callbacks.structured_pruning",
-        "Uptraining": "billhook.callbacks.uptraining",
         "WeightPruning": "billhook.callbacks.weight_pruning",
     }
     __all__ = [*_MODULES]

@@ -35,14 +35,6 @@ class ShapeFollower(FitCallback, ABC):
         """Adapts the state to the model's new shape."""
 
 
-class LengthSetter(FitCallback, ABC):
-    """A callback that sets the training length, which others may need in their own `setup`."""
-
-    @abstractmethod
-    def set_length(self, fit: Fit) -> None:
-        """Sets the training length; idempotent."""
-
-
 class EventFollower(FitCallback, ABC):
     """A callback that evaluates the model before the first event and after each event."""
 

@@ -63,19 +63,6 @@ class Fit(ABC):
     def max_steps(self) -> int | None:
         """Total number of optimizer steps, if it is known before the data is read."""
 
-    @abstractmethod
-    def set_length(self, name: str, steps: Callable[[], int]) -> int:
-        """Sets the total number of optimizer steps, for the callback of this name.
-
-        Raises:
-            ValueError: If the trainer has another length, or cannot change it.
-        """
-
-    @property
-    @abstractmethod
-    def batches_per_step(self) -> int | None:
-        """Number of batches per optimizer step; None if it is not fixed."""
-
     @property
     @abstractmethod
     def resumes(self) -> bool:

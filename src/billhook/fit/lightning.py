@@ -7,10 +7,8 @@ from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning_utilities.core.rank_zero import rank_zero_info
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
@@ -19,7 +17,7 @@ from billhook.engine.batches import Run
 from billhook.engine.state import overridden
 from billhook.fit.checkpoint_hooks import wrap_hooks
 from billhook.fit.fit import Fit, Loss, Reduction
-from billhook.fit.lightning_internals import averaging_callbacks, is_tuning, set_length, to_device
+from billhook.fit.lightning_internals import averaging_callbacks, is_tuning, to_device
 from billhook.fit.measure import log_card, log_metrics, log_plot, log_settings, measure
 from billhook.fit.preprocessors import find_preprocessors
 from billhook.fit.run import once_model_exists, training_record, training_steps
@@ -34,9 +32,6 @@ from billhook.fit.training_step import training_loss, training_runs
 from billhook.model.preprocessors import Preprocessor
 
 T = TypeVar("T")
-
-LIGHTNING_EPOCHS = 1000
-"""Lightning's `max_epochs` if neither it nor `max_steps` is set."""
 
 
 class LightningFit(Fit):
@@ -67,30 +62,6 @@ class LightningFit(Fit):
         """`max_steps` of the trainer, if it alone ends training."""
         alone = self.trainer.max_steps > 0 and self.trainer.max_epochs in (-1, None)
         return self.trainer.max_steps if alone or self.is_trial else None
-
-    def set_length(self, name: str, steps: Callable[[], int]) -> int:
-        """Sets the number of optimizer steps, unless the trainer has another."""
-        if self.trainer.max_epochs not in (None, -1, LIGHTNING_EPOCHS):
-            raise ValueError(
-                f"max_epochs={self.trainer.max_epochs} of the Trainer conflicts with {name}, which sets the training length. Use "
-                "-1."
-            )
-        length = steps()
-        if self.trainer.max_steps not in (-1, length):
-            raise ValueError(
-                f"max_steps={self.trainer.max_steps} of the Trainer conflicts with {name}, which sets the training length to "
-                f"{length} steps. Remove max_steps."
-            )
-        if self.trainer.max_steps == -1:
-            rank_zero_info(f"billhook: {name} sets the training length to {length:,} steps")
-        set_length(self.trainer, length)
-        return length
-
-    @property
-    def batches_per_step(self) -> int | None:
-        """The trainer's `accumulate_grad_batches`; None if a callback or the module decides."""
-        decided = self.updates_in_step or self.callbacks(GradientAccumulationScheduler)
-        return None if decided else self.trainer.accumulate_grad_batches
 
     @property
     def resumes(self) -> bool:

@@ -34,11 +34,6 @@ def communication_state(trainer: pl.Trainer) -> object:
     return getattr(trainer.strategy, "_ddp_comm_state", None)
 
 
-def set_length(trainer: pl.Trainer, steps: int) -> None:
-    """Sets the number of optimizer steps."""
-    trainer.fit_loop.epoch_loop.max_steps, trainer.fit_loop.max_epochs = steps, -1
-
-
 def to_device(trainer: pl.Trainer, batch: Any, loader: int = 0) -> Any:  # noqa: ANN401
     """Converts and moves a batch as Lightning does before a step."""
     batch = trainer.precision_plugin.convert_input(batch)

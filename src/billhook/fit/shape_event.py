@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from billhook.engine.batches import Run
 from billhook.engine.fsdp import WRAPPED, class_of
 from billhook.engine.sharding import sizes_only
-from billhook.fit.event import Event, EventCallback, LengthSetter, ShapeFollower, log_event
+from billhook.fit.event import Event, EventCallback, ShapeFollower, log_event
 from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_close, comm_of, fail_together
 from billhook.model.plan import ModelPlan, Weights
@@ -55,8 +55,6 @@ class ShapeCallback(EventCallback):
     def prepare(self, fit: Fit) -> None:
         """Checks the run, and the model once it exists."""
         super().prepare(fit)
-        for callback in fit.callbacks(LengthSetter):
-            callback.set_length(fit)  # also if it is listed later
         fit.once_model_exists(partial(self._begin_unwrapped, fit))
 
     def begin_training(self, fit: Fit) -> None:

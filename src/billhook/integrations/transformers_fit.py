@@ -67,20 +67,6 @@ class TransformersFit(Fit):
         """`max_steps` of the arguments, if set."""
         return self.args.max_steps if self.args.max_steps > 0 else None
 
-    def set_length(self, name: str, steps: Callable[[], int]) -> int:
-        """Raises `ValueError` unless the Trainer has this number of steps."""
-        if self.length not in (None, length := steps()):
-            raise ValueError(
-                f"{name} needs {length} training steps, and transformers' Trainer has {self.length}. Set "
-                f"TrainingArguments(max_steps={length})."
-            )
-        return length
-
-    @property
-    def batches_per_step(self) -> int | None:
-        """`gradient_accumulation_steps` of the arguments."""
-        return int(self.args.gradient_accumulation_steps)
-
     @property
     def resumes(self) -> bool:
         """True if training continues from a checkpoint."""

@@ -35,7 +35,7 @@ from billhook.engine.zeros import zeros_by_name, zeros_of
 from billhook.model.config_fields import text_config
 from billhook.model.inputs import small_inputs
 from billhook.model.layers import PRUNED, prunable, weight_of
-from billhook.model.preprocessors import Preprocessor, load_preprocessor, load_tokenizer, may_have_preprocessor
+from billhook.model.preprocessors import Preprocessor, load_preprocessor, load_tokenizer, may_have_preprocessor, tokenizer_of
 from billhook.model.streamed import stream
 from billhook.progress import format_duration, progress_bar
 from billhook.pruning.repair import RepairOption
@@ -160,7 +160,7 @@ class OneShot:
             if self.of_images:
                 kind = type(self.model).__name__
                 raise ValueError(f"tokenizer={options.tokenizer!r}: {kind} classifies images. Remove --tokenizer.")
-            load_tokenizer(options.tokenizer)
+            tokenizer_of(self.model, options.tokenizer)
         classifies = isinstance(options, Examples) and self._labeled.is_classifier
         self.metric = "accuracy" if classifies or self.of_images else "perplexity"
         if matching_of(repair) is not None and self.metric == "perplexity":

@@ -230,7 +230,7 @@ def _plans(
         yield blocks
     if amount.tokens_only is not None:
         search, text = RatioSearch(model, amount.tokens_only), work.read_tokens(before)
-        yield plan_from_search(search, text=text, tokenizer=work.tokenizer)
+        yield plan_from_search(search, batches=text, tokenizer=work.tokenizer)
     if within_blocks is None:
         return
     start = Baseline.of(RatioSearch(model, within_blocks))

@@ -108,7 +108,8 @@ class UnitPlan(Cut, ShapePlan):
 
         Raises:
             ValueError: If the tokenizer has more tokens than the model had, is written in Python, or is of another kind than
-                byte-pair encoding, unigram, or WordPiece.
+                byte-pair encoding, unigram, or WordPiece. Also if the plan removes a byte, a single character that nothing else
+                spells, a special token, or a part of a token that stays.
         """
         if self.tokens is None:
             return tokenizer

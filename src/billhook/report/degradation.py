@@ -20,6 +20,7 @@ from billhook.engine.passes import activation_files, run_side_by_side
 from billhook.engine.sharding import is_sharded
 from billhook.engine.state import evaluating_without_grad
 from billhook.engine.store import store_of
+from billhook.model.preprocessors import check_ids
 from billhook.progress import OnProgress
 from billhook.report.generation import generates
 from billhook.report.predictions import Predictions, compute_logits, mean_loss
@@ -38,6 +39,7 @@ def perplexity(model: PreTrainedModel, rows: Rows | None, examples: int, progres
     texts = list[Tensor]()
     for number in range(min(examples, len(dataset))):
         texts.append(torch.tensor([dataset[number]["input_ids"]], device=model.device))
+        check_ids(model, texts[-1])
     losses = dict[int, Tensor]()
 
     def read(number: int) -> None:

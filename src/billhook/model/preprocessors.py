@@ -39,7 +39,7 @@ VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "s
 
 LOST_TOKENS = "_lost_tokens"
 """Attribute of a model whose vocabulary has shrunk since it was loaded."""
-FIX = "Pass the tokenizer that is left, plan.trim_tokenizer(tokenizer), or the folder where it is saved (--tokenizer FOLDER)."
+FIX = "After a removal of tokens, pass plan.trim_tokenizer(tokenizer), or the folder where it is saved (--tokenizer FOLDER)."
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:

@@ -228,7 +228,9 @@ def test_with_other_units_in_one_plan(trained):
 
 def test_more_than_can_go_or_without_its_tokenizer(trained):
     model, tokenizer, batches = trained
-    with pytest.raises(ValueError, match=r"tokens=0.9 would remove 381 of 424 tokens of the model. At most \d+ can be removed: tokens=0\."):
+    with pytest.raises(
+        ValueError, match=r"tokens=0.9 would remove 381 of 424 tokens of the model. At most \d+ can be removed: tokens=0\."
+    ):
         bh.plan(model, batches=batches, tokens=0.9, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="it has ids up to 419, but the model only 64 tokens"):
         bh.plan(build("llama"), batches=batches, tokens=0.5, tokenizer=tokenizer)
@@ -241,7 +243,9 @@ def test_a_folder_is_not_saved_with_the_tokenizer_of_before(trained, tmp_path):
     model, tokenizer = bh.load(tmp_path / "dense"), transformers.AutoTokenizer.from_pretrained(tmp_path / "dense")
     plan = bh.plan(model, batches=trained[2], tokens=0.3)
     bh.apply(model, plan)
-    with pytest.raises(ValueError, match=r"it has 420 tokens, but the model only 288. After .*, pass plan.trim_tokenizer\(tokenizer\)"):
+    with pytest.raises(
+        ValueError, match=r"it has 420 tokens, but the model only 288. After .*, pass plan.trim_tokenizer\(tokenizer\)"
+    ):
         bh.save(model, tmp_path / "out", tokenizer)
     bh.save(model, tmp_path / "out", plan.trim_tokenizer(tokenizer))
 
@@ -311,3 +315,53 @@ def test_images_that_are_tokens_do_not_follow():
     model = transformers.Emu3ForConditionalGeneration(config)
     with pytest.raises(ValueError, match="config.vocabulary_map names the tokens of images"):
         bh.pruning.plan_units(model, [6, 7], "token")
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: adapted_with(modules_to_save=["embed_tokens"]), "modules_to_save of PEFT keeps tokens beside"),
+        (lambda: adapted_with(modules_to_save=["lm_head"]), "modules_to_save of PEFT keeps tokens beside lm_head"),
+        (lambda: adapted_with(trainable_token_indices=[20, 21]), "trainable_token_indices of PEFT keeps tokens beside"),
+        (
+            lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**BERT, pad_token_id=20)),
+            r"position_embeddings counts from config.pad_token_id=20, which would be 18\. Keep all tokens below it",
+        ),
+    ],
+    ids=["trained embeddings", "a trained head", "trained tokens", "positions after the padding"],
+)
+def test_tables_that_do_not_follow(make, why):
+    model = make()
+    before = {name: value.shape for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"tokens: .*{why}"):
+        bh.pruning.prune_units(model, [11, 12], kind="token")
+    assert {name: value.shape for name, value in model.state_dict().items()} == before
+
+
+def adapted_with(**options):
+    return get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj"], **options))
+
+
+IDS = torch.tensor([[4, 5, 6]])
+
+
+@pytest.mark.parametrize(
+    ("batches", "why"),
+    [
+        ([], "batches is empty. Pass text to count tokens in"),
+        ([{"pixel_values": torch.zeros(1, 3)}], r"one has no input_ids to count tokens in \(pixel_values\)"),
+        ([IDS], r"one has no input_ids to count tokens in \(Tensor\)"),
+        ([{"input_ids": IDS + 420}], r"token ids are in 424\.\.426, but must be in 0\.\.423"),
+        ([{"input_ids": IDS - 5}], r"token ids are in -1\.\.1, but must be in 0\.\.423"),
+        ([{"input_ids": IDS.numpy()}], "input_ids must be a tensor of token ids, not a ndarray"),
+        ([{"input_ids": IDS.tolist()}], "input_ids must be a tensor of token ids, not a list"),
+        (
+            [{"input_ids": IDS, "attention_mask": torch.ones(1, 1, 3, 3)}],
+            r"attention_mask must have the shape of input_ids, \[1, 3\]",
+        ),
+    ],
+    ids=["none", "images", "no dictionary", "too large", "negative", "numpy", "list", "mask of pairs"],
+)
+def test_batches_without_tokens_to_count(trained, batches, why):
+    with pytest.raises(ValueError, match=f"batches.*{why.removeprefix('batches')}"):
+        bh.plan(trained[0], batches=batches, tokens=0.1, tokenizer=trained[1])

@@ -33,6 +33,8 @@ def test_a_third_of_the_tokens_goes(small, files, tmp_path, capsys, stream):
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     assert len(tokenizer) == model.config.vocab_size == 1408
+    with pytest.raises(SystemExit, match=r"tokenizer: it has 2,048 tokens, but the model only 1,408.*--tokenizer FOLDER"):
+        main(["prune", str(out), str(tmp_path / "other"), "--sparsity", "0.5", "--tokenizer", str(small), *SHORT, *option(files)])
     text = record["degradation"][0]
     assert text["bits_per_byte"] == pytest.approx([math.log2(text[when]) / text["token_bytes"] for when in ("before", "after")])
     assert text["token_ratio"] >= 1

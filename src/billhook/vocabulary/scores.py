@@ -41,8 +41,8 @@ def token_shares(batches: Iterable[Any], size: int, comm: Comm = SINGLE_PROCESS)
         for ids in _counted(inputs_of(batch)):
             if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
                 raise ValueError(
-                    f"batches: token ids are in {int(ids.min())}..{int(ids.max())}, but must be in 0..{size - 1}. Use the tokenizer "
-                    "of the model."
+                    f"batches: token ids are in {int(ids.min())}..{int(ids.max())}, but must be in 0..{size - 1}. Use the "
+                    "model's tokenizer."
                 )
             count += torch.bincount(ids.flatten().cpu(), minlength=size)
     sources = {source for names in comm.gather(sorted(counts)) for source in names}

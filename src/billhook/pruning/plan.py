@@ -55,8 +55,8 @@ class UnitPlan(Cut, ShapePlan):
             if kind in numbers:
                 count, module = len(numbers[kind]), "attention module" if kind == "head" else "module"
                 where = f" in {count:,} {module}{'s' * (count != 1)}"
-                is_single_stream = kind == "residual" and count == 1
-                words.append(f"{count_text(kind, sum(numbers[kind]))}{'' if is_single_stream else where}")
+                is_single = kind in ("residual", "token") and count == 1
+                words.append(f"{count_text(kind, sum(numbers[kind]))}{'' if is_single else where}")
         return ", ".join(words)
 
     def to_json(self) -> dict[str, Any]:

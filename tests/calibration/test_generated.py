@@ -106,8 +106,8 @@ def test_it_is_what_methods_are_shown_where_nothing_is_given(monkeypatch):
     (llama, {"length": 65}, "length=65 exceeds the context length of the model, 64 tokens"),
     (BUILD["bert"], {}, "Bert.* does not generate text"), (BUILD["t5"], {}, "does not generate text"),
     (llama, {"prompts": ["a"]}, "tokenizer=None: LlamaForCausalLM does not say where it came from"),
-    (llama, {"prompts": [], "tokenizer": model_path("tiny")}, "prompts is empty. Pass at least one prompt"),
-    (llama, {"prompts": [3], "tokenizer": model_path("tiny")}, "prompts: 3 must be text or a chat"),
+    (lambda: llama(vocab_size=2048), {"prompts": [], "tokenizer": model_path("tiny")}, "prompts is empty. Pass at least"),
+    (lambda: llama(vocab_size=2048), {"prompts": [3], "tokenizer": model_path("tiny")}, "prompts: 3 must be text or a chat"),
     (lambda: llama(bos_token_id=None, eos_token_id=None), {}, "has no token to start a text with. Pass prompts"),
 ])  # fmt: skip
 def test_refused(of, arguments, said):

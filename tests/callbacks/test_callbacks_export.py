@@ -48,7 +48,7 @@ class Own(Plain):
 
     def __init__(self):
         torch.manual_seed(0)
-        super().__init__(llama(**SIZES))
+        super().__init__(llama(**SIZES, vocab_size=2048))
 
 
 def fit(folder, lit, rows, max_steps=2, more=(), **options):

@@ -201,6 +201,10 @@ class TestRefused:
         with pytest.raises(ValueError, match=match):
             pruning(**options)
 
+    def test_tokens(self):
+        with pytest.raises(ValueError, match=r"amount: tokens=0.3 cannot be removed in training.* with bh.plan\(tokens=\) or"):
+            pruning(tokens=0.3, channels=0.5)
+
     def test_a_schedule_in_the_place_of_an_amount(self):
         with pytest.raises(ValueError, match="amount=Linear.* must be an Amount, .* Pass a schedule as at"):
             bh.StructuredPruning(bh.schedules.Linear(final=0.5))

@@ -11,8 +11,10 @@ import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader
+from transformers import AutoTokenizer
 
 import billhook
+from billhook.assets import model_path
 from billhook.checkpoints.export import export
 from billhook.model.checkpoint_shape import save_shape
 from billhook.model.shape import KEY, shape_of
@@ -367,3 +369,21 @@ def test_experts_of_any_size(tmp_path):
         transformers.MixtralConfig(**SIZES | {"intermediate_size": 21}, num_key_value_heads=2, num_local_experts=2)
     )
     assert exported(model, tmp_path).way == "plain"
+
+
+def test_a_model_that_lost_tokens_before_training_is_exported_with_the_tokenizer_that_is_left(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model_path("tiny"))
+    tokenizer.save_pretrained(tmp_path / "dense")
+    model = billhook.load("tiny")
+    plan = billhook.plan(model, batches=[{"input_ids": IDS + 300}], tokens=0.25)
+    plan.trim_tokenizer(tokenizer).save_pretrained(tmp_path / "left")
+    billhook.apply(model, plan)
+    checkpoint = fit(billhook.TransformerModule(model), tmp_path, [])
+    for name in (None, str(tmp_path / "dense")):
+        with pytest.raises(ValueError, match=r"it has 2,048 tokens, but the model only 1,536.* \(--tokenizer FOLDER\)"):
+            export(checkpoint, tmp_path / "out", name)
+    export(checkpoint, tmp_path / "out", str(tmp_path / "left"))
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == billhook.load(tmp_path / "out").config.vocab_size == 1536
+    again = fit(billhook.TransformerModule(str(tmp_path / "out")), tmp_path / "again", [])
+    export(again, tmp_path / "again" / "out")  # with the tokenizer of the folder
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "again" / "out")) == 1536

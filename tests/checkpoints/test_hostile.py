@@ -41,7 +41,7 @@ def _nothing_explodes(tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
     folder = tmp_path_factory.mktemp("good") / "good"
-    bh.save(llama(**SMALL), folder, bh.TextDataModule("tiny", "tiny").tokenizer)
+    bh.save(llama(**SMALL, vocab_size=2048), folder, bh.TextDataModule("tiny", "tiny").tokenizer)
     return folder
 
 

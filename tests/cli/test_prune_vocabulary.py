@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 
 import pytest
 import transformers
@@ -24,22 +25,30 @@ def test_a_third_of_the_tokens_goes(small, files, tmp_path, capsys, stream):
     out = tmp_path / "out"
     main(["prune-vocabulary", str(small), str(out), "--tokens", "0.3", *SHORT, *stream, *option(files)])
     said, record = capsys.readouterr().out, record_of(out)
-    assert (
-        "tokens that text needs least: tokens=0.3 (counted in up to 4,000,000 of each source, predicted for up to 16,384)" in said
-    )
+    assert "tokens=0.3 (counted in up to 4,000,000 of train and packaged text, predicted for up to 16,384)" in said
     assert "measure bits per byte before and after" in said
     assert "bits per byte of" in said
     assert "  2,048 -> 1,408 tokens" in said
     model = transformers.AutoModelForCausalLM.from_pretrained(out)
     tokenizer = transformers.AutoTokenizer.from_pretrained(out)
     assert len(tokenizer) == model.config.vocab_size == 1408
+    with pytest.raises(SystemExit, match=r"tokenizer: it has 2,048 tokens, but the model only 1,408.*--tokenizer FOLDER"):
+        main(["prune", str(out), str(tmp_path / "other"), "--sparsity", "0.5", "--tokenizer", str(small), *SHORT, *option(files)])
     text = record["degradation"][0]
     assert text["bits_per_byte"] == pytest.approx([math.log2(text[when]) / text["token_bytes"] for when in ("before", "after")])
     assert text["token_ratio"] >= 1
     assert record["importance"]["tokens"] == 0.3
     shown = "naïve 日本語 🙂"
     assert tokenizer.decode(tokenizer(shown)["input_ids"], skip_special_tokens=True) == shown
-    assert "bits per byte" in (out / "README.md").read_text()
+    before, after = text["bits_per_byte"]
+    assert record["bits_per_byte"] == {"before": before, "after": after, "examples": 6}
+    assert "perplexity" not in record
+    counted, card = record["text"]["counted_tokens"], (out / "README.md").read_text()
+    assert list(counted) == ["train", "mixed"]
+    assert all(f"{name} {count}" in card for name, count in counted.items())
+    assert "bits per byte" in card
+    assert "perplexity" not in card
+    assert re.search(r"- without 640 tokens \(\d\.\d\d% of the counted text\)", card)
 
 
 def test_before_other_units_whose_text_is_in_the_tokens_that_are_left(small, files, tmp_path, capsys):
@@ -51,7 +60,7 @@ def test_before_other_units_whose_text_is_in_the_tokens_that_are_left(small, fil
     assert model.config.vocab_size == 1408
     assert model.config.intermediate_size < bh.load(small).config.intermediate_size
     assert model.num_parameters() <= 0.7 * before
-    assert "without 640 tokens in 1 module, " in json.dumps(record_of(out)["events"])
+    assert "without 640 tokens (" in json.dumps(record_of(out)["events"])
     capsys.readouterr()
 
 

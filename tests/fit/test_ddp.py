@@ -64,16 +64,6 @@ def test_two_processes_prune_as_one_does(of_two, files, tmp_path, name):
         torch.testing.assert_close(values[0][both], values[1][both], atol=2e-3, rtol=1e-2)
 
 
-@pytest.mark.parametrize("name", ["tokens"])
-def test_two_processes_remove_the_tokens_that_one_does(of_two, files, tmp_path, name):
-    state, events = of_two(name)
-    _, single, events_of_one = FITS[name].run(tmp_path, files)
-    assert events == events_of_one
-    assert len(state["model.model.embed_tokens.weight"]) == 1408
-    for own, value in single.items():
-        torch.testing.assert_close(state[own], value, atol=2e-4, rtol=1e-3)
-
-
 @pytest.mark.daily("heads in rounds")
 @pytest.mark.parametrize("name", ["heads in rounds", "heads at the end"])
 def test_two_processes_prune_the_heads_that_one_does(of_two, files, tmp_path, name):

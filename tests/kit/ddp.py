@@ -140,11 +140,6 @@ FITS = {
     "heads at the end": head_pruning("end", given=True),
     "structure": structured_pruning(),
     "structure, by hand": structured_pruning(ByHand),
-    "tokens": Fit(
-        module,
-        lambda: StructuredPruning(bh.Amount(tokens=0.3), at=2, calibration=6, measure_batches=0),
-        lambda one: [event["what"] for event in one.events],
-    ),
     "shrink": shrinking(),
     "depth": depth_pruning(),
     "layer by layer": with_own_batches(MultiStep([0.5, 1.0], [1, 3]), method="svd"),

@@ -162,7 +162,6 @@ SHAPES = {
     "heads in rounds, after masks": shapes(lambda: bh.HeadPruning(RAMP, remove="rounds", **SOME)),
     "blocks": shapes(lambda: bh.DepthPruning(1, at=2, **SOME)),
     "hidden dimensions": shapes(lambda: bh.StructuredPruning(bh.Amount(residual=0.25), at=2, **SOME)),
-    "tokens": shapes(lambda: bh.StructuredPruning(bh.Amount(tokens=0.3), at=2, **SOME), module),
     "KV heads, by mean": shapes(lambda: bh.KVHeadConversion(2, at=2, measure_batches=1)),
     "KV heads, by svd": shapes(lambda: bh.KVHeadConversion(2, method="svd", **SOME)),
     "KV heads, of what it writes": shapes(lambda: bh.KVHeadConversion(2, method="svd", **WRITTEN)),

@@ -228,7 +228,9 @@ def test_with_other_units_in_one_plan(trained):
 
 def test_more_than_can_go_or_without_its_tokenizer(trained):
     model, tokenizer, batches = trained
-    with pytest.raises(ValueError, match=r"tokens=0.9 would remove 381 of 424 tokens.* At most \d+ can be removed: tokens=0\."):
+    with pytest.raises(
+        ValueError, match=r"tokens=0.9 would remove 381 of 424 tokens of the model. At most \d+ can be removed: tokens=0\."
+    ):
         bh.plan(model, batches=batches, tokens=0.9, tokenizer=tokenizer)
     with pytest.raises(ValueError, match="it has ids up to 419, but the model only 64 tokens"):
         bh.plan(build("llama"), batches=batches, tokens=0.5, tokenizer=tokenizer)
@@ -241,6 +243,125 @@ def test_a_folder_is_not_saved_with_the_tokenizer_of_before(trained, tmp_path):
     model, tokenizer = bh.load(tmp_path / "dense"), transformers.AutoTokenizer.from_pretrained(tmp_path / "dense")
     plan = bh.plan(model, batches=trained[2], tokens=0.3)
     bh.apply(model, plan)
-    with pytest.raises(ValueError, match=r"ids up to 419, but the model only 288 tokens. Pass plan.trim_tokenizer\(tokenizer\)"):
+    with pytest.raises(
+        ValueError, match=r"it has 420 tokens, but the model only 288. After .*, pass plan.trim_tokenizer\(tokenizer\)"
+    ):
         bh.save(model, tmp_path / "out", tokenizer)
     bh.save(model, tmp_path / "out", plan.trim_tokenizer(tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("token", "why"),
+    [("~", "it spells text"), ("<unk>", "it is a special token"), ("qu", "'.*' is made of it")],
+    ids=["byte", "special", "part"],
+)
+def test_a_tokenizer_is_not_trimmed_of_what_text_needs(trained, token, why):
+    model, tokenizer, _ = trained
+    number = tokenizer.convert_tokens_to_ids(token)
+    with pytest.raises(ValueError, match=rf"tokens: {number} \('{token}'\) must stay, because {why}"):
+        plan_units(model, [number], "token").trim_tokenizer(tokenizer)
+
+
+def test_the_tokenizer_of_before_is_refused_wherever_text_is_read(trained, tmp_path):
+    tokenizer = trained[1]
+    bh.save(trained[0], tmp_path / "dense", tokenizer)
+    (tmp_path / "text.txt").write_text("a cat\n" * 200)  # ids that the smaller model has, too
+    model = bh.load(tmp_path / "dense")
+    plan = bh.plan(model, batches=trained[2], amount=bh.Amount(tokens=0.1, round_to=1))
+    fewer = plan.trim_tokenizer(tokenizer)
+    fewer.save_pretrained(tmp_path / "fewer")
+    tokenizer.save_pretrained(tmp_path / "copy")
+    bh.apply(model, plan)
+    text = {"sources": str(tmp_path / "text.txt"), "tokens": 64, "length": 16}
+    for name in (None, str(tmp_path / "copy")):
+        with pytest.raises(ValueError, match=r"tokens.* After a removal of tokens, pass plan.trim_tokenizer\(tokenizer\)"):
+            bh.prune(model, bh.Wanda(), bh.Calibration(**text, tokenizer=name), sparsity=0.5)
+        with pytest.raises(ValueError, match="After a removal of tokens, pass"):
+            bh.evaluate(model, text["sources"], length=16, tokenizer=name)
+    with pytest.raises(ValueError, match="After a removal of tokens, pass"):
+        bh.Calibration(**text).read(model, tokenizer)
+    with pytest.raises(ValueError, match="After a removal of tokens, pass"):
+        bh.plan(model, channels=0.3)  # on the default text
+    read = bh.Calibration(**text, tokenizer=str(tmp_path / "fewer")).read(model)
+    assert read[0]["input_ids"].tolist() == bh.Calibration(**text).read(model, fewer)[0]["input_ids"].tolist()
+    bh.save(model, tmp_path / "out", fewer)
+    again = bh.load(tmp_path / "out")
+    bh.Calibration(**text).read(again)
+    for name in ("dense", "copy"):
+        with pytest.raises(ValueError, match=r"it has 4.. tokens, but the model only 382"):
+            bh.Calibration(**text, tokenizer=str(tmp_path / name)).read(again)
+
+
+def test_added_tokens_without_an_embedding_are_refused_once_a_text_has_one(tmp_path):
+    tokenizer = byte_level(420)
+    model = build("llama", vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=3)
+    tokenizer.add_tokens(["<image>"])
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    for text in ("plain", "an <image> here"):
+        (tmp_path / f"{text[:2]}.txt").write_text(f"{text}\n" * 99)
+    sizes = {"tokens": 64, "length": 16, "tokenizer": str(tmp_path / "tokenizer")}
+    assert bh.Calibration(str(tmp_path / "pl.txt"), **sizes).read(model)
+    with pytest.raises(ValueError, match="the text has the token 420, but the model only 420 tokens"):
+        bh.Calibration(str(tmp_path / "an.txt"), **sizes).read(model)
+    bh.save(model, tmp_path / "out", tokenizer)
+
+
+def test_images_that_are_tokens_do_not_follow():
+    codes = {f"<|visual token {number:06d}|>": 40 + number for number in range(16)} | {"<image>": 4, "<|extra_200|>": 59}
+    vision = {"codebook_size": 16, "embed_dim": 4, "latent_channels": 4, "double_latent": False, "base_channels": 32}
+    vision |= {"channel_multiplier": [1], "num_res_blocks": 1, "attn_resolutions": [4], "hidden_size": 32}
+    text = transformers.Emu3TextConfig(**BERT, num_key_value_heads=2, bos_token_id=0, eos_token_id=2, pad_token_id=3)
+    config = transformers.Emu3Config(vq_config=vision, text_config=text.to_dict(), vocabulary_map=codes)
+    model = transformers.Emu3ForConditionalGeneration(config)
+    with pytest.raises(ValueError, match="config.vocabulary_map names the tokens of images"):
+        bh.pruning.plan_units(model, [6, 7], "token")
+
+
+@pytest.mark.parametrize(
+    ("make", "why"),
+    [
+        (lambda: adapted_with(modules_to_save=["embed_tokens"]), "modules_to_save of PEFT keeps tokens beside"),
+        (lambda: adapted_with(modules_to_save=["lm_head"]), "modules_to_save of PEFT keeps tokens beside lm_head"),
+        (lambda: adapted_with(trainable_token_indices=[20, 21]), "trainable_token_indices of PEFT keeps tokens beside"),
+        (
+            lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**BERT, pad_token_id=20)),
+            r"position_embeddings counts from config.pad_token_id=20, which would be 18\. Keep all tokens below it",
+        ),
+    ],
+    ids=["trained embeddings", "a trained head", "trained tokens", "positions after the padding"],
+)
+def test_tables_that_do_not_follow(make, why):
+    model = make()
+    before = {name: value.shape for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=f"tokens: .*{why}"):
+        bh.pruning.prune_units(model, [11, 12], kind="token")
+    assert {name: value.shape for name, value in model.state_dict().items()} == before
+
+
+def adapted_with(**options):
+    return get_peft_model(build("llama"), LoraConfig(r=2, target_modules=["q_proj"], **options))
+
+
+IDS = torch.tensor([[4, 5, 6]])
+
+
+@pytest.mark.parametrize(
+    ("batches", "why"),
+    [
+        ([], "batches is empty. Pass text to count tokens in"),
+        ([{"pixel_values": torch.zeros(1, 3)}], r"one has no input_ids to count tokens in \(pixel_values\)"),
+        ([IDS], r"one has no input_ids to count tokens in \(Tensor\)"),
+        ([{"input_ids": IDS + 420}], r"token ids are in 424\.\.426, but must be in 0\.\.423"),
+        ([{"input_ids": IDS - 5}], r"token ids are in -1\.\.1, but must be in 0\.\.423"),
+        ([{"input_ids": IDS.numpy()}], "input_ids must be a tensor of token ids, not a ndarray"),
+        ([{"input_ids": IDS.tolist()}], "input_ids must be a tensor of token ids, not a list"),
+        (
+            [{"input_ids": IDS, "attention_mask": torch.ones(1, 1, 3, 3)}],
+            r"attention_mask must have the shape of input_ids, \[1, 3\]",
+        ),
+    ],
+    ids=["none", "images", "no dictionary", "too large", "negative", "numpy", "list", "mask of pairs"],
+)
+def test_batches_without_tokens_to_count(trained, batches, why):
+    with pytest.raises(ValueError, match=f"batches.*{why.removeprefix('batches')}"):
+        bh.plan(trained[0], batches=batches, tokens=0.1, tokenizer=trained[1])

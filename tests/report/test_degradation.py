@@ -133,6 +133,16 @@ def test_a_text_outside_that_loses_twice_as_much_is_warned_of():
     assert degradation_warning([one("out", 3.0, False)]) is None
 
 
+def test_with_another_tokenizer_bits_per_byte_are_warned_of():
+    texts = [replace(one(name, ratio, name == "in", 0.01), token_bytes=2.0) for name, ratio in (("in", 1.1), ("out", 4.0))]
+    bits = [math.log2(perplexity) / 2 for perplexity in (10.0, 40.0)]
+    assert texts[1].shown_ratio[0] == pytest.approx(bits[1] / bits[0])
+    warning = degradation_warning(texts)
+    assert f"out ({bits[1] / bits[0]:.2f}x bits per byte)" in warning
+    assert "perplexity" not in warning
+    assert f"{bits[1] / bits[0]:.3f}" in degradation_table(texts)
+
+
 def test_the_table_and_the_record():
     shown = degradation_table([one("in", 1.2, True, 0.05), one("out", 1.5, False, math.nan)])
     assert [row.split() for row in shown.splitlines()[2:]] == [

@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaConfig
 
+import billhook as bh
 from billhook import TextDataModule, TransformerModule
 from billhook.assets import model_path
 from billhook.training import ClassificationDataModule
@@ -315,3 +316,19 @@ def test_missing_columns_of_pairs(table):
         ClassificationDataModule({"train": table}, "tiny", label_column="grade").setup("fit")
     with pytest.raises(ValueError, match="no column 'source'"):
         Seq2SeqDataModule({"train": table}, "tiny").setup("fit")
+
+
+def test_a_tokenizer_with_tokens_that_the_model_has_lost(text, tokenizer, tmp_path):
+    model = bh.load("tiny", "float32")
+    plan = bh.plan(model, batches=[{"input_ids": torch.arange(300, 400)[None]}], tokens=0.25)
+    plan.trim_tokenizer(tokenizer).save_pretrained(tmp_path / "left")
+    bh.apply(model, plan)
+    module = TransformerModule(model)
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    for name, why in ((None, "tokenizer=None: .* has lost tokens"), ("tiny", "it has 2,048 tokens, but the model only 1,536")):
+        with pytest.raises(ValueError, match=f"{why}.* pass plan.trim_tokenizer"):
+            pl.Trainer(max_steps=1, accelerator="cpu", **quiet).fit(
+                module, TextDataModule(text, name, block_size=16, batch_size=2)
+            )
+    data = TextDataModule(text, str(tmp_path / "left"), block_size=16, batch_size=2)
+    pl.Trainer(max_steps=1, accelerator="cpu", **quiet).fit(module, data)

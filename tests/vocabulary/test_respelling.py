@@ -1,12 +1,13 @@
-"""Batches in the tokens that are left: rows, labels, padding, and targets."""
+"""Batches in the tokens that are left: rows, labels, and padding."""
 
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from billhook.vocabulary.respelling import Respelling
 from billhook.vocabulary.tokenizer import Vocabulary
-from kit.small_tokenizers import LINES, byte_level
+from kit.small_tokenizers import KINDS, LINES, SPECIAL, byte_level, wrapped
 
 
 @pytest.fixture(scope="module")
@@ -61,18 +62,44 @@ def test_labels_stay_with_their_text_and_padding_out_of_the_loss(tokenizer, resp
     assert new["input_ids"][1, 7:].tolist() == [fewer.pad_token_id] * (width - 7)
 
 
-def test_targets_of_another_length(tokenizer, respelling):
-    source, target = (encoded(tokenizer, text)[:count] for text, count in ((LINES[0], 8), (LINES[1], 5)))
-    batch = {"input_ids": torch.tensor([source]), "attention_mask": torch.ones(1, 8, dtype=torch.long)}
-    new = respelling(batch | {"labels": torch.tensor([[*target, -100]])})
-    assert new["labels"][0].tolist() == encoded(respelling.tokenizer, tokenizer.decode(target))[:6]
-    classes = respelling(batch | {"labels": torch.tensor([1])})["labels"]
-    assert classes.tolist() == [1]
+@pytest.mark.parametrize("name", KINDS)
+def test_rows_that_begin_anywhere_keep_their_text(name):
+    tokenizer = KINDS[name]()
+    vocabulary, row = Vocabulary(tokenizer), encoded(tokenizer, "\n".join(LINES))
+    required, others = vocabulary.order(np.zeros(vocabulary.size), np.array(row))
+    respelling = Respelling(tokenizer, sorted(required + others[: len(others) // 5]))
+    room = [3] * 600  # so that nothing is cut
+    rows = [row[start : start + 5] for start in range(len(row) - 4)]
+    batch = {
+        "input_ids": torch.tensor([[*part, *room] for part in rows]),
+        "attention_mask": torch.tensor([[1] * 5 + [0] * 600 for _ in rows]),
+    }
+    new = respelling(batch)
+    spelled = [ids[mask.bool()].tolist() for ids, mask in zip(new["input_ids"], new["attention_mask"], strict=True)]
+    for start in range(len(rows) - 5):  # two rows, one after the other
+        before, after = rows[start] + rows[start + 5], spelled[start] + spelled[start + 5]
+        assert respelling.tokenizer.decode(after) == tokenizer.decode(before)
+
+
+def test_a_token_inside_a_word_of_a_tokenizer_that_marks_ends():
+    model = Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    model.pre_tokenizer, model.decoder = pre_tokenizers.BertPreTokenizer(), decoders.BPEDecoder(suffix="</w>")
+    training = trainers.BpeTrainer(vocab_size=300, special_tokens=SPECIAL, end_of_word_suffix="</w>", show_progress=False)
+    model.train_from_iterator(LINES, training)
+    tokenizer = wrapped(model)
+    vocabulary = Vocabulary(tokenizer)
+    required, ids = vocabulary.order(np.zeros(vocabulary.size), np.array([], dtype=int))
+    respelling = Respelling(tokenizer, required)
+    new = respelling(
+        {"input_ids": torch.tensor([ids + [3] * 2000]), "attention_mask": torch.tensor([[1] * len(ids) + [0] * 2000])}
+    )
+    assert respelling.tokenizer.decode(new["input_ids"][0][new["attention_mask"][0].bool()]) == tokenizer.decode(ids)
 
 
 def test_what_cannot_be_rewritten(respelling):
     ids = torch.tensor([[4, 5, 6]])
     with pytest.raises(ValueError, match="batches have token_type_ids for each token"):
         respelling({"input_ids": ids, "token_type_ids": torch.zeros_like(ids)})
-    with pytest.raises(ValueError, match="labels are other tokens than the inputs"):
-        respelling({"input_ids": ids, "labels": torch.tensor([[4, 7, -100]])})
+    for labels in ([[4, 7, -100]], [[4, 5]], [1]):
+        with pytest.raises(ValueError, match="labels are other tokens than the inputs"):
+            respelling({"input_ids": ids, "labels": torch.tensor(labels)})

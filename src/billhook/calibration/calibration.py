@@ -20,7 +20,7 @@ from billhook.calibration.generated import GENERATED, can_generate, check_can_ge
 from billhook.calibration.reading import Table, check_data, is_line_text, is_table, load_splits
 from billhook.engine.batches import Batch, check_batches
 from billhook.model.find import find_transformer
-from billhook.model.preprocessors import tokenizer_of
+from billhook.model.preprocessors import check_ids, check_origin, check_tokenizer, tokenizer_of
 from billhook.private_paths import without_folders
 
 Source: TypeAlias = str | dict[str, str | list[str]]
@@ -199,7 +199,9 @@ class Calibration:
                 batches += generated(subject, examples=examples, length=length, batch_size=self.batch_size, seed=seed)
             else:
                 tokenizer = tokenizer or tokenizer_of(subject, self.tokenizer)
+                check_tokenizer(subject, tokenizer)
                 tokens = self._text(name, wanted, held_out, length, tokenizer)
+                check_ids(subject, tokens)
                 batches += [Batch({"input_ids": ids}, name) for ids in torch.split(tokens, self.batch_size)]
         return batches
 
@@ -250,6 +252,7 @@ def read_batches(batches: Batches | None, model: nn.Module) -> Iterable[Any]:
 
 def _default(model: PreTrainedModel) -> Calibration:
     """Returns packaged and self-generated text, only the latter without a tokenizer."""
+    check_origin(model)
     try:
         tokenizer_of(model)
     except (ValueError, OSError):

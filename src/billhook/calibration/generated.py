@@ -20,7 +20,7 @@ from billhook.engine.state import evaluating_without_grad, overridden, seed_rand
 from billhook.model.config_fields import text_config
 from billhook.model.costs import kv_cache_bytes
 from billhook.model.find import check_values, find_transformer
-from billhook.model.preprocessors import tokenizer_of
+from billhook.model.preprocessors import check_tokenizer, tokenizer_of
 from billhook.progress import OnProgress, progress_bar
 
 GENERATED = "generated"
@@ -139,6 +139,7 @@ def _encoded(
 ) -> list[list[int]]:
     """Tokenizes prompts, each cut to less than an example."""
     encoder: Any = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else tokenizer_of(model, tokenizer)
+    check_tokenizer(model, encoder)
     starts = list[list[int]]()
     for prompt in prompts:
         if isinstance(prompt, str):

@@ -35,8 +35,7 @@ from billhook.fit.fit import Fit
 from billhook.fit.ranks import from_first_rank, on_first_rank
 from billhook.folder_lock import FolderLock
 from billhook.model.checkpoint_shape import save_shape
-from billhook.model.config_fields import text_config
-from billhook.model.preprocessors import Preprocessor, load_preprocessor
+from billhook.model.preprocessors import Preprocessor, check_tokenizer, load_preprocessor
 from billhook.report.summary import summary
 from billhook.serving.converter import find_converter
 from billhook.serving.worker import Missing
@@ -112,7 +111,6 @@ class Export(FitCallback):
         self.saved: Saved | None = None
         self._probe: Mapping[str, Any] | None = None
         self._along, self._begun = list[Preprocessor](), False
-        self._vocab_size: int | None = None
         self._claim: FolderLock | None = None
 
     def prepare(self, fit: Fit) -> None:
@@ -152,6 +150,8 @@ class Export(FitCallback):
     def begin_training(self, fit: Fit) -> None:
         """Finds the tokenizer or processor to save; warns if there is none."""
         self._along = self._along or fit.preprocessors()
+        for preprocessor in self._along:
+            check_tokenizer(fit.model, preprocessor)
         if not self._along:
             rank_zero_warn(
                 f"Export: no tokenizer or processor was found in the data module, the module, the loaders, or the base model's "
@@ -166,7 +166,6 @@ class Export(FitCallback):
         if self._begun or fit.is_tuning:
             return
         self._begun, model = True, fit.model
-        self._vocab_size = _vocab_size(model)
         self._probe = self.probe or _inputs_in(batch, model)
         if not self.rehearse:
             return
@@ -212,9 +211,6 @@ class Export(FitCallback):
             rank_zero_info(f"billhook: fast_dev_run, so {self.folder} was not written")
             return
         model, failed = fit.model, list[Exception]()
-        if _vocab_size(model) != self._vocab_size:  # tokens were removed, which the first batch may have
-            self._along = fit.preprocessors() or self._along
-            self._probe = self.probe
         try:
             _check_events_kept(fit)
         except ValueError as error:
@@ -311,11 +307,6 @@ class Export(FitCallback):
             rank_zero_warn(f"{error} Saving to {folder} instead.")
             return folder
         return self.folder
-
-
-def _vocab_size(model: PreTrainedModel) -> int | None:
-    size: int | None = getattr(text_config(model.config), "vocab_size", None)
-    return size
 
 
 def _check_events_kept(fit: Fit) -> None:

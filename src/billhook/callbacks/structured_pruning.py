@@ -1,15 +1,13 @@
 """The StructuredPruning callback: removes coupled groups during training."""
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-import numpy as np
 from torch import nn
 from torch.optim import Optimizer
 
 from billhook.arguments import check_int, check_types
-from billhook.callbacks.degradation import Degradation
 from billhook.engine.passes import blockwise
 from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event, log_event, percent_change, record_not_refitted
@@ -18,9 +16,7 @@ from billhook.fit.ranks import check_identical, comm_of, fail_together
 from billhook.fit.shape_event import ShapeCallback
 from billhook.fit.targets import At, check_at, round_targets
 from billhook.importance.score import Importance, make_run
-from billhook.model.config_fields import text_config
 from billhook.model.plan import Weights, apply_plan
-from billhook.model.token_ids import renumber_generation_config
 from billhook.pruning.amount import Amount
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import default_importance, plan_from_search
@@ -29,22 +25,18 @@ from billhook.pruning.target import Baseline, RatioSearch
 from billhook.repairs.repair import RepairConfig
 from billhook.schedules import Schedule
 
-COUNTED = 16_384
-"""Most training examples to count tokens in."""
-
 
 class StructuredPruning(ShapeCallback):
     """Removes the least important heads, channels, experts, or hidden dimensions.
 
     Coupled groups come from dependency tracing (`bh.trace`). Units are scored again for each round, on training examples and the
     training loss. Amounts always refer to the original model, so rounds do not compound. Optimizer state, gradients, and adapters
-    are remapped, checkpoints store the shape, and a resumed run ends like an uninterrupted run. If tokens are removed, all
-    further batches of billhook's data modules for text are rewritten, and `Export` saves the tokenizer that is left.
+    are remapped, checkpoints store the shape, and a resumed run ends like an uninterrupted run.
 
     Reference: Ma et al., LLM-Pruner (2023), https://arxiv.org/abs/2305.11627
 
     Args:
-        amount: A pruning ratio for each kind of unit, or one budget such as a parameter count. See `Amount`.
+        amount: A pruning ratio for each kind of unit but tokens, or one budget such as a parameter count. See `Amount`.
         at: When to prune: a step (int), a fraction of training (float), `"start"` (before the first step), or a schedule of
             progress from 0 to 1.
         rounds: Number of score-and-prune rounds in each event.
@@ -78,6 +70,11 @@ class StructuredPruning(ShapeCallback):
     ) -> None:
         if not isinstance(amount, Amount):
             raise ValueError(f"amount={amount!r} must be an Amount, such as Amount(channels=0.2). Pass a schedule as at.")
+        if amount.tokens is not None:
+            raise ValueError(
+                f"amount: tokens={amount.tokens} cannot be removed in training, because the training data has them. Remove them "
+                "before, with bh.plan(tokens=) or `billhook prune-vocabulary`."
+            )
         check_types(StructuredPruning, locals())
         check_at(at)
         check_int("rounds", rounds)
@@ -86,11 +83,9 @@ class StructuredPruning(ShapeCallback):
         super().__init__(FitCalibration.of(calibration), measure_batches)
 
     def reset(self) -> None:
-        """Clears events, the original size, and removed tokens."""
+        """Clears events and the original size."""
         super().reset()
         self._first: Baseline | None = None
-        self._kept_tokens: list[int] | None = None
-        self._vocab_size = 0
 
     @property
     def state_key(self) -> str:
@@ -105,26 +100,8 @@ class StructuredPruning(ShapeCallback):
 
     def check(self, fit: Fit) -> None:
         """Raises `ValueError` if the amount cannot be removed."""
-        if self.amount.tokens:
-            fit.check_keeps_tokens()
-            self._vocab_size = getattr(text_config(fit.model.config), "vocab_size", 0)  # before a checkpoint is loaded
-            if monitors := fit.callbacks(Degradation):
-                raise ValueError(
-                    f"amount: tokens cannot be combined with {type(monitors[0]).__name__}, whose texts are in the tokens of the "
-                    "dense model. Remove tokens before training."
-                )
-            if getattr(fit.module, "teacher", None) is not None:
-                raise ValueError("amount: a teacher has all tokens, so tokens cannot be removed. Remove them before training.")
         if not fit.resumes:
             RatioSearch(fit.model, self.amount).check()
-
-    def resolve(self, fit: Fit) -> None:
-        """Resolves the steps of the events, and follows the vocabulary of a checkpoint."""
-        super().resolve(fit)
-        if self._kept_tokens is not None:
-            fit.keep_tokens(self._kept_tokens)
-            if self._vocab_size > len(self._kept_tokens):  # the shape of a checkpoint has the config, but not that of generation
-                renumber_generation_config(fit.model, np.array(self._kept_tokens))
 
     def steps(self, total: int | None, fit: Fit) -> dict[int, float]:
         """Returns the target share of the amount by step."""
@@ -142,11 +119,6 @@ class StructuredPruning(ShapeCallback):
                 change = partial(self._remove, fit.module, plan, weights, how)
                 event = self.reshape(fit, metrics if first else {}, change)
                 record_not_refitted(event, left)
-                if plan.tokens is not None:
-                    kept, size = plan.tokens
-                    before_plan = self._kept_tokens or range(size)
-                    self._kept_tokens = [before_plan[number] for number in kept.tolist()]
-                    fit.keep_tokens(self._kept_tokens)
         self.last_event_step, self.last_target = step, goal
         for event in self.events[before:][-1:]:
             event["after"] |= self.validate(fit)
@@ -166,17 +138,14 @@ class StructuredPruning(ShapeCallback):
         if part is None:  # depends on numbers of units only, which are equal on all ranks
             return None, None, "", ""
         with self.calibration.undisturbed(fit), fit.gradient_context(), blockwise(fit.module):
-            others = {name: layer for name, layer in part.units.items() if layer.kind != "token"}
-            needs_data = self.needs_data and bool(others)  # tokens are counted in other batches, and no layer makes up for them
-            runs = [make_run(model, others, *pair) for pair in self.calibration.pairs(fit)] if needs_data else []
-            text = list(replace(self.calibration, examples=COUNTED).read(fit)) if self.amount.tokens else None
-            importance, comm = self.importance or default_importance(others), comm_of(fit, self.calibration.shared(fit))
-            plan = plan_from_search(part, importance, runs, comm=comm, tokenizer=fit.tokenizer, text=text)
+            pairs = self.calibration.pairs(fit) if self.needs_data else ()
+            runs = [make_run(model, part.units, *pair) for pair in pairs]
+            importance = self.importance or default_importance(part.units)
+            plan = plan_from_search(part, importance, runs, comm=comm_of(fit, self.calibration.shared(fit)))
             check_identical(fit, "StructuredPruning", "the plan", plan.to_json)
-            weights, why = self.repaired(fit, plan, runs, self.repair if needs_data else None)
+            weights, why = self.repaired(fit, plan, runs, self.repair if self.needs_data else None)
             done = "repaired" if weights else why
-            scored = type(importance).__name__ if others else "token counts"
-            return plan, weights, f"{scored}{f', {done}' if done else ''}", why
+            return plan, weights, f"{type(importance).__name__}{f', {done}' if done else ''}", why
 
     def label(self, event: Event) -> str:
         """Returns the change in size of the model."""
@@ -190,12 +159,10 @@ class StructuredPruning(ShapeCallback):
         return f"{before:,} -> {after:,} parameters ({words})"
 
     def state_dict(self) -> dict[str, Any]:
-        """Returns events, the original size, and remaining tokens."""
-        first = None if self._first is None else asdict(self._first)
-        return super().state_dict() | {"first": first, "tokens": self._kept_tokens}
+        """Returns events and the original size."""
+        return super().state_dict() | {"first": None if self._first is None else asdict(self._first)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores events, the original size, and remaining tokens."""
+        """Restores events and the original size."""
         super().load_state_dict(state_dict)
         self._first = None if state_dict["first"] is None else Baseline(**state_dict["first"])
-        self._kept_tokens = state_dict.get("tokens")

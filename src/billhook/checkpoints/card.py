@@ -69,7 +69,7 @@ def plain(value: object) -> str:
 
 OTHER_SECTIONS = {
     *("base_model", "made_of", "license", "license_name", "license_link", "saved", "files"),
-    *("events", "steps", "start", "degradation", "accuracy", "perplexity", "metrics"),
+    *("events", "steps", "start", "degradation", "accuracy", "perplexity", "bits_per_byte", "metrics"),
 }
 """Keys of a record that other sections of the card show."""
 MAX_SETTING = 150

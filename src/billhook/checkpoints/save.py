@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.adapters.merge import has_adapters, temporarily_merged
 from billhook.arguments import check_types
@@ -25,10 +25,10 @@ from billhook.display import Printable
 from billhook.engine.state import forked
 from billhook.engine.store import store_of
 from billhook.folder_lock import lock_folder
-from billhook.model.config_fields import nested_configs, text_config
+from billhook.model.config_fields import nested_configs
 from billhook.model.find import check_dense, find_transformer
 from billhook.model.meta import check_checkpoint, model_class, read_config
-from billhook.model.preprocessors import Preprocessor
+from billhook.model.preprocessors import Preprocessor, check_tokenizer
 from billhook.model.shape import KEY, Shape, shape_beyond_config, to_entry
 from billhook.model.shaped import load_as, readable
 from billhook.private_paths import without_paths
@@ -145,7 +145,8 @@ def save(
     check_names(model)
     check_dense(model)
     preprocessors = [] if tokenizer is None else list(tokenizer) if isinstance(tokenizer, Sequence) else [tokenizer]
-    _check_vocabulary(model, preprocessors)
+    for preprocessor in preprocessors:
+        check_tokenizer(model, preprocessor)
     probe = probe or make_probe(model)
     check_target(folder)
     with lock_folder(target):
@@ -259,19 +260,6 @@ def _check_no_prompts(module: nn.Module) -> None:
                 f"model: {type(config).__name__} adds prompts to the inputs, which a model checkpoint cannot contain. Save them "
                 "with PEFT, or save the model without them (get_base_model())."
             )
-
-
-def _check_vocabulary(model: PreTrainedModel, preprocessors: Sequence[Preprocessor]) -> None:
-    """Raises for the tokenizer of the model's folder if the model has lost tokens since."""
-    size, origin = getattr(text_config(model.config), "vocab_size", None), model.config.name_or_path
-    for preprocessor in preprocessors:
-        if isinstance(preprocessor, PreTrainedTokenizerBase) and size and preprocessor.name_or_path == origin:
-            last = max(preprocessor.get_vocab().values(), default=0)
-            if last >= size:
-                raise ValueError(
-                    f"tokenizer: it has ids up to {last:,}, but the model only {size:,} tokens. Pass "
-                    "plan.trim_tokenizer(tokenizer), with the plan that removed tokens."
-                )
 
 
 def check_names(model: PreTrainedModel) -> None:

@@ -22,7 +22,7 @@ from billhook.cli.machine import check_file, device_of, file_progress, model_pro
 from billhook.display import render_table
 from billhook.model.config_fields import text_config
 from billhook.model.meta import model_class, read_config
-from billhook.model.preprocessors import load_tokenizer
+from billhook.model.preprocessors import check_tokenizer, load_tokenizer
 from billhook.model.streamed import stream as open_streamed
 from billhook.progress import progress_bar
 from billhook.report.choices import read_questions
@@ -199,6 +199,7 @@ def _measure(
     model: PreTrainedModel, work: _Work, length: int, examples: int, batch_size: int, limit: int | None
 ) -> tuple[list[Figure], dict[str, Any]]:
     """Returns the results of a model, and the likelihoods of each file's choices."""
+    check_tokenizer(model, work.tokenizer)
     tasks = _harness(model, work, length, batch_size, limit) if work.tasks else []
     with progress_bar(f"{work.model}: questions", "tokens") as progress:
         scored = answered(model, f"models: '{work.model}'", work.sets, batch_size, progress)

@@ -35,9 +35,10 @@ from billhook.engine.zeros import zeros_by_name, zeros_of
 from billhook.model.config_fields import text_config
 from billhook.model.inputs import small_inputs
 from billhook.model.layers import PRUNED, prunable, weight_of
-from billhook.model.preprocessors import Preprocessor, load_preprocessor, load_tokenizer, may_have_preprocessor
+from billhook.model.preprocessors import Preprocessor, load_preprocessor, load_tokenizer, may_have_preprocessor, tokenizer_of
 from billhook.model.streamed import stream
 from billhook.progress import format_duration, progress_bar
+from billhook.pruning.plan import UnitPlan
 from billhook.pruning.repair import RepairOption
 from billhook.repairs.matching import EVALUATIONS, LEAST_STEPS, BlockMatching
 from billhook.report.degradation import DenseReference, TextDegradation, accuracy, degradation_table, degradation_warning
@@ -154,13 +155,14 @@ class OneShot:
             self.model.to(self.device)  # type: ignore[arg-type]
         self.length = options.length_for(self.model)
         self.trimmed: PreTrainedTokenizerBase | None = None
+        self._counts = dict[str, torch.Tensor]()
         self._labeled = LabeledData(options, self.model, model_path(options.tokenizer or name), self.length)
         self.of_images = self._labeled.of_images
         if options.tokenizer is not None:
             if self.of_images:
                 kind = type(self.model).__name__
                 raise ValueError(f"tokenizer={options.tokenizer!r}: {kind} classifies images. Remove --tokenizer.")
-            load_tokenizer(options.tokenizer)
+            tokenizer_of(self.model, options.tokenizer)
         classifies = isinstance(options, Examples) and self._labeled.is_classifier
         self.metric = "accuracy" if classifies or self.of_images else "perplexity"
         if matching_of(repair) is not None and self.metric == "perplexity":
@@ -386,26 +388,48 @@ class OneShot:
             return nullcontext()
         return store_of(self.model).on(self.device, self._offloaded_blocks)
 
+    @property
+    def counted_sources(self) -> dict[str, Any]:
+        """Texts to count tokens in, by name; empty for labeled data.
+
+        Self-generated text is left out. Packaged text is a source too, unless `supplement` is 0.
+        """
+        if self.metric == "accuracy":
+            return {}
+        sources: dict[str, Any] = {name: source for name, source in self.calibration.named.items() if name != GENERATED}
+        return sources if self.options.supplement == 0 else sources | {MIXED: MIXED}
+
     def read_tokens(self, before: Before) -> list[Batch]:
         """Reads text to count tokens in, up to `COUNTED` tokens of each source.
 
-        Self-generated text is left out, and examples that the model is measured on. Packaged text is a source too, unless
-        `supplement` is 0.
+        Examples that the model is measured on are left out.
         """
         if self.metric == "accuracy":
-            folder = model_path(self.options.tokenizer or self.name)
-            return list(
-                LabeledData(replace(self.options, examples=COUNTED), self.model, folder, self.length).calibration_batches()
-            )
-        sources: list[Any] = [source for name, source in self.calibration.named.items() if name != GENERATED]
-        if MIXED not in sources and self.options.supplement != 0:
-            sources.append(MIXED)
-        measured = {tuple(ids.tolist()) for _, ids in before.rows} if isinstance(before, DenseReference) else set()
-        tokens = COUNTED * len(sources)
-        with progress_bar("reading text"):
-            read = replace(self.calibration, sources=sources, weights=None, tokens=tokens).read(self.model)
-        rows = [(batch.source, ids) for batch in read for ids in batch["input_ids"]]
-        return [Batch({"input_ids": ids[None]}, name) for name, ids in rows if tuple(ids.tolist()) not in measured]
+            options, folder = replace(self.options, examples=COUNTED), model_path(self.options.tokenizer or self.name)
+            data = LabeledData(options, self.model, folder, self.length)
+            batches = [Batch(batch, data.source("train")) for batch in data.calibration_batches()]
+        else:
+            sources = list(self.counted_sources.values())
+            measured = {tuple(ids.tolist()) for _, ids in before.rows} if isinstance(before, DenseReference) else set()
+            tokens = COUNTED * len(sources)
+            with progress_bar("reading text"):
+                read = replace(self.calibration, sources=sources, weights=None, tokens=tokens).read(self.model)
+            rows = [(batch.source, ids) for batch in read for ids in batch["input_ids"]]
+            batches = [Batch({"input_ids": ids[None]}, name) for name, ids in rows if tuple(ids.tolist()) not in measured]
+        size = text_config(self.model.config).vocab_size
+        for batch in batches:
+            ids = batch["input_ids"][batch["attention_mask"].bool()] if "attention_mask" in batch else batch["input_ids"]
+            count = self._counts.setdefault(batch.source, torch.zeros(size, dtype=torch.int64))
+            count += torch.bincount(ids.flatten(), minlength=size)
+        return batches
+
+    def removed_share(self, plan: UnitPlan) -> str:
+        """Describes how much of the counted text consists of the tokens that a plan removes."""
+        counts = sum(self._counts.values())
+        assert plan.tokens is not None
+        assert isinstance(counts, torch.Tensor)
+        kept = counts[torch.from_numpy(plan.tokens[0])]
+        return f"{1 - int(kept.sum()) / int(counts.sum()):.2%} of the counted text"
 
     def use_tokenizer(self, tokenizer: PreTrainedTokenizerBase) -> None:
         """Continues with another tokenizer: for text, and to be saved."""
@@ -433,7 +457,8 @@ class OneShot:
                     rows = evaluation_batches(
                         self.calibration, self.model, options.evaluate, options.also, written=not options.stream
                     )
-                calibrated = list(self.calibration.named) if self.calibrates else []
+                others = self.counted_sources if self._as_text else ()
+                calibrated = list(self.calibration.named if self.calibrates else others)
                 with model_progress(self.model, "measuring", "examples") as progress:
                     tokenizer = self.tokenizer if self._as_text else None
                     return DenseReference(self.model, rows, calibrated, progress=progress, tokenizer=tokenizer)
@@ -464,18 +489,28 @@ class OneShot:
         record = {"events": [event], **record}
         if self.uses_data:
             data = self.calibration.to_json() if self.metric == "perplexity" else self._labeled.to_json()
+            if self._counts:
+                data["counted_tokens"] = {name: int(count.sum()) for name, count in self._counts.items()}
+                data = (
+                    data
+                    if self.calibrates
+                    else {name: value for name, value in data.items() if name not in ("tokens", "weights")}
+                )
             record["calibration" if self.calibrates else "text"] = data
         degradation, warning = self.measure_degradation(before), None
         results: dict[str, Any] = {"before": None, "after": None, "examples": self.options.evaluate}
+        metric = self.metric
         if isinstance(degradation, list):
-            results = {"before": degradation[0].before, "after": degradation[0].after, "examples": degradation[0].rows}
+            first = degradation[0]
+            metric, values = ("bits_per_byte", bits) if (bits := first.bits_per_byte) else (metric, (first.before, first.after))
+            results = {"before": values[0], "after": values[1], "examples": first.rows}
             record["degradation"], warning = [text.to_json() for text in degradation], degradation_warning(degradation)
         elif degradation is not None:
             results = {"before": before, "after": degradation, "examples": len(self._labeled.measured_rows)}
         if reused := store_of(self.model).reused:
             print(f"Reused {reused} block{'s' * (reused > 1)} from an interrupted run.")
         with file_progress("saving and verifying"):
-            saved = save(self.model, self.out, self._preprocessor(), record | {self.metric: results})
+            saved = save(self.model, self.out, self._preprocessor(), record | {metric: results})
         warning = warning and f"Warning: {warning}"
         used = self._labeled.used(self.calibrates, degradation is not None) if self.metric == "accuracy" else []
         for line in (*lines, *used, degradation_text(before, degradation), warning):

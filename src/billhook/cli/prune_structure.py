@@ -7,6 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from billhook.arguments import check_int
+from billhook.calibration.calibration import MIXED
 from billhook.cli.examples import Examples
 from billhook.cli.one_shot import COUNTED, Before, OneShot
 from billhook.cli.refit import meta_batches, remaining_inputs, repair_limits
@@ -120,7 +121,8 @@ def prune_structure(
     check_int("rounds", rounds)
     check_scored(examples, block_importance, importance)
     refits, as_text = repair is not None, amount.tokens_only is not None
-    work = OneShot(model, out, examples, refits=refits, streams=True, repair=repair, as_text=as_text)
+    calibrates = amount.blocks_only is not None or amount.within_blocks is not None
+    work = OneShot(model, out, examples, refits=refits, calibrates=calibrates, streams=True, repair=repair, as_text=as_text)
     passes, batches_to_score = Passes(), batch_count(work.example_counts.values(), work.options.batch_size)
     steps, expected_limits, kept, needed = list[str](), "", None, None
     without_tokens = work.model
@@ -137,7 +139,8 @@ def prune_structure(
     if amount.tokens_only is not None:
         without_tokens = try_removal(work.model, RatioSearch(work.model, amount.tokens_only).check())
         Vocabulary(work.tokenizer)  # raises for tokenizers that cannot lose tokens
-        counted = f"counted in up to {COUNTED:,} of each source, predicted for up to {PREDICTED:,}"
+        sources = " and ".join({MIXED: "packaged text"}.get(name, name) for name in work.counted_sources) or "the data"
+        counted = f"counted in up to {COUNTED:,} of {sources}, predicted for up to {PREDICTED:,}"
         steps.append(f"remove tokens that text needs least: tokens={amount.tokens} ({counted})")
     within_blocks = amount.within_blocks_of(work.model)
     if within_blocks is not None:
@@ -156,7 +159,6 @@ def prune_structure(
         if needed is not None:
             expected_limits = repair_limits(work, needed, meta_batches(work), repair != "auto")
             steps.append(expected_limits or work.repair_step(repair, "consumer layers"))
-    calibrates = amount.blocks_only is not None or within_blocks is not None
     steps += [work.calibration_step] * calibrates
     work.print_plan(*steps, passes=passes.known, exact=repair != "auto", unknown=passes.unknown)
     needs_data = any(scorer.needs_data for scorer in (block_importance, importance) if scorer is not None)
@@ -183,7 +185,7 @@ def prune_structure(
             apply(work.model, plan)
             work.use_tokenizer(trimmed)
             batches[:] = work.batches() if needs_data and within_blocks is not None else []  # in the tokens that are left
-            words.append(plan.words)
+            words.append(f"{plan.words} ({work.removed_share(plan)})")
             continue
         rows = batches if len(batches) > 1 else split_examples(batches)
         with progress_bar("refitting", "layers") as progress:
@@ -230,7 +232,7 @@ def _plans(
         yield blocks
     if amount.tokens_only is not None:
         search, text = RatioSearch(model, amount.tokens_only), work.read_tokens(before)
-        yield plan_from_search(search, text=text, tokenizer=work.tokenizer)
+        yield plan_from_search(search, batches=text, tokenizer=work.tokenizer)
     if within_blocks is None:
         return
     start = Baseline.of(RatioSearch(model, within_blocks))

@@ -318,11 +318,13 @@ def shrink(
     with progress_bar("shrinking", "steps", lambda: phases[-1], steady=False) as report:
         progress, seed = Progress(report, phases.append, folder.report_reused), examples.seed
         shrunk = run_shrink(scope, budget, clock, fitted, held_out, repair, search, seed, folder.folder, progress, vocabularies)
+    removed = ""
     if shrunk.tokens is not None:
         work.use_tokenizer(shrunk.tokens.trim_tokenizer(work.tokenizer))
+        removed = f" ({work.removed_share(shrunk.tokens)})"
     shrunk = replace(shrunk, not_refitted=shrunk.not_refitted or not_repaired)
     settings = {"layers": layers, "importance": str(search.importance or "OBS()"), "repair": str(repair) if repair else None}
-    what = f"{shrunk.what}: {shrunk.budget}"
+    what = f"{shrunk.what}{removed}: {shrunk.budget}"
     what += f"; {recovery.recover:,} recovery steps" if recovery.recover else ""
     recovered, *lines = _recover(work, recovery, batches, before) if recovery.recover else ({},)
     record = {"shrink": shrunk.to_json() | settings} | recovered

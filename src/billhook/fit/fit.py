@@ -179,17 +179,6 @@ class Fit(ABC):
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
         """Tokenizer of the training data, if known."""
 
-    def check_keeps_tokens(self) -> None:
-        """Raises `ValueError` if batches cannot follow a removal of tokens."""
-        raise ValueError(
-            "tokens: the batches of this trainer do not follow to a smaller vocabulary. Remove tokens before training, with "
-            "bh.plan or `billhook prune-vocabulary`."
-        )
-
-    def keep_tokens(self, kept: Sequence[int]) -> None:
-        """Rewrites all further batches for a vocabulary of only these ids of the data's tokenizer."""
-        raise NotImplementedError
-
     @abstractmethod
     def preprocessors(self) -> list[Preprocessor]:
         """Returns the tokenizer or processor to save with the model."""

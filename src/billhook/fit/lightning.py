@@ -171,22 +171,6 @@ class LightningFit(Fit):
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         return tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else None
 
-    def check_keeps_tokens(self) -> None:
-        """Raises `ValueError` unless batches come from a data module of billhook for text."""
-        data = getattr(self.trainer, "datamodule", None)
-        if not hasattr(data, "keep_tokens"):
-            raise ValueError(
-                "tokens: batches follow to a smaller vocabulary if they come from bh.TextDataModule or another data module of "
-                f"billhook for text, not from {'loaders' if data is None else type(data).__name__}. Use one, or remove tokens "
-                "before training, with bh.plan or `billhook prune-vocabulary`."
-            )
-        if getattr(data, "mlm_probability", 0):
-            raise ValueError("tokens: masked tokens do not follow to a smaller vocabulary. Remove tokens before training.")
-
-    def keep_tokens(self, kept: Sequence[int]) -> None:
-        """Rewrites all further batches for a vocabulary of only these ids of the data's tokenizer."""
-        cast(Any, self.trainer).datamodule.keep_tokens(kept)
-
     def preprocessors(self) -> list[Preprocessor]:
         """Returns the tokenizer or processor that created the batches, or else the base model's."""
         return find_preprocessors(self.trainer, self.module)

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import (
     AutoProcessor,
     AutoTokenizer,
@@ -17,7 +18,9 @@ from transformers import (
 from transformers.utils.hub import cached_file
 
 from billhook.assets import model_path
+from billhook.model.config_fields import nested_configs
 from billhook.model.shaped import readable
+from billhook.model.token_ids import vocabulary_sizes
 
 Preprocessor = PreTrainedTokenizerBase | ProcessorMixin | ImageProcessingMixin | FeatureExtractionMixin
 """A tokenizer, processor, image processor, or feature extractor."""
@@ -32,6 +35,11 @@ FILES = (
 """Preprocessor files. Without any of them, transformers creates an empty tokenizer."""
 VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "spm.model", "merges.txt")
 """Vocabulary files that older folders may have instead."""
+
+
+LOST_TOKENS = "_lost_tokens"
+"""Attribute of a model whose vocabulary has shrunk since it was loaded."""
+FIX = "After a removal of tokens, pass plan.trim_tokenizer(tokenizer), or the folder where it is saved (--tokenizer FOLDER)."
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
@@ -68,10 +76,54 @@ def _without_code(name: str) -> Iterator[None]:
 
 
 def tokenizer_of(model: PreTrainedModel, name: str | None = None) -> PreTrainedTokenizerBase:
-    """Loads a tokenizer by name, or from the source of a model."""
-    if not (name or model.config.name_or_path):
+    """Loads a tokenizer by name, or from the source of a model.
+
+    Raises:
+        ValueError: If there is none, or the model lacks tokens that it has.
+    """
+    origin = str(model.config.name_or_path)
+    if not (name or origin):
         raise ValueError(f"tokenizer=None: {type(model).__name__} does not say where it came from: name a tokenizer")
-    return load_tokenizer(name or str(model.config.name_or_path))
+    if not name:
+        check_origin(model)
+    tokenizer = load_tokenizer(name or origin)
+    check_tokenizer(model, tokenizer)
+    return tokenizer
+
+
+def check_origin(model: PreTrainedModel) -> None:
+    """Raises if a model has lost tokens, so that the tokenizer of its source has others."""
+    if hasattr(model, LOST_TOKENS):
+        raise ValueError(
+            f"tokenizer=None: this {type(model).__name__} has lost tokens that the tokenizer of '{model.config.name_or_path}' "
+            f"has. {FIX}"
+        )
+
+
+def check_tokenizer(model: PreTrainedModel, preprocessor: Preprocessor) -> None:
+    """Raises for a tokenizer with tokens that the model lacks.
+
+    If the model has not lost tokens, added ones may be beyond its vocabulary: some models are published without them.
+    """
+    tokenizer: Any = getattr(preprocessor, "tokenizer", preprocessor)  # of a processor
+    size = num_tokens(model)
+    if size and isinstance(tokenizer, PreTrainedTokenizerBase):
+        lost = hasattr(model, LOST_TOKENS)
+        count = max(tokenizer.get_vocab().values(), default=-1) + 1 if lost else tokenizer.vocab_size
+        if count > size:
+            raise ValueError(f"tokenizer: it has {count:,} tokens, but the model only {size:,}. {FIX}")
+
+
+def check_ids(model: PreTrainedModel, ids: Tensor) -> None:
+    """Raises if a text has a token that the model lacks."""
+    size = num_tokens(model)
+    if size and ids.numel() and int(ids.max()) >= size:
+        raise ValueError(f"tokenizer: the text has the token {int(ids.max()):,}, but the model only {size:,} tokens. {FIX}")
+
+
+def num_tokens(model: PreTrainedModel) -> int:
+    """Returns the size of the largest vocabulary in the configs of a model, or 0."""
+    return max((size for _, config in nested_configs(model.config) for size in vocabulary_sizes(config).values()), default=0)
 
 
 def load_preprocessor(name: str, auto: Any = AutoProcessor) -> Preprocessor:  # noqa: ANN401 - an auto class

@@ -14,12 +14,14 @@ SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
 """Fields whose tokens may go, because they only name what is not generated."""
 UNKNOWN = ("forced_decoder_ids", "force_words_ids", "sequence_bias")
 """Fields that mix token ids with other numbers."""
+COPIED = "vocabulary_map"
+"""Field of which models copy token ids: the tokens of image codes."""
 
 
 def named_token_ids(model: PreTrainedModel, size: int) -> dict[int, str]:
     """Returns the token ids in the config and generation config, each with its field.
 
-    Raises if no config has a vocabulary of this size, or a field mixes token ids with other numbers.
+    Raises if no config has a vocabulary of this size, a field mixes token ids with other numbers, or images are tokens.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM
     >>> sizes = {"vocab_size": 32, "hidden_size": 8, "intermediate_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
@@ -32,6 +34,8 @@ def named_token_ids(model: PreTrainedModel, size: int) -> dict[int, str]:
     for name, value in _all_fields(model, size).items():
         if name.endswith(UNKNOWN) and value:
             raise ValueError(f"tokens: {name}={value} mixes token ids with other numbers. Unset it, and set it again afterwards.")
+        if name.endswith(COPIED) and value:
+            raise ValueError(f"tokens: {name} names the tokens of images, which do not follow. Keep all tokens of this model.")
         if name.endswith(NAMES):
             named = dict.fromkeys(_ids(value, size), name) | named
     return dict(sorted(named.items()))
@@ -41,7 +45,7 @@ def with_kept_tokens(config: PretrainedConfig, kept: Indices, size: int) -> Fiel
     """Returns the config fields of a smaller vocabulary: its size, and new token ids."""
     fields: Fields = {}
     for prefix, nested in _of_vocabulary(config, size):
-        fields |= {f"{prefix}{name}": len(kept) for name, value in _vocabulary_sizes(nested).items() if value == size}
+        fields |= {f"{prefix}{name}": len(kept) for name, value in vocabulary_sizes(nested).items() if value == size}
         fields |= _renumbered({f"{prefix}{name}": value for name, value in vars(nested).items()}, kept)
     return fields
 
@@ -68,15 +72,16 @@ def _of_vocabulary(config: PretrainedConfig, size: int) -> list[tuple[str, Pretr
     """Returns the configs with a vocabulary of this size, or the outermost without any."""
     configs = list[tuple[str, PretrainedConfig]]()
     for prefix, nested in nested_configs(config):
-        sizes = _vocabulary_sizes(nested).values()
+        sizes = vocabulary_sizes(nested).values()
         if size in sizes or not (prefix or sizes):
             configs.append((prefix, nested))
     return configs
 
 
-def _vocabulary_sizes(config: PretrainedConfig) -> dict[str, int]:
+def vocabulary_sizes(config: PretrainedConfig) -> dict[str, int]:
     """Returns the sizes of vocabularies, but not of types of segments, such as BERT's."""
-    return {name: value for name, value in vars(config).items() if "vocab_size" in name and name != "type_vocab_size"}
+    sizes = {name: value for name, value in vars(config).items() if "vocab_size" in name and name != "type_vocab_size"}
+    return {name: size for name, size in sizes.items() if isinstance(size, int)}
 
 
 def _ids(value: Any, size: int) -> list[int]:  # noqa: ANN401 - any field

@@ -137,7 +137,7 @@ def choose(
     removed: dict[str, list[int]] = {}
     for orders in competitions:
         total = sum(units[layer].count(per) for order in orders for layer in order.layers)
-        where = orders[0].layers[0] if ranking == "layer" else "all layers"
+        where = (orders[0].layers[0] or "the model") if ranking == "layer" else "all layers"
         steps = _lowest_steps(orders, ratio, total, f"{what} of {where}", name)
         for order, numbers in zip(orders, steps, strict=True):
             removed |= dict.fromkeys(order.layers, np.sort(order.units[numbers].flatten()).tolist())

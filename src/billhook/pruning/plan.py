@@ -55,8 +55,8 @@ class UnitPlan(Cut, ShapePlan):
             if kind in numbers:
                 count, module = len(numbers[kind]), "attention module" if kind == "head" else "module"
                 where = f" in {count:,} {module}{'s' * (count != 1)}"
-                is_single_stream = kind == "residual" and count == 1
-                words.append(f"{count_text(kind, sum(numbers[kind]))}{'' if is_single_stream else where}")
+                is_single = kind in ("residual", "token") and count == 1
+                words.append(f"{count_text(kind, sum(numbers[kind]))}{'' if is_single else where}")
         return ", ".join(words)
 
     def to_json(self) -> dict[str, Any]:
@@ -108,7 +108,8 @@ class UnitPlan(Cut, ShapePlan):
 
         Raises:
             ValueError: If the tokenizer has more tokens than the model had, is written in Python, or is of another kind than
-                byte-pair encoding, unigram, or WordPiece.
+                byte-pair encoding, unigram, or WordPiece. Also if the plan removes a byte, a single character that nothing else
+                spells, a special token, or a part of a token that stays.
         """
         if self.tokens is None:
             return tokenizer

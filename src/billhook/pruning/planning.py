@@ -1,7 +1,6 @@
 """Plans pruning: `plan` chooses units by their scores, `plan_units` takes given units."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -163,19 +162,14 @@ def plan_from_search(
     comm: Comm = SINGLE_PROCESS,
     progress: OnProgress | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    text: Sequence[Any] | None = None,
 ) -> UnitPlan:
-    """Plans units as `plan_amount` does, reusing a search of the unchanged model.
-
-    `text` has batches to count tokens in, if these are not `batches`.
-    """
+    """Plans units as `plan_amount` does, reusing a search of the unchanged model."""
     search.check()
     if scores is None:
         model, units, amount, scores = search.model, search.removable(), search.amount, dict[str, Tensor]()
         if tokens := of_kind(units, "token"):
-            if text is None:
-                text = batches = list(read_batches(batches, model))  # an iterator would be empty afterwards
-            scores |= token_scores(model, tokens, text, tokenizer or tokenizer_of(model), comm)
+            batches = list(read_batches(batches, model))  # an iterator would be empty afterwards
+            scores |= token_scores(model, tokens, batches, tokenizer or tokenizer_of(model), comm)
         if others := {name: layer for name, layer in units.items() if name not in tokens}:
             importance = importance or default_importance(others)
             scores |= score_units(model, others, importance, batches, loss, amount.normalize, amount.per, comm, progress)

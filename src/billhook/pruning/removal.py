@@ -21,6 +21,7 @@ from billhook.model.config_fields import Fields, build_on_meta, set_fields
 from billhook.model.constants import set_constants
 from billhook.model.inputs import outputs_match, small_inputs, tolerance
 from billhook.model.meta import to_meta
+from billhook.model.preprocessors import LOST_TOKENS
 from billhook.model.repeat_kv import Indices
 from billhook.model.shape import Shape, changed_constants, record_shape, set_shape, shape_beyond_config, shape_of
 from billhook.model.surgery import Change, Swap, change_blockwise, change_values, restored_on_error, snapshot_with_store
@@ -72,6 +73,7 @@ def remove(model: PreTrainedModel, cut: Cut, key: Callable[[], str] = str) -> li
                 if cut.tokens:
                     set_fields(model.config, token_fields)  # also if the shape exceeds the config
                     renumber_generation_config(model, cut.tokens[0])
+                    setattr(model, LOST_TOKENS, True)
                 record_shape(model)
                 if computes:
                     answer = _answer_or_differ(model, readers, ids.after)
@@ -196,12 +198,29 @@ def _drawn_ids(model: PreTrainedModel, cut: Cut) -> _Ids:
 
 
 def _check_tokens(model: PreTrainedModel, cut: Cut) -> None:
-    """Raises if a token goes that the config or the generation config names."""
-    if cut.tokens:
-        kept, size = cut.tokens
-        named = named_token_ids(model, size)
-        if lost := sorted(named.keys() - set(kept.tolist())):
-            raise ValueError(f"tokens: {lost[0]} cannot be removed, because it is {named[lost[0]]}.")
+    """Raises for a token that the configs name, a table that PEFT copied, or positions that count from a moving id."""
+    if cut.tokens is None:
+        return
+    kept, size = cut.tokens
+    named = named_token_ids(model, size)
+    if lost := sorted(named.keys() - set(kept.tolist())):
+        raise ValueError(f"tokens: {lost[0]} cannot be removed, because it is {named[lost[0]]}.")
+    tables = [name for (name, _), positions in cut.cuts.items() if np.array_equal(positions, kept)]
+    for name in tables:
+        for part, option in {"modules_to_save": "modules_to_save", "token_adapter": "trainable_token_indices"}.items():
+            if part in name.split("."):
+                raise ValueError(
+                    f"tokens: {option} of PEFT keeps tokens beside {name}, which do not follow. Merge adapters first."
+                )
+    weights = [parameter for name, parameter in model.named_parameters() if name in tables]
+    for name, module in model.named_modules():
+        first = module.padding_idx if isinstance(module, nn.Embedding) else None
+        if first in named and not any(module.weight is weight for weight in weights):  # a table of positions, as RoBERTa's
+            new = int(np.searchsorted(kept, first))
+            if new != first:
+                raise ValueError(
+                    f"tokens: {name} counts from {named[first]}={first}, which would be {new}. Keep all tokens below it."
+                )
 
 
 def _masked_answer(model: PreTrainedModel, cut: Cut, readers: Iterable[str], ids: _Ids) -> list[Tensor] | None:

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from billhook.model.preprocessors import check_ids
+
 LEGAL = 'a line is {"context": text, "choices": [text, text, ...], "label": index of the correct choice}, and no text is blank'
 
 
@@ -113,6 +115,7 @@ def log_likelihoods(model: PreTrainedModel, batch: Sequence[EncodedChoice]) -> l
     """
     inputs = [torch.tensor(row.ids[:-1]) for row in batch]
     ids, mask = pad_sequence(inputs, batch_first=True), pad_sequence(list(map(torch.ones_like, inputs)), batch_first=True)
+    check_ids(model, ids)
     logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
     return [_sum(of_row[: len(row.ids) - 1], row) for of_row, row in zip(logits, batch, strict=True)]
 

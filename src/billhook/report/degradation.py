@@ -20,6 +20,7 @@ from billhook.engine.passes import activation_files, run_side_by_side
 from billhook.engine.sharding import is_sharded
 from billhook.engine.state import evaluating_without_grad
 from billhook.engine.store import store_of
+from billhook.model.preprocessors import check_ids
 from billhook.progress import OnProgress
 from billhook.report.generation import generates
 from billhook.report.predictions import Predictions, compute_logits, mean_loss
@@ -38,6 +39,7 @@ def perplexity(model: PreTrainedModel, rows: Rows | None, examples: int, progres
     texts = list[Tensor]()
     for number in range(min(examples, len(dataset))):
         texts.append(torch.tensor([dataset[number]["input_ids"]], device=model.device))
+        check_ids(model, texts[-1])
     losses = dict[int, Tensor]()
 
     def read(number: int) -> None:
@@ -110,6 +112,13 @@ class TextDegradation:
         if self.token_bytes is None:
             return None
         return math.log2(self.before) / self.token_bytes, math.log2(self.after) / self.token_bytes
+
+    @property
+    def shown_ratio(self) -> tuple[float, float]:
+        """Ratio of perplexities, or of bits per byte if tokenizers differ, with its standard error."""
+        if (bits := self.bits_per_byte) is None:
+            return self.ratio, self.ratio_error
+        return bits[1] / bits[0], self.ratio_error / self.ratio / math.log(self.before)
 
     def to_json(self) -> dict[str, Any]:
         """Returns JSON-compatible data; non-finite numbers become strings."""
@@ -296,11 +305,10 @@ def degradation_table(degradation: Sequence[TextDegradation]) -> str:
     for text in degradation:
         name = [text.source, "calibrated on" if text.inside else "not calibrated on"]
         if (bits := text.bits_per_byte) is not None:
-            ratio = _with_error(bits[1] / bits[0], text.ratio_error / text.ratio / math.log(text.before))
-            rows.append([*name, f"{bits[0]:.4f}", f"{bits[1]:.4f}", ratio, f"{text.token_ratio:.3f}"])
+            rows.append([*name, f"{bits[0]:.4f}", f"{bits[1]:.4f}", _with_error(*text.shown_ratio), f"{text.token_ratio:.3f}"])
         else:
-            ratio, kl = _with_error(text.ratio, text.ratio_error), _with_error(text.kl, text.kl_error)
-            rows.append([*name, f"{text.before:,.4g}", f"{text.after:,.4g}", ratio, kl])
+            kl = _with_error(text.kl, text.kl_error)
+            rows.append([*name, f"{text.before:,.4g}", f"{text.after:,.4g}", _with_error(*text.shown_ratio), kl])
     what, last = ("bits per byte of", "tokens") if in_bits else ("perplexity on", "KL")
     return render_table([what, "", "before", "after", "ratio", last], rows, aligns="<<>")
 
@@ -316,20 +324,22 @@ def degradation_warning(degradation: Sequence[TextDegradation]) -> str | None:
 
     The difference must exceed two standard errors. If in-domain texts do not degrade, any significant increase counts.
     """
-    increases, errors = list[float](), list[float]()  # of log-perplexity, in-domain
+    increases, errors = list[float](), list[float]()  # of log-perplexity or log bits per byte, in-domain
     for text in degradation:
+        ratio, error = text.shown_ratio
         if text.inside:
-            increases.append(math.log(text.ratio))
-            errors.append(text.ratio_error / text.ratio)
+            increases.append(math.log(ratio))
+            errors.append(error / ratio)
     if not increases:
         return None
     mean = sum(increases) / len(increases)
-    allowed, error = TWICE * max(mean, 0.0), TWICE * math.hypot(*errors) / len(errors)
+    allowed, allowed_error = TWICE * max(mean, 0.0), TWICE * math.hypot(*errors) / len(errors)
     worse = list[str]()
     for text in degradation:
-        significant = math.log(text.ratio) - allowed > 2 * math.hypot(text.ratio_error / text.ratio, error)
+        ratio, error = text.shown_ratio
+        significant = math.log(ratio) - allowed > 2 * math.hypot(error / ratio, allowed_error)
         if significant and not text.inside:
-            worse.append(f"{text.source} ({text.ratio:.2f}x perplexity)")
+            worse.append(f"{text.source} ({ratio:.2f}x {'perplexity' if text.bits_per_byte is None else 'bits per byte'})")
     if not worse:
         return None
     degraded = "more than twice as much as the calibration texts" if mean > 0 else "and the calibration texts did not"

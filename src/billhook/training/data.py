@@ -1,7 +1,7 @@
 """LightningDataModules for language modeling, classification, and sequence-to-sequence."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import datasets
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -21,9 +21,8 @@ from billhook.calibration.examples import (
     translate,
 )
 from billhook.calibration.reading import Data, Rows, Table, check_columns, is_line_text
-from billhook.model.preprocessors import load_tokenizer
+from billhook.model.preprocessors import check_origin, check_tokenizer, load_tokenizer
 from billhook.training.dataset_module import DatasetModule, LabeledModule, NoExamples, label_numbers
-from billhook.vocabulary.respelling import Respelling
 
 
 class TokenizedModule(DatasetModule):
@@ -35,30 +34,22 @@ class TokenizedModule(DatasetModule):
 
     tokenizer_name: str | None = None
     _tokenizer: PreTrainedTokenizerBase | None = None
-    _respelling: Respelling | None = None
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of batches as the model takes them."""
-        return self.full_tokenizer if self._respelling is None else self._respelling.tokenizer
-
-    def keep_tokens(self, kept: Sequence[int]) -> None:
-        """Rewrites further batches, also loaded ones, for a vocabulary of only these ids."""
-        self._respelling = Respelling(self.full_tokenizer, kept)
-
-    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:  # noqa: ANN401
-        """Rewrites a batch if the model has lost tokens."""
-        return batch if self._respelling is None else self._respelling(batch)
-
-    @property
-    def full_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer of the data, loaded on first use."""
+        """The tokenizer, loaded on first use."""
         if self._tokenizer is None:
             tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.tokenizer_name or self.model_name("tokenizer"))
             if tokenizer.pad_token is None:
                 tokenizer.pad_token = tokenizer.eos_token
             self._tokenizer = tokenizer
         return self._tokenizer
+
+    def check(self, model: PreTrainedModel) -> None:
+        """Raises an error for a tokenizer with tokens that the model lacks."""
+        if self.tokenizer_name is None:
+            check_origin(model)
+        check_tokenizer(model, self.tokenizer)
 
 
 class TextDataModule(TokenizedModule):
@@ -138,6 +129,7 @@ class TextDataModule(TokenizedModule):
                 f"TextDataModule cannot train {type(model).__name__}, which does not predict tokens. "
                 "Use ClassificationDataModule."
             )
+        super().check(model)
 
     def encode(self, rows: Rows, split: str) -> Rows:
         """Tokenizes rows of text into examples of (at most) `block_size` tokens."""
@@ -148,7 +140,7 @@ class TextDataModule(TokenizedModule):
             warn_of_empty_rows(rows, split, columns)
         responses = self.loss_on == "responses" and not self.mlm_probability and not is_text(rows, columns)
         arguments = {"block_size": self.block_size, "columns": columns, "documents": documents, "responses": responses}
-        examples = map_rows(rows, pack if self.packing else encode_separately, split, self.full_tokenizer, **arguments)
+        examples = map_rows(rows, pack if self.packing else encode_separately, split, self.tokenizer, **arguments)
         if not isinstance(examples, datasets.Dataset):
             return examples
         if len(examples) == 0:
@@ -169,10 +161,10 @@ class TextDataModule(TokenizedModule):
     def collate(self) -> Callable[[list[Batch]], Batch]:
         """Returns the collate function for blocks or padded rows, masked with `mlm_probability`."""
         if not self.mlm_probability:
-            return collate_packed if self.packing else PaddingCollator(self.full_tokenizer)
-        if self.full_tokenizer.mask_token is None:
+            return collate_packed if self.packing else PaddingCollator(self.tokenizer)
+        if self.tokenizer.mask_token is None:
             raise ValueError(f"mlm_probability={self.mlm_probability} requires a tokenizer with a mask token. Use 0.")
-        return DeterministicMasking(self.full_tokenizer, mlm_probability=self.mlm_probability)
+        return DeterministicMasking(self.tokenizer, mlm_probability=self.mlm_probability)
 
 
 class ClassificationDataModule(LabeledModule, TokenizedModule):
@@ -231,17 +223,18 @@ class ClassificationDataModule(LabeledModule, TokenizedModule):
                 f"ClassificationDataModule cannot train {type(model).__name__}, which predicts tokens. Load the model with "
                 "task='sequence-classification', or use TextDataModule."
             )
+        super().check(model)
 
     def encode(self, rows: Rows, split: str) -> Rows:
         """Tokenizes rows of text and label."""
         check_columns(rows, split, *self.text_columns, self.label_column)
         arguments = {"text_columns": self.text_columns, "label_column": self.label_column, "max_length": self.max_length}
         arguments |= {"numbers": label_numbers(rows, self.label_column, self.label2id)}
-        return map_rows(rows, classify, split, self.full_tokenizer, **arguments)
+        return map_rows(rows, classify, split, self.tokenizer, **arguments)
 
     def collate(self) -> Callable[[list[Batch]], Batch]:
         """Returns the collate function, which pads to the longest text."""
-        collator: Callable[[list[Batch]], Batch] = DataCollatorWithPadding(self.full_tokenizer)
+        collator: Callable[[list[Batch]], Batch] = DataCollatorWithPadding(self.tokenizer)
         return collator
 
 
@@ -299,14 +292,15 @@ class Seq2SeqDataModule(TokenizedModule):
                 f"Seq2SeqDataModule cannot train {type(model).__name__}, which is not an encoder-decoder. Load one with "
                 "task='seq2seq-lm', or use TextDataModule."
             )
+        super().check(model)
 
     def encode(self, rows: Rows, split: str) -> Rows:
         """Tokenizes rows of source and target."""
         check_columns(rows, split, self.source_column, self.target_column)
         columns, lengths = (self.source_column, self.target_column), (self.max_source_length, self.max_target_length)
-        return map_rows(rows, translate, split, self.full_tokenizer, columns=columns, lengths=lengths)
+        return map_rows(rows, translate, split, self.tokenizer, columns=columns, lengths=lengths)
 
     def collate(self) -> Callable[[list[Batch]], Batch]:
         """Returns the collate function, which pads pairs and excludes padding from the loss."""
-        collator: Callable[[list[Batch]], Batch] = DataCollatorForSeq2Seq(self.full_tokenizer)
+        collator: Callable[[list[Batch]], Batch] = DataCollatorForSeq2Seq(self.tokenizer)
         return collator

@@ -31,24 +31,48 @@ def token_shares(batches: Iterable[Any], size: int, comm: Comm = SINGLE_PROCESS)
     """Returns the discounted share of each token, summed over sources: float64, `[size]`.
 
     Padding (`attention_mask`) does not count; labels of an encoder-decoder do. Also returns the number of sources.
+
+    Raises:
+        ValueError: If a batch has no ids, others than those of the vocabulary, or a mask of another shape.
     """
     counts = dict[str, Tensor]()
     for batch in batches:
-        inputs = inputs_of(batch)
         count = counts.setdefault(source_of(batch), torch.zeros(size, dtype=torch.float64))
-        for name, mask in {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}.items():
-            if name in inputs:
-                ids = inputs[name] if inputs.get(mask) is None else inputs[name][inputs[mask].bool()]
-                count += torch.bincount(ids.flatten().cpu(), minlength=size)
-        labels = inputs.get("labels")
-        if "decoder_input_ids" not in inputs and isinstance(labels, Tensor) and labels.dim() == 2:  # of a language model
-            count += torch.bincount(labels[labels >= 0].cpu(), minlength=size) if "input_ids" in inputs else 0
+        for ids in _counted(inputs_of(batch)):
+            if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
+                raise ValueError(
+                    f"batches: token ids are in {int(ids.min())}..{int(ids.max())}, but must be in 0..{size - 1}. Use the "
+                    "model's tokenizer."
+                )
+            count += torch.bincount(ids.flatten().cpu(), minlength=size)
     sources = {source for names in comm.gather(sorted(counts)) for source in names}
     shares = torch.zeros(size, dtype=torch.float64)
     for source in sorted(sources):
         count = comm(counts.get(source, torch.zeros_like(shares)).to(comm.device)).cpu()
         shares += (count - DISCOUNT).clamp(min=0) / count.sum().clamp(min=1)
     return shares, len(sources)
+
+
+def _counted(inputs: Any) -> list[Tensor]:  # noqa: ANN401 - any batch
+    """Returns the ids in a batch, without padding."""
+    if not isinstance(inputs, Mapping) or not {"input_ids", "decoder_input_ids"} & inputs.keys():
+        has = ", ".join(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
+        raise ValueError(f"batches: one has no input_ids to count tokens in ({has}). Pass dictionaries with input_ids.")
+    counted, labels = list[Tensor](), inputs.get("labels")
+    for name, padding in {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}.items():
+        ids, mask = inputs.get(name), inputs.get(padding)
+        if ids is None:
+            continue
+        if not isinstance(ids, Tensor) or ids.is_floating_point():
+            raise ValueError(f"batches: {name} must be a tensor of token ids, not a {type(ids).__name__}. Use torch.tensor.")
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
+            raise ValueError(
+                f"batches: {padding} must have the shape of {name}, {list(ids.shape)}, to tell padding. Pass such a mask."
+            )
+        counted.append(ids if mask is None else ids[mask.bool()])
+    if "decoder_input_ids" not in inputs and isinstance(labels, Tensor) and labels.dim() == 2:  # of a language model
+        counted.append(labels[labels >= 0])
+    return counted
 
 
 def predicted_shares(model: PreTrainedModel, size: int, batches: Sequence[Any], comm: Comm = SINGLE_PROCESS) -> Tensor:
@@ -115,8 +139,10 @@ def token_scores(
     than that. Tokens that must stay (`Vocabulary.order`, and those that the config names) have an infinite score.
 
     Raises:
-        ValueError: If the tokenizer has more tokens than the model, or cannot lose any.
+        ValueError: If the tokenizer has more tokens than the model, or cannot lose any, or the batches have no ids.
     """
+    if not any(comm.gather(len(batches))):
+        raise ValueError("batches is empty. Pass text to count tokens in.")
     vocabulary, scores = Vocabulary(tokenizer), dict[str, Tensor]()
     for name, layer in units.items():
         size = layer.count()

@@ -101,9 +101,18 @@ class Vocabulary:
     def without(self, kept: Indices) -> PreTrainedTokenizerBase:
         """Returns a tokenizer with only these ids, ascending, which get numbers from 0.
 
-        It is loaded as a user would load it.
+        It is loaded as a user would load it. Raises a ValueError if text could not be encoded, or would be encoded otherwise,
+        although all of its tokens remain.
         """
         new = {int(old): number for number, old in enumerate(kept)}
+        needed = dict.fromkeys(self._spelling(set()), "it spells text") | dict.fromkeys(self._special, "it is a special token")
+        for number in new:
+            whole = repr(self.tokenizer.convert_ids_to_tokens(number))
+            needed |= dict.fromkeys(self._parts.get(number, ()), f"{whole} is made of it")
+        for number, why in needed.items():
+            if number not in new:
+                name = self.tokenizer.convert_ids_to_tokens(number)
+                raise ValueError(f"tokens: {number} ({name!r}) must stay, because {why}. Let bh.plan(tokens=) choose tokens.")
         with TemporaryDirectory() as folder:
             self.tokenizer.save_pretrained(folder)
             self._write(Path(folder), new)
@@ -140,20 +149,30 @@ class Vocabulary:
             (folder / CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
 
     def _required(self, used: Iterable[int]) -> set[int]:
-        special = {*self.added.values(), *self.tokenizer.all_special_ids, *_numbers(self._spec["post_processor"])}
+        used_texts = (self._texts.get(number, "") for number in used)
+        scripts = {_script(character) for text in used_texts for character in text if character.isalpha()}
+        required = {*self.added.values(), *self._special, *self._spelling(scripts)}
+        for prompt in (True, False) if getattr(self.tokenizer, "chat_template", None) else ():
+            required.update(self._chat_ids(prompt))
+        return required
+
+    @property
+    def _special(self) -> set[int]:
+        """The ids of special tokens, of those that are added to a text, and of the unknown token."""
+        special = {*self.tokenizer.all_special_ids, *_numbers(self._spec["post_processor"])}
         if self._model["type"] == "Unigram" and self._model["unk_id"] is not None:
             special.add(self._model["unk_id"])
         if (unknown := self._model.get("unk_token")) is not None:
             special.add(self.ids.get(unknown, self.added.get(unknown, -1)))
-        for prompt in (True, False) if getattr(self.tokenizer, "chat_template", None) else ():
-            special.update(self._chat_ids(prompt))
-        bytes_ = {self.ids[byte] for byte in self._bytes if byte in self.ids}
-        used_texts = (self._texts.get(number, "") for number in used)
-        scripts = {_script(character) for text in used_texts for character in text if character.isalpha()}
+        return special - {-1}
+
+    def _spelling(self, scripts: Collection[str]) -> set[int]:
+        """Returns the ids of bytes and characters; letters only of some scripts, if bytes spell others."""
+        spelling = {self.ids[byte] for byte in self._bytes if byte in self.ids}
         for number, text in self._texts.items():
             if len(text) == 1 and text != UNREADABLE and (not self._bytes or not text.isalpha() or _script(text) in scripts):
-                special.add(number)
-        return (special | bytes_) - {-1}
+                spelling.add(number)
+        return spelling
 
     def _chat_ids(self, prompt: bool) -> list[int]:
         """Returns the ids of a conversation in the chat template; none if it raises."""

@@ -45,7 +45,9 @@ def elsewhere(target, what=None):
 
 
 def fit(folder, target, *callbacks):
-    trainer(folder, [*callbacks, bh.Export(str(target), tokenizer="tiny")], max_steps=1).fit(Own(), loader(), loader(4, 4))
+    trainer(folder, [*callbacks, bh.Export(str(target), tokenizer="tiny")], max_steps=1).fit(
+        Own(vocab_size=2048), loader(), loader(4, 4)
+    )
 
 
 def refusal(target, number):

@@ -87,7 +87,7 @@ def convert(
     if batches is not None and len(batches) < least:
         batches = split_examples(batches)
     before = work.measure()
-    with model_progress(work.model, "converting", "attention modules"):
-        plan, weights, how = ready(work.model, plan, batches, repair, known)
+    with model_progress(work.model, "converting", "" if repair is None else "layers") as progress:
+        plan, weights, how = ready(work.model, plan, batches, repair, known, progress)
         apply(work.model, plan, weights=weights)
     work.save(before, f"{plan.words} ({how})", {"plans": [plan.to_json()], "repair": repair and str(repair)})

@@ -3,7 +3,8 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -206,16 +207,21 @@ class VariantFolder:
                 "or name a folder with --variant_cache."
             )
 
-    def create(self) -> None:
-        """Creates the folder next to the output."""
-        if not self._keep:
-            self.folder.mkdir(exist_ok=True)
-            (self.folder / MARKER).write_text(json.dumps({"until": "the output is saved"}))
-
-    def delete(self) -> None:
-        """Deletes the folder next to the output."""
-        if not self._keep:
-            shutil.rmtree(self.folder, ignore_errors=True)
+    @contextmanager
+    def created(self) -> Iterator[None]:
+        """Creates the folder next to the output, and deletes it unless an error leaves variants."""
+        if self._keep:
+            yield
+            return
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / MARKER).write_text(json.dumps({"until": "the output is saved"}))
+        try:
+            yield
+        except BaseException:
+            if next(self.folder.glob("*/*.safetensors"), None) is None:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def report_reused(self, variants: int) -> None:
         """Prints the number of variants from an earlier run."""
@@ -302,7 +308,6 @@ def shrink(
         most_steps = scope.most_steps(search.generations, search.candidates)
         work.print_dry_run(search_space(scope, most_steps, None if by_size else budget.words, most_saved))
         return
-    folder.create()
     batches = work.batches()
     fitted, held_out = split_batches(batches)
     repair, not_repaired = resolve_repair(scope, fitted, search.repair)
@@ -314,20 +319,22 @@ def shrink(
         text = VocabularyText(work.tokenizer, work.read_tokens(before))
         vocabularies = SmallerVocabularies.find(work.model, scope.target, text, held_out)
         scope.check_reach(getattr(amount, scope.target), vocabularies.most_saved)
-    phases = [""]
-    with progress_bar("shrinking", "steps", lambda: phases[-1], steady=False) as report:
-        progress, seed = Progress(report, phases.append, folder.report_reused), examples.seed
-        shrunk = run_shrink(scope, budget, clock, fitted, held_out, repair, search, seed, folder.folder, progress, vocabularies)
-    if shrunk.tokens is not None:
-        work.use_tokenizer(shrunk.tokens.trim_tokenizer(work.tokenizer))
-    shrunk = replace(shrunk, not_refitted=shrunk.not_refitted or not_repaired)
-    settings = {"layers": layers, "importance": str(search.importance or "OBS()"), "repair": str(repair) if repair else None}
-    what = f"{shrunk.what}: {shrunk.budget}"
-    what += f"; {recovery.recover:,} recovery steps" if recovery.recover else ""
-    recovered, *lines = _recover(work, recovery, batches, before) if recovery.recover else ({},)
-    record = {"shrink": shrunk.to_json() | settings} | recovered
-    work.save(before, what, record, shrunk.text(), *lines, not_refitted=shrunk.not_refitted)
-    folder.delete()
+    with folder.created():
+        phases = [""]
+        with progress_bar("shrinking", "steps", lambda: phases[-1], steady=False) as report:
+            progress, seed = Progress(report, phases.append, folder.report_reused), examples.seed
+            shrunk = run_shrink(
+                scope, budget, clock, fitted, held_out, repair, search, seed, folder.folder, progress, vocabularies
+            )
+        if shrunk.tokens is not None:
+            work.use_tokenizer(shrunk.tokens.trim_tokenizer(work.tokenizer))
+        shrunk = replace(shrunk, not_refitted=shrunk.not_refitted or not_repaired)
+        settings = {"layers": layers, "importance": str(search.importance or "OBS()"), "repair": str(repair) if repair else None}
+        what = f"{shrunk.what}: {shrunk.budget}"
+        what += f"; {recovery.recover:,} recovery steps" if recovery.recover else ""
+        recovered, *lines = _recover(work, recovery, batches, before) if recovery.recover else ({},)
+        record = {"shrink": shrunk.to_json() | settings} | recovered
+        work.save(before, what, record, shrunk.text(), *lines, not_refitted=shrunk.not_refitted)
     if plot is not None:
         pareto(shrunk).savefig(plot)
 

@@ -32,6 +32,7 @@ from billhook.linalg import float64_device
 from billhook.model.config_fields import text_config
 from billhook.model.layers import is_linear, size_of
 from billhook.model.rotary import rotary_embeddings, rotating_with
+from billhook.progress import OnProgress
 from billhook.repairs.repair import RepairConfig, repair_linears
 from billhook.tracing.trace import trace
 from billhook.units.find import find_heads
@@ -349,7 +350,9 @@ class Attentions:
             tensors, moments = in_order(tensors, order), moments.in_order(order, groups)
         return tensors, moments
 
-    def repaired(self, new: EqualHeads, trials: Sequence[Run], repair: RepairConfig) -> EqualHeads:
+    def repaired(
+        self, new: EqualHeads, trials: Sequence[Run], repair: RepairConfig, progress: OnProgress | None = None
+    ) -> EqualHeads:
         """Returns the parameters with refitted output layers of attention and MLP modules."""
         kept = {name: torch.ones(width, dtype=torch.bool) for name, width in self.widths.items()}
         self.not_refitted.clear()
@@ -359,7 +362,7 @@ class Attentions:
             raise ValueError(f"match: the blocks of {kind} rotate keys themselves. Use SVD(frequencies='fixed').")
         ties = ties_of(self.model, self.projections, self.groups)
         fitted = repair_linears(
-            self.model, kept, pruned, repair, self._comm, new.values, left=self.not_refitted, dense=trials, ties=ties
+            self.model, kept, pruned, repair, self._comm, new.values, progress, self.not_refitted, trials, ties
         )
         return replace(new, values=new.values | fitted)
 

@@ -90,4 +90,6 @@ def convert(
     with model_progress(work.model, "converting", "" if repair is None else "layers") as progress:
         plan, weights, how = ready(work.model, plan, batches, repair, known, progress)
         apply(work.model, plan, weights=weights)
+    if calibrates:
+        print("Method: " + how.replace("; ", "\n  "), flush=True)
     work.save(before, f"{plan.words} ({how})", {"plans": [plan.to_json()], "repair": repair and str(repair)})

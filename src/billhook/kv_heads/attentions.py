@@ -31,7 +31,7 @@ from billhook.kv_heads.symmetry import Block, find_symmetries, in_order
 from billhook.linalg import float64_device
 from billhook.model.config_fields import text_config
 from billhook.model.layers import is_linear, size_of
-from billhook.model.rotary import rotary_embeddings, rotating_with
+from billhook.model.rotary import rope_parameters, rotary_embeddings, rotating_with
 from billhook.progress import OnProgress
 from billhook.repairs.repair import RepairConfig, repair_linears
 from billhook.tracing.trace import trace
@@ -228,9 +228,12 @@ class Attentions:
             moments = self.moments(turning, method.grouping)
             slots = chosen(self._sum(self._spectra(name, method, of_heads, blocks) for name, of_heads in moments.items()))
             values = self.equal(method, moments, slots=slots)
-        how = how if slots.bands == bands else ""
-        unchanged = slots.padded == list(rotation.frequencies)
-        return EqualHeads(values, None if unchanged else rotation.rope(self.model, slots.padded), how, slots)
+        if slots.padded == list(rotation.frequencies):
+            return EqualHeads(values, None, "rotary frequencies stay", slots)
+        rope = rotation.rope(self.model, slots.padded)
+        types = dict.fromkeys([rope_parameters(self.model)["rope_type"], rope["rope_type"]])
+        notes = [how] * (slots.bands == bands) + [f"rope_type: {' -> '.join(types)}"]
+        return EqualHeads(values, rope, "; ".join(notes), slots)
 
     def _bands(self, method: SVD, rotation: Rotation, trials: Sequence[Run]) -> tuple[tuple[Band, ...], str]:
         """Returns the widest bands within the tolerance of the method, and a description."""
@@ -243,7 +246,7 @@ class Attentions:
             if distance <= math.log1p(method.tolerance):
                 cost = f"which alone costs {math.expm1(distance):.1%}"
                 return bands, f"angles change by up to {angle} radians over {context} tokens, {cost}"
-        return bands_within(rotation, 0), "no frequency changes"
+        return bands_within(rotation, 0), "no angle changes"
 
     def _rows(self, trials: Sequence[Run], length: int) -> list[Run]:
         """Returns a long row of each source if its batches can be joined, or else the runs."""

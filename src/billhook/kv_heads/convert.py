@@ -107,7 +107,7 @@ def equal_heads(
     if len(method.candidates) > 1:
         chosen, losses = best_method(attentions, [chosen, *others], trials, repair)
         how = f"{method}: {chosen}"
-        notes.append("distances on held-out batches: " + "; ".join(f"{each} {loss:.3g}" for each, loss in losses.items()))
+        notes.append("distances on held-out batches: " + ", ".join(f"{each} {loss:.3g}" for each, loss in losses.items()))
     ((_, new),) = attentions.reconstructed([chosen], trials)
     notes.append(new.how)
     if repair is not None:

@@ -48,7 +48,9 @@ def test_an_interrupted_call_goes_on_after_the_finished_rows(model, tmp_path, mo
         with pytest.raises(KeyboardInterrupt):
             bh.generated(model, examples=5, length=16, folder=tmp_path)
     made = []
-    monkeypatch.setattr(module_of_rows, "_continued", lambda model, ids, *rest: made.append(len(ids)) or sampled(model, ids, *rest))
+    monkeypatch.setattr(
+        module_of_rows, "_continued", lambda model, ids, *rest: made.append(len(ids)) or sampled(model, ids, *rest)
+    )
     assert torch.equal(whole, rows(bh.generated(model, examples=5, length=16, folder=tmp_path)))
     assert made == [1]
     other = rows(bh.generated(model, examples=5, length=16, seed=1, folder=tmp_path))

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
 @pytest.mark.slow
 def test_quickstart(tmp_path, monkeypatch, capsys):
-    trainer, data = pl.Trainer, partial(bh.TextDataModule, block_size=32, batch_size=2)
+    trainer, data = pl.Trainer, partial(bh.TextDataModule, length=32, batch_size=2)
     monkeypatch.setattr(pl, "Trainer", lambda **options: trainer(**options | {"limit_val_batches": 1}))
     monkeypatch.setattr(bh, "TextDataModule", data)
     monkeypatch.chdir(tmp_path)

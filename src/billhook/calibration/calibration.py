@@ -239,7 +239,7 @@ class Calibration:
         columns, documents = find_text_columns(rows, split, self.column), not is_line_text(rows)
         if documents:  # blank lines of a .txt file are part of its text
             warn_of_empty_rows(rows, split, columns)
-        return map_rows(rows, pack, split, tokenizer, block_size=length, columns=columns, documents=documents)
+        return map_rows(rows, pack, split, tokenizer, length=length, columns=columns, documents=documents)
 
 
 Batches: TypeAlias = Iterable[Any] | Calibration

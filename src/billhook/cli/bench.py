@@ -22,7 +22,6 @@ from billhook.model.config_fields import text_config
 from billhook.model.meta import from_name
 from billhook.model.preprocessors import load_tokenizer, may_have_preprocessor
 from billhook.model.shape import shape_beyond_config
-from billhook.plots.speed import speed
 from billhook.progress import progress_bar
 from billhook.report.generation import CacheKind, generates
 from billhook.report.speed import Phase, Timing, check_speed, measure_speed, spread
@@ -133,6 +132,8 @@ def bench(
     print(table(rows, names, sizes_of_tokens))
     print("\n".join([*_notes(rows, names, loaded, summaries), *_text_notes(names, sizes_of_tokens)]))
     if plot is not None:
+        from billhook.plots.speed import speed  # matplotlib takes a second to import
+
         speed(rows, names).savefig(plot)
     if json is not None:
         settings = {"new_tokens": new_tokens, "rounds": rounds, "warmup": warmup, "cache": cache, "random": random, "seed": seed}

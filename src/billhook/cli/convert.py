@@ -1,13 +1,12 @@
 """`billhook convert`: reduces the KV heads of a checkpoint."""
 
-from billhook.callbacks.kv_heads import HINT
 from billhook.cli.examples import Examples
 from billhook.cli.machine import model_progress
 from billhook.cli.one_shot import OneShot
 from billhook.cli.refit import check_examples, meta_batches, repair_limits
 from billhook.cli.streamed import refit_bytes
 from billhook.kv_heads.convert import batches_needed, check_ready, check_repair, heads_and_method, ready
-from billhook.kv_heads.methods import KVMethod, Mean, Name, method_of
+from billhook.kv_heads.methods import HINT, KVMethod, Mean, Name, method_of
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.model.plan import apply
 from billhook.repairs.repair import RepairConfig

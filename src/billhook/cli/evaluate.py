@@ -18,6 +18,7 @@ from billhook.assets import model_path
 from billhook.calibration.reading import Rows
 from billhook.checkpoints.save import load
 from billhook.cli import images
+from billhook.cli.examples import IMAGE_COLUMN
 from billhook.cli.machine import check_file, device_of, file_progress, model_progress
 from billhook.display import render_table
 from billhook.model.config_fields import text_config
@@ -116,7 +117,7 @@ def evaluate(
     settings: dict[str, Any] = {"data": data, "limit": limit, "batch_size": batch_size, "column": column}
     if of_images:
         images.check(models, {"text": text, "tasks": tasks, "length": length, "stream": stream})
-        settings |= {"column": images.COLUMN if column == "text" else column, "label_column": label_column}
+        settings |= {"column": IMAGE_COLUMN if column == "text" else column, "label_column": label_column}
         works = images.prepare(models, data or [], limit, batch_size, settings["column"], label_column)
     else:
         if stream and (data or tasks):

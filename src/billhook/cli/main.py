@@ -74,12 +74,12 @@ def _end(command: str, interrupt: KeyboardInterrupt) -> NoReturn:
 
 
 def _run(command: str, words: list[str]) -> None:
-    for name in dir(billhook):  # jsonargparse finds imported classes by their short names
+    for name in ("criteria", "importance", "kv_methods"):  # jsonargparse finds imported classes by their short names
         getattr(billhook, name)
     from billhook.cli.machine import hide_library_bars
 
-    with sigterm_as_interrupt(), hide_library_bars():
-        run(command_of(command), words)
+    with sigterm_as_interrupt():
+        run(command_of(command), words, hide_library_bars())
 
 
 def _run_lightning(words: list[str]) -> None:

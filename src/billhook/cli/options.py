@@ -10,6 +10,7 @@ import sys
 import textwrap
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -104,7 +105,8 @@ def legal_values(message: str) -> str:
         )
     if not lines and (found := VALUE.search(message, max(message.rfind("Parser key "), 0))):  # the innermost
         missing = UNKNOWN_CLASS.search(message)
-        lines.append(_legal_for(*found.groups(), missing[1] or missing[2] if missing else ""))
+        argument, types, value = found.groups()
+        lines.append(_legal_for(argument, types, value, missing[1] or missing[2] if missing else ""))
     return "\n".join(dict.fromkeys(lines))
 
 
@@ -180,8 +182,8 @@ def command_of(name: str) -> Command:
     return cast(Command, getattr(import_module(f"billhook.cli.{COMMANDS[name]}"), name.replace("-", "_")))
 
 
-def run(command: Command, words: Sequence[str]) -> None:
-    """Runs a command with command-line arguments.
+def run(command: Command, words: Sequence[str], context: AbstractContextManager[None] | None = None) -> None:
+    """Runs a command with command-line arguments, within a context once they are parsed.
 
     The fields of a parameter whose type is a dataclass are options: `--params 0.8` sets `amount: Amount`.
     """
@@ -210,7 +212,7 @@ def run(command: Command, words: Sequence[str]) -> None:
             arguments[name] = group(**{field.name: _int_where_legal(parsed[field.name], field.type) for field in fields(group)})
         else:
             arguments[name] = _int_where_legal(parsed[name], parameter.annotation)
-    with exclusive_output(parsed):
+    with context or nullcontext(), exclusive_output(parsed):
         command(**arguments)
 
 

@@ -101,7 +101,7 @@ def run(script, folder, *words):
 @pytest.mark.slow
 def test_transformers_trainer(tmp_path):
     told = run("transformers_trainer.py", tmp_path, "--steps", "5")
-    for row in ("dense", "after structure, -11 %", "after 8 -> 2 KV heads (svd)", "end of training", "verified"):
+    for row in ("dense", "after structure, -11%", "after 8 -> 2 KV heads (svd)", "end of training", "verified"):
         assert row in told
     assert bh.load(tmp_path / "model").config.num_key_value_heads == 2
 

@@ -52,11 +52,11 @@ def test_those_there_are_are_listed(words, near, others, capsys):
         ),
         (
             "class_path: WeightPruning, init_args: {sparsity: 0.5, criterion: billhook.Wonda}",
-            "unknown class 'billhook.Wonda'. Did you mean 'Wanda'? Classes: ",
+            "criterion: unknown class 'billhook.Wonda'. Did you mean 'Wanda'? Classes: ",
         ),
         (
             "class_path: billhook.WeightPrunning",
-            "unknown class 'billhook.WeightPrunning'. Did you mean 'WeightPruning'? Classes: ",
+            "trainer.callbacks: unknown class 'billhook.WeightPrunning'. Did you mean 'WeightPruning'? Classes: ",
         ),
         (
             "class_path: WeightPruning, init_args: {at: 1.5, sparsity: 0.5}",

@@ -207,7 +207,7 @@ class Calibration:
                 )
             else:
                 tokenizer = tokenizer or tokenizer_of(subject, self.tokenizer)
-                with progress_bar(f"reading {name}"):
+                with progress_bar(f"reading {'packaged text' if name == MIXED else name}"):
                     tokens = self._text(name, wanted, held_out, length, tokenizer)
                 batches += [Batch({"input_ids": ids}, name) for ids in torch.split(tokens, self.batch_size)]
         return batches

@@ -136,7 +136,7 @@ def _legal_for(argument: str, types: str, value: str, unknown: str) -> str:
     known = f"{', '.join(sorted(classes))}, or a custom module.Class"
     hint = suggestion(unknown.rpartition(".")[2] or value, [*names, *sorted(classes)])
     if unknown and classes and not {*words} - {WORDS["NoneType"]}:
-        return f"unknown class '{unknown}'.{hint} Classes: {known}"
+        return f"{argument}: unknown class '{unknown}'.{hint} Classes: {known}"
     words += [f"a class: {known}"] if classes else []
     if not words or value.startswith(("[", "{", "NestedArg")):
         return ""

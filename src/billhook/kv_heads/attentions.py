@@ -40,7 +40,7 @@ from billhook.units.find import find_heads
 ANGLES = (0.5, 0.35, 0.25, 0.15)
 """Radians over the context by which rotary frequencies may change, in the order in which they are tried.
 
-With 0.5, tokens of SmolLM2 beyond 4,096 of 8,192 lose 0.6 %, and 5.7 % with 1.
+With 0.5, tokens of SmolLM2 beyond 4,096 of 8,192 lose 0.6%, and 5.7% with 1.
 """
 TEXT = {"input_ids", "attention_mask", "labels"}
 """Inputs of batches of text, whose tokens can be joined to longer rows."""

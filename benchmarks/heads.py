@@ -88,7 +88,7 @@ def fine_tune(model, rows, folder):
         file = Path(temporary, "train.jsonl")
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
         module = bh.TransformerModule(model, "sequence-classification", lr=2e-4, warmup=0.1, decay="linear", num_labels=CLASSES)
-        data = bh.training.ClassificationDataModule({"train": str(file)}, tokenizer=model, max_length=LENGTH, batch_size=32)
+        data = bh.training.ClassificationDataModule({"train": str(file)}, tokenizer=model, length=LENGTH, batch_size=32)
         quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
         pl.Trainer(max_epochs=3, gradient_clip_val=1.0, accelerator="cpu", devices=1, **quiet).fit(module, data)
     module.model.save_pretrained(folder)

@@ -29,11 +29,11 @@ from billhook.serving.written import write_gguf
 
 MODELS = {
     "dense": None,
-    "1 of 3 KV heads": None,
-    "85 %, uniform": bh.Amount(params=0.85, kv_heads=0.0),
-    "85 %, non-uniform": bh.Budget(params=0.85),
-    "71 %, uniform": bh.Amount(params=0.71, kv_heads=0.0),
-    "71 %, non-uniform": bh.Budget(params=0.71),
+    "1 instead of 3 KV heads": None,
+    "85%, uniform": bh.Amount(params=0.85, kv_heads=0.0),
+    "85%, non-uniform": bh.Budget(params=0.85),
+    "71%, uniform": bh.Amount(params=0.71, kv_heads=0.0),
+    "71%, non-uniform": bh.Budget(params=0.71),
 }
 KINDS = {name: ("F16", "Q8_0", "Q6_K", "Q5_K_M", "Q4_K_M") if name == "dense" else ("F16", "Q8_0", "Q4_K_M") for name in MODELS}
 COLUMNS = ["model", "weights", "MB", "FOLDOC", "WikiText-2", "prefill", "decoding", "KV bytes per token"]

@@ -104,7 +104,7 @@ def train(model, lr, callbacks, options):
     """A fit of the model."""
     pl.seed_everything(0)
     module = bh.TransformerModule(model, lr=lr, warmup=0.1, decay="cosine")
-    data = bh.TextDataModule({"train": options.train}, tokenizer=options.model, block_size=256, batch_size=options.batch)
+    data = bh.TextDataModule({"train": options.train}, tokenizer=options.model, length=256, batch_size=options.batch)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
     settings = {"max_steps": options.steps, "gradient_clip_val": 1.0, "accelerator": "cpu", "devices": 1}
     pl.Trainer(callbacks=callbacks, **settings, **quiet).fit(module, data)

@@ -33,7 +33,7 @@ def train(config: PretrainedConfig, seed: int, steps: int) -> tuple[bh.Transform
     """A model with random weights after some steps, and its validation perplexity."""
     pl.seed_everything(seed)
     module = bh.TransformerModule(config, lr=2e-3, weight_decay=0.1, warmup=0.1)
-    data = bh.TextDataModule("tiny", tokenizer="tiny", block_size=128, batch_size=8, seed=seed)
+    data = bh.TextDataModule("tiny", tokenizer="tiny", length=128, batch_size=8, seed=seed)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_model_summary": False, "enable_progress_bar": False}
     trainer = pl.Trainer(max_steps=steps, gradient_clip_val=1.0, limit_val_batches=0, **quiet)
     trainer.fit(module, data)

@@ -55,7 +55,7 @@ def baselines(data: TextDataModule) -> dict[str, float]:
     total = sum(train.values()) + VOCAB
     held_out = [t for row in data.splits["validation"]["input_ids"] for t in row[1:]]
     unigram = -sum(math.log((train[t] + 1) / total) for t in held_out) / len(held_out)
-    tokens = {split: len(rows) * data.block_size for split, rows in data.splits.items()}
+    tokens = {split: len(rows) * data.length for split, rows in data.splits.items()}
     return {"random": float(VOCAB), "unigram": math.exp(unigram), **{f"tokens_{k}": v for k, v in tokens.items()}}
 
 
@@ -66,7 +66,7 @@ def main(texts: Path, out: Path, epochs: int) -> None:
     write_text(texts, out)
     write_tokenizer(out)
     files = {split: str(out / f"{split}.parquet") for split in ("train", "validation")}
-    data = TextDataModule(files, tokenizer=str(out / "model"), block_size=256, batch_size=16)
+    data = TextDataModule(files, tokenizer=str(out / "model"), length=256, batch_size=16)
     config = LlamaConfig(
         vocab_size=VOCAB,
         hidden_size=256,

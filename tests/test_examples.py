@@ -19,7 +19,7 @@ ROOT = Path(__file__).parent.parent
 @pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
 @pytest.mark.slow
 def test_quickstart(tmp_path, monkeypatch, capsys):
-    trainer, data = pl.Trainer, partial(bh.TextDataModule, block_size=32, batch_size=2)
+    trainer, data = pl.Trainer, partial(bh.TextDataModule, length=32, batch_size=2)
     monkeypatch.setattr(pl, "Trainer", lambda **options: trainer(**options | {"limit_val_batches": 1}))
     monkeypatch.setattr(bh, "TextDataModule", data)
     monkeypatch.chdir(tmp_path)
@@ -101,7 +101,7 @@ def run(script, folder, *words):
 @pytest.mark.slow
 def test_transformers_trainer(tmp_path):
     told = run("transformers_trainer.py", tmp_path, "--steps", "5")
-    for row in ("dense", "after structure, -11 %", "after 8 -> 2 KV heads (svd)", "end of training", "verified"):
+    for row in ("dense", "after structure, -11%", "after 8 -> 2 KV heads (svd)", "end of training", "verified"):
         assert row in told
     assert bh.load(tmp_path / "model").config.num_key_value_heads == 2
 

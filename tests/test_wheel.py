@@ -101,7 +101,7 @@ def test_installed_alone_it_runs_the_quickstart(wheel, tmp_path):
     (tmp_path / "empty").mkdir()
     short = "--trainer.max_steps 12 --trainer.limit_val_batches 1 --trainer.val_check_interval 6 --trainer.accelerator cpu"
     files = ", ".join(f"{split}: {path}" for split, path in write_text(tmp_path).items())
-    data = ["--data.data", f"{{{files}}}", "--data.block_size", "16", "--data.batch_size", "2"]
+    data = ["--data.data", f"{{{files}}}", "--data.length", "16", "--data.batch_size", "2"]
     line = [sys.executable, "-m", "billhook", "fit", "--config", "recipe:quickstart", *short.split(), *data]
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "site")}
     done = subprocess.run(line, cwd=tmp_path / "empty", env=environment, capture_output=True, text=True, check=False)

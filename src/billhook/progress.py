@@ -1,5 +1,6 @@
 """Progress bars on stderr for long steps, with an estimate of the remaining time."""
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ def progress_bar(task: str, unit: str = "", suffix: Callable[[], str] | None = N
     """Shows a progress bar on stderr within a `with` block, if stderr is a terminal or a notebook.
 
     After the first few steps, a permanent line estimates the total time, if that is long. In a log file, where no bar can be
-    seen, a line per minute reports the progress.
+    seen, a line per minute reports the progress, also of a task without a count.
 
     Args:
         task: The task, such as "scoring".
@@ -37,48 +38,69 @@ def progress_bar(task: str, unit: str = "", suffix: Callable[[], str] | None = N
     console = Console(stderr=True)
     left = (TextColumn("left:"), TimeRemainingColumn()) if steady else ()
     counts = (MofNCompleteColumn(), unit, *left) if unit else ()
-    columns = (task, BarColumn(), *counts, TimeElapsedColumn(), TextColumn("{task.fields[suffix]}"))
+    named = TextColumn("{task.description}", markup=False), BarColumn()
+    columns = *named, *counts, TimeElapsedColumn(), TextColumn("{task.fields[suffix]}")
     bar = Progress(*columns, console=console, transient=True, disable=not (console.is_terminal or console.is_jupyter))
-    lines = _ProgressLines(task, unit, console, bar.disable, steady, suffix)
-    with bar:
-        task_id = bar.add_task("", total=None, suffix="")
+    lines, ended = _ProgressLines(task, unit, console, steady, suffix), threading.Event()
 
-        def report(done: int, total: int) -> None:
-            bar.update(task_id, completed=done, total=total, suffix=suffix() if suffix is not None else "")
-            lines.update(done, total)
+    def repeat() -> None:
+        while not ended.wait(INTERVAL):
+            lines.repeat()
 
-        yield report
+    reporter = threading.Thread(target=repeat, daemon=True)  # a single step may take longer than a minute
+    if bar.disable:
+        reporter.start()
+    try:
+        with bar:
+            task_id = bar.add_task(task, total=None, suffix="")
+
+            def report(done: int, total: int) -> None:
+                bar.update(task_id, completed=done, total=total, suffix=suffix() if suffix is not None else "")
+                lines.update(done, total)
+
+            yield report
+    finally:
+        ended.set()
+        if bar.disable:
+            reporter.join()
 
 
 class _ProgressLines:
-    """Prints the estimated total time once, and with `repeat` a line of progress per minute."""
+    """Prints the estimated total time once, and the progress on demand."""
 
-    def __init__(
-        self, task: str, unit: str, console: Console, repeat: bool, steady: bool, suffix: Callable[[], str] | None
-    ) -> None:
-        self.task, self.unit, self.console, self.repeat, self.steady, self.suffix = task, unit, console, repeat, steady, suffix
-        self.calls, self.estimated = 0, not steady
-        self.start, self.due = (0, 0.0), time.monotonic() + INTERVAL
+    def __init__(self, task: str, unit: str, console: Console, steady: bool, suffix: Callable[[], str] | None) -> None:
+        self.task, self.unit, self.console, self.steady, self.suffix = task, unit, console, steady, suffix
+        self.begun, self.calls, self.estimated = time.monotonic(), 0, not steady
+        self.start, self.done, self.total = (0, self.begun), 0, 0
 
     def update(self, done: int, total: int) -> None:
-        """Prints a line if one is due."""
+        """Counts finished steps, and prints an estimate of the total time once."""
         now, self.calls = time.monotonic(), self.calls + 1
-        if self.calls == 1:
+        if self.calls == 1 or done < self.done:  # a second series of steps may follow
             self.start = done, now
+        self.done, self.total = done, total
         first_done, first_time = self.start
-        if self.repeat and self.estimated and now >= self.due and first_done < done < total:
-            self.due = now + INTERVAL
-            left = (now - first_time) / (done - first_done) * (total - done)
-            words = [f"{self.task}: {done:,} of {total:,} {self.unit}", f"about {format_duration(left)} left" * self.steady]
-            words.append(self.suffix() if self.suffix is not None else "")
-            self.console.print(", ".join(filter(None, words)), highlight=False)
         too_early = self.calls < (MIN_CALLS if first_done else 2) or done - first_done < max(MIN_SHARE * total, 1)
         if self.estimated or too_early:
             return
-        self.estimated, self.due = True, now + INTERVAL
+        self.estimated = True
         seconds = (now - first_time) / (done - first_done) * total
         if seconds >= LONG:
-            self.console.print(f"{self.task}: about {format_duration(seconds)} for {total:,} {self.unit}", highlight=False)
+            self.console.print(
+                f"{self.task}: about {format_duration(seconds)} for {total:,} {self.unit}", markup=False, highlight=False
+            )
+
+    def repeat(self) -> None:
+        """Prints a line on the progress."""
+        now, (first_done, first_time) = time.monotonic(), self.start
+        words = [f"{self.task}: {format_duration(now - self.begun)} so far"]
+        if self.unit and self.total:
+            words = [f"{self.task}: {self.done:,} of {self.total:,} {self.unit}"]
+            if self.steady and self.done > first_done:
+                left = (now - first_time) / (self.done - first_done) * (self.total - self.done)
+                words.append(f"about {format_duration(left)} left")
+        words.append(self.suffix() if self.suffix is not None else "")
+        self.console.print(", ".join(filter(None, words)), markup=False, highlight=False)
 
 
 def format_duration(seconds: float) -> str:

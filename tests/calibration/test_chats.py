@@ -48,7 +48,7 @@ def test_the_form_of_sharegpt(template):
 
 
 def test_it_is_read_from_data_as_messages_are():
-    how = {"block_size": 200, "columns": ["conversations"], "documents": True, "responses": True}
+    how = {"length": 200, "columns": ["conversations"], "documents": True, "responses": True}
     filled = [SHARED, [{"from": "human", "value": "Who?", "weight": 0}, {"from": "gpt", "value": "He."}]]
     rows = map_rows(datasets.Dataset.from_dict({"conversations": filled}), encode_separately, "train", talking(), **how)
     assert talking().decode(rows[0]["input_ids"]) == written(SPOKEN)

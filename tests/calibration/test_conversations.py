@@ -104,18 +104,18 @@ def test_a_tokenizer_that_does_not_know_characters(monkeypatch):
 
 
 @pytest.mark.parametrize("template", [PLAIN, TAGGED])
-@pytest.mark.parametrize("block_size", [2, 5, 16, 33])
-def test_packing_keeps_labels_with_their_tokens(template, block_size):
+@pytest.mark.parametrize("length", [2, 5, 16, 33])
+def test_packing_keeps_labels_with_their_tokens(template, length):
     tokenizer = talking(template)
     chats = [chat(f"Question {n}?", f"Answer {n}, of {'some ' * n}words.") for n in range(9)]
     rows = list(encode({"messages": chats}, tokenizer, ["messages"], True, True))
     ids, marks = ([value for row in rows for value in getattr(row, name)] for name in ("ids", "learned"))
     labels = [token if own else IGNORE_INDEX for token, own in zip(ids, marks, strict=True)]
-    starts = range(0, len(ids) - block_size + 1, block_size)
-    expected = [(ids[i : i + block_size], labels[i : i + block_size]) for i in starts if any(marks[i + 1 : i + block_size])]
-    packed = pack({"messages": chats}, tokenizer, block_size, ["messages"], True, True)
+    starts = range(0, len(ids) - length + 1, length)
+    expected = [(ids[i : i + length], labels[i : i + length]) for i in starts if any(marks[i + 1 : i + length])]
+    packed = pack({"messages": chats}, tokenizer, length, ["messages"], True, True)
     assert list(zip(packed["input_ids"], packed["labels"], strict=True)) == expected
-    assert block_size > 5 or len(expected) < len(starts), "the test needs a block with nothing to learn"
+    assert length > 5 or len(expected) < len(starts), "the test needs a block with nothing to learn"
 
 
 def test_rows_apart_are_cut_and_those_without_a_response_in_reach_left_out():
@@ -129,7 +129,7 @@ def test_rows_apart_are_cut_and_those_without_a_response_in_reach_left_out():
 
 def test_another_template_is_another_cache_entry():
     rows = datasets.Dataset.from_dict({"messages": [TURNS]})
-    how = {"block_size": 4, "columns": ["messages"], "documents": True, "responses": True}
+    how = {"length": 4, "columns": ["messages"], "documents": True, "responses": True}
     one, other = (map_rows(rows, pack, "train", talking(template), **how) for template in (PLAIN, TAGGED))
     assert one._fingerprint != other._fingerprint
     assert one["labels"][:] != other["labels"][:]

@@ -73,7 +73,7 @@ def test_rows_without_text_are_counted_and_told(folder):
     told = "data: 3 of 5 rows of the split 'train' have no text in the column 'text' and are skipped."
     with pytest.warns(UserWarning, match=told):
         bh.Calibration(f"{folder}/rows.jsonl", tokens=16, length=8, tokenizer="tiny").read(bh.load("tiny"))
-    data = bh.TextDataModule(f"{folder}/rows.jsonl", tokenizer="tiny", block_size=8, validation=0)
+    data = bh.TextDataModule(f"{folder}/rows.jsonl", tokenizer="tiny", length=8, validation=0)
     with pytest.warns(UserWarning, match=told):
         data.setup("fit")
 
@@ -83,7 +83,7 @@ def test_chats_and_answers_without_text_are_counted_and_told(folder):
     rows += [{"prompt": "", "response": "So."}]  # the prompt is empty, and the response is learnt
     (folder / "answers.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows * 9))
     with pytest.warns(UserWarning, match="18 of 36 rows of the split 'train' have no text in the column 'prompt' or 'response'"):
-        bh.TextDataModule(f"{folder}/answers.jsonl", tokenizer="tiny", block_size=8, validation=0).setup("fit")
+        bh.TextDataModule(f"{folder}/answers.jsonl", tokenizer="tiny", length=8, validation=0).setup("fit")
 
 
 ROWS = datasets.Dataset.from_dict({"text": ["one", "two"]})

@@ -55,19 +55,19 @@ def write(folder, name, texts):
     return str(path)
 
 
-def blocks(rows, tokenizer, block_size=4):
-    return map_rows(rows, pack, "train", tokenizer, block_size=block_size, columns=["text"], documents=not is_line_text(rows))
+def blocks(rows, tokenizer, length=4):
+    return map_rows(rows, pack, "train", tokenizer, length=length, columns=["text"], documents=not is_line_text(rows))
 
 
 def flat(rows):
     return [token for row in rows for token in row["input_ids"]]
 
 
-def by_hand(tokenizer, documents, block_size=4):
+def by_hand(tokenizer, documents, length=4):
     ids = []
     for document in documents:
         ids += [*tokenizer(document, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
-    return ids[: len(ids) // block_size * block_size]
+    return ids[: len(ids) // length * length]
 
 
 NAMES = ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.jsonl.gz", "a.csv.gz", "A.v1.txt.jsonl"]
@@ -163,8 +163,8 @@ def test_the_embedded_text():
 def test_rows_are_cached(tmp_path, tokenizer, monkeypatch):
     path = write(tmp_path, "a.jsonl", DOCUMENTS)
 
-    def encode(block_size=4, tokenizer=tokenizer):
-        return blocks(load_splits({"train": path})["train"], tokenizer, block_size)
+    def encode(length=4, tokenizer=tokenizer):
+        return blocks(load_splits({"train": path})["train"], tokenizer, length)
 
     tokenizer.pad_token = tokenizer.eos_token
     first = encode()
@@ -178,7 +178,7 @@ def test_rows_are_cached(tmp_path, tokenizer, monkeypatch):
     assert again._fingerprint == first._fingerprint
     assert again["input_ids"][:] == first["input_ids"][:]
     monkeypatch.undo()
-    other = encode(block_size=6)
+    other = encode(length=6)
     assert other._fingerprint != first._fingerprint
     assert {len(row) for row in other["input_ids"]} == {6}
 

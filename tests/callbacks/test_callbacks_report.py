@@ -202,7 +202,7 @@ def test_the_tokenizer_beside_a_model_of_any_attribute(files, tmp_path):
             super().__init__()
             self.net = load("tiny").float().train()
 
-    source = TextDataModule(files, block_size=16)
+    source = TextDataModule(files, length=16)
     trainer(tmp_path, [], max_steps=1).fit(Lit(), source)
     assert source.tokenizer.vocab_size == 2048
 

@@ -109,6 +109,13 @@ def test_metadata_as_the_hub_reads_it(tmp_path):
     assert front(tmp_path / "third") == plain  # a folder is none of the hub's
 
 
+def test_the_packaged_model_is_named_by_its_name(tmp_path):
+    bh.save(bh.load("tiny"), tmp_path / "out")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert "\n# tiny, saved with billhook\n" in text
+    assert "Made from a local folder, tiny (" in text
+
+
 def test_the_folder_that_it_was_made_of_is_named_without_its_place(tmp_path):
     llama().save_pretrained(tmp_path / "dense")
     bh.save(bh.load(tmp_path / "dense"), tmp_path / "small", record={"events": EVENTS})

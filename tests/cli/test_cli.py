@@ -160,7 +160,7 @@ class TestHelp:
                     "GGUF",
                 ],
             ),
-            ("fit --data.help TextDataModule", ["packed or padded", "Number of tokens per block"]),
+            ("fit --data.help TextDataModule", ["packed or padded", "Tokens per example"]),
             ("export --help", ["Lightning checkpoint", "writes the folder and verifies it"]),
             ("summary --help", ["KV-cache bytes per token", '"tiny"']),
         ],

@@ -253,6 +253,8 @@ from lm_eval.models.huggingface import HFLM
 def simple_evaluate(model, tasks, limit, log_samples):
     assert isinstance(model, HFLM) and type(model.pretrained).__name__ == "LlamaForCausalLM" and not log_samples
     assert model.tokenizer("a") and (model.batch_size, model.max_length) == (2, 512)
+    if "local" in tasks:
+        raise KeyError("local")
     heads = model.pretrained.model.layers[0].self_attn.q_proj.out_features / 100
     found = {"alias": "x", "sample_len": 7, "acc,none": heads, "acc_stderr,none": 0.125}
     return {"results": {task: found | {"exact_match,strict": limit, "exact_match_stderr,strict": "N/A"} for task in tasks}}
@@ -283,6 +285,8 @@ def test_tasks_go_to_lm_eval(tmp_path, cut, capsys, monkeypatch):
     assert record["models"][0]["figures"][1] == {
         "of": "one", "measure": "exact_match (strict)", "value": 5.0, "error": None, "difference": 0.0, "difference_error": None
     }  # fmt: skip
+    with pytest.raises(SystemExit, match=r"^billhook evaluate: tasks=local: lm-eval has no task of this name. Pass the path of"):
+        main(["evaluate", "tiny", "--tasks", "one,local", "--batch_size", "2"])
 
 
 def test_the_embedded_text(capsys):

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import billhook as bh
+import billhook.calibration.generated as text
 from billhook.cli.main import main
 from billhook.engine.parts import Parts
 from billhook.shrinking.variants import VariantCache
@@ -131,6 +132,37 @@ def test_a_search_goes_on_with_what_it_has_made(small, files, tmp_path, monkeypa
     main([str(word) for word in words])
     assert f"Reusing 3 variants of an earlier run in {cache}." in capsys.readouterr().out
     assert not set(before) & set(made[4:])
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["convert", "--num_key_value_heads", "1", "--method", "svd"],
+        ["prune", "--sparsity", "0.5"],
+        ["prune-heads", "--ratio", "0.5"],
+        ["prune-structure", "--channels", "0.25"],
+        ["shrink", *SHRINK],
+    ],
+    ids=lambda command: command[0],
+)
+def test_generated_text_is_kept_until_the_output_is_saved(small, tmp_path, monkeypatch, capsys, command):
+    name, *options = command
+    words = [name, small, tmp_path / "out", *options, *SHORT, "--evaluate", "2", "--data", "generated"]
+    sampled, made = text._continued, []
+
+    def counted(*given):
+        made.append(given)
+        if len(made) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return sampled(*given)
+
+    monkeypatch.setattr(text, "_continued", counted)
+    line, kept = stopped(words, capsys), tmp_path / ".out.generated"
+    assert line.endswith(f"Run the same command again to continue after the finished self-generated text in {kept}.")
+    assert [path.name for path in tmp_path.iterdir()] == [kept.name]
+    main([str(word) for word in words])
+    assert len(made) == 3  # the first is not generated again
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

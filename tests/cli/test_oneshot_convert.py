@@ -1,5 +1,6 @@
 """`billhook convert`: from the shell to a checkpoint with fewer KV heads."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -40,7 +41,7 @@ def test_by_svd_with_perplexity_before_and_after(small, files, tmp_path, capsys)
     assert [(one["source"], one["inside"]) for one in record["degradation"]] == [("train", True), ("generated", False)]
     assert record["calibration"]["sources"] == {split: Path(path).name for split, path in files.items()}
     what = record["events"][0]["what"]
-    assert what.startswith("4 -> 1 KV heads in 2 attention modules (svd; angles change by up to 0.5 radians over 64 tokens, ")
+    assert what.startswith("4 -> 1 KV heads in 2 attention modules (svd; rotary frequencies stay)")
     assert f"- {what}\n" in (tmp_path / "out" / "README.md").read_text()
     said = capsys.readouterr().out
     steps = [
@@ -52,6 +53,16 @@ def test_by_svd_with_perplexity_before_and_after(small, files, tmp_path, capsys)
     steps += [f"save to {tmp_path / 'out'}", "k_proj.weight  16 -> 4 along dimension 0", "perplexity on", "Next steps:"]
     places = [said.index(words) for words in steps]
     assert places == sorted(places), "the plan comes first, and what may follow last"
+
+
+def test_the_screen_says_which_method_was_taken_and_how_the_frequencies_change(files, tmp_path, capsys):
+    record = convert("tiny", tmp_path / "out", "--num_key_value_heads", "1", "--supplement", "0", *SHORT, *option(files))
+    said = capsys.readouterr().out
+    pattern = r"Method: auto: (\S+)\n  distances on held-out batches: mean [\d.]+, aligned [\d.]+, svd [\d.]+\n"
+    how = re.search(pattern, said)
+    assert how.group(1) == "svd"
+    assert re.search(r"\n  angles change by up to [\d.]+ radians over 512 tokens, .*\n  rope_type: default -> longrope\n", said)
+    assert record["events"][0]["what"].endswith("; rope_type: default -> longrope)")
 
 
 def test_a_method_that_needs_no_data_is_calibrated_on_none(small, tmp_path, capsys):

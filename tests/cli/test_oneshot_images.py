@@ -7,9 +7,9 @@ import pytest
 import torch
 from transformers import AutoImageProcessor, AutoModelForImageClassification, ViTForImageClassification
 
+from billhook.calibration.examples import draw
 from billhook.cli.main import main
 from billhook.model.layers import prunable
-from billhook.training.dataset_module import draw
 from kit.images import config, picture, write_photos, write_processor
 
 

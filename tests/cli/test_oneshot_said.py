@@ -37,7 +37,7 @@ def bars(monkeypatch):
 
     for module in ("one_shot", "prune_structure", "prune_heads"):
         monkeypatch.setattr(f"billhook.cli.{module}.progress_bar", bar)
-    for module in ("calibration.generated", "cli.machine"):
+    for module in ("calibration.calibration", "calibration.generated", "cli.machine"):
         monkeypatch.setattr(f"billhook.{module}.progress_bar", bar)
     return shown
 
@@ -47,7 +47,7 @@ def test_structure_shows_a_bar_for_each_step(small, tmp_path, bars, capsys):
     main(["prune-structure", str(small), str(out), "--channels", "0.5", *SHORT])
     assert bars == {
         f"loading {small}": None,
-        "reading text": None,
+        "reading packaged text": None,
         "generating text": (5 * 17, 5 * 17, "tokens"),  # what it is measured on, the last
         "measuring": (10, 10, "examples"),
         "scoring": (6, 6, "batches"),

@@ -108,7 +108,7 @@ def test_two_are_answered_with_one_line_each(capsys):
     [
         ("prune tiny", "the following arguments are required: out"),
         ("prune tiny out more", "unrecognized arguments: more"),
-        ("prune tiny out --sparsity half", 'Parser key "sparsity":'),
+        ("prune tiny out --sparsity half", "sparsity=half must be a number or null."),
     ],
 )
 def test_other_errors_are_told_without_the_usage_too(line, said, capsys):

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ import pytest
 import torch
 import transformers
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from torch.utils.data import DataLoader
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import billhook as bh
+import billhook.callbacks.report as report_module
 from billhook.fit.callback import FitCallback
 from billhook.integrations.transformers import Callbacks
 from billhook.integrations.transformers_fit import TransformersFit
@@ -299,6 +302,36 @@ def test_report_and_export_at_the_end(tmp_path, capsys):
     record = json.loads((tmp_path / "out" / "billhook.json").read_text())
     assert record["training"]["seed"] == 42
     assert record["events"][0]["step"] == 2
+
+
+@pytest.mark.parametrize("how", ["eval_on_start", "validation", "neither"])
+def test_the_report_has_the_dense_perplexity_or_says_how_to_get_it(tmp_path, capsys, monkeypatch, how):
+    dense, plot = [], report_module.validation
+    monkeypatch.setattr(report_module, "validation", lambda *given: dense.append(given[-1]) or plot(*given))
+    model = Own().net
+    expected = float(model(**next(iter(DataLoader(loader().dataset, batch_size=len(loader().dataset))))).loss.detach().exp())
+    callbacks = [bh.StructuredPruning(bh.Amount(channels=0.5), at=2, calibration=4), bh.Report(str(tmp_path / "plot.png"))]
+    options = {"eval_on_start": True} if how == "eval_on_start" else {"validation": loader(4, 4)} if how == "validation" else {}
+    train(tmp_path, callbacks, model, eval_strategy="steps", eval_steps=1, **options)
+    said = capsys.readouterr().out
+    (row,) = re.findall(r"\ndense +0 +(\S+) ", said)
+    note = "not validated. Pass eval_on_start=True to the Trainer, or validation= to Callbacks."
+    assert (note in said) == (how == "neither")
+    if how == "neither":
+        assert (row, dense) == ("-", [None])
+    else:
+        assert float(row.replace(",", "")) == pytest.approx(dense[0], abs=0.01)
+        assert how == "validation" or dense[0] == pytest.approx(expected, rel=1e-3)
+
+
+def test_events_and_the_table_count_no_adapters(tmp_path, capsys):
+    model = get_peft_model(Own().net, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    pruning = bh.StructuredPruning(bh.Amount(channels=0.5), at=2, calibration=4)
+    train(tmp_path, [pruning, bh.Report(str(tmp_path / "plot.png"))], model, validation=loader(4, 4))
+    (event,) = pruning.events
+    before, after = f"{event['before']['params']:,}", f"{event['after']['params']:,}"
+    assert event["what"].startswith(f"{before} -> {after} parameters (")
+    assert f" {before} " in capsys.readouterr().out
 
 
 def test_monitors(tmp_path):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 QUICK = """
   --trainer.accelerator cpu --trainer.enable_progress_bar false --trainer.limit_val_batches 1 --trainer.num_sanity_val_steps 0
-  --trainer.default_root_dir . --data.block_size 16 --data.batch_size 2
+  --trainer.default_root_dir . --data.length 16 --data.batch_size 2
 """
 
 

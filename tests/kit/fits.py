@@ -25,15 +25,15 @@ def write_text(folder: Path) -> dict[str, str]:
 
 def data(files: dict[str, str], **options: object) -> TextDataModule:
     """Its text is made into blocks once for all fits."""
-    module = TextDataModule(files, tokenizer="tiny", **{"block_size": 16, "batch_size": 2, **options})
+    module = TextDataModule(files, tokenizer="tiny", **{"length": 16, "batch_size": 2, **options})
     if not {"column", "streaming"} & options.keys():
-        module.splits = dict(_blocks(module.block_size, **files))
+        module.splits = dict(_blocks(module.length, **files))
     return module
 
 
 @cache
-def _blocks(block_size: int, **files: str) -> dict[str, datasets.Dataset]:
-    module = TextDataModule(files, tokenizer="tiny", block_size=block_size)
+def _blocks(length: int, **files: str) -> dict[str, datasets.Dataset]:
+    module = TextDataModule(files, tokenizer="tiny", length=length)
     module.setup("fit")
     return module.splits
 

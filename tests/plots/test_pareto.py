@@ -15,7 +15,7 @@ def test_measured_predicted_and_chosen(tmp_path):
     losses = [list(line.get_ydata()) for line in axes.lines]
     assert losses == [[1.0, 0.0], [1.2, 0.0], [0.5], [0.0], [0, 1], [pytest.approx(0.3)]]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels[2:5] == ["channels only", "dense model", "budget"]
+    assert labels[2:5] == ["channels only, before the repair", "dense model", "budget"]
     assert axes.get_xlabel() == "parameters"
     figure.savefig(tmp_path / "curve.png")
 

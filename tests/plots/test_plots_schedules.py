@@ -15,6 +15,13 @@ NAMED = {
 }
 
 
+def test_the_last_panel_of_each_column_has_labels_at_its_ticks():
+    figure = plots.schedules(NAMED, STEPS)
+    figure.draw_without_rendering()
+    labeled = [any(label.get_visible() for label in axes.get_xticklabels()) for axes in figure.axes]
+    assert labeled == [False, True, True, True, True]
+
+
 def test_each_panel_is_its_schedule_at_every_step():
     figure = plots.schedules(NAMED, STEPS)
     assert [axes.get_title() for axes in figure.axes] == list(NAMED)

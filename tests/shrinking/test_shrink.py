@@ -99,7 +99,9 @@ def test_it_is_compared_with_each_kind_alone():
     left, lost = shrunk.alone["channels"]
     assert left <= shrunk.limit
     assert lost >= shrunk.tried[0].measured > 0
-    assert "channels only: KL " in str(shrunk)
+    assert "channels only, before the repair: KL " in str(shrunk)
+    assert "\nselected model, as saved: KL " in str(shrunk)
+    assert "which also selected the model" in str(shrunk)
 
 
 @pytest.mark.daily("turned")

@@ -62,7 +62,7 @@ def trainer(**options):
 
 
 def test_text_batches(text, tokenizer):
-    data = TextDataModule({"train": text, "validation": text}, "tiny", block_size=16, batch_size=3)
+    data = TextDataModule({"train": text, "validation": text}, "tiny", length=16, batch_size=3)
     ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
     blocks = [ids[i : i + 16] for i in range(0, len(ids) - 15, 16)]
     validation = batches(data, "val_dataloader")
@@ -80,7 +80,7 @@ def test_text_batches(text, tokenizer):
 
 def test_streaming_gives_the_same_blocks(text):
     def make(streaming):
-        return TextDataModule({"validation": text}, "tiny", block_size=16, batch_size=3, streaming=streaming)
+        return TextDataModule({"validation": text}, "tiny", length=16, batch_size=3, streaming=streaming)
 
     prepared, streamed = (batches(make(streaming), "val_dataloader") for streaming in (False, True))
     assert len(prepared) == len(streamed) > 1
@@ -89,29 +89,29 @@ def test_streaming_gives_the_same_blocks(text):
 
 @pytest.mark.slow
 def test_the_embedded_text():
-    data = TextDataModule(tokenizer="tiny", block_size=32)
+    data = TextDataModule(tokenizer="tiny", length=32)
     data.setup("fit")
     assert set(data.splits) == {"train", "validation"}
     assert next(iter(data.train_dataloader()))["input_ids"].shape == (8, 32)
 
 
 def test_another_column(table, tokenizer):
-    data = TextDataModule({"validation": table}, "tiny", block_size=2, batch_size=1, column="other")
+    data = TextDataModule({"validation": table}, "tiny", length=2, batch_size=1, column="other")
     first = [token for batch in batches(data, "val_dataloader") for token in batch["input_ids"][0].tolist()]
     ids = tokenizer("no a cat", add_special_tokens=False)["input_ids"]
     assert first[: len(ids) + 1] == [*ids, tokenizer.eos_token_id]
 
 
 def test_splits_and_what_stands_in_for_them(text, table):
-    data = TextDataModule({"train": text}, "tiny", block_size=16)
+    data = TextDataModule({"train": text}, "tiny", length=16)
     assert batches(data, "val_dataloader") == []
     assert batches(data, "test_dataloader") == []
-    data = TextDataModule({"train": text, "validation": text}, "tiny", block_size=16)
+    data = TextDataModule({"train": text, "validation": text}, "tiny", length=16)
     assert len(batches(data, "test_dataloader")) == len(batches(data, "val_dataloader")) > 0
     data = ClassificationDataModule({"train": table, "validation": table, "test": [table, table]}, "tiny", batch_size=5)
     assert len(batches(data, "test_dataloader")) == len(batches(data, "predict_dataloader")) == 2
     with pytest.raises(ValueError, match="data has no split 'train'. Splits: validation"):
-        batches(TextDataModule({"validation": text}, "tiny", block_size=16))
+        batches(TextDataModule({"validation": text}, "tiny", length=16))
 
 
 @pytest.fixture
@@ -124,9 +124,9 @@ def masking(tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_masked_language_modelling(text, masking, streaming):
-    options = {"block_size": 32, "batch_size": 4, "mlm_probability": 0.4, "streaming": streaming}
+    options = {"length": 32, "batch_size": 4, "mlm_probability": 0.4, "streaming": streaming}
     data = TextDataModule({"train": text, "validation": text}, masking, **options)
-    plain = TextDataModule({"validation": text}, masking, block_size=32, batch_size=4)
+    plain = TextDataModule({"validation": text}, masking, length=32, batch_size=4)
     masked, whole = batches(data, "val_dataloader"), batches(plain, "val_dataloader")
     mask = data.tokenizer.mask_token_id
     counted = torch.cat([(batch["labels"] != -100).flatten() for batch in masked])
@@ -142,13 +142,13 @@ def test_masked_language_modelling(text, masking, streaming):
 
 
 def test_a_tokenizer_without_a_mask(text):
-    data = TextDataModule({"train": text}, "tiny", block_size=16, mlm_probability=0.1)
+    data = TextDataModule({"train": text}, "tiny", length=16, mlm_probability=0.1)
     with pytest.raises(ValueError, match="mlm_probability=0.1 requires a tokenizer with a mask token"):
         batches(data)
 
 
 def test_classification(table, tokenizer):
-    data = ClassificationDataModule({"validation": table}, "tiny", batch_size=4, max_length=3)
+    data = ClassificationDataModule({"validation": table}, "tiny", batch_size=4, length=3)
     first, last = batches(data, "val_dataloader")
     assert first["labels"].tolist() == [0, 1, 2, 0]
     assert last["labels"].tolist() == [1]
@@ -197,7 +197,7 @@ def test_the_tokenizer_beside_the_model(text):
 
     keep = Keep()
     module = TransformerModule("tiny")
-    data = TextDataModule({"train": text}, block_size=16, batch_size=2)
+    data = TextDataModule({"train": text}, length=16, batch_size=2)
     trainer(max_steps=1, callbacks=[keep]).fit(module, datamodule=data)
     assert keep.vocabulary == module.model.config.vocab_size
     assert data.tokenizer.name_or_path == model_path("tiny")
@@ -205,7 +205,7 @@ def test_the_tokenizer_beside_the_model(text):
 
 def test_predicting(text):
     config = LlamaConfig(vocab_size=4096, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-    data = TextDataModule({"test": text}, "tiny", block_size=16, batch_size=3)
+    data = TextDataModule({"test": text}, "tiny", length=16, batch_size=3)
     logits = trainer().predict(TransformerModule(config), datamodule=data)
     assert sum(len(batch) for batch in logits) == len(data.splits["test"])
     assert logits[0].shape == (3, 16, 4096)
@@ -253,13 +253,13 @@ def test_a_module_without_a_name_needs_a_tokenizer(text):
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: TextDataModule(block_size=1), "block_size=1 must be a whole number of at least 2"),
+        (lambda: TextDataModule(length=1), "length=1 must be a whole number of at least 2"),
         (lambda: TextDataModule(batch_size=0), "batch_size=0 must be a whole number of at least 1"),
         (lambda: TextDataModule(mlm_probability=1.0), r"mlm_probability=1.0 must be in \[0, 1\)"),
         (lambda: TextDataModule(mlm_probability=-0.1), "mlm_probability=-0.1 must be"),
         (lambda: ClassificationDataModule("x", text_columns=["a", "b", "c"]), r"text_columns=\['a', 'b', 'c'\] must be one"),
         (lambda: ClassificationDataModule("x", batch_size=0), "batch_size=0"),
-        (lambda: ClassificationDataModule("x", max_length=0), "max_length=0 must be a whole number of at least 1"),
+        (lambda: ClassificationDataModule("x", length=0), "length=0 must be a whole number of at least 1"),
         (lambda: Seq2SeqDataModule("x", batch_size=-1), "batch_size=-1"),
         (lambda: Seq2SeqDataModule("x", max_source_length=0), "max_source_length=0 must be a whole number of at least 1"),
         (lambda: Seq2SeqDataModule("x", max_target_length=0), "max_target_length=0 must be a whole number of at least 1"),
@@ -272,14 +272,14 @@ def test_arguments_that_are_refused(make, message):
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_block_longer_than_the_text(text, streaming):
-    data = TextDataModule({"train": text}, "tiny", block_size=5000, batch_size=1, streaming=streaming)
-    with pytest.raises(ValueError, match="block_size=5000 is longer than the text of the split 'train'|batch_size=1: "):
+    data = TextDataModule({"train": text}, "tiny", length=5000, batch_size=1, streaming=streaming)
+    with pytest.raises(ValueError, match="length=5000 is longer than the text of the split 'train'|batch_size=1: "):
         batches(data)
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_batch_that_never_fills(text, streaming):
-    data = TextDataModule({"train": text}, "tiny", block_size=16, batch_size=500, streaming=streaming)
+    data = TextDataModule({"train": text}, "tiny", length=16, batch_size=500, streaming=streaming)
     with pytest.raises(ValueError, match="batch_size=500(: the stream ended| is too large: the split 'train' has)"):
         batches(data)
 
@@ -287,7 +287,7 @@ def test_a_batch_that_never_fills(text, streaming):
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_fit_on_nothing_is_refused(text, streaming):
     config = LlamaConfig(vocab_size=4096, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-    data = TextDataModule({"train": text}, "tiny", block_size=16, batch_size=500, streaming=streaming)
+    data = TextDataModule({"train": text}, "tiny", length=16, batch_size=500, streaming=streaming)
     with pytest.raises(ValueError, match="batch_size=500"):
         trainer(max_steps=2).fit(TransformerModule(config), datamodule=data)
 
@@ -297,8 +297,8 @@ def test_a_fit_on_nothing_is_refused(text, streaming):
 def test_blank_text(tmp_path, content, streaming):
     path = tmp_path / "blank.txt"
     path.write_text(content)
-    data = TextDataModule({"train": str(path)}, "tiny", block_size=2, batch_size=1, streaming=streaming)
-    with pytest.raises(ValueError, match="block_size=2 is longer than the text|the stream ended before"):
+    data = TextDataModule({"train": str(path)}, "tiny", length=2, batch_size=1, streaming=streaming)
+    with pytest.raises(ValueError, match="length=2 is longer than the text|the stream ended before"):
         batches(data)
 
 

@@ -89,7 +89,7 @@ def text(tmp_path_factory):
 @pytest.fixture
 def make(text):
     def make(**options):
-        return TextDataModule(data={"train": text}, tokenizer="tiny", block_size=4, batch_size=2, **options)
+        return TextDataModule(data={"train": text}, tokenizer="tiny", length=4, batch_size=2, **options)
 
     return make
 
@@ -190,7 +190,7 @@ def test_resume_when_the_length_was_asked_before_the_checkpoint_was_read(make, t
 
 def test_resume_with_model_checkpoint_and_validation(make, text, tmp_path):
     def data():
-        return TextDataModule({"train": text, "validation": text}, "tiny", block_size=4, batch_size=2)
+        return TextDataModule({"train": text, "validation": text}, "tiny", length=4, batch_size=2)
 
     def run(max_epochs, **options):
         saver = pl.callbacks.ModelCheckpoint(tmp_path, save_last=True)
@@ -249,7 +249,7 @@ def test_a_second_fit_of_one_trainer_goes_on_with_the_next_epoch(make):
 
 def test_evaluating_a_checkpoint_does_not_move_a_later_fit(text, tmp_path):
     def make():
-        return TextDataModule({"train": text, "validation": text}, "tiny", block_size=4, batch_size=2)
+        return TextDataModule({"train": text, "validation": text}, "tiny", length=4, batch_size=2)
 
     straight, _ = fit(make(), limit_val_batches=0, callbacks=[SaveAt(tmp_path / "a.ckpt", 5)])
     data, module = make(), Recorder()

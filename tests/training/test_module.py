@@ -68,7 +68,7 @@ class TestTasks:
 
     def test_masked_lm(self, files, tmp_path):
         lit = TransformerModule(transformers.BertConfig(**BERT), task="masked-lm", lr=1e-2)
-        source = TextDataModule(files, "tiny", block_size=16, batch_size=4, mlm_probability=0.3)
+        source = TextDataModule(files, "tiny", length=16, batch_size=4, mlm_probability=0.3)
         source.tokenizer.mask_token = source.tokenizer.eos_token
         self.learns(tmp_path, lit, source, "val_perplexity", lambda before, after: after < 0.7 * before)
 

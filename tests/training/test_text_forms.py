@@ -41,7 +41,7 @@ def write(path, rows):
 
 
 def made(folder, data, split="train", tokenizer="talking", **options):
-    options = {"block_size": 16, "batch_size": 2, "validation": 0} | options
+    options = {"length": 16, "batch_size": 2, "validation": 0} | options
     module = bh.TextDataModule(data, str(folder / tokenizer), **options)
     module.setup("fit")
     return list(module.splits[split])
@@ -107,10 +107,10 @@ def test_padding_of_plain_text_and_for_masked_models(folder):
 def test_rows_with_nothing_to_learn_are_told(folder, tmp_path, caplog):
     write(tmp_path / "a.jsonl", [{"messages": chat("Who " * 40, "He.")}, {"messages": chat("Who?", "He.")}])
     with caplog.at_level("INFO"):
-        assert len(made(folder, file(tmp_path, "a.jsonl"), packing=False, block_size=32)) == 1
+        assert len(made(folder, file(tmp_path, "a.jsonl"), packing=False, length=32)) == 1
     assert "dropped 1 of 2 rows of the split 'train'" in caplog.text
-    with pytest.raises(ValueError, match="block_size=4 leaves no token in the loss of any example of the split 'train'"):
-        made(folder, file(tmp_path, "a.jsonl"), packing=False, block_size=4)
+    with pytest.raises(ValueError, match="length=4 leaves no token in the loss of any example of the split 'train'"):
+        made(folder, file(tmp_path, "a.jsonl"), packing=False, length=4)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from billhook.engine.batches import Batch, check_batches
 from billhook.model.find import find_transformer
 from billhook.model.preprocessors import check_ids, check_origin, check_tokenizer, tokenizer_of
 from billhook.private_paths import without_folders
+from billhook.progress import progress_bar
 
 Source: TypeAlias = str | dict[str, str | list[str]]
 """A source: `"generated"`, `"tiny"`, a file, a glob, a folder, a Hub name, or files by split."""
@@ -171,24 +172,29 @@ class Calibration:
         shares = (self.tokens * weight / sum(weights) / length for weight in weights)
         return {name: max(round(share), 1) for name, share in zip(self.named, shares, strict=True)}
 
-    def held_out(self, model: nn.Module, rows: int, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Batch]:
+    def held_out(
+        self, model: nn.Module, rows: int, tokenizer: PreTrainedTokenizerBase | None = None, folder: Path | None = None
+    ) -> list[Batch]:
         """Reads held-out examples of each source, at most `rows` each.
 
         They come from the split `test`, or else `validation`, or else from examples that `read` does not return. Self-generated
         text uses another seed.
         """
-        return self._read(model, tokenizer, rows)
+        return self._read(model, tokenizer, folder, rows)
 
-    def read(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> list[Batch]:
+    def read(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, folder: Path | None = None) -> list[Batch]:
         """Reads all sources, generating text where needed, and returns their batches in order.
 
         Args:
             model: The model, or a module that holds it.
             tokenizer: Tokenizer to use instead of `self.tokenizer`.
+            folder: Folder for self-generated text, from which the same call continues if it is interrupted.
         """
-        return self._read(model, tokenizer)
+        return self._read(model, tokenizer, folder)
 
-    def _read(self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, held_out: int | None = None) -> list[Batch]:
+    def _read(
+        self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: Path | None, held_out: int | None = None
+    ) -> list[Batch]:
         subject = find_transformer(model)
         length, batches = example_length(subject, self.length), list[Batch]()
         if GENERATED in self.named:
@@ -196,11 +202,14 @@ class Calibration:
         for name, wanted in self.examples(length).items():
             if name == GENERATED:
                 examples, seed = (wanted, self.seed) if held_out is None else (held_out, self.seed + 1)
-                batches += generated(subject, examples=examples, length=length, batch_size=self.batch_size, seed=seed)
+                batches += generated(
+                    subject, examples=examples, length=length, batch_size=self.batch_size, seed=seed, folder=folder
+                )
             else:
                 tokenizer = tokenizer or tokenizer_of(subject, self.tokenizer)
                 check_tokenizer(subject, tokenizer)
-                tokens = self._text(name, wanted, held_out, length, tokenizer)
+                with progress_bar(f"reading {'packaged text' if name == MIXED else name}"):
+                    tokens = self._text(name, wanted, held_out, length, tokenizer)
                 check_ids(subject, tokens)
                 batches += [Batch({"input_ids": ids}, name) for ids in torch.split(tokens, self.batch_size)]
         return batches
@@ -232,7 +241,7 @@ class Calibration:
         columns, documents = find_text_columns(rows, split, self.column), not is_line_text(rows)
         if documents:  # blank lines of a .txt file are part of its text
             warn_of_empty_rows(rows, split, columns)
-        return map_rows(rows, pack, split, tokenizer, block_size=length, columns=columns, documents=documents)
+        return map_rows(rows, pack, split, tokenizer, length=length, columns=columns, documents=documents)
 
 
 Batches: TypeAlias = Iterable[Any] | Calibration
@@ -328,6 +337,7 @@ def evaluation_batches(
     also: OtherTexts = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     written: bool = True,
+    folder: Path | None = None,
 ) -> list[Batch]:
     """Reads examples to evaluate on: held-out, self-generated, and of other texts.
 
@@ -338,11 +348,13 @@ def evaluation_batches(
         also: Other texts.
         tokenizer: Tokenizer to use instead of the one of the calibration data.
         written: If False, leaves out self-generated text that is not a source of the calibration data.
+        folder: Folder for self-generated text (see `Calibration.read`).
     """
-    batches, others = calibration.held_out(model, rows, tokenizer), replace(calibration, weights=None)
+    batches, others = calibration.held_out(model, rows, tokenizer, folder), replace(calibration, weights=None)
     length = example_length(model, calibration.length)
     if written and GENERATED not in calibration.named:
-        batches += replace(others, sources=GENERATED).held_out(model, num_self_generated(calibration, rows, length))
+        count = num_self_generated(calibration, rows, length)
+        batches += replace(others, sources=GENERATED).held_out(model, count, folder=folder)
     for name, source in _others(calibration, also).items():
         read = replace(others, sources=source, tokens=rows * length).read(model, tokenizer)
         batches += [Batch(batch, name) for batch in read]

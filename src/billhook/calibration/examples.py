@@ -57,31 +57,31 @@ def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
 def pack(
     rows: Batch,
     tokenizer: PreTrainedTokenizerBase,
-    block_size: int,
+    length: int,
     columns: Sequence[str],
     documents: bool,
     responses: bool = False,
 ) -> Batch:
-    """Tokenizes rows and packs them into examples of `block_size` tokens, dropping the rest."""
+    """Tokenizes rows and packs them into examples of `length` tokens, dropping the rest."""
     ids, learned = list[int](), list[bool]()
     for row in encode(rows, tokenizer, columns, documents, responses):
         ids += row.ids
         learned += row.learned
-    starts = range(0, len(ids) - block_size + 1, block_size)
-    return _examples([(ids[i : i + block_size], learned[i : i + block_size]) for i in starts], responses)
+    starts = range(0, len(ids) - length + 1, length)
+    return _examples([(ids[i : i + length], learned[i : i + length]) for i in starts], responses)
 
 
 def encode_separately(
     rows: Batch,
     tokenizer: PreTrainedTokenizerBase,
-    block_size: int,
+    length: int,
     columns: Sequence[str],
     documents: bool,
     responses: bool = False,
 ) -> Batch:
-    """Tokenizes each row into an example of its own, cut to at most `block_size` tokens."""
+    """Tokenizes each row into an example of its own, cut to at most `length` tokens."""
     encoded = encode(rows, tokenizer, columns, documents, responses)
-    return _examples([(row.ids[:block_size], row.learned[:block_size]) for row in encoded], responses)
+    return _examples([(row.ids[:length], row.learned[:length]) for row in encoded], responses)
 
 
 def _examples(examples: list[tuple[list[int], list[bool]]], labelled: bool) -> Batch:
@@ -100,12 +100,12 @@ def classify(
     tokenizer: PreTrainedTokenizerBase,
     text_columns: list[str],
     label_column: str,
-    max_length: int,
+    length: int,
     numbers: dict[Any, int] | None = None,
 ) -> Batch:
     """Tokenizes texts or text pairs with their labels; `numbers` maps label names to ids."""
     labels = label_ids(rows[label_column], label_column, numbers)
-    encoded = tokenizer(*(_texts(rows[column], column) for column in text_columns), truncation=True, max_length=max_length)
+    encoded = tokenizer(*(_texts(rows[column], column) for column in text_columns), truncation=True, max_length=length)
     return {**encoded, "labels": labels}
 
 
@@ -167,3 +167,8 @@ class DeterministicMasking(DataCollatorForLanguageModeling):
         self.generator = torch.Generator().manual_seed(int((tokens * torch.arange(len(tokens))).sum()))
         batch: Batch = super().__call__(blocks, return_tensors)
         return batch
+
+
+def draw(rows: int, count: int, seed: int = 0) -> list[int]:
+    """Draws `count` random row numbers, sorted, from data that may be sorted by label."""
+    return sorted(torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:count].tolist())

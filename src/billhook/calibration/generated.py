@@ -7,16 +7,20 @@ https://arxiv.org/abs/2410.17170).
 """
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from billhook.arguments import check_int, check_number, check_types
 from billhook.engine.batches import Batch
-from billhook.engine.state import evaluating_without_grad, overridden, seed_random_state
+from billhook.engine.parts import fingerprint, identity_of, replace_file
+from billhook.engine.state import evaluating_without_grad, overridden, seed_random_state, set_torch_state, torch_state
 from billhook.model.config_fields import text_config
 from billhook.model.costs import kv_cache_bytes
 from billhook.model.find import check_values, find_transformer
@@ -31,6 +35,8 @@ AT_ONCE = 8
 """Fewest examples that are generated in parallel; more if their KV caches fit into `CACHES`."""
 CACHES = 2**30
 """Bytes for KV caches."""
+KEPT = ".billhook.safetensors"
+"""End of the name of a file with finished examples."""
 SKIPPED = 8
 """Examples start within the first eighth of their length."""
 
@@ -45,6 +51,7 @@ def generated(
     batch_size: int = 1,
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | str | None = None,
+    folder: Path | None = None,
 ) -> list[Batch]:
     """Samples calibration text from a causal language model, without padding.
 
@@ -63,6 +70,7 @@ def generated(
         batch_size: Examples per batch.
         seed: Sampling seed.
         tokenizer: Tokenizer for prompts, its name, or its folder. Defaults to the one in the folder of the model.
+        folder: Folder for the finished examples, from which the same call continues if it is interrupted. Defaults to None.
 
     Returns:
         Batches `{"input_ids": [batch_size, length]}`, int64, on the CPU.
@@ -88,7 +96,7 @@ def generated(
     starts = [_start(subject)] if prompts is None else _encoded(subject, prompts, tokenizer, length)
     skipped = 0 if prompts is not None else _skipped(subject, length)
     begun = [starts[row % len(starts)] for row in range(examples)]
-    rows = _written(subject, begun, length + skipped, temperature, seed)
+    rows = _written(subject, begun, length + skipped, temperature, seed, folder)
     if skipped:  # tokens at both ends of each row are left out, one of the first at least
         first = torch.randint(1, skipped + 1, (len(rows), 1), generator=torch.Generator().manual_seed(seed))
         rows = rows.gather(1, first + torch.arange(length))
@@ -154,9 +162,11 @@ def _encoded(
     return starts
 
 
-def _written(model: PreTrainedModel, starts: list[list[int]], length: int, temperature: float, seed: int) -> Tensor:
+def _written(
+    model: PreTrainedModel, starts: list[list[int]], length: int, temperature: float, seed: int, folder: Path | None
+) -> Tensor:
     """Continues prompts to full examples; prompts of equal length run in parallel."""
-    rows = torch.empty(len(starts), length, dtype=torch.int64)
+    rows, finished = torch.empty(len(starts), length, dtype=torch.int64), 0
     # each step loads all weights, however many examples run in parallel
     at_once = max(AT_ONCE, CACHES // (length * (kv_cache_bytes(model) or CACHES)))
     by_length: dict[int, list[int]] = {}
@@ -167,14 +177,45 @@ def _written(model: PreTrainedModel, starts: list[list[int]], length: int, tempe
         if not model(torch.tensor(starts[:1], device=model.device)).logits.isfinite().all():
             raise ValueError(f"model: {type(model).__name__} returns logits that are not finite, so it cannot generate text.")
         seed_random_state(seed, model.device)
+        kept = None
+        if folder is not None:
+            kept = _KeptRows(folder, fingerprint(identity_of(model), starts, length, temperature, seed, str(model.device)))
+            rows, finished = kept.load(model.device) or (rows, 0)
         with progress_bar("generating text", "tokens") as report:
             progress = _Progress(report, rows.numel() - sum(map(len, starts)))
-            for group in groups:
-                ids = torch.tensor([starts[row] for row in group], device=model.device)
-                progress.written -= ids.numel()
-                rows[group] = _continued(model, ids, length, temperature, progress).cpu()
+            for number, group in enumerate(groups):
+                progress.written -= sum(len(starts[row]) for row in group)
+                if number >= finished:
+                    ids = torch.tensor([starts[row] for row in group], device=model.device)
+                    rows[group] = _continued(model, ids, length, temperature, progress).cpu()
+                    if kept is not None:
+                        kept.save(rows, number + 1, model.device)
                 progress.written += rows[group].numel()
     return rows
+
+
+class _KeptRows:
+    """Finished rows of an interrupted call, in a file with the random state after them."""
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._file = folder / f"{key[:16]}{KEPT}"
+
+    def load(self, device: torch.device) -> tuple[Tensor, int] | None:
+        """Restores the random state, and returns all rows and the number of finished groups."""
+        try:
+            state = load_file(self._file)
+            rows, finished = state.pop("rows"), int(state.pop("finished"))
+            set_torch_state(state, device)
+        except (OSError, SafetensorError, KeyError, RuntimeError):  # there is no file, or it is damaged
+            return None
+        return rows, finished
+
+    def save(self, rows: Tensor, finished: int, device: torch.device) -> None:
+        """Writes the rows atomically."""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        draft = self._file.with_name(f"draft{KEPT}")
+        save_file({"rows": rows, "finished": torch.tensor(finished), **torch_state(device)}, draft)
+        replace_file(draft, self._file)
 
 
 class _Progress(StoppingCriteria):

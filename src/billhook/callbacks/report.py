@@ -83,6 +83,8 @@ class Report(FitCallback):
     def after_validation(self, fit: Fit) -> None:
         """Stores the logged validation metric."""
         metrics = fit.validation_metrics
+        if self.first is not None and (fit.step, len(events_of(fit))) == (self.first["step"], self.first["events"]):
+            self.first["after"] = metrics | self.first["after"]
         if name := self._name(metrics):
             self.history.append([fit.step, metrics[name]])
 
@@ -106,6 +108,8 @@ class Report(FitCallback):
                 notes += [("verified", f"largest logit difference {callback.saved.difference:.3g}")]
         plots = list[tuple[str, Path, Any]]()
         if name := self._name(last):
+            if stages[0].numbers.get(name) is None and fit.validate_first and self.measure_batches != 0:
+                notes.append((stages[0].name, f"not validated. {fit.validate_first}"))
             marks = [(e["step"], label_of(e), e["before"].get(name), e["after"].get(name)) for e in events]
             dense = stages[0].numbers.get(name) if events else None
             figure = validation(self._points(name, last, fit.step), marks, name, dense)

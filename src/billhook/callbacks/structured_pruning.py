@@ -23,6 +23,7 @@ from billhook.pruning.planning import default_importance, plan_from_search
 from billhook.pruning.repair import RepairOption
 from billhook.pruning.target import Baseline, RatioSearch
 from billhook.repairs.repair import RepairConfig
+from billhook.report.summary import parameter_count
 from billhook.schedules import Schedule
 
 
@@ -153,10 +154,10 @@ class StructuredPruning(ShapeCallback):
 
     def _remove(self, model: nn.Module, plan: UnitPlan, weights: Weights | None, how: str, optimizers: list[Optimizer]) -> str:
         """Applies the plan and returns a description."""
+        before = parameter_count(model)
         apply_plan(model, plan, optimizers, weights)
-        before, after = plan.parameters
         words = "; ".join([f"without {plan.words}", how, *(f"left in each: {row}" for row in plan.rows)])
-        return f"{before:,} -> {after:,} parameters ({words})"
+        return f"{before:,} -> {parameter_count(model):,} parameters ({words})"
 
     def state_dict(self) -> dict[str, Any]:
         """Returns events and the original size."""

@@ -206,7 +206,7 @@ class WeightPruning(EventCallback, ShapeFollower):
 
     def label(self, event: Event) -> str:
         """Returns the criterion, and the pattern or the target sparsity."""
-        amount = f"{100 * self.last_target:.3g} %" if self.pattern == "unstructured" else self.pattern
+        amount = f"{100 * self.last_target:.3g}%" if self.pattern == "unstructured" else self.pattern
         return f"{type(self.criterion).__name__} {amount}"
 
     def _plan(self, fit: Fit, sparsity: float) -> WeightPlan:

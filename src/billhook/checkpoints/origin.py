@@ -13,6 +13,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from transformers import PretrainedConfig
 from yaml import YAMLError
 
+from billhook.assets import model_path
 from billhook.atomic_folder import RECORD
 
 CARD = "README.md"
@@ -44,7 +45,8 @@ def origin_of(name: str, config: PretrainedConfig) -> dict[str, Any]:
         origin["base_model"] = base
     elif name:
         kind = next(iter(config.architectures or []), None)
-        origin["made_of"] = recorded or {"name": Path(name).resolve().name, **({"class": kind} if kind else {})}
+        folder = "tiny" if name == model_path("tiny") else Path(name).resolve().name
+        origin["made_of"] = recorded or {"name": folder, **({"class": kind} if kind else {})}
     card = _card_of(name) if name else {}
     stated = card.get("license") or vars(config).get("license")
     if not _is_text(stated):

@@ -1,5 +1,6 @@
 """`billhook bench`: prefill and decoding speed, and the share of the ideal speedup."""
 
+import itertools
 import tempfile
 from collections.abc import Sequence
 from json import dumps
@@ -7,8 +8,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from rich.console import Console
-from rich.progress import Progress
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -23,7 +22,7 @@ from billhook.model.config_fields import text_config
 from billhook.model.meta import from_name
 from billhook.model.preprocessors import load_tokenizer, may_have_preprocessor
 from billhook.model.shape import shape_beyond_config
-from billhook.plots.speed import speed
+from billhook.progress import progress_bar
 from billhook.report.generation import CacheKind, generates
 from billhook.report.speed import Phase, Timing, check_speed, measure_speed, spread
 from billhook.report.summary import Summary, summary
@@ -121,10 +120,11 @@ def bench(
         loaded = _random_models(models, meta_models, dtype, seed) if random else [load(name, dtype) for name in models]
     for model in loaded:
         model.to(computes_on)  # type: ignore[arg-type]
-    with cpu_threads(threads) as used, Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("measuring", total=len(sizes) * len(lengths) * len(measured) * len(models) * (warmup + rounds))
+    with cpu_threads(threads) as used, progress_bar("measuring", "runs", steady=False) as report:
+        total, done = len(sizes) * len(lengths) * len(measured) * len(models) * (warmup + rounds), itertools.count(1)
         rows = measure_speed(
-            loaded, sizes, lengths, new_tokens, rounds, warmup, cache, measured, seed, progress=lambda: bar.advance(task)
+            loaded, sizes, lengths, new_tokens, rounds, warmup, cache, measured, seed,
+            progress=lambda: report(next(done), total),
         )  # fmt: skip
     names, summaries, where = _last_parts(models), list(map(summary, loaded)), machine_name(computes_on, used)
     sizes_of_tokens = bytes_per_token(models)
@@ -132,6 +132,8 @@ def bench(
     print(table(rows, names, sizes_of_tokens))
     print("\n".join([*_notes(rows, names, loaded, summaries), *_text_notes(names, sizes_of_tokens)]))
     if plot is not None:
+        from billhook.plots.speed import speed  # matplotlib takes a second to import
+
         speed(rows, names).savefig(plot)
     if json is not None:
         settings = {"new_tokens": new_tokens, "rounds": rounds, "warmup": warmup, "cache": cache, "random": random, "seed": seed}
@@ -170,11 +172,13 @@ def _bench_llama_cpp(
     head += ["prefill bytes/s", "decoding bytes/s"] if sizes_of_tokens else []
     head += ["prefill x", "(quartiles)", "decoding x", "(quartiles)"] if len(models) > 1 else []
     total = len(KINDS) * len(contexts) * len(models) * (warmup + rounds)
-    with tempfile.TemporaryDirectory() as folder, Progress(console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("measuring", total=total)
+    done = itertools.count(1)
+    with tempfile.TemporaryDirectory() as folder, progress_bar("measuring", "runs", steady=False) as report:
         for kind, converted in zip(KINDS, _converted(models, Path(folder)), strict=True):
             for context in contexts:
-                speeds = measure_engine(converted, context, new_tokens, rounds, warmup, threads, lambda: bar.advance(task))
+                speeds = measure_engine(
+                    converted, context, new_tokens, rounds, warmup, threads, lambda: report(next(done), total)
+                )
                 for number, (name, file, speed) in enumerate(zip(names, converted, speeds, strict=True)):
                     size, first = file.stat().st_size, speeds[0]
                     cells = [

@@ -1,13 +1,12 @@
 """`billhook convert`: reduces the KV heads of a checkpoint."""
 
-from billhook.callbacks.kv_heads import HINT
 from billhook.cli.examples import Examples
 from billhook.cli.machine import model_progress
 from billhook.cli.one_shot import OneShot
 from billhook.cli.refit import check_examples, meta_batches, repair_limits
 from billhook.cli.streamed import refit_bytes
 from billhook.kv_heads.convert import batches_needed, check_ready, check_repair, heads_and_method, ready
-from billhook.kv_heads.methods import KVMethod, Mean, Name, method_of
+from billhook.kv_heads.methods import HINT, KVMethod, Mean, Name, method_of
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.model.plan import apply
 from billhook.repairs.repair import RepairConfig
@@ -87,7 +86,9 @@ def convert(
     if batches is not None and len(batches) < least:
         batches = split_examples(batches)
     before = work.measure()
-    with model_progress(work.model, "converting", "attention modules"):
-        plan, weights, how = ready(work.model, plan, batches, repair, known)
+    with model_progress(work.model, "converting", "" if repair is None else "layers") as progress:
+        plan, weights, how = ready(work.model, plan, batches, repair, known, progress)
         apply(work.model, plan, weights=weights)
+    if calibrates:
+        print("Method: " + how.replace("; ", "\n  "), flush=True)
     work.save(before, f"{plan.words} ({how})", {"plans": [plan.to_json()], "repair": repair and str(repair)})

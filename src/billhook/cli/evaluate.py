@@ -18,6 +18,7 @@ from billhook.assets import model_path
 from billhook.calibration.reading import Rows
 from billhook.checkpoints.save import load
 from billhook.cli import images
+from billhook.cli.examples import IMAGE_COLUMN
 from billhook.cli.machine import check_file, device_of, file_progress, model_progress
 from billhook.display import render_table
 from billhook.model.config_fields import text_config
@@ -116,7 +117,7 @@ def evaluate(
     settings: dict[str, Any] = {"data": data, "limit": limit, "batch_size": batch_size, "column": column}
     if of_images:
         images.check(models, {"text": text, "tasks": tasks, "length": length, "stream": stream})
-        settings |= {"column": images.COLUMN if column == "text" else column, "label_column": label_column}
+        settings |= {"column": IMAGE_COLUMN if column == "text" else column, "label_column": label_column}
         works = images.prepare(models, data or [], limit, batch_size, settings["column"], label_column)
     else:
         if stream and (data or tasks):
@@ -260,7 +261,15 @@ def _harness(model: PreTrainedModel, work: _Work, length: int, batch_size: int, 
     """Runs lm-eval tasks, and returns each metric with lm-eval's standard error."""
     wrapper = import_module("lm_eval.models.huggingface").HFLM
     wrapped = wrapper(pretrained=model, tokenizer=work.tokenizer, batch_size=batch_size, max_length=length)
-    results = import_module("lm_eval").simple_evaluate(model=wrapped, tasks=work.tasks, limit=limit, log_samples=False)
+    try:
+        results = import_module("lm_eval").simple_evaluate(model=wrapped, tasks=work.tasks, limit=limit, log_samples=False)
+    except KeyError as missing:
+        if not (unknown := [name for name in work.tasks if name in str(missing)]):
+            raise
+        raise ValueError(
+            f"tasks={unknown[0]}: lm-eval has no task of this name. Pass the path of the YAML file for a task of your own. "
+            "`lm_eval ls tasks` lists the others."
+        ) from missing
     figures = []
     for task, measures in results["results"].items():
         for key, value in measures.items():

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch.utils.data import DataLoader
@@ -11,16 +11,18 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import check_fraction, check_int
 from billhook.calibration.calibration import MIXED
+from billhook.calibration.examples import draw
 from billhook.calibration.generated import DEFAULT_LENGTH, GENERATED
 from billhook.calibration.reading import Data, check_available
-from billhook.cli import images
 from billhook.engine.batches import Batch
 from billhook.model.config_fields import text_config
 from billhook.private_paths import without_folders
-from billhook.training.data import ClassificationDataModule
-from billhook.training.dataset_module import DatasetModule, draw
-from billhook.training.images import ImageDataModule
 
+if TYPE_CHECKING:
+    from billhook.training.dataset_module import DatasetModule
+
+IMAGE_COLUMN = "image"
+"""Default column of images."""
 EXAMPLES = 128
 """Default number of calibration examples from files."""
 
@@ -148,15 +150,19 @@ class LabeledData:
         self.options, self.model, self.preprocessor, self.length = options, model, preprocessor, length
 
     @cached_property
-    def data(self) -> DatasetModule:
+    def data(self) -> "DatasetModule":
         """The table by splits. It must have a split 'train'."""
+        # Lightning, which takes seconds to import, is needed for tables alone
+        from billhook.training.data import ClassificationDataModule
+        from billhook.training.images import ImageDataModule
+
         options = self.options
         if not isinstance(options, LabeledOptions) or options.data is None or isinstance(options.data, list):
             kind, what = type(self.model).__name__, "images" if self.of_images else "texts"
             raise ValueError(f"data={options.data!r}: {kind} needs one table of labeled {what}. Pass it with --data.")
         data: DatasetModule
         if self.of_images:
-            column = images.COLUMN if options.column == TextOptions.column else options.column
+            column = IMAGE_COLUMN if options.column == TextOptions.column else options.column
             data = ImageDataModule(options.data, self.preprocessor, column, options.label_column, options.batch_size)
         else:
             columns, size = [options.column], options.batch_size

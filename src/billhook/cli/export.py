@@ -6,6 +6,7 @@ from pathlib import Path
 from billhook.atomic_folder import check_target, replacement_note
 from billhook.checkpoints import push as hub
 from billhook.checkpoints.export import export as export_checkpoint
+from billhook.progress import progress_bar
 from billhook.serving import check as serving
 from billhook.serving.written import GGUFKind, check_gguf, export_gguf
 
@@ -48,7 +49,9 @@ def export(
             print(f"Saving to {others[0]}{note}", flush=True)
         print(export_checkpoint(first, folder := others[0], tokenizer))
     if gguf is not None:
-        print(f"Saved to {gguf} ({export_gguf(folder, gguf, kind, converter)})")
+        with progress_bar(f"writing {gguf}"):
+            written = export_gguf(folder, gguf, kind, converter)
+        print(f"Saved to {gguf} ({written})")
 
 
 def push(folder: str, name: str, private: bool = False, revision: str | None = None) -> None:
@@ -90,7 +93,8 @@ def serve_check(
         ValueError: If the folder is not a checkpoint of a model that generates text.
         RuntimeError: If the engine or the converter is not installed.
     """
-    result = serving.serve_check(folder, engine, converter, tokens, threads=threads)
+    with progress_bar(f"comparing outputs in {engine}"):
+        result = serving.serve_check(folder, engine, converter, tokens, threads=threads)
     print(result)
     if not result.supported:
         sys.exit(1)

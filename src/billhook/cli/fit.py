@@ -12,7 +12,8 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import billhook
-from billhook.cli.options import COMMANDS, LIGHTNING, legal_values, unknown_command
+from billhook.cli.options import COMMANDS, LIGHTNING, legal_values, own_error, unknown_command
+from billhook.cli.recipes import resolve_recipes
 from billhook.fit.run import training_steps
 from billhook.progress import format_duration
 
@@ -84,12 +85,30 @@ class ArgumentParser(LightningArgumentParser):
         """Prints the error and the legal names, and ends the process with exit status 2."""
         if not self.exit_on_error:
             super().error(message, ex)
-        problem = f"{message}\n{legal_values(message)}".rstrip()
+        problem = legal_values(message) or message
         if "subcommand" in message:
             wrong = re.search(r"invalid choice: '(.*?)'", message)
             problem = unknown_command(wrong[1] if wrong else "", self.commands, self.prog.split()[0])
         sys.stderr.write(f"{self.prog.replace(' [options]', '')}: {problem}\n")
         self.exit(2)
+
+    def parse_args(self, args: Any = None, *rest: Any, **options: Any) -> Any:  # noqa: ANN401 - as LightningCLI passes them
+        """Parses a command line, in which `--config recipe:NAME` is a file of the package."""
+        words = sys.argv[1:] if args is None else args
+        try:
+            words = resolve_recipes(words) if isinstance(words, list) else words
+        except ValueError as error:
+            self.error(str(error))
+        return super().parse_args(words, *rest, **options)
+
+    def instantiate_classes(self, cfg: Any, **options: Any) -> Any:  # noqa: ANN401
+        """Creates the objects of a config. An error of billhook ends the process with its message alone."""
+        try:
+            return super().instantiate_classes(cfg, **options)
+        except ValueError as error:
+            if (own := own_error(error)) is None:
+                raise
+            sys.exit(f"{' '.join([self.prog, *filter(None, [getattr(cfg, 'subcommand', None)])])}: {own}")
 
 
 class _Parser(ArgumentParser):

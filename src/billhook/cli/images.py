@@ -10,18 +10,16 @@ import torch
 from transformers import PreTrainedModel
 
 from billhook.assets import model_path
+from billhook.calibration.examples import draw
 from billhook.calibration.reading import check_available
 from billhook.model.meta import from_name, model_class, read_config
 from billhook.progress import OnProgress, progress_bar
-from billhook.training.dataset_module import draw
 from billhook.training.evaluation import Figure, mean
 from billhook.training.images import ImageDataModule
 from billhook.training.metrics import TOP
 
 Work = Callable[[PreTrainedModel], tuple[list[Figure], dict[str, Any]]]
 """Evaluates a model; returns its results, and details for the JSON file."""
-COLUMN = "image"
-"""Default column of images."""
 
 
 def classifies(name: str) -> bool:

@@ -26,6 +26,12 @@ def default_variant_cache(out: str) -> Path:
     return target.with_name(f".{target.name}.variants")
 
 
+def text_folder(out: str) -> Path:
+    """Returns the folder next to an output folder that keeps self-generated text until the output is saved."""
+    target = Path(out).resolve()
+    return target.with_name(f".{target.name}.generated")
+
+
 @contextmanager
 def exclusive_output(options: Mapping[str, Any]) -> Iterator[None]:
     """Locks the output folder of a command, if it has one, within a `with` block.
@@ -80,7 +86,8 @@ def _written_at(target: Path) -> int | None:
 def _partial_results(target: Path, variant_cache: Path) -> str:
     """Returns a sentence on partial results from which the same command continues."""
     parts = target.with_name(f".{target.name}.parts")
-    for folder, name in ((parts, "blocks"), (variant_cache, "variants")):
-        if next(folder.glob("*/*.safetensors"), None) is not None:
+    text = text_folder(str(target))
+    for folder, files, name in ((parts, "*/*", "blocks"), (variant_cache, "*/*", "variants"), (text, "*", "self-generated text")):
+        if next(folder.glob(f"{files}.safetensors"), None) is not None:
             return f"Run the same command again to continue after the finished {name} in {folder}."
     return ""

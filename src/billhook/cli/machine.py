@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
-import datasets
 import torch
 from torch import nn
 
@@ -60,6 +59,8 @@ def file_progress(task: str) -> Iterator[None]:
 @contextmanager
 def hide_library_bars() -> Iterator[None]:
     """Hides the progress bars of datasets and transformers within a `with` block."""
+    import datasets  # help and errors in options need not wait for it
+
     enabled = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

@@ -3,15 +3,13 @@
 import os
 import signal
 import sys
-import traceback
 import warnings
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NoReturn
 
 import billhook
 from billhook.cli.interruption import Terminated, sigterm_as_interrupt
-from billhook.cli.options import COMMANDS, LIGHTNING, command_of, description, in_options, run, unknown_command
+from billhook.cli.options import COMMANDS, LIGHTNING, command_of, description, in_options, own_error, run, unknown_command
 from billhook.cli.recipes import config_files, config_warnings, resolve_recipes
 
 
@@ -56,10 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, RuntimeError) as error:
-        own_error = _billhook_error(error)
-        if own_error is None and (command not in COMMANDS or isinstance(error, RuntimeError)):
+        own = own_error(error)
+        if own is None and (command not in COMMANDS or isinstance(error, RuntimeError)):
             raise
-        message = f"billhook {command}: {in_options(command, str(own_error or error))}"
+        message = f"billhook {command}: {in_options(command, str(own or error))}"
         sys.exit("\n".join([message, *getattr(error, "__notes__", ())]))
 
 
@@ -72,27 +70,16 @@ def _end(command: str, interrupt: KeyboardInterrupt) -> NoReturn:
     sys.exit(128 + (signal.SIGTERM if isinstance(interrupt.__cause__ or interrupt, Terminated) else signal.SIGINT))
 
 
-def _billhook_error(error: BaseException | None) -> BaseException | None:
-    """Returns the error (or its cause) that billhook raised, to replace the traceback."""
-    while error is not None:
-        frames = traceback.extract_tb(error.__traceback__)
-        raised_here = frames and Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
-        if raised_here and isinstance(error, ValueError | RuntimeError):
-            return error
-        error = error.__cause__
-    return None
-
-
 # modules that take seconds to import are imported on use
 
 
 def _run(command: str, words: list[str]) -> None:
-    for name in dir(billhook):  # jsonargparse finds imported classes by their short names
+    for name in ("criteria", "importance", "kv_methods"):  # jsonargparse finds imported classes by their short names
         getattr(billhook, name)
     from billhook.cli.machine import hide_library_bars
 
-    with sigterm_as_interrupt(), hide_library_bars():
-        run(command_of(command), words)
+    with sigterm_as_interrupt():
+        run(command_of(command), words, hide_library_bars())
 
 
 def _run_lightning(words: list[str]) -> None:

@@ -4,7 +4,7 @@ import shutil
 import time
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +20,11 @@ from billhook.arguments import parse_memory
 from billhook.assets import model_path
 from billhook.atomic_folder import check_not_source, check_target, replacement_note
 from billhook.calibration.calibration import MIXED, Calibration, check_other_texts, evaluation_batches, num_self_generated
-from billhook.calibration.generated import GENERATED, can_generate, check_can_generate
+from billhook.calibration.generated import GENERATED, KEPT, can_generate, check_can_generate
 from billhook.checkpoints.equivalent import saved_cache_bytes
 from billhook.checkpoints.save import load, save
 from billhook.cli.examples import EXAMPLES, Examples, LabeledData, TextOptions
+from billhook.cli.interruption import text_folder
 from billhook.cli.machine import device_of, file_progress, model_progress
 from billhook.cli.streamed import batch_count, check_streamed, io_summary, matching_of
 from billhook.engine.batches import Batch
@@ -153,7 +154,7 @@ class OneShot:
             self._offloaded_blocks = [site.module for site in find_sites(self.model, prunable(self.model), "block")]
         elif not options.stream:
             self.model.to(self.device)  # type: ignore[arg-type]
-        self.length = options.length_for(self.model)
+        self.length, self._text_folder = options.length_for(self.model), text_folder(out)
         self.trimmed: PreTrainedTokenizerBase | None = None
         self._counts = dict[str, torch.Tensor]()
         self._labeled = LabeledData(options, self.model, model_path(options.tokenizer or name), self.length)
@@ -341,11 +342,10 @@ class OneShot:
             sources = "sources: " + ", ".join(f"{count} from {names[name]}" for name, count in counts.items())
         return f"calibrate on {sum(counts.values())} examples of {self.length} tokens ({sources})"
 
-    def batches(self) -> list[Batch]:
-        """Reads the calibration batches."""
+    def batches(self, dry_run: bool = False) -> list[Batch]:
+        """Reads the calibration batches. Self-generated text is kept until the output is saved, except in a dry run."""
         if self.metric == "perplexity":
-            with progress_bar("reading text"):
-                batches = self.calibration.read(self.model, self.trimmed)
+            batches = self.calibration.read(self.model, self.trimmed, None if dry_run else self._text_folder)
             return [Batch(batch | {"labels": batch["input_ids"].clone()}, batch.source) for batch in batches]
         return list(self._labeled.calibration_batches())
 
@@ -412,8 +412,7 @@ class OneShot:
             sources = list(self.counted_sources.values())
             measured = {tuple(ids.tolist()) for _, ids in before.rows} if isinstance(before, DenseReference) else set()
             tokens = COUNTED * len(sources)
-            with progress_bar("reading text"):
-                read = replace(self.calibration, sources=sources, weights=None, tokens=tokens).read(self.model)
+            read = replace(self.calibration, sources=sources, weights=None, tokens=tokens).read(self.model)
             rows = [(batch.source, ids) for batch in read for ids in batch["input_ids"]]
             batches = [Batch({"input_ids": ids[None]}, name) for name, ids in rows if tuple(ids.tolist()) not in measured]
         size = text_config(self.model.config).vocab_size
@@ -452,11 +451,10 @@ class OneShot:
             return None
         with self._on_device():
             if self.metric == "perplexity":
-                with progress_bar("reading text"):
-                    options = self.options
-                    rows = evaluation_batches(
-                        self.calibration, self.model, options.evaluate, options.also, written=not options.stream
-                    )
+                options = self.options
+                rows = evaluation_batches(
+                    self.calibration, self.model, options.evaluate, options.also, None, not options.stream, self._text_folder
+                )
                 others = self.counted_sources if self._as_text else ()
                 calibrated = list(self.calibration.named if self.calibrates else others)
                 with model_progress(self.model, "measuring", "examples") as progress:
@@ -511,6 +509,10 @@ class OneShot:
             print(f"Reused {reused} block{'s' * (reused > 1)} from an interrupted run.")
         with file_progress("saving and verifying"):
             saved = save(self.model, self.out, self._preprocessor(), record | {metric: results})
+        with suppress(OSError):  # there is no folder, or it has other files
+            for file in self._text_folder.glob(f"*{KEPT}"):
+                file.unlink()
+            self._text_folder.rmdir()
         warning = warning and f"Warning: {warning}"
         used = self._labeled.used(self.calibrates, degradation is not None) if self.metric == "accuracy" else []
         for line in (*lines, *used, degradation_text(before, degradation), warning):

@@ -8,7 +8,9 @@ import pkgutil
 import re
 import sys
 import textwrap
+import traceback
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
@@ -56,7 +58,7 @@ class _Parser(ArgumentParser):
         unknown += re.findall(r"^()Option '(\w+)' is not accepted", message)
         options = [action.dest for action in self._actions if action.option_strings]
         lines = [f"unknown option '{dashes}{name}'.{suggestion(name, options, dashes)}" for dashes, name in unknown]
-        problem = "\n".join(lines) or f"{message}\n{legal_values(message)}".rstrip()
+        problem = "\n".join(lines) or legal_values(message) or message
         sys.stderr.write(f"{self.prog}: {problem}\n`{self.prog} --help` lists all options.\n")
         self.exit(2)
 
@@ -70,38 +72,75 @@ def suggestion(wrong: str, names: Sequence[str], prefix: str = "") -> str:
     return "".join(f" Did you mean '{prefix}{name}'?" for name in difflib.get_close_matches(wrong, names, n=1))
 
 
-UNKNOWN_ARGUMENT = re.compile(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted")
+UNKNOWN_ARGUMENT = re.compile(r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted")
 UNKNOWN_TRAINER_ARGUMENT = re.compile(r"(?:not accept option '|unrecognized arguments: --)trainer\.(\w+)")
-UNKNOWN_CLASS = re.compile(r"Expected a dot import path string: (\w+)")
-TYPES = re.compile(r"Subtypes: (.*)")
+UNKNOWN_CLASS = re.compile(r"class_path '([\w.]+)':\s+(?:module '|No module)|import path string: (\w+)")
+VALUE = re.compile(r"Parser key \"([\w.+]+)\":.*?Subtypes: \[(.*?)\]\n.*?Given value: (.*?)$", re.DOTALL | re.MULTILINE)
+TYPE = re.compile(r"<class '([\w.]+)'>|typing\.Literal\[(.*?)\]|\w+\[([\w.]+)\]")
+KEYS = ("class_path", "init_args", "dict_kwargs")
+"""Keys of a class in YAML."""
+WORDS = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+"""Legal values by type."""
 
 
 def legal_values(message: str) -> str:
-    """Returns the legal arguments and classes for unknown names in a parser's message.
+    """Returns the problem with the legal values, for a parser's message on unknown names and wrong values.
 
     Args:
-        message: jsonargparse's message about an unknown argument or class.
+        message: jsonargparse's message.
     """
-    from billhook.cli.schema import public_classes  # takes seconds to import, which a misspelled command need not wait for
-
     lines = []
     unknown = UNKNOWN_ARGUMENT.findall(message)
     unknown += [("lightning.pytorch.Trainer", name) for name in UNKNOWN_TRAINER_ARGUMENT.findall(message)]
-    for path, name in unknown:
-        arguments = list(inspect.signature(pkgutil.resolve_name(path)).parameters)
-        lines.append(f"{path} has no argument '{name}'.{suggestion(name, arguments)} Arguments: {', '.join(arguments)}\n")
-    classes = set[str]()
-    for path in re.findall(r"\w+(?:\.\w+)+", " ".join(TYPES.findall(message))):
+    for path, option in unknown:
+        name, arguments = option.partition(".")[0], list(inspect.signature(pkgutil.resolve_name(path)).parameters)
+        if key := suggestion(name, KEYS):
+            lines.append(f"unknown key '{name}'.{key} Keys of a class: {', '.join(KEYS)}")
+        elif arguments:
+            lines.append(f"{path} has no argument '{name}'.{suggestion(name, arguments)} Arguments: {', '.join(arguments)}")
+    if "trainer.callbacks" in message and (option := re.search(r"NestedArg\(key='(\w+)'", message)):
+        lines.append(
+            f"--trainer.callbacks.{option[1]} applies to the last callback before it on the command line. Put it directly after "
+            "the --config that adds its callback."
+        )
+    if not lines and (found := VALUE.search(message, max(message.rfind("Parser key "), 0))):  # the innermost
+        missing = UNKNOWN_CLASS.search(message)
+        argument, types, value = found.groups()
+        lines.append(_legal_for(argument, types, value, missing[1] or missing[2] if missing else ""))
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _legal_for(argument: str, types: str, value: str, unknown: str) -> str:
+    """Returns what is legal for an argument with a wrong value; empty if its types are not known.
+
+    Args:
+        argument: Name of the argument.
+        types: Its types, as Python prints them.
+        value: The value.
+        unknown: Name of the unknown class in the value, if any.
+    """
+    from billhook.cli.schema import public_classes  # takes seconds to import, which a misspelled command need not wait for
+
+    words, names, classes = list[str](), list[str](), set[str]()
+    for path, literals, inside in TYPE.findall(types):
+        name = path or inside
+        names += re.findall(r"'(\w+)'", literals)
+        if literals or name in WORDS:
+            words.append(literals or WORDS[name])
+            continue
         try:
-            base = pkgutil.resolve_name(path)
+            base = pkgutil.resolve_name(name)
         except (ImportError, AttributeError, ValueError):  # a class defined in a function
             continue
-        if isinstance(base, type):  # not typing.Literal
-            classes.update(kind.__name__ for kind in public_classes(base))
-    for name in dict.fromkeys(UNKNOWN_CLASS.findall(message)) if classes else ():
-        known = f"Classes: {', '.join(sorted(classes))}, or a custom module.Class"
-        lines.append(f"unknown class '{name}'.{suggestion(name, sorted(classes))} {known}\n")
-    return "".join(lines)
+        classes |= {kind.__name__ for kind in public_classes(base)} if isinstance(base, type) else set()
+    known = f"{', '.join(sorted(classes))}, or a custom module.Class"
+    hint = suggestion(unknown.rpartition(".")[2] or value, [*names, *sorted(classes)])
+    if unknown and classes and not {*words} - {WORDS["NoneType"]}:
+        return f"{argument}: unknown class '{unknown}'.{hint} Classes: {known}"
+    words += [f"a class: {known}"] if classes else []
+    if not words or value.startswith(("[", "{", "NestedArg")):
+        return ""
+    return f"{argument}={value} must be {', '.join(words[:-1])}{' or ' * (len(words) > 1)}{words[-1]}.{hint}"
 
 
 def unknown_command(wrong: str, commands: Sequence[str], program: str = "billhook") -> str:
@@ -127,13 +166,24 @@ def in_options(command: str, message: str) -> str:
     return f"{OPTION_NAMES[argument]}{colon}{problem}" if is_option else message
 
 
+def own_error(error: BaseException | None) -> BaseException | None:
+    """Returns the error (or its cause) that billhook raised, to replace the traceback."""
+    while error is not None:
+        frames = traceback.extract_tb(error.__traceback__)
+        raised_here = frames and Path(frames[-1].filename).is_relative_to(Path(__file__).parents[1])
+        if raised_here and isinstance(error, ValueError | RuntimeError):
+            return error
+        error = error.__cause__
+    return None
+
+
 def command_of(name: str) -> Command:
     """Returns the function of a command."""
     return cast(Command, getattr(import_module(f"billhook.cli.{COMMANDS[name]}"), name.replace("-", "_")))
 
 
-def run(command: Command, words: Sequence[str]) -> None:
-    """Runs a command with command-line arguments.
+def run(command: Command, words: Sequence[str], context: AbstractContextManager[None] | None = None) -> None:
+    """Runs a command with command-line arguments, within a context once they are parsed.
 
     The fields of a parameter whose type is a dataclass are options: `--params 0.8` sets `amount: Amount`.
     """
@@ -162,7 +212,7 @@ def run(command: Command, words: Sequence[str]) -> None:
             arguments[name] = group(**{field.name: _int_where_legal(parsed[field.name], field.type) for field in fields(group)})
         else:
             arguments[name] = _int_where_legal(parsed[name], parameter.annotation)
-    with exclusive_output(parsed):
+    with context or nullcontext(), exclusive_output(parsed):
         command(**arguments)
 
 

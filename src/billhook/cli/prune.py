@@ -76,7 +76,7 @@ def prune(
     statistics = max(statistics_bytes(work.model, criterion), reconstruction_bytes(work.model) if match else 0)
     spill_folder = work.spill(statistics, runs=2 if match else int(options.sequential == "layer"))
     before = None if dry_run else work.measure()
-    data = work.batches() if calibrates and work.metric == "accuracy" else work.calibration
+    data = work.batches(dry_run) if calibrates else work.calibration
     with model_progress(work.model, "pruning", "linear layers") as progress:
         plan = prune_weights(
             work.model,

@@ -82,7 +82,7 @@ def prune_heads(
         return
     if examples.stream:
         work.spill(statistics_bytes(work.model, importance))
-    batches, before = work.batches() if work.calibrates else [], None if dry_run else work.measure()
+    batches, before = work.batches(dry_run) if work.calibrates else [], None if dry_run else work.measure()
     runs = [make_run(work.model, heads, batch) for batch in batches]
     removed = {}
     for number in range(1, rounds + 1):

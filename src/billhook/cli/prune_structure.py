@@ -165,7 +165,7 @@ def prune_structure(
     if dry_run and needs_data and work.must_generate:
         work.print_dry_run()
         return
-    batches = work.batches() if needs_data or not dry_run else []
+    batches = work.batches(dry_run) if needs_data or not dry_run else []
     if examples.stream:  # after reading text, whose memory is free again
         solved, sums = refit_bytes(work.model, repair, kept if amount.blocks_only is None else None)
         work.spill(max(statistics_bytes(work.model, importance), solved), sums, 0 if repair is None else 2)

@@ -3,18 +3,14 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
-import torch
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
-from billhook.adapters.lora import LoRA
-from billhook.adapters.merge import merge
 from billhook.arguments import check_int, check_number
 from billhook.checkpoints.pretrained import Task
 from billhook.cli.examples import Examples
@@ -24,9 +20,7 @@ from billhook.cli.one_shot import Before, OneShot, degradation_text
 from billhook.cli.refit import meta_batches, repair_limits
 from billhook.cli.streamed import matching_of
 from billhook.engine.batches import Batch
-from billhook.fit.run import isolated_rng
-from billhook.plots.pareto import pareto
-from billhook.progress import OnProgress, progress_bar
+from billhook.progress import progress_bar
 from billhook.repairs.matching import LEAST_STEPS
 from billhook.report.generation import generates
 from billhook.report.speed import Phase
@@ -40,11 +34,6 @@ from billhook.shrinking.shrink import Layers, check_variant_cache, resolve_repai
 from billhook.shrinking.variants import tokens_needed
 from billhook.shrinking.vocabulary import SmallerVocabularies, VocabularyText
 from billhook.tracing.show import name_pattern
-from billhook.training.distillation import Distillation
-from billhook.training.module import TransformerModule
-
-LR, LORA_LR = 1e-4, 1e-3
-"""Default peak learning rates of recovery training: of all weights, and of LoRA."""
 
 
 @dataclass(frozen=True)
@@ -87,73 +76,6 @@ class Recovery:
                 "classifiers. Train it in your own LightningModule with the callback Shrinking."
             )
         return "causal-lm"
-
-    def train(
-        self,
-        model: PreTrainedModel,
-        teacher: str,
-        loader: DataLoader[Any],
-        device: torch.device,
-        seed: int,
-        progress: OnProgress,
-    ) -> None:
-        """Trains a model in place, in float32.
-
-        Args:
-            model: The smaller model.
-            teacher: Name of the dense model.
-            loader: Batches with labels.
-            device: Device to train on.
-            seed: Seed for the order of examples, dropout, and the initial LoRA weights.
-            progress: Callback with the number of finished steps and the total.
-        """
-        dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-        for parameter in model.parameters():
-            parameter.data = parameter.data.float()
-        with isolated_rng():
-            torch.manual_seed(seed)
-            module = TransformerModule(
-                model,
-                self.task_of(model),
-                lr=self.recover_lr or (LORA_LR if self.recover_lora else LR),
-                warmup=0.1,
-                lora=LoRA() if self.recover_lora else None,
-                distillation=Distillation(teacher=teacher),
-            )
-            _trainer(self.recover, device, progress).fit(module, loader, val_dataloaders=[])
-        if self.recover_lora:
-            merge(model)
-        for name, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(dtypes[name])
-        model.to(device).eval()  # type: ignore[arg-type]
-
-
-class _ReportProgress(pl.Callback):
-    """Reports each training step to a callback."""
-
-    def __init__(self, progress: OnProgress) -> None:
-        self.progress = progress
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
-        """Reports the number of finished steps."""
-        self.progress(trainer.global_step, trainer.max_steps)
-
-
-def _trainer(steps: int, device: torch.device, progress: OnProgress) -> pl.Trainer:
-    """Returns a trainer that prints and writes nothing."""
-    return pl.Trainer(
-        accelerator=device.type,
-        devices=1 if device.index is None else [device.index],
-        max_steps=steps,
-        max_epochs=-1,
-        limit_val_batches=0,
-        gradient_clip_val=1.0,
-        callbacks=[_ReportProgress(progress)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
 
 
 def search_space(scope: SearchScope, steps: int, budget: str | None = None, token_savings: int = 0) -> str:
@@ -206,16 +128,21 @@ class VariantFolder:
                 "or name a folder with --variant_cache."
             )
 
-    def create(self) -> None:
-        """Creates the folder next to the output."""
-        if not self._keep:
-            self.folder.mkdir(exist_ok=True)
-            (self.folder / MARKER).write_text(json.dumps({"until": "the output is saved"}))
-
-    def delete(self) -> None:
-        """Deletes the folder next to the output."""
-        if not self._keep:
-            shutil.rmtree(self.folder, ignore_errors=True)
+    @contextmanager
+    def created(self) -> Iterator[None]:
+        """Creates the folder next to the output, and deletes it unless an error leaves variants."""
+        if self._keep:
+            yield
+            return
+        self.folder.mkdir(exist_ok=True)
+        (self.folder / MARKER).write_text(json.dumps({"until": "the output is saved"}))
+        try:
+            yield
+        except BaseException:
+            if next(self.folder.glob("*/*.safetensors"), None) is None:
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def report_reused(self, variants: int) -> None:
         """Prints the number of variants from an earlier run."""
@@ -302,7 +229,6 @@ def shrink(
         most_steps = scope.most_steps(search.generations, search.candidates)
         work.print_dry_run(search_space(scope, most_steps, None if by_size else budget.words, most_saved))
         return
-    folder.create()
     batches = work.batches()
     fitted, held_out = split_batches(batches)
     repair, not_repaired = resolve_repair(scope, fitted, search.repair)
@@ -314,23 +240,27 @@ def shrink(
         text = VocabularyText(work.tokenizer, work.read_tokens(before))
         vocabularies = SmallerVocabularies.find(work.model, scope.target, text, held_out)
         scope.check_reach(getattr(amount, scope.target), vocabularies.most_saved)
-    phases = [""]
-    with progress_bar("shrinking", "steps", lambda: phases[-1], steady=False) as report:
-        progress, seed = Progress(report, phases.append, folder.report_reused), examples.seed
-        shrunk = run_shrink(scope, budget, clock, fitted, held_out, repair, search, seed, folder.folder, progress, vocabularies)
-    removed = ""
-    if shrunk.tokens is not None:
-        work.use_tokenizer(shrunk.tokens.trim_tokenizer(work.tokenizer))
-        removed = f" ({work.removed_share(shrunk.tokens)})"
-    shrunk = replace(shrunk, not_refitted=shrunk.not_refitted or not_repaired)
-    settings = {"layers": layers, "importance": str(search.importance or "OBS()"), "repair": str(repair) if repair else None}
-    what = f"{shrunk.what}{removed}: {shrunk.budget}"
-    what += f"; {recovery.recover:,} recovery steps" if recovery.recover else ""
-    recovered, *lines = _recover(work, recovery, batches, before) if recovery.recover else ({},)
-    record = {"shrink": shrunk.to_json() | settings} | recovered
-    work.save(before, what, record, shrunk.text(), *lines, not_refitted=shrunk.not_refitted)
-    folder.delete()
+    with folder.created():
+        phases = [""]
+        with progress_bar("shrinking", "steps", lambda: phases[-1], steady=False) as report:
+            progress, seed = Progress(report, phases.append, folder.report_reused), examples.seed
+            shrunk = run_shrink(
+                scope, budget, clock, fitted, held_out, repair, search, seed, folder.folder, progress, vocabularies
+            )
+        removed = ""
+        if shrunk.tokens is not None:
+            work.use_tokenizer(shrunk.tokens.trim_tokenizer(work.tokenizer))
+            removed = f" ({work.removed_share(shrunk.tokens)})"
+        shrunk = replace(shrunk, not_refitted=shrunk.not_refitted or not_repaired)
+        settings = {"layers": layers, "importance": str(search.importance or "OBS()"), "repair": str(repair) if repair else None}
+        what = f"{shrunk.what}{removed}: {shrunk.budget}"
+        what += f"; {recovery.recover:,} recovery steps" if recovery.recover else ""
+        recovered, *lines = _recover(work, recovery, batches, before) if recovery.recover else ({},)
+        record = {"shrink": shrunk.to_json() | settings} | recovered
+        work.save(before, what, record, shrunk.text(), *lines, not_refitted=shrunk.not_refitted)
     if plot is not None:
+        from billhook.plots.pareto import pareto  # matplotlib takes a second to import
+
         pareto(shrunk).savefig(plot)
 
 
@@ -338,10 +268,13 @@ def _recover(
     work: OneShot, recovery: Recovery, batches: Sequence[Batch], before: Before
 ) -> tuple[dict[str, Any], str, str | None, str]:
     """Trains the smaller model; returns the record, and lines on the degradation before."""
+    from billhook.cli.recovery import recover  # Lightning takes seconds to import
+
     degradation, seed = work.measure_degradation(before), work.options.seed
     loader = work.training_loader(recovery.examples, recovery.recover_batch_size, batches, before)
     with progress_bar("recovering", "steps") as progress:
-        recovery.train(work.model, work.name, loader, work.device, seed, progress)
+        task, steps, lr, lora = recovery.task_of(work.model), recovery.recover, recovery.recover_lr, recovery.recover_lora
+        recover(work.model, task, steps, lr, lora, work.name, loader, work.device, seed, progress)
     plain = [text.to_json() for text in degradation] if isinstance(degradation, list) else degradation
     after = f"After {recovery.recover:,} recovery steps on {len(loader.dataset):,} examples:"  # type: ignore[arg-type]
     record = {"recovery": asdict(recovery) | {"before": plain}}

@@ -79,16 +79,26 @@ def random_state(device: torch.device) -> dict[str, Any]:
     name, keys, *rest = np.random.get_state(legacy=True)
     # `weights_only` loads tensors but not arrays, and torch has no uint32 arithmetic
     numpy = (name, torch.from_numpy(np.asarray(keys).astype("int64")), *rest)
-    state = {"torch": torch.get_rng_state(), "python": random.getstate(), "numpy": numpy}
+    return {"python": random.getstate(), "numpy": numpy, **torch_state(device)}
+
+
+def torch_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Returns the random state of torch, on the CPU and a device."""
+    state = {"torch": torch.get_rng_state()}
     return state | ({device.type: torch.get_device_module(device).get_rng_state(device)} if _has_own(device) else {})
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
     """Restores a random state."""
-    torch.set_rng_state(state["torch"].cpu())
+    set_torch_state(state, device)
     random.setstate(state["python"])
     name, keys, *rest = state["numpy"]
     np.random.set_state((name, keys.cpu().numpy().astype("uint32"), *rest))
+
+
+def set_torch_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Restores the random state of torch, on the CPU and a device."""
+    torch.set_rng_state(state["torch"].cpu())
     if _has_own(device) and device.type in state:
         torch.get_device_module(device).set_rng_state(state[device.type].cpu(), device)
 

@@ -212,9 +212,9 @@ def percent_change(event: Event, name: str = "params") -> str:
     """Returns the change of a number in an event, in percent.
 
     >>> percent_change({"before": {"params": 2_881_792}, "after": {"params": 2_450_944}})
-    '-15 %'
+    '-15%'
     """
-    return f"{100 * (event['after'][name] / event['before'][name] - 1):+.2g} %"
+    return f"{100 * (event['after'][name] / event['before'][name] - 1):+.2g}%"
 
 
 def record_not_refitted(event: Event, what: str) -> None:

@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,11 @@ class Fit(ABC):
 
     Attributes:
         module: The module in training, which contains the transformer.
+        validate_first: How to get validation metrics from before training, if the trainer has none by default.
     """
 
     module: nn.Module
+    validate_first: ClassVar[str] = ""
 
     @property
     def model(self) -> PreTrainedModel:

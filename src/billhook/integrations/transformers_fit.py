@@ -33,6 +33,8 @@ FIRST = "Prune or convert first (bh.prune, bh.apply, bh.convert_kv_heads) and tr
 class TransformersFit(Fit):
     """A run of transformers' Trainer."""
 
+    validate_first = "Pass eval_on_start=True to the Trainer, or validation= to Callbacks."
+
     def __init__(
         self,
         callbacks: Sequence[object],

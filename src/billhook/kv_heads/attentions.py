@@ -31,7 +31,8 @@ from billhook.kv_heads.symmetry import Block, find_symmetries, in_order
 from billhook.linalg import float64_device
 from billhook.model.config_fields import text_config
 from billhook.model.layers import is_linear, size_of
-from billhook.model.rotary import rotary_embeddings, rotating_with
+from billhook.model.rotary import rope_parameters, rotary_embeddings, rotating_with
+from billhook.progress import OnProgress
 from billhook.repairs.repair import RepairConfig, repair_linears
 from billhook.tracing.trace import trace
 from billhook.units.find import find_heads
@@ -39,7 +40,7 @@ from billhook.units.find import find_heads
 ANGLES = (0.5, 0.35, 0.25, 0.15)
 """Radians over the context by which rotary frequencies may change, in the order in which they are tried.
 
-With 0.5, tokens of SmolLM2 beyond 4,096 of 8,192 lose 0.6 %, and 5.7 % with 1.
+With 0.5, tokens of SmolLM2 beyond 4,096 of 8,192 lose 0.6%, and 5.7% with 1.
 """
 TEXT = {"input_ids", "attention_mask", "labels"}
 """Inputs of batches of text, whose tokens can be joined to longer rows."""
@@ -227,9 +228,12 @@ class Attentions:
             moments = self.moments(turning, method.grouping)
             slots = chosen(self._sum(self._spectra(name, method, of_heads, blocks) for name, of_heads in moments.items()))
             values = self.equal(method, moments, slots=slots)
-        how = how if slots.bands == bands else ""
-        unchanged = slots.padded == list(rotation.frequencies)
-        return EqualHeads(values, None if unchanged else rotation.rope(self.model, slots.padded), how, slots)
+        if slots.padded == list(rotation.frequencies):
+            return EqualHeads(values, None, "rotary frequencies stay", slots)
+        rope = rotation.rope(self.model, slots.padded)
+        types = dict.fromkeys([rope_parameters(self.model)["rope_type"], rope["rope_type"]])
+        notes = [how] * (slots.bands == bands) + [f"rope_type: {' -> '.join(types)}"]
+        return EqualHeads(values, rope, "; ".join(notes), slots)
 
     def _bands(self, method: SVD, rotation: Rotation, trials: Sequence[Run]) -> tuple[tuple[Band, ...], str]:
         """Returns the widest bands within the tolerance of the method, and a description."""
@@ -242,7 +246,7 @@ class Attentions:
             if distance <= math.log1p(method.tolerance):
                 cost = f"which alone costs {math.expm1(distance):.1%}"
                 return bands, f"angles change by up to {angle} radians over {context} tokens, {cost}"
-        return bands_within(rotation, 0), "no frequency changes"
+        return bands_within(rotation, 0), "no angle changes"
 
     def _rows(self, trials: Sequence[Run], length: int) -> list[Run]:
         """Returns a long row of each source if its batches can be joined, or else the runs."""
@@ -349,7 +353,9 @@ class Attentions:
             tensors, moments = in_order(tensors, order), moments.in_order(order, groups)
         return tensors, moments
 
-    def repaired(self, new: EqualHeads, trials: Sequence[Run], repair: RepairConfig) -> EqualHeads:
+    def repaired(
+        self, new: EqualHeads, trials: Sequence[Run], repair: RepairConfig, progress: OnProgress | None = None
+    ) -> EqualHeads:
         """Returns the parameters with refitted output layers of attention and MLP modules."""
         kept = {name: torch.ones(width, dtype=torch.bool) for name, width in self.widths.items()}
         self.not_refitted.clear()
@@ -359,7 +365,7 @@ class Attentions:
             raise ValueError(f"match: the blocks of {kind} rotate keys themselves. Use SVD(frequencies='fixed').")
         ties = ties_of(self.model, self.projections, self.groups)
         fitted = repair_linears(
-            self.model, kept, pruned, repair, self._comm, new.values, left=self.not_refitted, dense=trials, ties=ties
+            self.model, kept, pruned, repair, self._comm, new.values, progress, self.not_refitted, trials, ties
         )
         return replace(new, values=new.values | fitted)
 

@@ -42,6 +42,7 @@ from billhook.model.inputs import make_inputs, outputs_match
 from billhook.model.plan import Weights, apply
 from billhook.model.rotary import set_rope_parameters
 from billhook.model.surgery import changed_names, check_replaceable
+from billhook.progress import OnProgress
 from billhook.repairs.repair import RepairConfig
 from billhook.repairs.residuals import not_refitted_message
 
@@ -79,7 +80,11 @@ def best_method(
 
 
 def equal_heads(
-    attentions: Attentions, method: KVMethod, batches: Iterable[BatchAndLoss], repair: RepairConfig | None
+    attentions: Attentions,
+    method: KVMethod,
+    batches: Iterable[BatchAndLoss],
+    repair: RepairConfig | None,
+    progress: OnProgress | None = None,
 ) -> EqualHeads:
     """Returns the parameters with equal heads in each group, and a description of the method.
 
@@ -88,6 +93,7 @@ def equal_heads(
         method: Conversion method; of several `candidates`, the best on held-out batches.
         batches: Batches with their loss (None for the model's own).
         repair: Repair settings for the output layers of attention and MLP modules. None skips the repair.
+        progress: Callback with the number of repaired layers and the total.
     """
     attentions.check_adapters(repair)
     chosen, *others = attentions.allowed(method.candidates)
@@ -101,11 +107,11 @@ def equal_heads(
     if len(method.candidates) > 1:
         chosen, losses = best_method(attentions, [chosen, *others], trials, repair)
         how = f"{method}: {chosen}"
-        notes.append("distances on held-out batches: " + "; ".join(f"{each} {loss:.3g}" for each, loss in losses.items()))
+        notes.append("distances on held-out batches: " + ", ".join(f"{each} {loss:.3g}" for each, loss in losses.items()))
     ((_, new),) = attentions.reconstructed([chosen], trials)
     notes.append(new.how)
     if repair is not None:
-        new = attentions.repaired(new, trials, repair)
+        new = attentions.repaired(new, trials, repair, progress)
         how += ", repaired"
         notes.append(not_refitted_message(attentions.not_refitted))
     return replace(new, how="; ".join(filter(None, [how, *notes])))
@@ -278,6 +284,7 @@ def ready(
     batches: Batches | None = None,
     repair: RepairConfig | None = None,
     attentions: Attentions | None = None,
+    progress: OnProgress | None = None,
 ) -> tuple[KVHeadPlan, Weights, str]:
     """Returns a plan with its restarts, the initial weights, and a description.
 
@@ -290,7 +297,7 @@ def ready(
     least, _ = batches_needed(plan.method, repair)
     calibration = read_batches(batches, model) if least or batches is not None else ()
     attentions = attentions or check_ready(model, plan, repair)
-    new = equal_heads(attentions, plan.method, [(batch, None) for batch in calibration], repair)
+    new = equal_heads(attentions, plan.method, [(batch, None) for batch in calibration], repair, progress)
     plan, weights = fitting(model, plan, new)
     restart = changed_names(model, weights) if store_of(model).trains else ()
     return replace(plan, restart=tuple(restart)), weights, new.how

@@ -30,6 +30,11 @@ from billhook.model.plan import subclasses
 from billhook.model.surgery import Change
 
 Grouping = Literal["consecutive", "similar"]
+HINT = (
+    "billhook: KV heads are mean-pooled, as in the paper. method='svd' starts much closer to the dense model (SmolLM2-135M, 3 "
+    "-> 1 KV heads, perplexity before training: 14,841 with 'mean', 74 with 'svd'). With calibration data and no method, the "
+    "best method on held-out batches is used."
+)
 
 
 class KVMethod(ABC):

@@ -20,9 +20,10 @@ MARKERS = "sD^v"
 def pareto(shrunk: Shrunk) -> Plot:
     """Plots KL divergence from the dense model over size, for the selected and other sizes.
 
-    Shows models assembled from separately refitted modules, their estimated loss, the selected model after repair, the dense
-    model, and models with only one kind of unit removed. A vertical line marks the budget, unless it is a quality budget. If
-    tokens may be removed, losses are increases in bits per byte, and other sizes have the selected vocabulary.
+    Shows models assembled from separately refitted modules, their estimated loss, the dense model, and models with only one kind
+    of unit removed. The selected model is shown as saved, after the repair of the whole model, so it lies below the curve. A
+    vertical line marks the budget, unless it is a quality budget. If tokens may be removed, losses are increases in bits per
+    byte, and other sizes have the selected vocabulary.
 
     Args:
         shrunk: Result of `bh.shrink`.
@@ -36,10 +37,12 @@ def pareto(shrunk: Shrunk) -> Plot:
     unit = 1e6 if shrunk.target == "latency" else 1
     points = [(choice.left / unit, choice.measured, choice.predicted) for choice in shrunk.curve]
     left, measured, predicted = zip(*points, strict=True) if points else ((), (), ())
-    axes.plot(left, measured, "o-", color=BLUE, linewidth=1.4, markersize=4, label="measured (modules refitted separately)")
+    axes.plot(left, measured, "o-", color=BLUE, linewidth=1.4, markersize=4, label="measured, before the whole model is repaired")
     axes.plot(left, predicted, "--", color="0.5", linewidth=1, label="estimated (sum over modules)")
     for (name, (size, lost)), marker in zip(shrunk.alone.items(), MARKERS, strict=False):
-        axes.plot(size / unit, lost, marker, color="#7d6608", markersize=6, fillstyle="none", label=f"{name} only")
+        axes.plot(
+            size / unit, lost, marker, color="#7d6608", markersize=6, fillstyle="none", label=f"{name} only, before the repair"
+        )
     all_units = {name: before for name, (before, _) in shrunk.kept.items()}
     for choice in reversed(shrunk.curve):
         if choice.kept == all_units:
@@ -48,7 +51,7 @@ def pareto(shrunk: Shrunk) -> Plot:
             break
     if shrunk.ratio is None:
         axes.axvline(shrunk.limit / unit, color=RED, linestyle=":", linewidth=1, label="budget", zorder=1)
-    axes.plot(shrunk.left / unit, mean_over_sources(shrunk.measured), "*", color=RED, markersize=12, label="selected")
+    axes.plot(shrunk.left / unit, mean_over_sources(shrunk.measured), "*", color=RED, markersize=12, label="selected, as saved")
     axes.set(xlabel=LABELS.get(shrunk.target, shrunk.target), ylim=(min((0, *measured, *predicted)), None))
     name = "increase in bits per byte" if shrunk.per_byte else "KL divergence from the dense model, nats"
     axes.set_ylabel(name)

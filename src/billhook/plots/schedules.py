@@ -41,6 +41,8 @@ def schedules(named: Mapping[str, Schedule], steps: int = 1000) -> Plot:
         style_axes(panel)
     for panel in panels[len(named) :]:
         panel.remove()
+    for panel in panels[: len(named)][-columns:]:  # also above a panel that was removed
+        panel.tick_params(labelbottom=True)
     figure.supxlabel("optimizer step", fontsize=9)
     figure.supylabel("value", fontsize=9)
     return figure

@@ -118,6 +118,13 @@ def summary(model: nn.Module) -> Summary:
     return Summary(model=name, **figures, **counted, adapters=every - figures["params"])
 
 
+def parameter_count(model: nn.Module) -> int:
+    """Returns the number of parameters without adapters."""
+    model = find_transformer(model)
+    with adapters_removed(model):
+        return model.num_parameters()
+
+
 @dataclass(frozen=True)
 class Stage:
     """A row of the table: the model at a step of a training run."""

@@ -10,8 +10,9 @@ from billhook.kv_heads.plan import KVHeadPlan
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.plan import UnitPlan
 
-CURVE = "KL divergence from the dense model, by size:"
-BITS_CURVE = "Increase in bits per byte over the dense model, by size:"
+CURVE = "KL divergence from the dense model, by size, before the whole model is repaired:"
+BITS_CURVE = "Increase in bits per byte over the dense model, by size, before the whole model is repaired:"
+SELECTED_ON = "These losses are of held-out calibration examples, which also selected the model. Judge it by other text."
 
 
 @dataclass(frozen=True)
@@ -154,11 +155,12 @@ class Shrunk(Printable):
         notes = list[str]()
         loss, digits = ("bits per byte ", "+.4f") if self.per_byte else ("KL ", ".4f")
         for name, (left, lost) in self.alone.items():
-            notes.append(f"{name} only: {loss}{lost:{digits}} at {format_amount(self.target, left)}")
+            notes.append(f"{name} only, before the repair: {loss}{lost:{digits}} at {format_amount(self.target, left)}")
         losses = ", ".join(f"{lost:{digits}}{f' on {source}' if source else ''}" for source, lost in self.measured.items())
         ratio = "" if self.ratio is None else f"; perplexity {self.ratio:.4f}x the dense model's"
-        notes.append(f"selected model: {loss}{losses}{ratio}")
+        notes.append(f"selected model, as saved: {loss}{losses}{ratio}")
         notes += [f"removed tokens: {loss}{self.token_loss:{digits}}, as a part of it"] if self.tokens else []
+        notes.append(SELECTED_ON)
         notes += [self.not_refitted] if self.not_refitted else []
         return notes if self.times is None else [*notes, f"measured: {self.times}"]
 

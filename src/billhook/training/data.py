@@ -71,7 +71,7 @@ class TextDataModule(TokenizedModule):
             (`"chats/*.jsonl"`), files by split, as in `{train: [a.jsonl, b.jsonl], validation: c.jsonl}`, or a list of these.
             In Python also a `Dataset` or `DatasetDict` of `datasets`, streaming or not.
         tokenizer: Name or folder of a tokenizer. Defaults to the tokenizer saved with the model in training.
-        block_size: Number of tokens per block.
+        length: Tokens per example.
         batch_size: Number of blocks per batch and device.
         column: Column of the text.
         mlm_probability: Fraction of tokens to mask, for masked language models. The mask depends only on the blocks of a batch,
@@ -83,7 +83,7 @@ class TextDataModule(TokenizedModule):
             and is not streamed. Rows are drawn by `seed`; a .txt file gives its last lines. 0 holds out nothing.
         loss_on: Tokens of chats and prompts in the loss: `"responses"` or `"all"`. Plain text always uses all tokens. Responses
             are the tokens that the chat template marks with `{% generation %}`, or else those that each assistant message adds.
-        packing: If False, every row is one example, truncated to `block_size` tokens and padded within a batch.
+        packing: If False, every row is one example, truncated to `length` tokens and padded within a batch.
         weights: Sampling weights, one per source in the list `data`. Sampling stops when every source was used in full, so
             that rows of other sources may repeat. Defaults to using every row once.
 
@@ -93,8 +93,8 @@ class TextDataModule(TokenizedModule):
 
     Example:
         >>> import billhook as bh
-        >>> data = bh.TextDataModule("text.jsonl", tokenizer="tiny", block_size=128, batch_size=4)
-        >>> data.block_size, data.data
+        >>> data = bh.TextDataModule("text.jsonl", tokenizer="tiny", length=128, batch_size=4)
+        >>> data.length, data.data
         (128, 'text.jsonl')
     """
 
@@ -102,7 +102,7 @@ class TextDataModule(TokenizedModule):
         self,
         data: Data | Table | list[Data | Table] = "tiny",
         tokenizer: str | None = None,
-        block_size: int = 256,
+        length: int = 256,
         batch_size: int = 8,
         column: str = "text",
         mlm_probability: float = 0.0,
@@ -116,10 +116,10 @@ class TextDataModule(TokenizedModule):
     ) -> None:
         check_types(TextDataModule, locals())
         super().__init__(data, batch_size, seed, num_workers, streaming, validation, weights)
-        check_int("block_size", block_size, 2)  # an input token and the next one to predict
+        check_int("length", length, 2)  # an input token and the next one to predict
         check_fraction("mlm_probability", mlm_probability)
         self.tokenizer_name = tokenizer
-        self.block_size, self.column, self.mlm_probability = block_size, column, mlm_probability
+        self.length, self.column, self.mlm_probability = length, column, mlm_probability
         self.loss_on, self.packing = loss_on, packing
 
     def check(self, model: PreTrainedModel) -> None:
@@ -132,14 +132,14 @@ class TextDataModule(TokenizedModule):
         super().check(model)
 
     def encode(self, rows: Rows, split: str) -> Rows:
-        """Tokenizes rows of text into examples of (at most) `block_size` tokens."""
+        """Tokenizes rows of text into examples of (at most) `length` tokens."""
         columns, documents = find_text_columns(rows, split, self.column), not is_line_text(rows)
         if not (documents or self.packing):
             raise ValueError("packing=False requires rows, but a .txt file is one continuous text. Use a .jsonl file.")
         if documents:
             warn_of_empty_rows(rows, split, columns)
         responses = self.loss_on == "responses" and not self.mlm_probability and not is_text(rows, columns)
-        arguments = {"block_size": self.block_size, "columns": columns, "documents": documents, "responses": responses}
+        arguments = {"length": self.length, "columns": columns, "documents": documents, "responses": responses}
         examples = map_rows(rows, pack if self.packing else encode_separately, split, self.tokenizer, **arguments)
         if not isinstance(examples, datasets.Dataset):
             return examples
@@ -148,12 +148,12 @@ class TextDataModule(TokenizedModule):
                 problem = f"leaves no token in the loss of any example of the split '{split}'"
             else:
                 problem = f"is longer than the text of the split '{split}'"
-            fix = "Use a smaller block_size, or more text." if self.packing else "Use a larger block_size, or longer texts."
-            raise NoExamples(f"block_size={self.block_size} {problem}. {fix}")
+            fix = "Use a smaller length, or more text." if self.packing else "Use a larger length, or longer texts."
+            raise NoExamples(f"length={self.length} {problem}. {fix}")
         dropped = len(rows) - len(examples)
         if dropped and not self.packing:
             rank_zero_info(
-                f"billhook: dropped {dropped} of {len(rows)} rows of the split '{split}', because their first {self.block_size} "
+                f"billhook: dropped {dropped} of {len(rows)} rows of the split '{split}', because their first {self.length} "
                 "tokens contain none in the loss"
             )
         return examples
@@ -177,7 +177,7 @@ class ClassificationDataModule(LabeledModule, TokenizedModule):
         text_columns: Column of the text, or two columns for pairs. Defaults to `["text"]`.
         label_column: Column of the label: integers from 0, or names. Names are numbered by the model's config (`label2id`), or
             else alphabetically. They are stored in the config and exported with the model.
-        max_length: Maximum number of tokens; longer texts are truncated.
+        length: Maximum number of tokens; longer texts are truncated.
         batch_size: Number of texts per batch and device.
         seed: Seed for the order of the training texts, which depends only on it and the epoch.
         num_workers: Number of processes that load batches. 0 loads in the main process.
@@ -191,7 +191,7 @@ class ClassificationDataModule(LabeledModule, TokenizedModule):
     Example:
         >>> import billhook as bh
         >>> data = bh.training.ClassificationDataModule("nyu-mll/glue:rte", text_columns=["sentence1", "sentence2"])
-        >>> data.max_length, data.batch_size
+        >>> data.length, data.batch_size
         (128, 32)
     """
 
@@ -201,7 +201,7 @@ class ClassificationDataModule(LabeledModule, TokenizedModule):
         tokenizer: str | None = None,
         text_columns: list[str] | None = None,
         label_column: str = "label",
-        max_length: int = 128,
+        length: int = 128,
         batch_size: int = 32,
         seed: int = 0,
         num_workers: int = 0,
@@ -209,9 +209,9 @@ class ClassificationDataModule(LabeledModule, TokenizedModule):
     ) -> None:
         check_types(ClassificationDataModule, locals())
         super().__init__(data, batch_size, seed, num_workers, validation=validation)
-        check_int("max_length", max_length)
+        check_int("length", length)
         self.tokenizer_name, self.text_columns = tokenizer, text_columns or ["text"]
-        self.label_column, self.max_length = label_column, max_length
+        self.label_column, self.length = label_column, length
         if len(self.text_columns) > 2:
             raise ValueError(f"text_columns={self.text_columns} must be one column, or two for pairs")
 
@@ -228,7 +228,7 @@ class ClassificationDataModule(LabeledModule, TokenizedModule):
     def encode(self, rows: Rows, split: str) -> Rows:
         """Tokenizes rows of text and label."""
         check_columns(rows, split, *self.text_columns, self.label_column)
-        arguments = {"text_columns": self.text_columns, "label_column": self.label_column, "max_length": self.max_length}
+        arguments = {"text_columns": self.text_columns, "label_column": self.label_column, "length": self.length}
         arguments |= {"numbers": label_numbers(rows, self.label_column, self.label2id)}
         return map_rows(rows, classify, split, self.tokenizer, **arguments)
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import datasets
 import lightning.pytorch as pl
-import torch
 from datasets.distributed import split_dataset_by_node
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_info
@@ -69,11 +68,6 @@ def join(parts: Sequence[Rows], weights: Sequence[float] | None, seed: int) -> R
         return datasets.concatenate_datasets(list(parts))
     shares = [weight / sum(weights) for weight in weights]
     return datasets.interleave_datasets(list(parts), shares, seed, stopping_strategy="all_exhausted")
-
-
-def draw(rows: int, count: int, seed: int = 0) -> list[int]:
-    """Draws `count` random row numbers, sorted, from data that may be sorted by label."""
-    return sorted(torch.randperm(rows, generator=torch.Generator().manual_seed(seed))[:count].tolist())
 
 
 def _count_splits(sources: Sequence[dict[str, Rows]], name: str) -> int:

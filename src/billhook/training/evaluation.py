@@ -131,7 +131,7 @@ def encoded(
 def blocks(text: str, tokenizer: str, length: int, column: str) -> Rows:
     """Splits a text into blocks of `length` tokens."""
     file = text_files(text).get("validation", text)
-    data = TextDataModule({"test": file}, tokenizer, block_size=length, column=column, loss_on="all")
+    data = TextDataModule({"test": file}, tokenizer, length=length, column=column, loss_on="all")
     data.setup("test")
     return data.splits["test"]
 

@@ -240,8 +240,16 @@ def warn_of_unsupported_weights(model: nn.Module, linears: Mapping[str, nn.Modul
         warnings.warn(f"these weights hold several matrices, are not linear layers, and stay dense: {listed}", stacklevel=3)
 
 
-def check_folder(activations: str | None) -> str | None:
-    """Returns the folder if it exists; raises otherwise."""
-    if activations is not None and not Path(activations).is_dir():
+def check_folder(activations: str | None, model: nn.Module | None = None) -> str | None:
+    """Returns the folder if it exists and outputs of the model are on the CPU; raises otherwise."""
+    if activations is None:
+        return None
+    if not Path(activations).is_dir():
         raise ValueError(f"activations={activations!r} must be an existing folder.")
+    first = None if model is None else next(model.parameters(), None)
+    if first is not None and first.device.type != "cpu":
+        raise ValueError(
+            f"activations={activations!r} does not support a model on {first.device}, because its outputs stay there. Move the "
+            f"model to the CPU, and pass offload='{first.device.type}'."
+        )
     return activations

@@ -175,7 +175,7 @@ def permute_for(
     options = PruneOptions(skip=patterns, output_embeddings=output_embeddings, convolutions=convolutions)
     linears = check_pruning(model, criterion, pattern, options)
     runs = make_runs(model, batches, SINGLE_PROCESS, criterion)
-    walks = Walks(model, linears, runs, SINGLE_PROCESS, check_device(offload), check_folder(activations), {})
+    walks = Walks(model, linears, runs, SINGLE_PROCESS, check_device(offload), check_folder(activations, model), {})
     with permuted(walks, criterion, pattern) as done:
         return done
 

@@ -83,8 +83,8 @@ def prune(
         progress: Callback with the number of pruned layers and the total.
         offload: Device such as `"cuda"` on which blocks run one at a time, with copies of their parameters; the next block is
             copied meanwhile, and outputs return to the model's device. Defaults to None (off).
-        activations: Folder for temporary files with module outputs. Defaults to None (memory). Other state of waiting runs, such
-            as attention masks, stays in memory.
+        activations: Folder for temporary files with module outputs, for a model on the CPU. Defaults to None (memory). Other
+            state of waiting runs, such as attention masks, stays in memory.
         permute: If True, first reorders channels so that N:M groups lose least. See `permute_for`.
         dry_run: If True, the model stays unchanged. Apply the plan later with `bh.apply(model, plan)`.
 
@@ -110,7 +110,7 @@ def prune(
     check_types(prune, locals())
     criterion, options = criterion or Wanda(), options or PruneOptions()
     allocation, match = options.allocation, options.match
-    amount, device, folder = check_amount(sparsity, pattern), check_device(offload), check_folder(activations)
+    amount, device, folder = check_amount(sparsity, pattern), check_device(offload), check_folder(activations, model)
     check_changeable(model)
     comm = Comm.of(reduce, model)  # communicates, so it comes after the checks that each rank makes alone
     if permute:

@@ -15,6 +15,7 @@ from billhook.adapters.masked import require_plain_adapters
 from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine.batches import Run, runs_of
 from billhook.engine.comm import SINGLE_PROCESS, Comm
+from billhook.engine.sharding import is_tensor_parallel
 from billhook.engine.statistics import InputGram
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_map_only
@@ -195,13 +196,18 @@ def check_matching(criterion: Criterion, sequential: Sequential, count_adapters:
         raise ValueError("match changes kept weights and cannot be combined with count_adapters=True. Use only one.")
 
 
-def check_sharded(criterion: Criterion, allocation: Allocation | None, comm: Comm, offload: object) -> None:
+def check_sharded(model: nn.Module, criterion: Criterion, options: PruneOptions, comm: Comm, offload: object) -> None:
     """Raises if an argument is not supported for a sharded model."""
     if offload is not None:
         raise ValueError(
             f"offload={str(offload)!r} is not supported for a sharded model. Omit it: blocks are gathered one at a time."
         )
-    reads = needs_data(criterion) or (allocation is not None and allocation.measures)
+    reads = needs_data(criterion) or options.needs_data
+    if reads and is_tensor_parallel(model):
+        raise ValueError(
+            f"model: tensor parallelism splits its weights, which {criterion} and its options do not support. Load it without a "
+            "tensor-parallel plan, or use Magnitude."
+        )
     if comm is SINGLE_PROCESS and torch.distributed.get_world_size() > 1 and reads:
         raise ValueError("reduce=None: the model is sharded, so ranks would prune by different batches. Pass reduce.")
 

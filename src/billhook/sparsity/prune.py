@@ -16,6 +16,7 @@ from billhook.engine.sharding import is_sharded
 from billhook.engine.store import store_of
 from billhook.model.find import check_changeable
 from billhook.model.layers import size_of
+from billhook.model.transformers_internals import attention_for_all_dtypes
 from billhook.progress import OnProgress
 from billhook.sparsity.allocation import allocate_sparsities
 from billhook.sparsity.checks import (
@@ -117,10 +118,11 @@ def prune(
         check_permute(pattern, dry_run, not store_of(model).holds_all, comm is not SINGLE_PROCESS)
         check_permutable(model)
     if is_sharded(model):
-        check_sharded(criterion, allocation, comm, offload)
+        check_sharded(model, criterion, options, comm, offload)
     check_streamed(model, comm)
     with nullcontext() if dry_run else store_of(model).restored_on_error():
-        with blockwise(model):
+        # blocks are tuned in float32, with the masks that runs make
+        with blockwise(model), nullcontext() if match is None else attention_for_all_dtypes(model):
             linears = check_pruning(model, criterion, pattern, options)
             if match is not None:
                 check_matching(criterion, options.sequential, count_adapters)

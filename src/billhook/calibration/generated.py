@@ -16,7 +16,7 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 
 from billhook.arguments import check_int, check_number, check_types
 from billhook.engine.batches import Batch
-from billhook.engine.state import evaluating_without_grad, overridden
+from billhook.engine.state import cpu_by_default, evaluating_without_grad, overridden
 from billhook.model.config_fields import text_config
 from billhook.model.costs import kv_cache_bytes
 from billhook.model.find import check_values, find_transformer
@@ -35,6 +35,7 @@ SKIPPED = 8
 """Examples start within the first eighth of their length."""
 
 
+@cpu_by_default()
 def generated(
     model: nn.Module,
     prompts: Iterable[Any] | None = None,

@@ -183,7 +183,7 @@ def check_called(linears: Iterable[str], pruned: Collection[str]) -> tuple[str, 
         raise ValueError(f"batches: no linear layer was called with a non-padding token, for example {missing[0]}.")
     if missing:
         layers = f"{len(missing)} linear layer{'s' * (len(missing) > 1)}"
-        warnings.warn(f"no calibration batch called {layers}, kept dense: {', '.join(missing)}", stacklevel=3)
+        warnings.warn(f"no calibration batch called {layers}, kept dense: {', '.join(missing)}", stacklevel=4)
     return missing
 
 
@@ -243,7 +243,7 @@ def warn_of_unsupported_weights(model: nn.Module, linears: Mapping[str, nn.Modul
                 shapes[re.sub(r"\b\d+\b", "*", f"{name}.{attribute}")] = list(parameter.shape)
     if shapes:
         listed = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
-        warnings.warn(f"these weights hold several matrices, are not linear layers, and stay dense: {listed}", stacklevel=3)
+        warnings.warn(f"these weights hold several matrices, are not linear layers, and stay dense: {listed}", stacklevel=4)
 
 
 def check_folder(activations: str | None, model: nn.Module | None = None) -> str | None:

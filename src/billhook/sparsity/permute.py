@@ -17,7 +17,7 @@ from billhook.calibration.calibration import Batches
 from billhook.display import Printable, text_table
 from billhook.engine.comm import SINGLE_PROCESS
 from billhook.engine.device import check_device
-from billhook.engine.state import uninterrupted
+from billhook.engine.state import cpu_by_default, uninterrupted
 from billhook.engine.store import store_of
 from billhook.model.find import check_changeable, check_plain, find_transformer
 from billhook.model.inputs import logits_of, outputs_match, tolerance
@@ -118,6 +118,7 @@ def _move(moves: Sequence[tuple[Tensor, int, Tensor]]) -> None:
             tensor.copy_(tensor.index_select(dim, sources))
 
 
+@cpu_by_default()
 def permute_for(
     model: nn.Module,
     pattern: str,

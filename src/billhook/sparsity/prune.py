@@ -13,6 +13,7 @@ from billhook.engine.comm import SINGLE_PROCESS, Comm, Reduce
 from billhook.engine.device import check_device
 from billhook.engine.passes import blockwise
 from billhook.engine.sharding import is_sharded
+from billhook.engine.state import cpu_by_default
 from billhook.engine.store import store_of
 from billhook.model.find import check_changeable
 from billhook.model.layers import size_of
@@ -43,6 +44,7 @@ from billhook.sparsity.visitor import GlobalPruningVisitor, PruningVisitor, Walk
 from billhook.sparsity.weight_plan import WeightPlan
 
 
+@cpu_by_default()
 def prune(
     model: nn.Module,
     criterion: Criterion | None = None,

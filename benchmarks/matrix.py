@@ -5,8 +5,9 @@
 
 Each set is a fresh virtual environment in OUT, with this clone installed as it is. `floors` are the lowest versions that
 pyproject.toml allows, `middle` has the transformers that engines pin, `newest` what pip gives. `--torch any` leaves torch to pip,
-where its lowest wheel is too large. One fit of each callback, and a case of each test of sparsity, KV heads, units, plans and
-saved models, are what `pytest -m fast` takes of these folders. Writes OUT/matrix.md, and each set's log beside it.
+where its lowest wheel is too large. Before tools are added, each command is asked for its help, and the quickstart trains for
+some steps. One fit of each callback, and a case of each test of sparsity, KV heads, units, plans and saved models, are what
+`pytest -m fast` takes of these folders. Writes OUT/matrix.md, and each set's log beside it.
 """
 
 import argparse
@@ -24,6 +25,7 @@ MIDDLE = "transformers==5.20.2"
 SETS = "floors", "middle", "newest"
 CORE = ["sparsity", "kv_heads", "units", "pruning", "checkpoints", "callbacks", "report/test_generation.py"]
 TOOLS = ["pytest", "pytest-xdist", "hypothesis", "jsonschema", "gguf", "sentencepiece", "onnx"]
+QUICKSTART = ["fit", "--config", "recipe:quickstart", "--trainer.max_steps", "40", "--trainer.accelerator", "cpu"]
 SHOWN = ["torch", "transformers", "lightning", "peft", "datasets", "torchmetrics"]
 ASK = "import sys, importlib.metadata as m; print(sys.version.split()[0], *(m.version(p) for p in sys.argv[1:]))"
 
@@ -58,7 +60,12 @@ def make(name: str, folder: Path, python: str, torch: str) -> list[str]:
     own, pins = python_in(folder), folder / "pins.txt"
     pins.write_text("\n".join(constraints(name, torch)) + "\n")
     pip = [own, "-m", "pip", "install", "-q", "-c", str(pins)]
-    subprocess.run([*pip, "-e", str(ROOT), *TOOLS], check=True)
+    subprocess.run([*pip, "-e", str(ROOT)], check=True)
+    for command in ([str(ROOT / "benchmarks" / "helps.py")], ["-m", "billhook", *QUICKSTART]):
+        plain = subprocess.run([own, *command], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        if plain.returncode:
+            raise SystemExit(f"{name}, without extras: {command} failed:\n{plain.stdout[-6000:]}")
+    subprocess.run([*pip, *TOOLS], check=True)
     return subprocess.run([own, "-c", ASK, *SHOWN], check=True, capture_output=True, text=True).stdout.split()
 
 

@@ -29,7 +29,7 @@ def check_target(folder: str | Path) -> None:
     """Raises an error if an output folder is not a billhook checkpoint or cannot be replaced."""
     check_name(folder)
     path = Path(folder).resolve()
-    if path.is_mount():
+    if os.path.ismount(path):
         raise ValueError(f"'{folder}' is a mount point, which cannot be replaced. Use a folder inside it.")
     for parent in path.parents:
         if parent.exists() and not parent.is_dir():
@@ -137,7 +137,13 @@ def recover_folder(target: Path) -> None:
 
 
 def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
+    is_folder = path.is_dir()
+    try:
+        descriptor = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)  # Windows flushes files for writers only
+    except PermissionError:
+        if is_folder:  # Windows does not open folders
+            return
+        raise
     try:
         os.fsync(descriptor)
     finally:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -261,6 +262,17 @@ def test_a_save_that_fails_leaves_everything(failure, standing, tmp_path, monkey
     with pytest.raises(error, match=message):
         save(model, target)
     assert listing(tmp_path) == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("folders", ["aa", "ab"])
+def test_threads_save_one_after_the_other(folders, tmp_path):
+    models = [llama().half() for _ in folders]
+    with ThreadPoolExecutor() as pool:
+        saves = [pool.submit(save, model, tmp_path / name) for _ in range(4) for model, name in zip(models, folders, strict=True)]
+        assert {done.result().way for done in saves} == {"plain"}
+    assert torch.get_default_dtype() == torch.float32
+    assert load(tmp_path / "a").dtype == torch.float16
 
 
 def _raise(error: Exception):

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -253,3 +254,29 @@ def test_weights_that_are_shared_by_hand(change, tmp_path):
     assert list(tmp_path.iterdir()) == []
     model.model.layers[1] = copy.deepcopy(model.model.layers[1])
     assert bh.save(model, tmp_path / "a").difference == 0
+
+
+@pytest.mark.parametrize("way", ["save", "stream"])
+def test_folders_that_cannot_be_opened_and_files_that_only_a_writer_flushes(way, tmp_path, monkeypatch):
+    """The two rules of Windows."""
+    opened, flushed = os.open, os.fsync
+
+    def open_file(path, *how, **named):
+        if os.path.isdir(path):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, *how, **named)
+
+    def flush(descriptor):
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        flushed(descriptor)
+
+    monkeypatch.setattr(os, "open", open_file)
+    monkeypatch.setattr(os, "fsync", flush)
+    target = tmp_path / "a"
+    model = bh.load("tiny") if way == "save" else bh.stream("tiny", target)
+    bh.prune(model, bh.Magnitude(), sparsity=0.5)
+    bh.save(model, target)
+    bh.save(model, target)
+    monkeypatch.undo()
+    assert {float((layer.mlp.up_proj.weight == 0).float().mean()) for layer in bh.load(target).model.layers} == {0.5}

@@ -1,8 +1,11 @@
 """Streamed models: the same logits, and the same bytes after pruning, as in memory."""
 
+from functools import partial
+
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 from small_configs import small_config
 
 import billhook as bh
@@ -75,6 +78,23 @@ def test_the_same_bytes(folder, tmp_path, criterion):
     plans = [bh.prune(model, criterion, shown(dense), sparsity=0.5) for model in (dense, streamed)]
     assert plans[0].text() == plans[1].text()
     assert saved_alike(dense, streamed, tmp_path)
+
+
+def tensors_in(folder):
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+@pytest.mark.daily("Llama", "T5*")  # which keeps some layers in float32
+@pytest.mark.filterwarnings("ignore:these weights hold several matrices")
+@pytest.mark.parametrize("folder", ["Llama", "T5ForConditionalGeneration", "Mixtral", "Phi3", "MarianMT"], indirect=True)
+def test_the_same_files_in_another_dtype_where_few_blocks_change(folder, tmp_path):
+    for open_model, out in ((bh.load, tmp_path / "in memory"), (partial(stream, out=tmp_path / "out"), tmp_path / "out")):
+        model = open_model(folder, dtype="float16")
+        bh.prune(model, bh.Magnitude(), sparsity=0.5, options=bh.PruneOptions(skip=["*.0.*"]))
+        bh.save(model, out)
+    expected, found = tensors_in(tmp_path / "in memory"), tensors_in(tmp_path / "out")
+    assert {name: tensor.dtype for name, tensor in found.items()} == {name: tensor.dtype for name, tensor in expected.items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.daily("Llama-*", "T5*-block", "GPT2*-layer")

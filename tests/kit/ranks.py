@@ -128,10 +128,10 @@ def fit_all(fits: dict[str, Fit]) -> None:
             torch.save([gathered[0] == gathered[1], *result], Path(out, f"{name}.pt"))
 
 
-def asked_for(request):
-    """What the tests of a module that run call `name`: of all that a script can fit, it fits these."""
+def asked_for(request, **others):
+    """What the tests of a module that run call `name`, with these other parameters: of all that a script can fit, it fits these."""
     calls = [item.callspec for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
-    return sorted({call.params["name"] for call in calls if "name" in call.params})
+    return sorted({call.params["name"] for call in calls if "name" in call.params and others.items() <= call.params.items()})
 
 
 ENDING = "from kit.ranks import end\nend()\n"

@@ -6,8 +6,10 @@ import threading
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor.parallel import RowwiseParallel, parallelize_module
 
 import billhook as bh
+from billhook.engine.sharding import full_tensor
 from kit import prunes
 from kit.families import llama, tokens
 from kit.ranks import Ranks
@@ -221,3 +223,14 @@ def test_a_reduce_that_returns_nothing_is_refused():
         with pytest.raises(ValueError, match="reduce must return the summed tensor, but returned None"):
             call(reduce=lambda tensor: None)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_tensor_parallelism_is_refused_where_data_is_needed(mesh):
+    model = llama()
+    parallelize_module(model, mesh, {"model.layers.*.mlp.down_proj": RowwiseParallel()})
+    before = {name: full_tensor(value).clone() for name, value in model.state_dict().items()}
+    for options in ({"criterion": bh.Wanda()}, {"criterion": bh.Magnitude(), "match": bh.criteria.BlockMatching()}):
+        with pytest.raises(ValueError, match="^model: tensor parallelism splits its weights"):
+            prunes.prune(model, batches=[{"input_ids": tokens(4)}], sparsity=0.5, **options)
+    assert all(torch.equal(full_tensor(value), before[name]) for name, value in model.state_dict().items())
+    assert bh.prune(model, bh.Magnitude(), sparsity=0.5).sparsity == pytest.approx(0.5, abs=0.01)

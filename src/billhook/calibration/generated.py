@@ -20,7 +20,14 @@ from transformers.generation.stopping_criteria import StoppingCriteria, Stopping
 from billhook.arguments import check_int, check_number, check_types
 from billhook.engine.batches import Batch
 from billhook.engine.parts import fingerprint, identity_of, replace_file
-from billhook.engine.state import evaluating_without_grad, overridden, seed_random_state, set_torch_state, torch_state
+from billhook.engine.state import (
+    cpu_by_default,
+    evaluating_without_grad,
+    overridden,
+    seed_random_state,
+    set_torch_state,
+    torch_state,
+)
 from billhook.model.config_fields import text_config
 from billhook.model.costs import kv_cache_bytes
 from billhook.model.find import check_values, find_transformer
@@ -41,6 +48,7 @@ SKIPPED = 8
 """Examples start within the first eighth of their length."""
 
 
+@cpu_by_default()
 def generated(
     model: nn.Module,
     prompts: Iterable[Any] | None = None,

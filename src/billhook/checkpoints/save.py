@@ -22,7 +22,7 @@ from billhook.checkpoints.equivalent import equivalents, set_head_dim, transpose
 from billhook.checkpoints.origin import CARD, origin_of
 from billhook.checkpoints.verify import Probe, expect, make_probe, verify
 from billhook.display import Printable
-from billhook.engine.state import forked
+from billhook.engine.state import cpu_by_default, forked, one_thread
 from billhook.engine.store import store_of
 from billhook.folder_lock import lock_folder
 from billhook.model.config_fields import nested_configs
@@ -77,6 +77,8 @@ class Saved(Printable):
         ]
 
 
+@cpu_by_default()
+@one_thread()
 def save(
     model: nn.Module,
     folder: str | Path,
@@ -86,10 +88,11 @@ def save(
 ) -> Saved:
     """Saves a verified Hugging Face checkpoint, reloaded and compared before it is in place.
 
-    The save is atomic: `folder` is missing, empty, or a complete checkpoint at any time, even if the process is killed. If a save
-    fails, nothing changes. An existing billhook checkpoint is replaced by two renames. If the process is killed between them,
-    the old checkpoint remains as `.NAME.draft-old` next to `folder`, and the next save restores it first. If `folder` is a
-    symbolic link, its target is replaced. The model is unchanged, including modes, gradients, config, and torch's random state.
+    The save is atomic: `folder` is missing, empty, or a complete checkpoint at any time, even if the process is killed. If a
+    save fails, nothing changes. An existing billhook checkpoint is replaced by two renames. If the process is killed between
+    them, the old checkpoint remains as `.NAME.draft-old` next to `folder`, and the next save restores it first. If `folder` is
+    a symbolic link, its target is replaced. Threads of a process save and load one after the other. The model is unchanged,
+    including modes, gradients, config, and torch's random state.
 
     If the model's class would build different sizes from the config, the first possible format is used:
 
@@ -156,7 +159,7 @@ def save(
             return _save(model, str(folder), target, preprocessors, plain, probe)
         with temporarily_merged(model) as merged:
             if merged.lost:
-                warnings.warn(f"the checkpoint differs from the model: {merged.text()}", stacklevel=2)
+                warnings.warn(f"the checkpoint differs from the model: {merged.text()}", stacklevel=4)
             return _save(cast(PreTrainedModel, merged.model), str(folder), target, preprocessors, plain, probe, merged.text())
 
 
@@ -272,6 +275,7 @@ def check_names(model: PreTrainedModel) -> None:
             )
 
 
+@one_thread()
 def load(folder: str | Path, dtype: str = "auto") -> PreTrainedModel:
     """Loads a checkpoint in the transformers class of its config, without custom code.
 

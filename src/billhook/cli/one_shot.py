@@ -237,7 +237,7 @@ class OneShot:
             runs: Number of runs of each example that wait within a block: two if a refit compares them.
 
         Returns:
-            The folder of the files; None if everything stays in memory.
+            The folder of the files; None if block outputs stay in memory or on the device.
         """
         if self.options.memory is None:
             return None
@@ -252,7 +252,7 @@ class OneShot:
         activations = 2 * max(runs, 1) * hidden + min(PREDICTIONS, measured * logits)
         if not fits(store, statistics + self.options.batch_size * logits, activations + sums, memory):
             store.spill_folder = str(Path(self.out).resolve().parent)
-        return store.spill_folder
+        return store.spill_folder if self.model.device.type == "cpu" else None
 
     @property
     def example_counts(self) -> dict[str, int]:

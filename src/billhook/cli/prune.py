@@ -46,7 +46,7 @@ def prune(
         sparsity: Fraction of each linear layer's weights to zero, in [0, 1). Not with an N:M pattern.
         pattern: "unstructured", or "N:M" to keep N of every M consecutive inputs, such as 2:4.
         offload: If true, keeps the model in CPU memory and moves one block at a time to the device.
-        activations: Folder for block outputs during calibration. Defaults to memory.
+        activations: Folder for block outputs during calibration, with the device cpu, offload, or stream. Defaults to memory.
         dry_run: If true, scores the weights, prints the plan, and writes nothing.
 
     Raises:
@@ -60,6 +60,7 @@ def prune(
     work = OneShot(model, out, examples, offload, calibrates=calibrates, streams=True)
     if match is not None:
         check_examples(work, 2, "match")
+    check_folder(activations, work.model)
     layers = check_pruning(work.model, criterion, pattern, options)
     step = f"prune linear layers to {100 * amount:.4g}% sparsity ({pattern}) with {criterion}"
     steps = [step] + ([] if match is None else [work.matching_step(match)])

@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from billhook.linalg import widest_float
+
 T = TypeVar("T")
 
 Reduce = Callable[[Tensor], Tensor]
@@ -30,7 +32,7 @@ class Comm:
         rank: The rank of this process.
         size: The number of ranks.
         shared: Whether ranks share each batch, as in training. Otherwise each batch belongs to one rank.
-        device: Device on which `add` accepts plain data.
+        device: Device on which `add` accepts plain data, and to which tensors on the CPU are moved.
     """
 
     def __init__(
@@ -97,10 +99,11 @@ class Comm:
             by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         for same_kind in by_kind.values():
             for pack in _packs(same_kind):
-                if len(pack) == 1:
-                    pack[0].copy_(self._add(pack[0].contiguous()))  # collectives may require contiguous memory
-                    continue
-                total = self._add(torch.cat([tensor.reshape(-1) for tensor in pack]))
+                # collectives may require contiguous memory, and NCCL takes no CPU tensors
+                packed = pack[0].contiguous() if len(pack) == 1 else torch.cat([tensor.reshape(-1) for tensor in pack])
+                if packed.device.type == "cpu" and self.device.type != "cpu":
+                    packed = packed.to(self.device, widest_float(self.device) if packed.dtype == torch.float64 else packed.dtype)
+                total = self._add(packed).reshape(-1)
                 for tensor, part in zip(pack, torch.split(total, [tensor.numel() for tensor in pack]), strict=True):
                     tensor.copy_(part.view(tensor.shape))
 

@@ -331,18 +331,20 @@ class FileStore(BlockStore):
         """Writes the config, a file per block, and the index. See `BlockStore.write`."""
         self.release()
         self._transposed = frozenset(transposed)
-        blocks, parameter_of = len(self.blocks), names_in_model(self.model, self.files) if transposed else {}
+        blocks, parameter_of = len(self.blocks), names_in_model(self.model, self.files)
         rest = {name: tensor for name, tensor in self.model.state_dict().items() if not tensor.is_meta}
         save_state(self.model, folder, with_transposed(rest, transposed), max_shard_size=sys.maxsize)
         (folder / SAFE_WEIGHTS_NAME).rename(folder / _file_name(0, blocks))
         for number, name in enumerate(self.blocks, 1):
             file = folder / _file_name(number, blocks)
-            keys = {key for key in self.keys[name] if parameter_of.get(key) in transposed}
+            keys = {key for key in self.keys[name] if parameter_of[key] in transposed}
             file.unlink(missing_ok=True)  # an old file may be a hard link to a block's file
             if name in self.adopted and not keys:
                 link_or_copy(self.adopted[name], file)
             else:
-                save_file(with_transposed(self.files.read(self.keys[name]), keys), file, {"format": "pt"})
+                read = self.files.read(self.keys[name])  # in the dtypes of the source
+                tensors = {key: tensor.to(self.model.get_parameter(parameter_of[key]).dtype) for key, tensor in read.items()}
+                save_file(with_transposed(tensors, keys), file, {"format": "pt"})
         write_index(folder)
 
     def reopen(self, folder: Path) -> None:

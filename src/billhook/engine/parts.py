@@ -189,7 +189,7 @@ def _is_empty(folder: Path) -> bool:
 
 def replace_file(draft: Path, target: Path) -> None:
     """Replaces a file by a draft, after the draft is safely on disk."""
-    with draft.open("rb") as written:
+    with draft.open("r+b") as written:  # Windows flushes files for writers only
         os.fsync(written.fileno())  # a file system may rename before it writes the contents
     draft.replace(target)
 

@@ -48,6 +48,17 @@ def is_sharded(module: nn.Module) -> bool:
     return bool(fsdp_parts(module.modules())) or any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
+def is_tensor_parallel(module: nn.Module) -> bool:
+    """Tells whether parameters are split by tensor parallelism, also together with FSDP2."""
+    by_fsdp = bool(fsdp_parts(module.modules()))  # which shards one mesh dimension
+    for parameter in module.parameters():
+        if isinstance(parameter, DTensor):
+            split = [placement for placement in parameter.placements if not placement.is_replicate()]
+            if len(split) > 1 or (not by_fsdp and any(isinstance(placement, Shard) and placement.dim for placement in split)):
+                return True
+    return False
+
+
 def shard(model: nn.Module, blocks: Iterable[nn.Module], mesh: DeviceMesh) -> None:
     """Shards a model over a mesh: each block, and the remaining modules together."""
     for module in (*blocks, model):

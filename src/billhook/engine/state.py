@@ -5,7 +5,7 @@ import random
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -258,6 +258,24 @@ def _set_precision(old: str, cuda: str, mkldnn: str) -> None:
     torch.set_float32_matmul_precision(old)  # which sets the others, too
     backends: Any = torch.backends
     backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision = cuda, mkldnn
+
+
+LOADING = threading.RLock()
+"""Lock of `one_thread`, which nested calls take again."""
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Makes other threads wait that save or load: transformers sets torch's default dtype meanwhile, which they share."""
+    with LOADING:
+        yield
+
+
+@contextmanager
+def cpu_by_default() -> Iterator[None]:
+    """Creates tensors on the CPU within the context unless a device is named, whatever torch's default device is."""
+    with nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+        yield
 
 
 @contextmanager

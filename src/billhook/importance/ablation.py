@@ -16,7 +16,7 @@ from billhook.arguments import check_one_of, check_types
 from billhook.calibration.calibration import Batches, read_batches
 from billhook.display import Printable, text_table
 from billhook.engine.batches import Loss, Run
-from billhook.engine.state import evaluating
+from billhook.engine.state import cpu_by_default, evaluating
 from billhook.importance.probes import check_consumers
 from billhook.importance.score import Importance, Sums, make_run
 from billhook.model.find import check_values, find_transformer
@@ -109,6 +109,7 @@ class HeadAblation(Printable):
         return [f"change of the metric {heads}, from {self.dense:.4f}", text_table(rows, aligns="<", indent=2)]
 
 
+@cpu_by_default()
 def ablate_heads(
     model: nn.Module,
     batches: Batches,

@@ -15,7 +15,7 @@ from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine.batches import Loss, Run, run_with_loss, with_progress
 from billhook.engine.comm import SINGLE_PROCESS, Comm, Reduce
-from billhook.engine.state import evaluating, overridden
+from billhook.engine.state import cpu_by_default, evaluating, overridden
 from billhook.engine.store import store_of
 from billhook.model.find import check_values, find_transformer
 from billhook.progress import OnProgress
@@ -98,6 +98,7 @@ def check_supports_streaming(importance: Importance) -> None:
         )
 
 
+@cpu_by_default()
 def score(
     model: nn.Module,
     units: Mapping[str, Units],

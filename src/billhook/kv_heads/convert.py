@@ -25,6 +25,7 @@ from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine.batches import Loss, Run
 from billhook.engine.comm import SINGLE_PROCESS, Comm
 from billhook.engine.lazy import LazyTensors
+from billhook.engine.state import cpu_by_default
 from billhook.engine.store import store_of
 from billhook.kv_heads.attentions import Attentions
 from billhook.kv_heads.config import kv_heads_of
@@ -174,6 +175,7 @@ def turned_weights(
     return attentions.equal(method, attentions.moments(trials, method.grouping), pool=False)
 
 
+@cpu_by_default()
 def convert_kv_heads(
     model: nn.Module,
     num_key_value_heads: int | None = None,

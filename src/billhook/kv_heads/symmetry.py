@@ -21,15 +21,15 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import Cache
 
-from billhook.engine.state import evaluating_without_grad, overridden
+from billhook.engine.state import evaluating_without_grad
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_map_only
 from billhook.kv_heads.layout import HeadRows, HeadTensors, Projections, put_heads, read_heads
 from billhook.linalg import float64_device
-from billhook.model.config_fields import configs_of, text_config
+from billhook.model.config_fields import text_config
 from billhook.model.inputs import small_inputs
 from billhook.model.layers import matrix_of
-from billhook.model.transformers_internals import ATTENTION, attention_of
+from billhook.model.transformers_internals import attention_for_all_dtypes
 
 LENGTH = 128
 """Number of tokens: enough to detect slow rotations."""
@@ -262,10 +262,7 @@ def keys_mix(model: nn.Module, projections: Mapping[str, Projections], symmetry:
 
 def _probes(model: nn.Module, projections: Mapping[str, Projections]) -> Iterator[tuple[str, AttentionProbe]]:
     """Yields each attention module with the arguments that the model passes, by name."""
-    with evaluating_without_grad(model), ExitStack() as stack:
-        for config in configs_of(model):
-            if attention_of(config) not in (None, "eager", "sdpa"):  # other kernels know no float64
-                stack.enter_context(overridden(config, **{ATTENTION: "sdpa"}))
+    with evaluating_without_grad(model), attention_for_all_dtypes(model):  # modules compute in float64
         calls = see_calls(model, projections)
         for name, attention in projections.items():
             store_of(model).load(model.get_submodule(name))

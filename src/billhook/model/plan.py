@@ -14,6 +14,7 @@ from typing_extensions import Self
 from billhook.arguments import check_types
 from billhook.display import Printable
 from billhook.engine.lazy import LazyTensors
+from billhook.engine.state import cpu_by_default
 from billhook.engine.store import store_of
 from billhook.model.find import check_changeable
 from billhook.model.surgery import UpdateOptimizers, check_replaceable, values_restored_on_error
@@ -138,6 +139,7 @@ def _take(model: nn.Module, weights: Weights, block: nn.Module) -> list[nn.Param
     return list(taken.values())
 
 
+@cpu_by_default()
 def apply(
     model: nn.Module, plan: ModelPlan, optimizers: Optimizer | Iterable[Optimizer] = (), weights: Weights | None = None
 ) -> None:

@@ -12,6 +12,7 @@ from billhook.atomic_folder import check_target
 from billhook.engine.device import check_device
 from billhook.engine.files import FileStore
 from billhook.engine.parts import Parts
+from billhook.engine.state import cpu_by_default, one_thread
 from billhook.engine.store import store_of
 from billhook.engine.tensors import TensorFiles
 from billhook.model.complete import check_shards
@@ -19,6 +20,8 @@ from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.shaped import load_on_meta, readable
 
 
+@cpu_by_default()
+@one_thread()
 def stream(
     folder: str | Path, out: str | Path | None = None, dtype: str = "auto", device: str | torch.device | None = None
 ) -> PreTrainedModel:

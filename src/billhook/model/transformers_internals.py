@@ -1,7 +1,7 @@
 """Private names of transformers, whose existence a test checks."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,16 @@ def attention_of(config: PretrainedConfig) -> str | None:
 def set_attention(config: PretrainedConfig, implementation: str) -> None:
     """Sets the attention implementation, also to custom ones."""
     config._attn_implementation = implementation
+
+
+@contextmanager
+def attention_for_all_dtypes(model: nn.Module) -> Iterator[None]:
+    """Uses sdpa within the context in place of kernels that support only some dtypes, such as flash attention."""
+    with ExitStack() as stack:
+        for config in configs_of(model):
+            if attention_of(config) not in (None, "eager", "sdpa"):
+                stack.enter_context(overridden(config, **{ATTENTION: "sdpa"}))
+        yield
 
 
 @contextmanager

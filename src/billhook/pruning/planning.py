@@ -11,6 +11,7 @@ from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine.batches import Loss
 from billhook.engine.comm import SINGLE_PROCESS, Comm, Reduce
+from billhook.engine.state import cpu_by_default
 from billhook.importance.activations import OutputNorm
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import Importance, check_has_gradients, score_units
@@ -34,6 +35,7 @@ from billhook.units.units import Per, UnitKind, Units
 from billhook.vocabulary.scores import token_scores
 
 
+@cpu_by_default()
 def plan(
     model: nn.Module,
     importance: Importance | None = None,
@@ -177,6 +179,7 @@ def plan_from_search(
     return UnitPlan.of(cut, search.costs(cut), search.row_lengths(scores, cut))
 
 
+@cpu_by_default()
 def plan_units(
     model: nn.Module, units: Chosen, kind: UnitKind | Iterable[UnitKind] = "head", per: Per = "head"
 ) -> UnitPlan | BlockPlan:
@@ -215,6 +218,7 @@ def plan_units(
     return UnitPlan.of(cut)
 
 
+@cpu_by_default()
 def prune_units(
     model: nn.Module,
     units: Chosen,

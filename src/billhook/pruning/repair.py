@@ -13,6 +13,7 @@ from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine.batches import Run, run_with_loss
 from billhook.engine.comm import SINGLE_PROCESS, Comm, Reduce
 from billhook.engine.lazy import LazyTensors
+from billhook.engine.state import cpu_by_default
 from billhook.model.find import check_stored, check_values, find_transformer
 from billhook.model.layers import is_adapter, is_linear, size_of
 from billhook.model.plan import ModelPlan, Weights
@@ -59,6 +60,7 @@ def repair_if_requested(
     return weights, not_refitted_message(not_repaired)
 
 
+@cpu_by_default()
 def repair(
     model: nn.Module,
     plan: ModelPlan,

@@ -27,6 +27,7 @@ from billhook.engine.trees import tree_leaves, tree_map_only
 from billhook.engine.walk import Arguments, Site, Visitor, Walk, copy_cache, separable_blocks
 from billhook.linalg import float64_device
 from billhook.model.layers import is_adapter
+from billhook.model.transformers_internals import attention_for_all_dtypes
 from billhook.progress import OnProgress
 
 Tie = Callable[[Tensor], Tensor]
@@ -68,7 +69,8 @@ class BlockMatching:
     increases. As in 3BASiL (Makni, Meng & Mazumder, 2025, https://arxiv.org/abs/2603.01376), EBFT
     (https://arxiv.org/abs/2402.12419), and Wanda++ (https://arxiv.org/abs/2503.04992).
 
-    A step runs a block forward and backward on a batch. Tuned weights are float32, and rounded once at the end.
+    A step runs a block forward and backward on a batch. Tuned weights are float32, and rounded once at the end. Attention kernels
+    that do not support float32, such as flash attention, are replaced by sdpa in all runs.
 
     Args:
         steps: Adam steps for each block. Defaults to the number of batches that are not held out; after a repair, where all
@@ -252,7 +254,7 @@ def match_blocks(
         The values, tuned, and all other tuned parameters, in their dtypes.
     """
     store, dense = store_of(model), dense or runs
-    with evaluating_without_grad(model):
+    with evaluating_without_grad(model), attention_for_all_dtypes(model):  # also in runs, whose masks blocks receive
         matcher = _BlockMatcher(model, store, values, runs, matching, comm, ties or {}, progress)
         step = store.step(f"{matching} {values.key}", partial(runs_fingerprint, runs))
         with step, activation_files(store) as files, spilled_outputs(files, model, matcher.blocks.values()):

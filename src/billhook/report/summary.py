@@ -13,6 +13,7 @@ from billhook.arguments import check_types
 from billhook.checkpoints.equivalent import saved_cache_bytes
 from billhook.display import Printable, render, text_table
 from billhook.engine.sharding import is_sharded, reshard, sizes_only
+from billhook.engine.state import cpu_by_default
 from billhook.engine.zeros import zeros_of
 from billhook.kv_heads.config import heads_by_layer, heads_of
 from billhook.model.costs import costs_of
@@ -84,6 +85,7 @@ class Summary(Printable):
         return " / ".join(str(most) if least == most else f"{least} to {most}" for least, most in ranges)
 
 
+@cpu_by_default()
 def summary(model: nn.Module) -> Summary:
     """Counts parameters, zeros, KV-cache bytes per token, and FLOPs per token or image.
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 import torch
-from gguf import GGUFReader
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, PreTrainedModel
@@ -229,6 +228,8 @@ def _limit(model: PreTrainedModel, file: Path) -> str:
     window, types = getattr(config, "sliding_window", None), list(getattr(config, "layer_types", None) or ["sliding_attention"])
     if not window or window >= (getattr(config, "max_position_embeddings", None) or math.inf) or "sliding_attention" not in types:
         return ""
+    from gguf import GGUFReader  # of an extra, which the converter needs
+
     fields: Any = GGUFReader(file).fields
     family = fields["general.architecture"].contents()
     limit = fields.get(f"{family}.attention.sliding_window")
@@ -251,6 +252,8 @@ def _other_tokens(folder: str, engine: LlamaCpp) -> list[str]:
 
 def _quantized(engine: LlamaCpp, file: Path, kind: Quantized, row: Sequence[int], expected: Tensor) -> QuantizedFile:
     """Quantizes a file and measures its size and perplexity."""
+    from gguf import GGUFReader
+
     out, following = file.with_name(f"{kind}.gguf"), torch.tensor(row[1:])
     try:
         engine.quantize(file, out, kind)

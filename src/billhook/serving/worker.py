@@ -17,6 +17,8 @@ class Missing(RuntimeError):
 
 
 SCRIPTS = Path(__file__).parent / "workers"
+RUN = "import runpy, sys; del sys.path[0], sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__')"
+"""Runs a script without its folder in the import path, as `python -P` does from Python 3.11."""
 LINES = 12  # of a process's output, in the error after it ended
 
 
@@ -38,8 +40,9 @@ class Worker:
 
     def __init__(self, script: str, arguments: Sequence[str] = (), environment: dict[str, str] | None = None) -> None:
         self._output = tempfile.TemporaryFile("w+b")  # noqa: SIM115 - closed in `close`
+        safe_path = ["-P"] if sys.version_info >= (3, 11) else ["-c", RUN]
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(SCRIPTS / f"{script}.py"), *arguments],
+            [sys.executable, *safe_path, str(SCRIPTS / f"{script}.py"), *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._output,

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import check_int, check_path, check_types
 from billhook.calibration.calibration import Batches, read_batches
+from billhook.engine.state import cpu_by_default
 from billhook.importance.obs import OBS
 from billhook.model.costs import cost_of
 from billhook.model.find import check_stored, check_values, find_transformer
@@ -40,6 +41,7 @@ from billhook.shrinking.vocabulary import SmallerVocabularies, VocabularyLevel, 
 Layers = Literal["uniform", "free"]
 
 
+@cpu_by_default()
 def shrink(
     model: nn.Module,
     budget: Budget,
@@ -124,7 +126,7 @@ def shrink(
     scope = SearchScope.find(subject, amount, layers == "uniform", vocabularies.most_saved if vocabularies else 0)
     repair, not_repaired = resolve_repair(scope, fitted, search.repair)
     if not_repaired:
-        warnings.warn(f"shrink: {not_repaired}", stacklevel=2)
+        warnings.warn(f"shrink: {not_repaired}", stacklevel=3)
     shrunk = run_shrink(
         scope, budget, clock, fitted, held_out, repair, search, seed, variant_cache, Progress(progress), vocabularies
     )

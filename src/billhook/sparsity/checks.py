@@ -15,6 +15,7 @@ from billhook.adapters.masked import require_plain_adapters
 from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine.batches import Run, runs_of
 from billhook.engine.comm import SINGLE_PROCESS, Comm
+from billhook.engine.sharding import is_tensor_parallel
 from billhook.engine.statistics import InputGram
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_map_only
@@ -182,7 +183,7 @@ def check_called(linears: Iterable[str], pruned: Collection[str]) -> tuple[str, 
         raise ValueError(f"batches: no linear layer was called with a non-padding token, for example {missing[0]}.")
     if missing:
         layers = f"{len(missing)} linear layer{'s' * (len(missing) > 1)}"
-        warnings.warn(f"no calibration batch called {layers}, kept dense: {', '.join(missing)}", stacklevel=3)
+        warnings.warn(f"no calibration batch called {layers}, kept dense: {', '.join(missing)}", stacklevel=4)
     return missing
 
 
@@ -195,13 +196,18 @@ def check_matching(criterion: Criterion, sequential: Sequential, count_adapters:
         raise ValueError("match changes kept weights and cannot be combined with count_adapters=True. Use only one.")
 
 
-def check_sharded(criterion: Criterion, allocation: Allocation | None, comm: Comm, offload: object) -> None:
+def check_sharded(model: nn.Module, criterion: Criterion, options: PruneOptions, comm: Comm, offload: object) -> None:
     """Raises if an argument is not supported for a sharded model."""
     if offload is not None:
         raise ValueError(
             f"offload={str(offload)!r} is not supported for a sharded model. Omit it: blocks are gathered one at a time."
         )
-    reads = needs_data(criterion) or (allocation is not None and allocation.measures)
+    reads = needs_data(criterion) or options.needs_data
+    if reads and is_tensor_parallel(model):
+        raise ValueError(
+            f"model: tensor parallelism splits its weights, which {criterion} and its options do not support. Load it without a "
+            "tensor-parallel plan, or use Magnitude."
+        )
     if comm is SINGLE_PROCESS and torch.distributed.get_world_size() > 1 and reads:
         raise ValueError("reduce=None: the model is sharded, so ranks would prune by different batches. Pass reduce.")
 
@@ -244,11 +250,19 @@ def warn_of_unsupported_weights(shapes: Mapping[str, tuple[int, ...]]) -> None:
     if shapes:
         similar = {re.sub(r"\b\d+\b", "*", name): list(shape) for name, shape in shapes.items()}
         listed = ", ".join(f"{name} {shape}" for name, shape in similar.items())
-        warnings.warn(f"these weights hold several matrices, are not linear layers, and stay dense: {listed}", stacklevel=3)
+        warnings.warn(f"these weights hold several matrices, are not linear layers, and stay dense: {listed}", stacklevel=4)
 
 
-def check_folder(activations: str | None) -> str | None:
-    """Returns the folder if it exists; raises otherwise."""
-    if activations is not None and not Path(activations).is_dir():
+def check_folder(activations: str | None, model: nn.Module | None = None) -> str | None:
+    """Returns the folder if it exists and outputs of the model are on the CPU; raises otherwise."""
+    if activations is None:
+        return None
+    if not Path(activations).is_dir():
         raise ValueError(f"activations={activations!r} must be an existing folder.")
+    first = None if model is None else next(model.parameters(), None)
+    if first is not None and first.device.type != "cpu":
+        raise ValueError(
+            f"activations={activations!r} does not support a model on {first.device}, because its outputs stay there. Move the "
+            f"model to the CPU, and pass offload='{first.device.type}'."
+        )
     return activations

@@ -13,9 +13,11 @@ from billhook.engine.comm import Comm, Reduce
 from billhook.engine.device import check_device
 from billhook.engine.passes import blockwise
 from billhook.engine.sharding import is_sharded
+from billhook.engine.state import cpu_by_default
 from billhook.engine.store import store_of
 from billhook.model.find import check_changeable
 from billhook.model.layers import size_of
+from billhook.model.transformers_internals import attention_for_all_dtypes
 from billhook.progress import OnProgress
 from billhook.sparsity.allocation import allocate_sparsities
 from billhook.sparsity.checks import (
@@ -42,6 +44,7 @@ from billhook.sparsity.visitor import GlobalPruningVisitor, PruningVisitor, Walk
 from billhook.sparsity.weight_plan import WeightPlan
 
 
+@cpu_by_default()
 def prune(
     model: nn.Module,
     criterion: Criterion | None = None,
@@ -82,8 +85,8 @@ def prune(
         progress: Callback with the number of pruned layers and the total.
         offload: Device such as `"cuda"` on which blocks run one at a time, with copies of their parameters; the next block is
             copied meanwhile, and outputs return to the model's device. Defaults to None (off).
-        activations: Folder for temporary files with module outputs. Defaults to None (memory). Other state of waiting runs, such
-            as attention masks, stays in memory.
+        activations: Folder for temporary files with module outputs, for a model on the CPU. Defaults to None (memory). Other
+            state of waiting runs, such as attention masks, stays in memory.
         dry_run: If True, the model stays unchanged. Apply the plan later with `bh.apply(model, plan)`.
 
     Returns:
@@ -108,14 +111,15 @@ def prune(
     check_types(prune, locals())
     criterion, options = criterion or Wanda(), options or PruneOptions()
     allocation, match = options.allocation, options.match
-    amount, device, folder = check_amount(sparsity, pattern), check_device(offload), check_folder(activations)
+    amount, device, folder = check_amount(sparsity, pattern), check_device(offload), check_folder(activations, model)
     check_changeable(model)
     comm = Comm.of(reduce, model)  # communicates, so it comes after the checks that each rank makes alone
     if is_sharded(model):
-        check_sharded(criterion, allocation, comm, offload)
+        check_sharded(model, criterion, options, comm, offload)
     check_streamed(model, comm)
     with nullcontext() if dry_run else store_of(model).restored_on_error():
-        with blockwise(model):
+        # blocks are tuned in float32, with the masks that runs make
+        with blockwise(model), nullcontext() if match is None else attention_for_all_dtypes(model):
             linears = check_pruning(model, criterion, pattern, options)
             if match is not None:
                 check_matching(criterion, options.sequential, count_adapters)

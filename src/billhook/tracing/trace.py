@@ -14,6 +14,7 @@ from transformers.utils.generic import ModelOutput
 
 from billhook.arguments import check_types
 from billhook.engine.batches import check_one_device
+from billhook.engine.state import cpu_by_default
 from billhook.model.cache import cached, stand_ins_in
 from billhook.model.config_fields import configs_of
 from billhook.model.find import check_dense, find_transformer
@@ -31,6 +32,7 @@ Shapes = dict[str, tuple[int, ...]]
 _patch_lock = threading.RLock()  # a run patches a method of torch's tensors, for all threads
 
 
+@cpu_by_default()
 def trace(model: nn.Module | PretrainedConfig | str | os.PathLike[str], example_inputs: Inputs | None = None) -> Structure:
     """Traces coupled dimensions in a run on the meta device.
 

@@ -13,7 +13,7 @@ from billhook.arguments import check_int, check_types
 from billhook.assets import text_files
 from billhook.calibration.reading import Rows
 from billhook.display import Printable, text_table
-from billhook.engine.state import evaluating_without_grad
+from billhook.engine.state import cpu_by_default, evaluating_without_grad
 from billhook.model.config_fields import text_config
 from billhook.model.preprocessors import tokenizer_of
 from billhook.progress import OnProgress
@@ -66,6 +66,7 @@ class Evaluation(Printable):
         return {figure.of: figure.value for figure in self.figures if figure.measure == "acc"}
 
 
+@cpu_by_default()
 def evaluate(
     model: PreTrainedModel,
     text: str | None = None,

@@ -9,6 +9,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from billhook.arguments import check_one_of, check_types
+from billhook.engine.state import cpu_by_default
 from billhook.model.find import find_transformer
 from billhook.model.layers import is_adapter, is_convolution
 from billhook.model.repeat_kv import Indices
@@ -27,6 +28,7 @@ GROUP_KINDS: dict[UnitKind, Kind] = {"token": "vocab"}
 """Kinds of groups that have another name than their units."""
 
 
+@cpu_by_default()
 def find_units(model: nn.Module, kind: UnitKind | Iterable[UnitKind], example_inputs: Inputs | None = None) -> dict[str, Units]:
     """Finds the units of a model: heads, channels, experts, tokens, blocks, ...
 

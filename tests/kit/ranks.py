@@ -129,7 +129,7 @@ def fit_all(fits: dict[str, Fit]) -> None:
 
 
 def asked_for(request, **others):
-    """What the tests of a module that run call `name`, with these other parameters: of all that a script can fit, it fits these."""
+    """What the tests of a module that run call `name`, with these other parameters: a script does no more."""
     calls = [item.callspec for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
     return sorted({call.params["name"] for call in calls if "name" in call.params and others.items() <= call.params.items()})
 

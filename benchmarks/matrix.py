@@ -5,9 +5,9 @@
 
 Each set is a fresh virtual environment in OUT, with this clone installed as it is. `floors` are the lowest versions that
 pyproject.toml allows, `middle` has the transformers that engines pin, `newest` what pip gives. `--torch any` leaves torch to pip,
-where its lowest wheel is too large. Before tools are added to the first set, each command is asked for its help, and the quickstart
-trains for some steps. One fit of each callback, and a case of each test of sparsity, KV heads, units, plans and saved models, are
-what `pytest -m fast` takes of these folders. Writes OUT/matrix.md, and each set's log beside it.
+where its lowest wheel is too large. Before the first set gets tools, each command is asked for help, and the quickstart trains
+for some steps. One fit of each callback, and a case of each test of sparsity, KV heads, units, plans and saved models, are what
+`pytest -m fast` takes of these folders. Writes OUT/matrix.md, and each set's log beside it.
 """
 
 import argparse

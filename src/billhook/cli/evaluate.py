@@ -262,13 +262,13 @@ def _harness(model: PreTrainedModel, work: _Work, length: int, batch_size: int, 
     wrapped = wrapper(pretrained=model, tokenizer=work.tokenizer, batch_size=batch_size, max_length=length)
     try:
         results = import_module("lm_eval").simple_evaluate(model=wrapped, tasks=work.tasks, limit=limit, log_samples=False)
-    except KeyError as error:
-        if not (unknown := [name for name in work.tasks if name in str(error)]):
+    except KeyError as missing:
+        if not (unknown := [name for name in work.tasks if name in str(missing)]):
             raise
         raise ValueError(
             f"tasks={unknown[0]}: lm-eval has no task of this name. Pass the path of the YAML file for a task of your own. "
             "`lm_eval ls tasks` lists the others."
-        ) from error
+        ) from missing
     figures = []
     for task, measures in results["results"].items():
         for key, value in measures.items():

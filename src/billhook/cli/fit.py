@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 import billhook
-from billhook.cli.options import COMMANDS, LIGHTNING, legal_values, own_error, unknown_command
+from billhook.cli.options import COMMANDS, LIGHTNING, billhook_error, legal_values, unknown_command
 from billhook.cli.recipes import resolve_recipes
 from billhook.fit.run import training_steps
 from billhook.progress import format_duration
@@ -106,9 +106,9 @@ class ArgumentParser(LightningArgumentParser):
         try:
             return super().instantiate_classes(cfg, **options)
         except ValueError as error:
-            if (own := own_error(error)) is None:
+            if (raised := billhook_error(error)) is None:
                 raise
-            sys.exit(f"{' '.join([self.prog, *filter(None, [getattr(cfg, 'subcommand', None)])])}: {own}")
+            sys.exit(f"{' '.join([self.prog, *filter(None, [getattr(cfg, 'subcommand', None)])])}: {raised}")
 
 
 class _Parser(ArgumentParser):

@@ -9,7 +9,7 @@ from typing import NoReturn
 
 import billhook
 from billhook.cli.interruption import Terminated, sigterm_as_interrupt
-from billhook.cli.options import COMMANDS, LIGHTNING, command_of, description, in_options, own_error, run, unknown_command
+from billhook.cli.options import COMMANDS, LIGHTNING, billhook_error, command_of, description, in_options, run, unknown_command
 from billhook.cli.recipes import config_files, config_warnings, resolve_recipes
 
 
@@ -54,10 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError, RuntimeError) as error:
-        own = own_error(error)
-        if own is None and (command not in COMMANDS or isinstance(error, RuntimeError)):
+        raised = billhook_error(error)
+        if raised is None and (command not in COMMANDS or isinstance(error, RuntimeError)):
             raise
-        message = f"billhook {command}: {in_options(command, str(own or error))}"
+        message = f"billhook {command}: {in_options(command, str(raised or error))}"
         sys.exit("\n".join([message, *getattr(error, "__notes__", ())]))
 
 

@@ -103,9 +103,9 @@ def legal_values(message: str) -> str:
             f"--trainer.callbacks.{option[1]} applies to the last callback before it on the command line. Put it directly after "
             "the --config that adds its callback."
         )
-    if not lines and (found := VALUE.search(message, max(message.rfind("Parser key "), 0))):  # the innermost
+    if not lines and (match := VALUE.search(message, max(message.rfind("Parser key "), 0))):  # the innermost
         missing = UNKNOWN_CLASS.search(message)
-        argument, types, value = found.groups()
+        argument, types, value = match.groups()
         lines.append(_legal_for(argument, types, value, missing[1] or missing[2] if missing else ""))
     return "\n".join(dict.fromkeys(lines))
 
@@ -166,7 +166,7 @@ def in_options(command: str, message: str) -> str:
     return f"{OPTION_NAMES[argument]}{colon}{problem}" if is_option else message
 
 
-def own_error(error: BaseException | None) -> BaseException | None:
+def billhook_error(error: BaseException | None) -> BaseException | None:
     """Returns the error (or its cause) that billhook raised, to replace the traceback."""
     while error is not None:
         frames = traceback.extract_tb(error.__traceback__)

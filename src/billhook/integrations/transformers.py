@@ -10,7 +10,7 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-from lightning_utilities.core.rank_zero import rank_zero_warn
+from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
@@ -305,6 +305,7 @@ def _save_base(fit: TransformersFit, folder: Path) -> None:
         preprocessor.save_pretrained(base)
     for file in folder.rglob("adapter_config.json"):  # so that AutoPeftModel finds this base, and not the dense one
         file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}, indent=2))
+    rank_zero_info(f"billhook: the adapters in {folder} fit only the base model that events have left, saved in {base.name}/")
 
 
 def _refuse_other_shape(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: object) -> None:

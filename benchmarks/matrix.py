@@ -5,9 +5,8 @@
 
 Each set is a fresh virtual environment in OUT, with this clone installed as it is. `floors` are the lowest versions that
 pyproject.toml allows, `middle` has the transformers that engines pin, `newest` what pip gives. `--torch any` leaves torch to pip,
-where its lowest wheel is too large. Before the first set gets tools, each command is asked for help, and the quickstart trains
-for some steps. One fit of each callback, and a case of each test of sparsity, KV heads, units, plans and saved models, are what
-`pytest -m fast` takes of these folders. Writes OUT/matrix.md, and each set's log beside it.
+where its lowest wheel is too large. One fit of each callback, and a case of each test of sparsity, KV heads, units, plans and
+saved models, are what `pytest -m fast` takes of these folders. Writes OUT/matrix.md, and each set's log beside it.
 """
 
 import argparse
@@ -25,7 +24,6 @@ MIDDLE = "transformers==5.20.2"
 SETS = "floors", "middle", "newest"
 CORE = ["sparsity", "kv_heads", "units", "pruning", "checkpoints", "callbacks", "report/test_generation.py"]
 TOOLS = ["pytest", "pytest-xdist", "hypothesis", "jsonschema", "gguf", "sentencepiece", "onnx"]
-QUICKSTART = ["fit", "--config", "recipe:quickstart", "--trainer.max_steps", "40", "--trainer.accelerator", "cpu"]
 SHOWN = ["torch", "transformers", "lightning", "peft", "datasets", "torchmetrics"]
 ASK = "import sys, importlib.metadata as m; print(sys.version.split()[0], *(m.version(p) for p in sys.argv[1:]))"
 
@@ -43,9 +41,7 @@ def main() -> None:
     lines = [f"| set | Python | {' | '.join(SHOWN)} | tests | on |", f"|{'---|' * (len(SHOWN) + 4)}"]
     failed = 0
     with ThreadPoolExecutor() as pool:  # pip needs one core
-        first, *rest = options.sets
-        made = [pool.submit(make, first, options.out / first, options.python, options.torch, plain=True)]
-        made += [pool.submit(make, name, options.out / name, options.python, options.torch) for name in rest]
+        made = [pool.submit(make, name, options.out / name, options.python, options.torch) for name in options.sets]
     for name, versions in zip(options.sets, made, strict=True):
         cells = versions.result()
         code, tests = run(options.out / name, options.processes)
@@ -56,18 +52,13 @@ def main() -> None:
     sys.exit(failed)
 
 
-def make(name: str, folder: Path, python: str, torch: str, plain: bool = False) -> list[str]:
-    """Makes the environment of a set, tries it without extras if `plain`, and returns its versions."""
+def make(name: str, folder: Path, python: str, torch: str) -> list[str]:
+    """Makes the environment of a set, and returns its versions."""
     subprocess.run([python, "-m", "venv", "--clear", str(folder)], check=True)
     own, pins = python_in(folder), folder / "pins.txt"
     pins.write_text("\n".join(constraints(name, torch)) + "\n")
     pip = [own, "-m", "pip", "install", "-q", "-c", str(pins)]
-    subprocess.run([*pip, "-e", str(ROOT)], check=True)
-    for command in ([str(ROOT / "benchmarks" / "helps.py")], ["-m", "billhook", *QUICKSTART]) if plain else ():
-        tried = subprocess.run([own, *command], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        if tried.returncode:
-            raise SystemExit(f"{name}, without extras: {command} failed:\n{tried.stdout[-6000:]}")
-    subprocess.run([*pip, *TOOLS], check=True)
+    subprocess.run([*pip, "-e", str(ROOT), *TOOLS], check=True)
     return subprocess.run([own, "-c", ASK, *SHOWN], check=True, capture_output=True, text=True).stdout.split()
 
 

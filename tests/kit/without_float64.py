@@ -8,7 +8,6 @@ import traceback
 from types import SimpleNamespace
 
 import torch
-from billhook.sparsity.channel_order import find_order, kept_sum
 
 import billhook as bh
 from billhook.cli.machine import device_of
@@ -41,12 +40,6 @@ def converted(model, device):
 
 def scored(importance, kind):
     return lambda model, device: bh.score(model, bh.find_units(model, kind), importance, batches(device))
-
-
-def ordered(model, device):
-    columns = model.lm_head.weight.detach().abs()[:, :8]
-    order = find_order(columns, 2, 4, 2)
-    return [*order.tolist(), kept_sum(columns[order], 2, 4)]
 
 
 def validated(model, device):
@@ -87,7 +80,6 @@ WORKS = {
     "ActivationNorm": (scored(bh.importance.ActivationNorm(), "head"), 1e-5),
     "WeightNorm": (scored(bh.importance.WeightNorm(), "head"), 1e-5),
     "BlockInfluence": (scored(bh.importance.BlockInfluence(), "block"), 1e-5),
-    "order": (ordered, 1e-5),
     "validation": (validated, 0),
     "sums": (summed_over_ranks, 0),
     "random numbers": (drawn, 0),

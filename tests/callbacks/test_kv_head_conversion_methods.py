@@ -56,7 +56,7 @@ def test_with_data_the_best_method_is_taken_and_told(files, tmp_path):
     trainer(tmp_path, [callback], max_steps=2).fit(lit, data(files))
     what = callback.events[0]["what"]
     chosen = re.match(r"4 -> 2 KV heads \(auto: (.*?); distances on held-out batches: ", what).group(1)
-    losses = {name: float(loss) for name, loss in re.findall(r"(?:: |; )([a-z][a-z, ]*?) ([\d.e-]+)(?=[;)])", what)}
+    losses = {name: float(loss) for name, loss in re.findall(r"(?:: |, )([a-z][a-z, ]*?) ([\d.e-]+)(?=[,;)])", what)}
     assert losses.keys() == {str(candidate) for candidate in bh.kv_methods.Auto().candidates}
     assert chosen == min(losses, key=losses.get)
     without = [KVHeadConversion(2), KVHeadConversion(2, at=4, over=2, calibration=2)]

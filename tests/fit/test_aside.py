@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
+import torch
 from torch import nn
 
 from billhook.fit.calibration import FitCalibration
@@ -23,7 +24,8 @@ def test_who_is_asked_last_is_asked_first_no_longer(own):
     record = lambda *given: logged.append(given)  # noqa: E731
     if own:
         vars(module)["log"] = record
-    trainer = SimpleNamespace(state=SimpleNamespace(stage="fit"))
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    trainer = SimpleNamespace(state=SimpleNamespace(stage="fit"), strategy=strategy)
     lines = type("Lines", (), {"metrics": {}, "__call__": lambda self, *given: logged.append(("lines", *given))})()
     with FitCalibration().undisturbed(LightningFit(trainer, module)):
         module.log("a", 1)

@@ -327,7 +327,8 @@ def test_the_report_has_the_dense_perplexity_or_says_how_to_get_it(tmp_path, cap
 def test_events_and_the_table_count_no_adapters(tmp_path, capsys):
     model = get_peft_model(Own().net, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
     pruning = bh.StructuredPruning(bh.Amount(channels=0.5), at=2, calibration=4)
-    train(tmp_path, [pruning, bh.Report(str(tmp_path / "plot.png"))], model, validation=loader(4, 4))
+    with pytest.warns(UserWarning, match="changed the base model of the adapters"):
+        train(tmp_path, [pruning, bh.Report(str(tmp_path / "plot.png"))], model, validation=loader(4, 4))
     (event,) = pruning.events
     before, after = f"{event['before']['params']:,}", f"{event['after']['params']:,}"
     assert event["what"].startswith(f"{before} -> {after} parameters (")

@@ -341,9 +341,9 @@ class TestYaml:
     @pytest.mark.parametrize(
         ("line", "words"),
         [
-            ("--model.lora '{rank: 3}'", ["rank", "not accepted"]),
+            ("--model.lora '{rank: 3}'", ["LoRA has no argument 'rank'"]),
             ("--model.lora '{r: 0}'", ["r=0 must be a whole number of at least 1"]),
-            ("--model.distillation '{temprature: 3}'", ["temprature", "not accepted"]),
+            ("--model.distillation '{temprature: 3}'", ["has no argument 'temprature'. Did you mean 'temperature'?"]),
             ("--model.distillation '{weight: 3}'", ["weight=3.0 must be in [0, 1]"]),
         ],
     )

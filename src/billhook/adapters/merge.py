@@ -38,7 +38,7 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def adapters_removed(model: nn.Module) -> Iterator[None]:
-    """Replaces adapted layers and trained copies with the base model's layers, within a block."""
+    """Replaces adapted layers and trained copies with the base model's layers."""
     layers = list(_outermost_layers(model))
     try:
         for owner, name, layer in layers:

@@ -210,7 +210,7 @@ class WeightPruning(EventCallback, ShapeFollower):
         return f"{type(self.criterion).__name__} {amount}"
 
     def _plan(self, fit: Fit, sparsity: float) -> WeightPlan:
-        """Returns the masks for a sparsity; blocks of a sharded model are gathered one at a time."""
+        """Returns the masks for a sparsity; gathers blocks of a sharded model in turn."""
         model = fit.model
         precision = fit.forward_context() if self.needs_data else nullcontext()
         with self.calibration.undisturbed(fit), precision, blockwise(fit.module):

@@ -102,7 +102,7 @@ class ArgumentParser(LightningArgumentParser):
         return super().parse_args(words, *rest, **options)
 
     def instantiate_classes(self, cfg: Any, **options: Any) -> Any:  # noqa: ANN401
-        """Creates the objects of a config. An error of billhook ends the process with its message alone."""
+        """Creates the objects of a config; billhook's errors end the process with a message."""
         try:
             return super().instantiate_classes(cfg, **options)
         except ValueError as error:

@@ -27,7 +27,7 @@ def default_variant_cache(out: str) -> Path:
 
 
 def text_folder(out: str) -> Path:
-    """Returns the folder next to an output folder that keeps self-generated text until the output is saved."""
+    """Returns the folder that keeps self-generated text until the output is saved."""
     target = Path(out).resolve()
     return target.with_name(f".{target.name}.generated")
 

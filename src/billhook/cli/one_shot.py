@@ -343,7 +343,7 @@ class OneShot:
         return f"calibrate on {sum(counts.values())} examples of {self.length} tokens ({sources})"
 
     def batches(self, dry_run: bool = False) -> list[Batch]:
-        """Reads the calibration batches. Self-generated text is kept until the output is saved, except in a dry run."""
+        """Reads the calibration batches; keeps self-generated text, except in a dry run."""
         if self.metric == "perplexity":
             batches = self.calibration.read(self.model, self.trimmed, None if dry_run else self._text_folder)
             return [Batch(batch | {"labels": batch["input_ids"].clone()}, batch.source) for batch in batches]

@@ -84,7 +84,7 @@ WORDS = {"int": "an integer", "float": "a number", "bool": "true or false", "str
 
 
 def legal_values(message: str) -> str:
-    """Returns the problem with the legal values, for a parser's message on unknown names and wrong values.
+    """Returns the legal values, for a parser's message on unknown names and wrong values.
 
     Args:
         message: jsonargparse's message.
@@ -111,7 +111,7 @@ def legal_values(message: str) -> str:
 
 
 def _legal_for(argument: str, types: str, value: str, unknown: str) -> str:
-    """Returns what is legal for an argument with a wrong value; empty if its types are not known.
+    """Returns the legal values of an argument; empty if its types are not known.
 
     Args:
         argument: Name of the argument.

@@ -130,7 +130,7 @@ class VariantFolder:
 
     @contextmanager
     def created(self) -> Iterator[None]:
-        """Creates the folder next to the output, and deletes it unless an error leaves variants."""
+        """Creates the folder, and deletes it unless an error leaves variants."""
         if self._keep:
             yield
             return

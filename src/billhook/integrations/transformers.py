@@ -253,7 +253,7 @@ class Callbacks(TrainerCallback, ExportableState):
             self._shape_check.remove()
 
     def _state_of(self, state: TrainerState) -> dict[str, Any]:
-        """Returns the entry of `trainer_state.json`; raises `ValueError` for several `Callbacks`."""
+        """Returns the entry of `trainer_state.json`; raises for several `Callbacks`."""
         states: Any = state.stateful_callbacks or {}
         saved = states.get(type(self).__name__)
         if isinstance(saved, list):
@@ -295,7 +295,7 @@ def _load_from(folder: str | Path) -> str:
 
 
 def _save_base(fit: TransformersFit, folder: Path) -> None:
-    """Saves the base model of adapters into their checkpoint folder, and names it as their base."""
+    """Saves the base model of adapters beside them, and names it as their base."""
     model, base = fit.model, (folder / BASE).absolute()
     shutil.rmtree(base, ignore_errors=True)  # of a checkpoint that this one replaces
     with adapters_removed(model), overridden(model, _hf_peft_config_loaded=False):  # else transformers saves adapters alone

@@ -35,7 +35,7 @@ def set_attention(config: PretrainedConfig, implementation: str) -> None:
 
 @contextmanager
 def attention_for_all_dtypes(model: nn.Module) -> Iterator[None]:
-    """Uses sdpa within the context in place of kernels that support only some dtypes, such as flash attention."""
+    """Uses sdpa in place of kernels that support only some dtypes, such as flash attention."""
     with ExitStack() as stack:
         for config in configs_of(model):
             if attention_of(config) not in (None, "eager", "sdpa"):

@@ -198,7 +198,7 @@ def _drawn_ids(model: PreTrainedModel, cut: Cut) -> _Ids:
 
 
 def _check_tokens(model: PreTrainedModel, cut: Cut) -> None:
-    """Raises for a token that the configs name, a table that PEFT copied, or positions that count from a moving id."""
+    """Raises for tokens of the configs, tables that PEFT copied, or positions that move."""
     if cut.tokens is None:
         return
     kept, size = cut.tokens

@@ -115,7 +115,7 @@ class TextDegradation:
 
     @property
     def shown_ratio(self) -> tuple[float, float]:
-        """Ratio of perplexities, or of bits per byte if tokenizers differ, with its standard error."""
+        """Ratio of perplexities, or of bits per byte, with its standard error."""
         if (bits := self.bits_per_byte) is None:
             return self.ratio, self.ratio_error
         return bits[1] / bits[0], self.ratio_error / self.ratio / math.log(self.before)

@@ -254,7 +254,7 @@ def warn_of_unsupported_weights(shapes: Mapping[str, tuple[int, ...]]) -> None:
 
 
 def check_folder(activations: str | None, model: nn.Module | None = None) -> str | None:
-    """Returns the folder if it exists and outputs of the model are on the CPU; raises otherwise."""
+    """Returns the folder; raises if it does not exist or outputs are not on the CPU."""
     if activations is None:
         return None
     if not Path(activations).is_dir():

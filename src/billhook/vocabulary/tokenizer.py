@@ -158,7 +158,7 @@ class Vocabulary:
 
     @property
     def _special(self) -> set[int]:
-        """The ids of special tokens, of those that are added to a text, and of the unknown token."""
+        """The ids of special tokens, of tokens added to a text, and of the unknown token."""
         special = {*self.tokenizer.all_special_ids, *_numbers(self._spec["post_processor"])}
         if self._model["type"] == "Unigram" and self._model["unk_id"] is not None:
             special.add(self._model["unk_id"])
@@ -167,7 +167,7 @@ class Vocabulary:
         return special - {-1}
 
     def _spelling(self, scripts: Collection[str]) -> set[int]:
-        """Returns the ids of bytes and characters; letters only of some scripts, if bytes spell others."""
+        """Returns the ids of bytes and characters; with bytes, letters of some scripts only."""
         spelling = {self.ids[byte] for byte in self._bytes if byte in self.ids}
         for number, text in self._texts.items():
             if len(text) == 1 and text != UNREADABLE and (not self._bytes or not text.isalpha() or _script(text) in scripts):

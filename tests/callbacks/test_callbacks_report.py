@@ -49,7 +49,7 @@ def test_events_of_many_words_have_short_labels_and_the_rest_below(files, tmp_pa
     lit, (pruning, _, _) = run(files, tmp_path, [StructuredPruning(Amount(heads=0.5, channels=0.5), at=3, calibration=6)])
     (event,), out = pruning.events, capsys.readouterr().out
     share = 1 - event["after"]["params"] / event["before"]["params"]
-    assert event["label"] == f"structure, -{100 * share:.2g} %"
+    assert event["label"] == f"structure, -{100 * share:.2g}%"
     assert "without 8 heads in 2 attention modules, 48 channels in 2 modules; OutputNorm" in event["what"]
     assert max(map(len, out.splitlines())) <= 130
     assert f"\nafter {event['label']} " in out

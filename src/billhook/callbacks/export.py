@@ -36,7 +36,7 @@ from billhook.fit.ranks import from_first_rank, on_first_rank
 from billhook.folder_lock import FolderLock
 from billhook.model.checkpoint_shape import save_shape
 from billhook.model.preprocessors import Preprocessor, check_tokenizer, load_preprocessor
-from billhook.report.summary import summary
+from billhook.report.summary import parameter_count
 from billhook.serving.converter import find_converter
 from billhook.serving.worker import Missing
 from billhook.serving.written import check_gguf, export_gguf
@@ -311,8 +311,8 @@ class Export(FitCallback):
 
 def _check_events_kept(fit: Fit) -> None:
     """Raises `ValueError` if the model does not have the size that the last event left."""
-    params = summary(fit.module).params if events_of(fit) else 0
     for event in events_of(fit)[-1:]:
+        params = parameter_count(fit.module)
         if event["after"].get("params", params) != params:
             raise ValueError(
                 f"Export: the event at step {event['step']} left {event['after']['params']:,} parameters, but the model has "

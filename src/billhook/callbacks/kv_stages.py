@@ -141,10 +141,11 @@ class StageCallback(ShapeCallback):
             )
         for index, entry in enumerate(self.at):
             if entry == "start" and not fit.is_tuning and index not in self.reached(fit.module):
-                check_replaceable(fit.module, fit.existing_optimizers, type(self).__name__)
+                optimizers = fit.existing_optimizers
+                check_replaceable(fit.module, optimizers, type(self).__name__)
                 before = list(fit.module.parameters())
                 with fit.reshaping(self.blockwise):  # `configure_model` may have sharded it
-                    event = self.record_event(fit, {}, partial(self.change, fit, index, fit.existing_optimizers))
+                    event = self.record_event(fit, {}, partial(self.change, fit, index, optimizers))
                 log_event(fit, event)
                 after = set(map(id, fit.module.parameters()))
                 self._replaced += [weakref.ref(parameter) for parameter in before if id(parameter) not in after]

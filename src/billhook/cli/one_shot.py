@@ -489,11 +489,8 @@ class OneShot:
             data = self.calibration.to_json() if self.metric == "perplexity" else self._labeled.to_json()
             if self._counts:
                 data["counted_tokens"] = {name: int(count.sum()) for name, count in self._counts.items()}
-                data = (
-                    data
-                    if self.calibrates
-                    else {name: value for name, value in data.items() if name not in ("tokens", "weights")}
-                )
+                if not self.calibrates:  # all of the text is counted
+                    data = {name: value for name, value in data.items() if name not in ("tokens", "weights")}
             record["calibration" if self.calibrates else "text"] = data
         degradation, warning = self.measure_degradation(before), None
         results: dict[str, Any] = {"before": None, "after": None, "examples": self.options.evaluate}

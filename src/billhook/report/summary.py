@@ -124,7 +124,7 @@ def parameter_count(model: nn.Module) -> int:
     """Returns the number of parameters without adapters."""
     model = find_transformer(model)
     with adapters_removed(model):
-        return model.num_parameters()
+        return sum(parameter.numel() for parameter in model.parameters())  # as `Summary.params`
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ def save_adapters(model: PreTrainedModel, checkpoint: dict[str, Any]) -> None:
         check_plain_lora(layers, "lora")
     except ValueError:
         return
-    recorded = dict[str, Any]()
+    recorded = {}
     for name, layer in layers.items():
         if not active_in(layer) == list(layer.lora_A) == [ADAPTER]:
             return

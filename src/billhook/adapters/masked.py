@@ -155,7 +155,7 @@ def check_plain_lora(layers: Mapping[str, Any], argument: str) -> None:
 def find_masks(layers: Mapping[str, Any], masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Returns masks by layer; by default the nonzero weights of sparse layers."""
     weights = {name: layer.get_base_layer().weight.detach() for name, layer in layers.items()}
-    kept = dict[str, Tensor]()
+    kept = {}
     if masks is None:
         for name, weight in weights.items():
             keep = full_tensor(weight) != 0

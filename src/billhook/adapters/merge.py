@@ -169,14 +169,14 @@ def _merged_in_turn(model: nn.Module) -> Iterator[Merged]:
     """Merges each block when it is loaded, and other weights until the `with` block ends."""
     store, back, on_layers = store_of(model), snapshot(model), find_adapters(model)
     named = dict(zip(map(id, on_layers.values()), on_layers, strict=True))
-    layers = dict[int, Any]()
+    layers = {}
     for _, _, child in _outermost_layers(model):
         if is_adapter(child) and not child.merged:
             layers[id(child)] = child
     if layers:
         _check_mergeable(model)
     error, pruned = dict[str, float](), set[str]()
-    kept = list[tuple[nn.Parameter, Tensor]]()  # weights outside of blocks, to restore them
+    kept = []  # weights outside of blocks, to restore them
     for layer in layers.values():
         if base_of(layer) not in store.owner:
             kept += [(parameter, parameter.detach().clone()) for parameter in base_of(layer).parameters()]

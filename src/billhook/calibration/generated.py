@@ -156,7 +156,7 @@ def _encoded(
     """Tokenizes prompts, each cut to less than an example."""
     encoder: Any = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else tokenizer_of(model, tokenizer)
     check_tokenizer(model, encoder)
-    starts = list[list[int]]()
+    starts = []
     for prompt in prompts:
         if isinstance(prompt, str):
             ids = encoder(prompt)["input_ids"]

@@ -196,7 +196,7 @@ def _files(split: str, names: str | list[str], argument: str) -> list[str]:
     """Returns the files of a split, sorted by name within each glob."""
     if split not in SPLITS:
         raise ValueError(f"{argument}: unknown split '{split}'. Use {', '.join(SPLITS)}.")
-    files = list[str]()
+    files = []
     for name in [names] if isinstance(names, str) else names:
         is_glob = has_magic(name) and not Path(name).exists()
         matching = [file for file in sorted(glob(name, recursive=True)) if Path(file).is_file()] if is_glob else [name]

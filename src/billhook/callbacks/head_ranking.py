@@ -56,7 +56,7 @@ class HeadRecord:
 
     def inactive(self, masked: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
         """Returns the original indices of removed and masked heads."""
-        inactive = dict[str, list[int]]()
+        inactive = {}
         for name, count in self.first.items():
             masked_here = masked.get(name, ())
             active = {number for i, number in enumerate(self.numbers[name]) if i not in masked_here}

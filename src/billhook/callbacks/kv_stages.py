@@ -159,14 +159,14 @@ class StageCallback(ShapeCallback):
             shares = share_targets(first, total, trial)
             cuts = [(step, self.heads[0], share) for step, share in shares.items()]
         else:
-            steps = list[int]()
+            steps = []
             for entry in self.at:
                 assert not isinstance(entry, Schedule)
                 steps.append(-1 if entry == "start" else resolve_at(entry, total, trial))
             if not trial and len(set(steps)) < len(steps):
                 raise ValueError(f"at={self.at}: two stages have the same step ({steps} of {total} steps). Use other steps.")
             cuts = [(step, heads, 1.0) for step, heads in zip(steps, self.heads, strict=True)]
-        stages = list[Stage]()
+        stages = []
         for step, heads, share in cuts:
             stages.append(Stage(step, heads, share, over=min(over, max(step, 0)) if trial else over))
         return stages

@@ -106,7 +106,7 @@ class Report(FitCallback):
             if callback.saved is not None:
                 notes += [("checkpoint", callback.saved.folder), ("format", callback.saved.format)]
                 notes += [("verified", f"largest logit difference {callback.saved.difference:.3g}")]
-        plots = list[tuple[str, Path, Any]]()
+        plots = []
         if name := self._name(last):
             if stages[0].numbers.get(name) is None and fit.validate_first and self.measure_batches != 0:
                 notes.append((stages[0].name, f"not validated. {fit.validate_first}"))

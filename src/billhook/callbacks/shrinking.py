@@ -226,7 +226,7 @@ def _above(model: PreTrainedModel, planned: ShrinkPlan) -> Iterator[UnitPlan | B
 def _runs(fit: Fit, model: PreTrainedModel, batches: Sequence[Any]) -> list[Run]:
     """Returns runs with the training loss and each linear layer's non-padding tokens."""
     linear_layers = {name: module for name, module in model.named_modules() if is_linear(module)}
-    runs = list[Run]()
+    runs = []
     for number, batch in enumerate(batches):
         runs.append(run_with_loss(model, linear_layers, batch, fit.loss(number)))
     return runs

@@ -78,7 +78,7 @@ MAX_SETTING = 150
 
 def settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Returns names and settings of callbacks that changed the model, and other short entries."""
-    pairs = list[tuple[str, str]]()
+    pairs = []
     for event in listed(record, "events", ("by",)):
         if isinstance(event["by"], Mapping):
             parameters = dict(event["by"])
@@ -238,7 +238,7 @@ def _size_table(record: Mapping[str, Any]) -> list[str]:
         start = {}  # the same as `before`
     columns = ({"at the start": start} if start else {}) | {"before": before, "after": after}
     columns |= {"at the last validation": last} if last else {}
-    rows = list[list[object]]()
+    rows = []
     for key in dict.fromkeys((*SIZES, *after, *last)):
         if (key in SIZES and after.get(key) is not None) or (key.startswith("val") and (key in before or key in last)):
             rows.append([SIZES.get(key) or plain(key), *(sizes.get(key) for sizes in columns.values())])

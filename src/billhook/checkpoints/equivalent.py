@@ -98,7 +98,7 @@ def set_head_dim(model: PreTrainedModel) -> None:
     """Sets `head_dim` in configs that leave it empty, because SGLang fails without it."""
     for _, config in nested_configs(model.config):
         if vars(config).get("head_dim", 0) is None:
-            sizes = set[int]()
+            sizes = set()
             for module in model.modules():
                 size = getattr(module, "head_dim", None)
                 if getattr(module, "config", None) is config and type(size) is int:
@@ -198,7 +198,7 @@ def _declared(kind: type[PretrainedConfig]) -> set[str]:
 
 def _added(family: Family, config: PretrainedConfig) -> dict[str, Any]:
     """Returns the fields that a family adds to this config, without unused fields."""
-    added = dict[str, Any]()
+    added = {}
     for name, value in family.adds.items():
         if isinstance(value, str) and value.startswith("="):
             added[name] = getattr(config, value.removeprefix("="), None)

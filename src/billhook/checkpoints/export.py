@@ -229,7 +229,7 @@ def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
     different sizes from the config, the recorded sizes are used.
     """
     record, prefix = checkpoint[KEY], checkpoint[KEY]["prefix"]
-    state = dict[str, Tensor]()
+    state = {}
     for key, value in checkpoint["state_dict"].items():
         if not key.startswith(prefix):
             continue

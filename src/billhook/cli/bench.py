@@ -221,7 +221,7 @@ def _random_models(models: Sequence[str], meta_models: Sequence[PreTrainedModel]
     for name, meta_model in zip(models, meta_models, strict=True):
         if shape_beyond_config(meta_model).tensors:
             raise ValueError(f"random=True does not support the billhook checkpoint '{name}'. Remove --random.")
-    made = list[PreTrainedModel]()
+    made = []
     with torch.random.fork_rng(devices=[]):
         for meta_model in meta_models:
             torch.manual_seed(seed)
@@ -253,7 +253,7 @@ def bytes_per_token(models: Sequence[str]) -> list[float]:
 
 def _text_notes(names: Sequence[str], sizes_of_tokens: Sequence[float]) -> list[str]:
     """Returns lines on the number of tokens of the same text."""
-    lines = list[str]()
+    lines = []
     for name, size in zip(names, sizes_of_tokens, strict=False):
         ratio = sizes_of_tokens[0] / size
         lines.append(f"{name}: {size:.2f} bytes per token of packaged text, {ratio:.3f}x the tokens of {names[0]}")

@@ -157,7 +157,7 @@ def _result(name: str, work: images.Work, device: torch.device, dtype: str, stre
 
 def _length(models: Sequence[str], length: int | None) -> int:
     """Returns the tokens per example, or raises if a model is no causal language model."""
-    longest = dict[str, int]()
+    longest = {}
     for name in models:
         path = model_path(name)
         config = read_config(path)
@@ -209,7 +209,7 @@ def _measure(
         if work.same_texts:
             bits, tokens = bits_per_byte(model, work.tokenizer, work.same_texts, progress)
             figures += [Figure(figures[-1].of, "bits per byte", bits), Figure(figures[-1].of, "tokens per byte", tokens)]
-    answers = dict[str, Any]()
+    answers = {}
     for file, likelihoods in scored.items():
         right, right_normed = accuracies(file, likelihoods)
         answers[file] = [

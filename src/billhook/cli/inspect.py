@@ -201,7 +201,7 @@ def _savings_of_kind(model: PreTrainedModel, kind: list[Group], finder: FieldFin
     """Removes units of each set of layers, or of all layers if the code requires it."""
     fields = finder.find(kind)
     parts = [kind] if fields else fold_groups(kind)
-    savings = list[Saving]()
+    savings = []
     for part in parts:
         saving = _try_removing(model, part, fields or finder.find(part), finder)
         if saving is not None:
@@ -288,7 +288,7 @@ def _reads_fields(shrunk: PreTrainedModel, before: Fields) -> bool:
 
 def _last(units: Mapping[str, Units], group: Group, kept: int) -> dict[str, list[int]]:
     """Returns the units after the first few by module; for query heads, of each query group."""
-    last = dict[str, list[int]]()
+    last = {}
     for name, layer in units.items():
         count = layer.count("kv_head")
         if group.kind == "query_head":

@@ -538,7 +538,7 @@ class OneShot:
         if files := [source for name, source in self.calibration.named.items() if name not in (GENERATED, MIXED)]:
             tokens = (examples + len(measured)) * self.length
             batches += replace(self.calibration, sources=files, weights=None, tokens=tokens).read(self.model, self.trimmed)
-        rows = dict[tuple[int, ...], dict[str, torch.Tensor]]()  # each example once
+        rows = {}  # each example once
         for batch in batches:
             for ids in batch["input_ids"]:
                 key = tuple(ids.tolist())

@@ -206,7 +206,7 @@ def run(command: Command, words: Sequence[str], context: AbstractContextManager[
         parser.add_class_arguments(group, sub_configs=True)
     parsed = vars(parser.instantiate(parser.parse_args(_to_jsonargparse(words, kinds, positional))))
 
-    arguments = dict[str, Any]()
+    arguments = {}
     for name, parameter in parameters.items():
         if group := groups.get(name):
             arguments[name] = group(**{field.name: _int_where_legal(parsed[field.name], field.type) for field in fields(group)})
@@ -228,7 +228,7 @@ def _to_jsonargparse(words: Sequence[str], kinds: dict[str, Any], positional: in
     """
     first = next(iter(kinds), "")
     runs = [[first]]  # each option with its values; the first run has the arguments before all options
-    joined = set[int]()  # numbers of the runs with `=`, whose switches already have a value
+    joined = set()  # numbers of the runs with `=`, whose switches already have a value
     for word in words:
         if word.startswith("--"):
             joined |= {len(runs)} if "=" in word else set()

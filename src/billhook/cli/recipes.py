@@ -72,7 +72,7 @@ def resolve_recipes(words: Sequence[str]) -> list[str]:
     >>> resolve_recipes(["fit", "--config", "recipe:wanda"])[2].endswith("wanda.yaml")
     True
     """
-    made = list[str]()
+    made = []
     for option, word in zip(["", *words], words, strict=False):
         start = "--config=" if word.startswith("--config=") else ""
         name = word.removeprefix(start)
@@ -101,7 +101,7 @@ def config_warnings(words: Sequence[str], names: Sequence[str]) -> list[str]:
         words: The command line.
         names: The configs as the user wrote them, such as `recipe:wanda`.
     """
-    configs = list[tuple[str, dict[str, Any]]]()
+    configs = []
     for file in dict.fromkeys(config_files(words)):
         if (content := _read(file)) is None:  # the parser reports it
             return []
@@ -121,7 +121,7 @@ def config_warnings(words: Sequence[str], names: Sequence[str]) -> list[str]:
             choice = content.get(part)
             if isinstance(choice, str) or (isinstance(choice, dict) and choice.keys() & {part, "class_path", "init_args"}):
                 chosen.add(part)
-    missing = list[str]()
+    missing = []
     for part in ("model", "data"):
         option = rf"--{part}(=|$|\.({part}|class_path|init_args)\b)"
         if part not in chosen and not any(re.match(option, word) for word in words):

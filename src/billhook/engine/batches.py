@@ -82,7 +82,7 @@ def runs_fingerprint(runs: Iterable[Run]) -> str:
 
 def with_progress(runs: Sequence[Run], report: OnProgress) -> list[Run]:
     """Wraps runs so that they report the number of visited runs and the total."""
-    seen = set[int]()
+    seen = set()
 
     def after(number: int, forward: Callable[[], Any]) -> Callable[[], Any]:
         def visited() -> Any:  # noqa: ANN401 - whatever the forward returns
@@ -208,7 +208,7 @@ def tokens_of(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any) ->
     encoder_mask, decoder_mask = (
         mask.bool() if _is_mask(mask) else None for mask in masks
     )  # modules with the same tokens share one tensor
-    tokens = dict[str, Tensor]()
+    tokens = {}
     for name, module in modules.items():
         mask = decoder_mask if module in in_decoder else encoder_mask
         if mask is not None:

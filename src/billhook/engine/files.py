@@ -97,7 +97,7 @@ class FileStore(BlockStore):
 
     def _keys(self) -> dict[str, list[str]]:
         """Returns the names of tensors in the files by block name, with "" for none."""
-        block_of = dict[str, str]()  # by parameter; buffers always stay in memory
+        block_of = {}  # by parameter; buffers always stay in memory
         for (module, key), _ in parameter_slots(self.model):
             if module in self.owner:
                 block_of[f"{self.names[module]}.{key}"] = self.names[self.owner[module]]
@@ -187,7 +187,7 @@ class FileStore(BlockStore):
         if self._changed:
             tensors = {key: parameter.detach() for key, parameter in block.named_parameters(prefix=name)}
             self.written.write(name, to_file_format(self.model, tensors), self._note)
-        empty = dict[nn.Parameter, nn.Parameter]()  # tied weights stay tied
+        empty = {}  # tied weights stay tied
         for (module, key), parameter in list(parameter_slots(block)):
             if parameter not in empty:
                 empty[parameter] = nn.Parameter(torch.empty_like(parameter.detach(), device="meta"), parameter.requires_grad)

@@ -149,7 +149,7 @@ def restore_fsdp(module: nn.Module, shardings: list[Sharding], shards: Mapping[n
     """
     slots, parts = list(parameter_slots(module)), set(module.modules())
     ignored = set(module.parameters()).difference(shards)
-    sizes = dict[nn.Parameter, nn.Parameter]()
+    sizes = {}
     dimensions = dict[nn.Parameter, Shard | None]()  # sharded dimension by parameter; None for the first
     for full, shard in shards.items():
         # `fully_shard` divides meta parameters, which needs no memory or communication; shards replace them below

@@ -186,7 +186,7 @@ def sizes_only(module: nn.Module) -> Iterator[None]:
     """Puts a sharded module on the meta device, except for its buffers. Tied weights stay tied."""
     with unsharded(module):
         sharded = [(slot, shard) for slot, shard in parameter_slots(module) if isinstance(shard, DTensor)]
-        on_meta = dict[nn.Parameter, nn.Parameter]()
+        on_meta = {}
         try:
             for (part, name), shard in sharded:
                 if shard not in on_meta:

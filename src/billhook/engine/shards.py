@@ -210,7 +210,7 @@ class ShardStore(BlockStore):
         Values that each rank has computed for itself may be rounded differently. All ranks also read the result together.
         """
         del block, note
-        reads = dict[str, Read]()
+        reads = {}
         for name, value in values.items():
             owner, _, key = name.rpartition(" ")[2].rpartition(".")
             layout, full = self.layout((self.model.get_submodule(owner), key)), nn.Parameter(value, requires_grad=False)

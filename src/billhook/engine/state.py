@@ -126,7 +126,7 @@ def uninterrupted() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread() or before is None:  # None: Python did not set it
         yield
         return
-    came = list[int]()
+    came = []
     signal.signal(signal.SIGINT, lambda number, _: came.append(number))
     try:
         yield

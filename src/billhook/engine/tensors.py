@@ -301,7 +301,7 @@ def add_to_file(folder: Path, sizes: Mapping[str, Tensor], parts: Iterable[Mappi
     with safe_open(first, "pt", backend="pread") as old, ExitStack() as stack:
         all_sizes = {name: _empty(old.get_slice(name), "meta") for name in old.keys()} | dict(sizes)  # noqa: SIM118 - no dict
         split = split_torch_state_dict_into_shards(all_sizes, filename_pattern=FILE_PATTERN, max_shard_size=LARGEST)
-        extents = dict[str, tuple[BinaryIO, int]]()
+        extents = {}
         for file, names in split.filename_to_tensors.items():
             new = stack.enter_context((folder / file).open("wb"))
             for name, start in _begin(new, names, all_sizes).items():
@@ -363,7 +363,7 @@ def share_parameters(model: PreTrainedModel, other: PreTrainedModel, files: Tens
         keys: Names of tensors in the files.
     """
     on_meta, in_memory = (dict(either.named_parameters(remove_duplicate=False)) for either in (model, other))
-    remaining = list[str]()
+    remaining = []
     for key in keys:
         empty, full = on_meta.get(key), in_memory.get(key)
         if empty is None or full is None or not empty.is_meta or not _equals_file(full, empty, files, key):

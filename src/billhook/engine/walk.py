@@ -50,7 +50,7 @@ def separable_blocks(model: nn.Module, parameters: Iterable[tuple[tuple[nn.Modul
     holders = defaultdict[nn.Parameter, set[nn.Module]](set)
     for (module, _), parameter in parameters:
         holders[parameter].add(module)
-    apart = list[nn.Module]()
+    apart = []
     for block in blocks_of(model):
         inside = set(block.modules())
         within = [modules for modules in holders.values() if not inside.isdisjoint(modules)]
@@ -104,7 +104,7 @@ def find_sites(
 def with_exits(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
     """Adds the exit of each block with pending layers to the sites."""
     owner = {module: block for block in blocks_of(model) for module in block.modules()}
-    ordered = list[Site]()
+    ordered = []
     for block, within in groupby(sites, key=lambda site: owner.get(site.module)):
         group = list(within)
         inside = {name: linear for site in group for name, linear in site.linears.items() if not site.done}

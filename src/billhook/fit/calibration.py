@@ -193,7 +193,7 @@ def _first(batches: Iterable[Any], number: int, rank: int, ranks: int) -> Iterat
 
 def _starts_again(dataset: Iterable[Any]) -> bool:
     """Returns whether a dataset can be read twice, instead of continuing one stream."""
-    first = list[Any]()
+    first = []
     for _ in range(2):
         with isolated_rng():
             first.append(next(iter(dataset), None))

@@ -210,7 +210,7 @@ def _load(
         reshard(pl_module)  # a forward pass may have left it gathered
         if trainer.state.fn != TrainerFn.FITTING:
             trainer.strategy.optimizers = []  # an earlier run's optimizers have other parameters
-        names = dict[Tensor, str]()
+        names = {}
         for name, parameter in pl_module.named_parameters():
             names[parameter] = name
         groups, names_by_group = list[dict[str, Any]](), list[list[str]]()

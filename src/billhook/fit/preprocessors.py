@@ -27,7 +27,7 @@ def find_preprocessors(trainer: pl.Trainer, pl_module: pl.LightningModule) -> li
     Searches the data module, the module, and the loaders' `collate_fn` and dataset, in this order.
     """
     data = trainer.datamodule  # type: ignore[attr-defined]
-    named = list[object]()
+    named = []
     for name in NAMES:
         with suppress(ValueError, OSError):  # the data module cannot load it
             named.append(getattr(data, name, None))

@@ -103,7 +103,7 @@ def _mapped(path: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     checkpoint = torch.load(path, map_location=note, mmap=True, weights_only=options.get("weights_only"))
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(TENSORS), dict):
         return None
-    plain = dict[str, Tensor]()
+    plain = {}
     for name, tensor in checkpoint[TENSORS].items():
         if type(tensor) is Tensor and tensor.layout == torch.strided:
             plain[name] = tensor

@@ -85,7 +85,7 @@ def training_record(trainer: pl.Trainer) -> dict[str, Any]:
         "devices": trainer.world_size,
     }
     facts: dict[str, Any] = {"training": {name: value for name, value in training.items() if value is not None}}
-    metrics = dict[str, float]()
+    metrics = {}
     for name, value in trainer.callback_metrics.items():
         if name.startswith("val") and math.isfinite(number := float(value)):
             metrics[name] = number

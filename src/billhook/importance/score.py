@@ -170,7 +170,7 @@ def score_units(
         comm.sum_(*sums.totals.values(), *sums.counts.values())
         if not any(count.any() for count in sums.counts.values()):
             raise ValueError(f"batches: {type(importance).__name__} needs at least one batch with non-padding tokens.")
-    scores = dict[str, Tensor]()
+    scores = {}
     for name, total in sums.totals.items():
         mean = importance.of_mean(total / sums.counts[name].clamp(min=1))
         if not torch.isfinite(mean).all():

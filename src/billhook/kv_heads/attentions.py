@@ -262,7 +262,7 @@ class Attentions:
         """Returns the sums of all spectra, for attention modules whose blocks are dropped."""
         groups, inside = self._seen_in(method.grouping), self._by_owner()
         listening = MomentPass(self.model, self.projections, {name: [groups[name]] for name in groups}, trials, self._comm)
-        spectra = list[list[Tensor]]()
+        spectra = []
 
         def leave(block: nn.Module | None) -> None:
             for name in inside.pop(block, []):

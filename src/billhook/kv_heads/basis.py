@@ -81,7 +81,7 @@ def _bases(metric: Tensor, moments: Tensor, blocks: Sequence[tuple[Block, Block]
 
 def key_spectra(moments: Moments, method: SVD, blocks: Sequence[Block]) -> list[Tensor]:
     """Returns for each block of keys the sum over groups of its spectra (see `SVD.spectrum`)."""
-    spectra = list[Tensor]()
+    spectra = []
     for block in blocks:
         groups = zip(grouped(moments.queries, len(moments.keys)), moments.keys, strict=True)
         spectra.append(torch.stack([method.spectrum(*_of_block(metric, keys, block)) for metric, keys in groups]).sum(0))

@@ -118,7 +118,7 @@ def _compare(model: nn.Module, news: Sequence[EqualHeads], trials: Sequence[Run]
         trial = trials[number : number + 1]
         if not comm(torch.tensor([float(len(trial))], device=comm.device)).any():
             return
-        outputs = list[list[Any]]()
+        outputs = []
         for index, new in enumerate([EqualHeads(LazyTensors({})), *news]):
             with store.computing_with(new.values), store.independently(comm):
                 outputs += [_outputs(model, turning) for turning in rotating_with(model, new.rope, trial)]
@@ -128,7 +128,7 @@ def _compare(model: nn.Module, news: Sequence[EqualHeads], trials: Sequence[Run]
 
 def _outputs(model: nn.Module, trial: Run) -> list[Any]:
     """Returns the outputs of each call of the model, or else the output of the run."""
-    outputs = list[Any]()
+    outputs = []
     with evaluating_without_grad(model), ExitStack() as stack:
         stack.callback(model.register_forward_hook(lambda _module, _args, output: outputs.append(output)).remove)
         result = trial.visit()
@@ -158,7 +158,7 @@ def _compare_side_by_side(model: nn.Module, news: Sequence[EqualHeads], trials: 
         if index == len(news) - 1:  # the last run of the batch: its logits are released
             del expected[number]
 
-    visits = list[Callable[[], object]]()
+    visits = []
     for number, trial in enumerate(trials):
         visits.append(partial(run, number, -1, trial))
         for index, new in enumerate(news):

@@ -216,7 +216,7 @@ def lost(slots: Slots, spectra: Sequence[Tensor]) -> float:
 
 def _gains(rotation: Rotation, bands: Sequence[Band], spectra: Sequence[Tensor]) -> list[list[float]]:
     """Returns the gain of each further slot of a band, falling."""
-    gains = list[list[float]]()
+    gains = []
     for band, spectrum in zip(bands, spectra, strict=True):
         kept = spectrum / 2 if band.frequency else spectrum[len(rotation.rest) :].reshape(-1, 2).sum(1)
         gains.append(kept.tolist())

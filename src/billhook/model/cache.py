@@ -198,7 +198,7 @@ class _Signature:
     def module(self, module: nn.Module) -> object:
         """Returns plain data that identifies a module, without its submodules."""
         plain = {name: value for name, value in vars(module).items() if name not in UNSEEN and not _keeps_shapes(value)}
-        names = list[str]()
+        names = []
         for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
             if not _keeps_shapes(hook):
                 if not is_part(hook):

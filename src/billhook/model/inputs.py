@@ -45,7 +45,7 @@ class _Maker:
             raise ValueError(
                 f"cannot guess the inputs {', '.join(unknown)} of {type(self.model).__name__}. Pass them as example_inputs."
             )
-        inputs = dict[str, Any]()
+        inputs = {}
         dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
         for name in self.named:
             if name in wanted:

@@ -189,7 +189,7 @@ def read_dim(reader: nn.Module) -> int:
 def find_tied(model: nn.Module, linears: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
     """Finds other layers with the weight of a listed layer, with its name."""
     names, listed = {id(linear.get_parameter("weight")): name for name, linear in linears.items()}, set(linears.values())
-    tied = list[tuple[str, nn.Module]]()
+    tied = []
     for module in model.modules():
         weight = id(module._parameters.get("weight"))
         if weight in names and module not in listed and _is_among(module, "all"):
@@ -272,7 +272,7 @@ def _output_embeddings(module: nn.Module) -> set[int]:
 
 def _classification_heads(module: nn.Module) -> set[int]:
     """Returns the ids of classification heads and of new modules."""
-    identities = set[int]()
+    identities = set()
     for part in module.modules():
         if hasattr(part, NEW):
             identities.add(id(part))

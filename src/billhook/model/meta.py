@@ -63,7 +63,7 @@ def _copied(model: Module, memo: dict[int, Any]) -> Module:
 
 def _not_copied(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
     """Finds attributes that cannot be copied, such as locks and files."""
-    shared = dict[int, Any]()
+    shared = {}
     for module in model.modules():
         for name, value in vars(module).items():
             if name not in ("_parameters", "_buffers", "_modules"):

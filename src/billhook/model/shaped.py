@@ -69,7 +69,7 @@ def _entry_of_files(kind: type[PreTrainedModel], name: str) -> dict[str, Any] | 
     _, files = _with_model_names(meta_model, Shape({}, {}, {}), _file_sizes(name))
     sizes = {id(state[key]): size for key, size in files.items() if key in state}  # also of what is tied
     tensors = {key: sizes[id(t)] for key, t in state.items() if sizes.get(id(t), built.tensors[key]) != built.tensors[key]}
-    attributes = dict[str, int]()
+    attributes = {}
     for key, value in built.attributes.items():
         owner, _, attr = key.rpartition(".")
         number = _infer_attribute(meta_model.get_submodule(owner), attr, owner, tensors)
@@ -237,7 +237,7 @@ def _with_model_names(meta_model: PreTrainedModel, stated: Shape, files: Sizes) 
     prefix, modules = f"{meta_model.base_model_prefix}.", dict(meta_model.named_modules())
 
     def renamed(entries: Mapping[str, T], known: Container[str]) -> dict[str, T]:
-        in_model = dict[str, T]()
+        in_model = {}
         for key, entry in entries.items():
             names = key, prefix + key, key.removeprefix(prefix)
             in_model[next((name for name in names if name in known), key)] = entry

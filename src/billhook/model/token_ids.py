@@ -70,7 +70,7 @@ def _all_fields(model: PreTrainedModel, size: int) -> Fields:
 
 def _of_vocabulary(config: PretrainedConfig, size: int) -> list[tuple[str, PretrainedConfig]]:
     """Returns the configs with a vocabulary of this size, or the outermost without any."""
-    configs = list[tuple[str, PretrainedConfig]]()
+    configs = []
     for prefix, nested in nested_configs(config):
         sizes = vocabulary_sizes(nested).values()
         if size in sizes or not (prefix or sizes):

@@ -101,7 +101,7 @@ def _label(axes: Axes, curve: Any, points: Sequence[tuple[int, float, str]]) -> 
     lines = [line.get_path().transformed(line.get_transform()) for line in axes.lines]
     lines.append(curve.get_path().transformed(axes.transData))  # counts twice, because axes.lines has it, too
     used, seen = list[Any](), set[tuple[int, float]]()
-    dots = dict[tuple[int, float], Any]()
+    dots = {}
     for step, value, _ in points:
         if abs(value) < 1e100:
             dots[step, value] = axes.transData.transform((step, value))

@@ -148,7 +148,7 @@ class RowLength:
 def row_lengths_from_json(data: Iterable[Mapping[str, Any]]) -> tuple[RowLength, ...]:
     """Restores row lengths from plain data, and raises if it is malformed."""
     try:
-        rows = list[RowLength]()
+        rows = []
         for row in data:
             others = [(other["units"], other["multiple"], other["more_parameters"]) for other in row["others"]]
             rows.append(RowLength(**{**row, "others": tuple(others)}))

@@ -41,7 +41,7 @@ def find_block_fields(
         removed: Blocks to remove, by stack.
     """
     finder = _Finder(model, stacks, removed)
-    reasons = list[str]()
+    reasons = []
     for lists in finder.lists():
         counts, reason = finder.counts(lists)
         reasons.append(reason)
@@ -111,7 +111,7 @@ class _Finder:
         for number in range(TOGETHER + 1):
             if number == 2:  # pairs are many
                 options = self._useful(options, lists)
-            fitting = list[Fields]()
+            fitting = []
             for fields in map(dict, itertools.combinations(options, number)):
                 built = self.build(lists | fields) if len(fields) == number else None
                 if built is not None and self._has_counts(built, all_removed=True):
@@ -216,7 +216,7 @@ def _lowered(value: Any, fewer: Sequence[tuple[int, int]], stacks: int) -> list[
         return [value - by for count, by in fewer if count == value]
     if not isinstance(value, list | tuple) or not all(map(_is_number, value)):
         return []
-    changes = list[list[tuple[int, int]]]()  # by entry that may change: its position, and the new numbers
+    changes = []  # by entry that may change: its position, and the new numbers
     for at, number in enumerate(value):
         options = [(at, number - by) for count, by in fewer if count == number]
         if options:

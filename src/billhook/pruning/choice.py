@@ -178,7 +178,7 @@ def _order(
 
 def _head_steps(units: Units, values: np.ndarray, name: str) -> tuple[Indices, np.ndarray]:
     """Returns steps of the next lowest query head of every KV head, with their mean scores."""
-    order = list[Indices]()
+    order = []
     for kv_head in range(units.count("kv_head")):
         queries = np.flatnonzero(units.kv_of == kv_head)
         order.append(queries[np.argsort(values[queries], kind="stable")])
@@ -334,7 +334,7 @@ def unprotected(units: Mapping[str, Units], protected: Iterable[str]) -> dict[st
 def protected_modules(model: nn.Module, units: Mapping[str, Units], amount: Amount) -> frozenset[str]:
     """Returns the modules in the first and last blocks of each stack."""
     stacks = find_blocks(model) if amount.first or amount.last else {}
-    protected = set[str]()
+    protected = set()
     for name, layer in units.items():
         if layer.kind not in ("residual", "block") and (block := block_of(layer.name, stacks)) is not None:
             stack, number = block

@@ -168,7 +168,7 @@ class UnitPlan(Cut, ShapePlan):
 
     def _notes(self) -> list[str]:
         """Describes uneven row lengths and numbers of KV heads."""
-        numbers = set[int]()
+        numbers = set()
         for name in self.units:
             if self.kinds[name] == "head" and self.after[name][1] < self.before[name][1]:
                 numbers.add(self.after[name][1])

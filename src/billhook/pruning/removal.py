@@ -52,7 +52,7 @@ def remove(model: PreTrainedModel, cut: Cut, key: Callable[[], str] = str) -> li
         return []
     _check_ungated(model, cut)
     _check_tokens(model, cut)
-    readers = set[str]()
+    readers = set()
     for layer in cut.all_units.values():
         if layer.kind in ("head", "channel"):
             readers |= {reader for reader in layer.readers if not _makes_units(model, reader, cut)}
@@ -141,7 +141,7 @@ def _cut_tensors(model: PreTrainedModel, cut: Cut, shape: Shape, key: Callable[[
         kept_of.setdefault(name, {})[dim] = positions
     parameters = dict(model.named_parameters())
     buffers = {name: _selected(model.get_buffer(name), kept_of[name]) for name in kept_of if name not in parameters}
-    changes = dict[str, Change]()
+    changes = {}
     for name in kept_of:
         if name in parameters:
             select = partial(_selected, kept=kept_of[name])

@@ -6,7 +6,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, read_batches
@@ -202,7 +202,7 @@ def repair_with(
     modules = dict[str, nn.Module]()
     for layer in plan.all_units.values():
         modules |= zip(layer.readers, map(subject.get_submodule, layer.readers), strict=True)
-    keep = dict[str, Tensor]()
+    keep = {}
     for reader, is_kept in kept_inputs.items():
         modules[reader], keep[_stored(subject, reader)] = subject.get_submodule(reader), is_kept
     runs = _runs(subject, modules, batches)

@@ -74,7 +74,7 @@ def _built(
     except Exception:  # whatever a class of configs or models raises
         return
     if built.tensors == sizes_without_adapters:
-        attributes = dict[str, Any]()
+        attributes = {}
         for name, value in built.attributes.items():
             if built_before.attributes.get(name, value) != value:
                 attributes[base_layer_name(name, layers)] = value
@@ -227,7 +227,7 @@ def _meanings(
     for (_, attribute, _), keys in keys_of.items():
         ranked = [(2, {key: shape_before.attributes[key] for key, _ in keys})]
         for meaning in numbers[keys[0][1]]:
-            changed = dict[str, int]()
+            changed = {}
             for key, name in keys:
                 before, after = numbers[name].get(meaning, (None, 0))
                 if before == shape_before.attributes[key]:

@@ -306,11 +306,11 @@ def row_lengths(model: nn.Module, cut: Cut, num_asked: Mapping[str, int], least:
         if layer.count() * length >= MULTIPLES[0]:
             row = RowLength(layer.kind, 1, length, num_asked[name], num_kept, multiple_of(num_kept * length))
             modules_of.setdefault(row, []).append(name)
-    rows = list[RowLength]()
+    rows = []
     for row, names in modules_of.items():
         counts = {name: cut.all_units[name].count() for name in names}
         options = {} if row.kind == "head" else nearby_counts(row.requested, row.kept, max(counts.values()), least)
-        alternatives = list[tuple[int, int, int]]()
+        alternatives = []
         for num_kept, multiple in options.items():
             chosen = cut.units | {name: list(range(num_kept, count)) for name, count in counts.items()}
             alternative = find_cut(model, cut.structure, cut.all_units, chosen)

@@ -36,11 +36,11 @@ def perplexity(model: PreTrainedModel, rows: Rows | None, examples: int, progres
     if rows is None or not examples or not generates(model):
         return None
     dataset: Any = rows
-    texts = list[Tensor]()
+    texts = []
     for number in range(min(examples, len(dataset))):
         texts.append(torch.tensor([dataset[number]["input_ids"]], device=model.device))
         check_ids(model, texts[-1])
-    losses = dict[int, Tensor]()
+    losses = {}
 
     def read(number: int) -> None:
         logits = model(input_ids=texts[number], use_cache=False).logits[0, :-1].float()
@@ -55,7 +55,7 @@ def perplexity(model: PreTrainedModel, rows: Rows | None, examples: int, progres
 @torch.no_grad()
 def accuracy(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> float | None:
     """Returns the accuracy on labeled examples; None without examples."""
-    correct = list[bool]()
+    correct = []
     for batch in batches:
         inputs: dict[str, Any] = {
             name: tensor.to(model.device, model.dtype if tensor.is_floating_point() else None)
@@ -202,7 +202,7 @@ class DenseReference:
         progress: OnProgress | None,
     ) -> None:
         """Calls `visit` with each of this rank's examples, its logits, and its mean loss."""
-        finished = set[int]()
+        finished = set()
 
         def read(row: int, run: Run) -> None:
             example = examples[row]
@@ -215,7 +215,7 @@ class DenseReference:
         # ranks with fewer examples repeat the first one, so that all ranks gather shards equally often
         most = math.ceil(len(self.rows) / self._rank_rows.step) if is_sharded(model) else 0
         padded = [*self._rank_rows, *[0] * (most - len(self._rank_rows))]
-        inputs = list[dict[str, Tensor]]()
+        inputs = []
         for row in padded:
             inputs.append({"input_ids": examples[row].ids[None]})
         runs = runs_of(model, inputs)
@@ -248,7 +248,7 @@ class DenseReference:
         degradation = []
         for source, rows in rows_by_source.items():
             before, (after, kl) = self.losses[rows], results[rows].T
-            others = dict[str, float]()
+            others = {}
             if tokenizer:
                 count = sum(num_before[row] for row in rows)
                 others["token_bytes"] = sum(self._texts[row].bytes for row in rows) / count
@@ -334,7 +334,7 @@ def degradation_warning(degradation: Sequence[TextDegradation]) -> str | None:
         return None
     mean = sum(increases) / len(increases)
     allowed, allowed_error = TWICE * max(mean, 0.0), TWICE * math.hypot(*errors) / len(errors)
-    worse = list[str]()
+    worse = []
     for text in degradation:
         ratio, error = text.shown_ratio
         significant = math.log(ratio) - allowed > 2 * math.hypot(error / ratio, allowed_error)

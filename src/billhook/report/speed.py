@@ -190,7 +190,7 @@ def measure_speed(
     """
     check_types(measure_speed, locals())
     check_speed(models, batch_sizes, contexts, new_tokens, rounds, warmup, cache, phases)
-    rows = list[Timing]()
+    rows = []
     for batch_size in batch_sizes:
         for context in contexts:
             runs = [Generation(model, _prompts(model, batch_size, context, seed), new_tokens, cache) for model in models]

@@ -154,7 +154,7 @@ def stage_table(
     }
     if metric is not None and metric not in keys.values():
         keys = {metric: metric} | keys
-    shown = dict[str, str]()
+    shown = {}
     for head, key in keys.items():
         if any(stage.numbers.get(key) is not None for stage in stages):
             shown[head] = key

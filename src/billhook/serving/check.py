@@ -186,7 +186,7 @@ def _compared(
     differences, largest = (logits - expected).abs().amax(1), expected.abs().max()
     difference = float(differences.max() / largest)
     matching = next((i for i, (a, b) in enumerate(zip(greedy, following, strict=True)) if a != b), new_tokens)
-    reasons = list[str]()
+    reasons = []
     if difference > TOLERANCE:
         first = int((differences > TOLERANCE * largest).int().argmax()) + 1
         reasons.append(f"logits differ by {difference:.1e} of the largest (limit {TOLERANCE:g}) from token {first} of {len(row)}")

@@ -232,7 +232,7 @@ def _quants(sizes: Sizes) -> str:
     """Returns the rows whose length K-quants do not divide, with the largest divisor."""
     rows = {"hidden size": sizes.hidden or 0, "heads": (sizes.heads or 0) * (sizes.head_dim or 0)}
     rows |= {f"MLP width {number}" if number > 1 else "MLP width": n for number, n in enumerate(sizes.mlp, 1)}
-    short = list[str]()
+    short = []
     for name, size in rows.items():
         if (best := multiple_of(size)) != MULTIPLES[0]:
             short.append(f"{size:,} ({name}, {f'a multiple of {best}' if best > 1 else 'F16'})")

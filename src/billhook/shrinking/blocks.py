@@ -114,7 +114,7 @@ def find_blocks(search: RatioSearch, target: str, modules: Sequence[PrunableModu
             return Blocks(model, why=f"{module.name} is coupled to modules of other blocks")
         if (block := where.pop()) is not None:
             inside[block[1]].append(module)
-    costs = dict[object, int | str]()
+    costs = {}
     for number in range(amount.first, count - amount.last):
         name, shape = f"{stack}.{number} block", _shape(model.get_submodule(f"{stack}.{number}"), inside[number])
         if shape not in costs:

@@ -87,7 +87,7 @@ def limit_tokens(batches: Sequence[Any], tokens: int = TOKENS) -> list[Any | Non
     """
     share = tokens // max(len({source_of(batch) for batch in batches}), 1)
     left: dict[str, int] = {}
-    taken = list[Any | None]()
+    taken = []
     for batch in batches:
         source = source_of(batch)
         count, length = _size(batch)
@@ -216,7 +216,7 @@ class Divergence:
             stacks = {}
         blocks = {f"{name}.{number}": block for name, stack in stacks.items() for number, block in enumerate(stack)}
         self._replay = Replay(blocks)
-        self._dense = list[tuple[Run, Predictions]]()
+        self._dense = []
         for run in runs:
             with self._replay.recording():  # no local keeps the logits while the next run makes its own
                 self._dense.append((run, Predictions.of(eval_logits(model, run), len(runs))))

@@ -97,7 +97,7 @@ class Frontier:
 
     def levels(self, number: int) -> Levels:
         """Returns the levels of a choice, by its index in order of cost."""
-        chosen = list[int]()
+        chosen = []
         for parents, levels in reversed(self._steps):
             chosen.append(int(levels[number]))
             number = int(parents[number])
@@ -233,13 +233,13 @@ def sizes_at_limit(kept: Sequence[Sequence[int]], costs: Sequence[Mapping[int, i
         return (price[most] - price[least]) / (most - least) or math.inf
 
     finest = min(range(len(kept)), key=unit_cost)
-    others = list[list[int]]()
+    others = []
     for number, numbers in enumerate(kept):
         if number != finest:
             others.append([costs[number][n] for n in numbers])
     if math.prod(map(len, others)) > CHOICES:
         return {}
-    met = set[int]()
+    met = set()
     for paid in product(*others):
         fits = [number for number, price in costs[finest].items() if sum(paid) + price <= limit]
         met |= {max(fits)} if fits else set()

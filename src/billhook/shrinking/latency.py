@@ -155,7 +155,7 @@ def with_latency(scope: SearchScope, most: float, clock: Clock, progress: Progre
             dense.append(times.dense)
             progress.advance()
     now = round(1e9 * median(dense))
-    priced = dict[str, PrunableModule]()
+    priced = {}
     for group, ratios in zip(groups, measured, strict=True):
         for module in group:
             priced[module.name] = _priced(module, ratios, now / len(group))

@@ -117,7 +117,7 @@ def measure(
     runs = [make_run(model, units, batch) for batch in fitted]
     fill_cache(cache, modules, units, scores, runs, repair, progress.advance)
     progress.enter("measuring losses")
-    losses = dict[str, list[float]]()
+    losses = {}
     for module in modules:
         progress.advance()
         losses[module.name] = config_losses(cache, divergence, module)
@@ -176,9 +176,9 @@ def single_kind_levels(measurement: Measurement, limit: int) -> dict[UnitKind, t
     slots = make_slots(scope.modules, measurement.losses, scope.uniform)
     within = limit - scope.now + full_cost(slots)
     kinds = {module.name: module.kind for module in scope.modules}
-    chosen = dict[UnitKind, tuple[list[Slot], Levels]]()
+    chosen = {}
     for kind in dict.fromkeys(kinds.values()) if len(set(kinds.values())) > 1 else ():
-        able = list[Slot]()
+        able = []
         for slot in slots:
             levels = len(slot.kept) if kinds[slot.names[0]] == kind else 1
             able.append(Slot(slot.names, slot.kept[:levels], slot.costs[:levels], slot.losses[:levels]))

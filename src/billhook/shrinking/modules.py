@@ -97,7 +97,7 @@ def find_modules(search: RatioSearch, target: str, uniform: bool = False) -> lis
         if len(module.allowed) > 1 and cost > 0 and not consumers & consumed:
             modules.append(module)
             consumed |= consumers
-    refusals = dict[UnitKind, str]()
+    refusals = {}
     for of_kind in group_by(modules, lambda module: module.kind):
         refusals[of_kind[0].kind] = _refusal(search, of_kind)
     able = [module for module in modules if not refusals[module.kind]]

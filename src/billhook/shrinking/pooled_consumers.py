@@ -42,7 +42,7 @@ def refit_consumers(
         repair: Ridge penalties and held-out fraction of the refits.
     """
     parts = repair.parts(len(runs))
-    refits = dict[str, _PooledConsumerRefit]()
+    refits = {}
     with evaluating_without_grad(model), ExitStack() as stack:
         for name, of_attention in projections.items():
             refits[name] = _PooledConsumerRefit(model, of_attention, variants[name])
@@ -83,12 +83,12 @@ class _PooledConsumerRefit:
 
         Empty if nothing can be held out.
         """
-        refitted = dict[int, LazyTensors]()
+        refitted = {}
         for number, parts in self._moments.items():
             weight, bias = self._parameters(number)
             device = float64_device(weight.device)  # the CPU where the device has no float64
             weight, bias = weight.to(device), None if bias is None else bias.to(device)
-            new = dict[str, Tensor]()
+            new = {}
             if can_choose(parts):
                 tensors = to_parameters(self._reader, *refit_linear(weight, bias, parts, ridges))
                 new = by_parameter({self._linear: tensors})
@@ -102,7 +102,7 @@ class _PooledConsumerRefit:
 
     def _visit(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Runs the forward pass with each variant's parameters, and then unchanged."""
-        inputs = dict[int, Tensor]()
+        inputs = {}
         for number, weights in self._candidates.items():
             parameters = {self._model.get_submodule(linear): weights.of_module(linear) for linear in weights.modules}
             self._stops = True

@@ -113,7 +113,7 @@ class HeadPooling:
         chosen, new_losses = dict(zip(modules, modules, strict=True)), dict(losses)
         for group in uniform_groups(modules, uniform):
             lost = {module.name: dict(zip(module.levels, losses[module.name], strict=True)) for module in group}
-            better = list[int]()
+            better = []
             for kept in group[0].levels:
                 if kept in self.sizes.get(group[0].name, ()) and self._loses_less(divergence, group, kept, lost):
                     better.append(kept)
@@ -137,7 +137,7 @@ class HeadPooling:
         alone = [self.cache.lost(pooled_name(module), kept, divergence.mean) for module in group]
         if len(group) == 1:
             return alone[0] < removed[group[0].name][kept]
-        together = list[float]()
+        together = []
         for names in (map(pooled_name, group), removed):
             with self.cache.assembled(dict.fromkeys(names, kept)):
                 together.append(divergence.mean())
@@ -159,7 +159,7 @@ class HeadPooling:
             return kept
         ((_, free),) = attentions.reconstructed([FREE], self._runs(batches))
         free = replace(free, values=free.values.without([name for name in free.values if name not in fixed]))
-        losses = list[float]()
+        losses = []
         for new in (kept, free):
             with store_of(model).computing_with(new.values), rotating(model, new.rope):
                 losses.append(divergence.mean())
@@ -191,9 +191,9 @@ def find_pooling(scope: SearchScope, cache: VariantCache) -> HeadPooling | None:
         attentions.check(METHOD)
     except ValueError:
         return None
-    sizes = dict[str, list[int]]()
+    sizes = {}
     for group in uniform_groups(scope.modules, uniform=True):
-        numbers = list[int]()
+        numbers = []
         for kept in group[0].pool_sizes:
             if _saves(scope.model, group, kept) and (scope.uniform or _saves(scope.model, group[-1:], kept)):
                 numbers.append(kept)

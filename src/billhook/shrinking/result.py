@@ -152,7 +152,7 @@ class Shrunk(Printable):
 
     def _notes(self) -> list[str]:
         """Returns the losses of single kinds of unit and of the selected model."""
-        notes = list[str]()
+        notes = []
         loss, digits = ("bits per byte ", "+.4f") if self.per_byte else ("KL ", ".4f")
         for name, (left, lost) in self.alone.items():
             notes.append(f"{name} only, before the repair: {loss}{lost:{digits}} at {format_amount(self.target, left)}")

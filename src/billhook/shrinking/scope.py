@@ -91,7 +91,7 @@ class SearchScope:
         scope = replace(self, modules=[replace(module, levels=module.grid()) for module in self.modules])
         scope.check_reach(budget, token_savings)
         met = budget_sizes(scope.modules, self.blocks.removable, self.now, self.limit) if self.uniform else {}
-        modules = list[PrunableModule]()
+        modules = []
         for module in scope.modules:
             levels = set(module.levels)
             for number in met.get(module.name, ()):

@@ -255,7 +255,7 @@ def _filled(measurement: Measurement, point: Point, limit: int) -> dict[str, int
 
 def _candidates(measurement: Measurement, losses: Mapping[Point, float]) -> list[Candidate]:
     """Returns measured points as candidates."""
-    candidates = list[Candidate]()
+    candidates = []
     for (number, levels), lost in losses.items():
         space = measurement.spaces[number]
         kept = space.kept(levels)

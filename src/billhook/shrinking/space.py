@@ -80,14 +80,14 @@ class Space:
         levels = self._frontiers[removed].within(limit - self.rest)
         if levels is None:
             return None
-        chosen = list[int]()
+        chosen = []
         for slot, level in zip(self.slots, levels, strict=True):
             chosen.append(level + (len(slot.costs) - 1 if _goes(slot, removed) else 0))
         return tuple(chosen)
 
     def nearest(self, saved: Mapping[str, int]) -> Levels:
         """Returns the lowest-loss levels at which each slot saves at least the given cost."""
-        levels = list[int]()
+        levels = []
         for slot in self.slots:
             most = slot.costs[0] - sum(saved[name] for name in slot.at(0))
             levels.append(next(level for level, price in enumerate(slot.costs) if price <= most))
@@ -167,7 +167,7 @@ def initial_points(spaces: Sequence[Space], limit: int, ranked: Sequence[Block])
         names = [block.name for block in ranked]
         for count in SEVERAL:
             best += [(0, spaces[0].best_without(limit, names[:count]))] if count <= len(names) else []
-    points = list[Point]()
+    points = []
     for number, levels in best:
         if levels is not None:
             points.append((number, levels))
@@ -203,7 +203,7 @@ def best_point(spaces: Sequence[Space], limit: int) -> Point | None:
 
 def evenly_sized(spaces: Sequence[Space], most: int) -> list[Point]:
     """Returns the best points at up to `most` evenly spaced sizes, the smallest first."""
-    sizes = list[int]()
+    sizes = []
     for space in spaces:
         sizes += [space.rest + int(size) for size in space.frontier.costs[[0, -1]]]
     points = dict[Point, None]()
@@ -231,7 +231,7 @@ BLOCKS = (0, 1, 2, 4)
 
 def size_costs(modules: Sequence[PrunableModule], uniform: bool) -> list[dict[int, int]]:
     """Returns by slot the cost of each number of units that its modules may keep."""
-    costs = list[dict[int, int]]()
+    costs = []
     for group in uniform_groups(modules, uniform):
         costs.append({kept: sum(module.cost(kept) for module in group) for kept in group[0].allowed})
     return costs

@@ -74,7 +74,7 @@ class VariantCache:
 
     def _read(self, folder: Path) -> None:
         """Reads the variants of an earlier search; damaged files are removed and recomputed."""
-        damaged = list[Path]()
+        damaged = []
         for file in sorted(folder.glob("*.safetensors")):
             try:
                 with safe_open(file, "pt") as stored:
@@ -195,7 +195,7 @@ def fill_cache(
     """
     model, how = cache.model, repair or RepairConfig()
     parts = how.parts(len(runs))
-    missing = dict[PrunableModule, list[int]]()
+    missing = {}
     for module in modules:
         levels = [kept for kept in module.levels if kept < module.count and (module.name, kept) not in cache.errors]
         if levels:
@@ -227,7 +227,7 @@ def fill_cache(
             moments.clear()
             waiting[:] = missing
             watch(model, watched, runs, note)
-        every = set[str]()
+        every = set()
         for module in modules:
             every |= set(consumers_of(module, units))
         make(every)

@@ -162,7 +162,7 @@ class SmallerVocabularies:
         if not level.saved:
             return list(batches)
         respelled, old = Respelling(self.vocabulary.tokenizer, level.kept.tolist()), torch.from_numpy(level.kept)
-        changed = list[Any]()
+        changed = []
         for batch in batches:
             inputs = respelled(batch)
             for name in {"input_ids", "labels"} & inputs.keys():
@@ -173,7 +173,7 @@ class SmallerVocabularies:
 
     def _counts(self) -> list[int]:
         """Returns the numbers of tokens that may be left, at most one for each sixteenth."""
-        counts = list[int]()
+        counts = []
         for sixteenth in range(1, SIXTEENTHS):
             count = (self.size - self.size * sixteenth // SIXTEENTHS) // MULTIPLES[0] * MULTIPLES[0]
             counts += [count] if len(self.required) <= count < self.size else []
@@ -182,7 +182,7 @@ class SmallerVocabularies:
 
 def _texts(batches: Iterable[Any], tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, ExampleText]]:
     """Returns the texts of examples, with the names of their sources."""
-    texts = list[tuple[str, ExampleText]]()
+    texts = []
     for batch in batches:
         texts += [(source_of(batch), ExampleText.of(ids.cpu(), tokenizer)) for ids in inputs_of(batch)["input_ids"]]
     return texts

@@ -200,7 +200,7 @@ class _MeasuringVisitor(PruningVisitor):
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
         """Measures the blocks of these linear layers."""
         for block, site in enumerate(self.blocks):
-            scores = list[Tensor]()
+            scores = []
             for name, linear in site.linears.items():
                 if name in linears:
                     self.store.load(linear)

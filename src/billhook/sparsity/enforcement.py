@@ -89,7 +89,7 @@ class EnforcedMasks:
             raise
         self._weights = {name: first[name].get_parameter("weight") for name in self._masks}  # `change` may have replaced them
         self.apply()
-        adapted = dict[str, Tensor]()
+        adapted = {}
         for name in self._adapted:
             if name in self._masks:
                 adapted[name] = self._masks[name]
@@ -137,7 +137,7 @@ class EnforcedMasks:
     def _step(self, optimizer: Optimizer, *_: object) -> None:
         for model, linears in zip(self._models[:1], self._linears, strict=False):
             reshard(model)
-            pairs = list[tuple[nn.Parameter, Tensor]]()
+            pairs = []
             for name, mask in self._masks.items():
                 weight = linears[name].get_parameter("weight")
                 if weight.shape != mask.shape:

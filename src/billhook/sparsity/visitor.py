@@ -220,7 +220,7 @@ class PruningVisitor(Visitor):
 
     def resume(self) -> list[nn.Module]:
         """Restores the blocks that an earlier process has staged, and returns them."""
-        blocks = list[nn.Module]()
+        blocks = []
         for block in self.store.blocks.values():
             if (known := self.store.staged(block)) is not None:
                 tensors, kept = known
@@ -367,7 +367,7 @@ class PruningVisitor(Visitor):
     def _solve_own(self, linears: Mapping[str, nn.Module]) -> dict[str, PrunedLayer]:
         """Prunes this rank's share of the layers, by cost rows x width^2 + width^3."""
         costs = [width**2 * (rows + width) for rows, width in map(size_of, linears.values())]
-        solved = dict[str, PrunedLayer]()
+        solved = {}
         for (name, linear), is_own in zip(linears.items(), self.comm.owned_pieces(costs), strict=True):
             self.store.load(linear)
             if is_own:

@@ -64,7 +64,7 @@ def build_structure(model: nn.Module, tape: Tape, outside: Mapping[str, tuple[in
 
     `outside` has shapes of parameters outside the model that may belong to its groups.
     """
-    axes = dict[str, tuple[Axis, ...]]()
+    axes = {}
     for name, tensor in tape.parameters.items():
         known = note(tensor, touch=False)
         if known.used and not known.active:
@@ -168,7 +168,7 @@ def find_idle(groups: Sequence[Group], attention: Sequence[Attention], axes: Map
     by_leaf = {group.leaf: group for group in groups}
     for layer in attention:
         query_key = [by_leaf[leaf] for leaf in layer.query_key if leaf in by_leaf]
-        key_axes = list[Axis]()
+        key_axes = []
         for part in layer.k:
             if part.name in axes and len(part.positions) == part.size:
                 key_axes.append(axes[part.name][part.dim])

@@ -147,7 +147,7 @@ def _readers(
     by_leaf: Mapping[Axis, Group], value: Iterable[Axis], heads: Sequence[Axis], producers: set[str]
 ) -> tuple[Part, ...]:
     """Returns the parameters that consume a value axis of these heads."""
-    readers = dict[tuple[str, int], Part]()
+    readers = {}
     for leaf in filter(by_leaf.__contains__, value):
         for member in by_leaf[leaf].members:
             has_heads = not heads or not set(heads).isdisjoint(leaves(member.axis))

@@ -173,7 +173,7 @@ def _some(names: Sequence[str], most: int = 6) -> str:
 
 def to_json(structure: StructureFields) -> dict[str, Any]:
     """Returns a structure as lists, dictionaries, numbers, and strings."""
-    parameters = dict[str, Any]()
+    parameters = {}
     for name, shape in structure.shapes.items():
         if name in structure.axes:
             parameters[name] = {"shape": list(shape), "axes": tree(structure, name)}

@@ -136,7 +136,7 @@ def _subject(module: nn.Module | PretrainedConfig | str | os.PathLike[str], all_
     for child in module.modules():
         if isinstance(child, PreTrainedModel) or child is model:
             of_model.update(map(id, child.parameters()))
-    outside = dict[str, tuple[int, ...]]()
+    outside = {}
     for name, parameter in module.named_parameters():
         if id(parameter) not in of_model:
             outside[name] = tuple(parameter.shape)

@@ -152,7 +152,7 @@ class DatasetModule(pl.LightningDataModule):
         return {split: rows for split, rows in splits.items() if split in SPLITS}
 
     def _join(self, sources: Sequence[dict[str, Rows]]) -> dict[str, Rows]:
-        joined = dict[str, Rows]()
+        joined = {}
         for split in SPLITS:
             parts = [splits[split] for splits in sources if split in splits]
             if parts:
@@ -248,7 +248,7 @@ class DatasetModule(pl.LightningDataModule):
 
 def label_names(splits: Mapping[str, Rows], column: str) -> list[str]:
     """Returns the class names stored for a column, or its sorted strings, if any."""
-    words = set[str]()
+    words = set()
     for rows in splits.values():
         kind = (rows.features or {}).get(column)
         if isinstance(kind, datasets.ClassLabel):

@@ -141,7 +141,7 @@ def answered(
     model: PreTrainedModel, who: str, sets: dict[str, Asked], batch_size: int, progress: OnProgress | None = None
 ) -> dict[str, Answers]:
     """Returns the log-likelihoods of all choices, by file; `progress` counts tokens."""
-    rows = list[EncodedChoice]()
+    rows = []
     for _, choices in chain.from_iterable(sets.values()):
         rows += choices
     parts = batches(rows, batch_size)
@@ -176,7 +176,7 @@ def on_text(
 
 def on_questions(answers: Mapping[str, Answers]) -> list[Figure]:
     """Returns `acc` and `acc_norm` of each file's answers."""
-    figures = list[Figure]()
+    figures = []
     for file, answers_in_file in answers.items():
         figures += accuracies(f"{Path(file).stem} ({len(answers_in_file)})", answers_in_file)
     return figures

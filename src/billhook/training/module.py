@@ -68,7 +68,7 @@ def freeze_others(model: PreTrainedModel, trainable: Trainable, classifies: bool
         base = set(model.base_model.parameters()) if classifies else {parameter for _, parameter in parameters}
         trained = {parameter for name, parameter in parameters if name in names or parameter not in base}
     else:
-        trained = set[nn.Parameter]()
+        trained = set()
         for pattern in trainable:
             trained |= matching_parameters(parameters, pattern)
     for _, parameter in parameters:
@@ -104,14 +104,14 @@ def module_parameters(attention: Attention, structure: Structure) -> set[str]:
     """Returns the parameter names of an attention module."""
     projections = layer_names((*attention.q, *attention.k, *attention.v, *attention.o))
     module = common_module(list(projections))
-    mlp_layers = set[str]()
+    mlp_layers = set()
     for mlp in structure.feed_forward:
         mlp_layers |= layer_names((*mlp.gate, *mlp.up, *mlp.down))
     if module and not names_within(module, mlp_layers - projections):
         return names_within(module, structure.shapes)
     dimensions = {*attention.heads, *attention.query_key, *attention.value}
     layers = {name.rpartition(".")[0] for name in projections}
-    selected = set[str]()
+    selected = set()
     for name in structure.shapes:
         axes = chain.from_iterable(map(leaves, structure.axes.get(name, ())))
         if name.rpartition(".")[0] in layers or not dimensions.isdisjoint(axes):

@@ -260,7 +260,7 @@ def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Unit
 
 def _kv_leaves(structure: Structure, attention: Attention, query: Sequence[Axis]) -> tuple[Axis, ...]:
     """Returns the leaves that count KV heads, among those that count query heads."""
-    made = set[Axis]()
+    made = set()
     for part in (*attention.k, *attention.v):
         made.update(leaves(structure.axes[part.name][part.dim]))
     counted = made if made & set(query) else set(query)  # heads that other attention modules count may be fewer here

@@ -51,7 +51,7 @@ class Respelling:
             known = name in ("input_ids", "attention_mask", "labels")
             if not known and isinstance(value, Tensor) and value.shape == ids.shape:
                 raise ValueError(f"tokens: batches have {name} for each token, which does not follow to a smaller vocabulary.")
-        rows = list[tuple[list[int], list[int]]]()
+        rows = []
         for row, targets, real in zip(
             ids,
             torch.zeros_like(ids) if labels is None else labels,

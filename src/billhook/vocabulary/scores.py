@@ -104,7 +104,7 @@ def _evenly(model: PreTrainedModel, batches: Sequence[Any]) -> list[Any]:
         decodes = not model.config.is_encoder_decoder or {"labels", "decoder_input_ids"} & inputs.keys()
         if "input_ids" in inputs and decodes:
             by_source.setdefault(source_of(batch), []).append(Batch(inputs, source_of(batch)))
-    chosen = list[Any]()
+    chosen = []
     for of_source in by_source.values():
         tokens = sum(batch["input_ids"].numel() for batch in of_source)
         step = max(-(-tokens // PREDICTED), 1)

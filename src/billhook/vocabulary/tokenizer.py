@@ -208,7 +208,7 @@ class Vocabulary:
         for merge in self._merges:
             made_of.setdefault(self._merged(*merge), []).append(merge)
         ranks = {merge: rank for rank, merge in enumerate(self._merges)}
-        parts = dict[int, list[int]]()
+        parts = {}
         for token, merges in made_of.items():
             if len(merges) > 1 and (last := self._last_merge(token, ranks)):
                 merges = [last]  # otherwise any of them, in the middle of a word
@@ -264,7 +264,7 @@ def _script(character: str) -> str:
 
 def _numbers(part: Any) -> set[int]:  # noqa: ANN401 - a part of a tokenizer's file
     """Returns the token ids in a post-processor."""
-    numbers = set[int]()
+    numbers = set()
 
     def collect(number: int) -> int:
         numbers.add(number)

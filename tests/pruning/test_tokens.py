@@ -292,6 +292,27 @@ def test_the_tokenizer_of_before_is_refused_wherever_text_is_read(trained, tmp_p
             bh.Calibration(**text, tokenizer=str(tmp_path / name)).read(again)
 
 
+def test_a_tokenizer_whose_ids_are_not_those_of_the_model_is_refused(trained, tmp_path):
+    tokenizer = trained[1]
+    model = build("llama", vocab_size=440)  # with 20 rows that have no token
+    spare = plan_units(model, [438, 439], "token")  # no token gets another id
+    bh.apply(model, spare)
+    bh.save(model, tmp_path / "spare", tokenizer)
+    first = plan_units(model, [410, 415, 418], "token")  # fewer than rows without a token
+    bh.apply(model, first)
+    trimmed = first.trim_tokenizer(spare.trim_tokenizer(tokenizer))
+    trimmed.save_pretrained(tmp_path / "first")
+    second = plan_units(model, [411], "token")
+    bh.apply(copy.deepcopy(model), second)  # of another model
+    bh.save(model, tmp_path / "once", transformers.AutoTokenizer.from_pretrained(tmp_path / "first"))
+    bh.apply(model, second)
+    for other in (tokenizer, trimmed):
+        with pytest.raises(ValueError, match="has lost tokens, so its ids are not the tokenizer's. After a removal"):
+            bh.save(model, tmp_path / "out", other)
+    bh.save(model, tmp_path / "out", second.trim_tokenizer(trimmed))
+    bh.save(bh.load(tmp_path / "out"), tmp_path / "again", transformers.AutoTokenizer.from_pretrained(tmp_path / "out"))
+
+
 def test_added_tokens_without_an_embedding_are_refused_once_a_text_has_one(tmp_path):
     tokenizer = byte_level(420)
     model = build("llama", vocab_size=len(tokenizer), bos_token_id=1, eos_token_id=2, pad_token_id=3)

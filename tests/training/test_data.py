@@ -325,8 +325,8 @@ def test_a_tokenizer_with_tokens_that_the_model_has_lost(text, tokenizer, tmp_pa
     bh.apply(model, plan)
     module = TransformerModule(model)
     quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
-    for name, why in ((None, "tokenizer=None: .* has lost tokens"), ("tiny", "it has 2,048 tokens, but the model only 1,536")):
-        with pytest.raises(ValueError, match=f"{why}.* pass plan.trim_tokenizer"):
+    for name in (None, "tiny"):
+        with pytest.raises(ValueError, match="it has 2,048 tokens, but the model only 1,536.* pass plan.trim_tokenizer"):
             pl.Trainer(max_steps=1, accelerator="cpu", **quiet).fit(module, TextDataModule(text, name, length=16, batch_size=2))
     data = TextDataModule(text, str(tmp_path / "left"), length=16, batch_size=2)
     pl.Trainer(max_steps=1, accelerator="cpu", **quiet).fit(module, data)

@@ -20,7 +20,7 @@ from billhook.calibration.generated import GENERATED, can_generate, check_can_ge
 from billhook.calibration.reading import Table, check_data, is_line_text, is_table, load_splits
 from billhook.engine.batches import Batch, check_batches
 from billhook.model.find import find_transformer
-from billhook.model.preprocessors import check_ids, check_origin, check_tokenizer, tokenizer_of
+from billhook.model.preprocessors import check_ids, check_tokenizer, load_tokenizer, tokenizer_of
 from billhook.private_paths import without_folders
 from billhook.progress import progress_bar
 
@@ -261,11 +261,14 @@ def read_batches(batches: Batches | None, model: nn.Module) -> Iterable[Any]:
 
 def _default(model: PreTrainedModel) -> Calibration:
     """Returns packaged and self-generated text, only the latter without a tokenizer."""
-    check_origin(model)
+    origin = str(model.config.name_or_path)
     try:
-        tokenizer_of(model)
+        tokenizer = load_tokenizer(origin) if origin else None
     except (ValueError, OSError):
+        tokenizer = None
+    if tokenizer is None:
         return Calibration()
+    check_tokenizer(model, tokenizer)
     return Calibration([MIXED, GENERATED], tokens=2 * Calibration.tokens)
 
 

@@ -1,10 +1,13 @@
 """Loads tokenizers, processors, and feature extractors."""
 
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor
 from transformers import (
     AutoProcessor,
@@ -38,7 +41,9 @@ VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "s
 
 
 LOST_TOKENS = "_lost_tokens"
-"""Attribute of a model whose vocabulary has shrunk since it was loaded."""
+"""Attribute of a model whose vocabulary has shrunk since it was loaded: the `fingerprint` of the ids that it kept."""
+TRIMMED = "billhook_kept_tokens"
+"""Setting of a trimmed tokenizer, saved with it: the same fingerprint."""
 FIX = "After a removal of tokens, pass plan.trim_tokenizer(tokenizer), or the folder where it is saved (--tokenizer FOLDER)."
 
 
@@ -84,34 +89,37 @@ def tokenizer_of(model: PreTrainedModel, name: str | None = None) -> PreTrainedT
     origin = str(model.config.name_or_path)
     if not (name or origin):
         raise ValueError(f"tokenizer=None: {type(model).__name__} does not say where it came from: name a tokenizer")
-    if not name:
-        check_origin(model)
     tokenizer = load_tokenizer(name or origin)
     check_tokenizer(model, tokenizer)
     return tokenizer
 
 
-def check_origin(model: PreTrainedModel) -> None:
-    """Raises if a model has lost tokens, so that the tokenizer of its source has others."""
-    if hasattr(model, LOST_TOKENS):
-        raise ValueError(
-            f"tokenizer=None: this {type(model).__name__} has lost tokens that the tokenizer of '{model.config.name_or_path}' "
-            f"has. {FIX}"
-        )
+def fingerprint(kept: NDArray[np.int64], before: int) -> int:
+    """Returns a number for the ids kept by removals: the one before if those that stay keep their numbers.
+
+    Args:
+        kept: Ids that the last removal keeps, ascending: `[tokens]`.
+        before: The number for the removals before, or 0.
+    """
+    renumbered = not np.array_equal(kept, np.arange(len(kept)))
+    return zlib.crc32(kept.astype("<i8").tobytes(), before) if renumbered else before
 
 
 def check_tokenizer(model: PreTrainedModel, preprocessor: Preprocessor) -> None:
-    """Raises for a tokenizer with tokens that the model lacks.
+    """Raises for a tokenizer with tokens that the model lacks, or with other ids.
 
     If the model has not lost tokens, added ones may be beyond its vocabulary: some models are published without them.
     """
     tokenizer: Any = getattr(preprocessor, "tokenizer", preprocessor)  # of a processor
     size = num_tokens(model)
-    if size and isinstance(tokenizer, PreTrainedTokenizerBase):
-        lost = hasattr(model, LOST_TOKENS)
-        count = max(tokenizer.get_vocab().values(), default=-1) + 1 if lost else tokenizer.vocab_size
-        if count > size:
-            raise ValueError(f"tokenizer: it has {count:,} tokens, but the model only {size:,}. {FIX}")
+    if not size or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return
+    lost = getattr(model, LOST_TOKENS, None)
+    count = tokenizer.vocab_size if lost is None else max(tokenizer.get_vocab().values(), default=-1) + 1
+    if count > size:
+        raise ValueError(f"tokenizer: it has {count:,} tokens, but the model only {size:,}. {FIX}")
+    if lost is not None and tokenizer.init_kwargs.get(TRIMMED, 0) != lost:
+        raise ValueError(f"tokenizer: this {type(model).__name__} has lost tokens, so its ids are not the tokenizer's. {FIX}")
 
 
 def check_ids(model: PreTrainedModel, ids: Tensor) -> None:

@@ -21,7 +21,7 @@ from billhook.calibration.examples import (
     translate,
 )
 from billhook.calibration.reading import Data, Rows, Table, check_columns, is_line_text
-from billhook.model.preprocessors import check_origin, check_tokenizer, load_tokenizer
+from billhook.model.preprocessors import check_tokenizer, load_tokenizer
 from billhook.training.dataset_module import DatasetModule, LabeledModule, NoExamples, label_numbers
 
 
@@ -47,8 +47,6 @@ class TokenizedModule(DatasetModule):
 
     def check(self, model: PreTrainedModel) -> None:
         """Raises an error for a tokenizer with tokens that the model lacks."""
-        if self.tokenizer_name is None:
-            check_origin(model)
         check_tokenizer(model, self.tokenizer)
 
 

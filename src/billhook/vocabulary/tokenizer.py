@@ -18,6 +18,7 @@ import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from billhook.model.preprocessors import TRIMMED, fingerprint
 from billhook.model.repeat_kv import Indices
 
 MODELS = ("BPE", "Unigram", "WordPiece")
@@ -144,9 +145,10 @@ class Vocabulary:
             spec[part] = _with_numbers(spec[part], new.__getitem__)
         (folder / FILE).write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config[TRIMMED] = fingerprint(np.array([*new]), self.tokenizer.init_kwargs.get(TRIMMED, 0))
         if decoder := config.get("added_tokens_decoder"):
             config["added_tokens_decoder"] = {str(new[int(old)]): added for old, added in decoder.items() if int(old) in new}
-            (folder / CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
+        (folder / CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
 
     def _required(self, used: Iterable[int]) -> set[int]:
         used_texts = (self._texts.get(number, "") for number in used)

@@ -110,7 +110,15 @@ class FileStore(BlockStore):
         self._check_known(block)
         name = self.names[block]
         self._load(self.keys[name], None if self._ahead is None else self._ahead.take(name))
-        self._read_ahead(name)
+        names = list(self.blocks)  # the next block's tensors are read by a thread, or into the page cache
+        following = names[(names.index(name) + 1) % len(names)]
+        keys = self.keys[following]
+        # files on the Hub are not prefetched: the thread would wait without a visible reason
+        if self.device is not None and following != name and DeviceCopies.prefetches(self.device) and self.files.are_local:
+            self._ahead = self._ahead or Prefetcher()
+            self._ahead.begin(following, partial(read_pinned, partial(self.files.read, keys), self.device))
+        else:
+            self.files.read_ahead(keys)
         if self.device is not None:
             self._copies = DeviceCopies(self.device)
             self._copies.enter(block)
@@ -120,18 +128,6 @@ class FileStore(BlockStore):
         for name, value in self._overlay.under({self.names[module] for module in block.modules()}).items():
             parameter = self.model.get_parameter(name)
             parameter.data = value.to(parameter.device)
-
-    def _read_ahead(self, name: str) -> None:
-        """Prefetches the tensors of the next block, by a thread or into the page cache."""
-        names = list(self.blocks)
-        following = names[(names.index(name) + 1) % len(names)]
-        keys = self.keys[following]
-        # files on the Hub are not prefetched: the thread would wait without a visible reason
-        if self.device is not None and following != name and DeviceCopies.prefetches(self.device) and self.files.are_local:
-            self._ahead = self._ahead or Prefetcher()
-            self._ahead.begin(following, partial(read_pinned, partial(self.files.read, keys), self.device))
-        else:
-            self.files.read_ahead(keys)
 
     def _forget(self, name: str | None = None) -> None:
         """Discards prefetched tensors of a block (default: any) that are out of date."""

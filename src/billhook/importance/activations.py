@@ -101,7 +101,8 @@ class OutputNorm(Importance):
                 if (window := wide_convolution(module)) is None:
                     tables[name, consumer], grams[name, consumer] = table, gram_of(module, table, exists, len(module_units.index))
                 else:
-                    windows[consumer], tables[name, consumer] = window, kernel_positions(window, table)
+                    taps = torch.arange(prod(window.kernel_size)) * channels_of(window)
+                    windows[consumer], tables[name, consumer] = window, (table[:, None] + taps[:, None]).flatten(1)
                     grams[name, consumer] = gram_over_kernel(window, tables[name, consumer], exists)
 
         def note(_: int, name: str, consumer: str, inputs: Tensor, tokens: Tensor | None) -> None:
@@ -231,12 +232,6 @@ def wide_convolution(consumer: nn.Module) -> Convolution | None:
     if not is_convolution(consumer) or consumer.groups > 1 or {*consumer.kernel_size, *consumer.stride} == {1}:
         return None
     return consumer
-
-
-def kernel_positions(window: Convolution, table: Tensor) -> Tensor:
-    """Returns the positions of each unit in a convolution's patch, int64."""
-    taps = torch.arange(prod(window.kernel_size)) * channels_of(window)
-    return (table[:, None] + taps[:, None]).flatten(1)
 
 
 @torch.no_grad()

@@ -38,19 +38,9 @@ def is_convolution(module: nn.Module) -> TypeGuard[nn.Conv1d | nn.Conv2d]:
     return type(module).forward is plain.forward and type(module)._conv_forward is plain._conv_forward
 
 
-def is_among(convolution: nn.Conv1d | nn.Conv2d, which: Convolutions) -> bool:
-    """Returns whether a convolution is selected for pruning."""
-    return which == "all" or (which == "mixing" and channels_of(convolution) >= MIXING)
-
-
 def channels_of(convolution: nn.Conv1d | nn.Conv2d) -> int:
     """Returns the number of channels per output of a convolution."""
     return convolution.in_channels // convolution.groups
-
-
-def as_tensor(convolution: nn.Conv1d | nn.Conv2d, matrix: Tensor) -> Tensor:
-    """Converts `[out, in]` or `[out, *kernel, channels]` to `[out, channels, *kernel]`."""
-    return matrix.reshape(len(matrix), *convolution.kernel_size, channels_of(convolution)).movedim(-1, 1).contiguous()
 
 
 def batched(convolution: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
@@ -153,7 +143,14 @@ def prunable(module: nn.Module, output_embeddings: bool = False, convolutions: C
         if is_packed(part):
             raise ValueError(f"{name} is quantized ({type(part).__name__}). Prune the model before it is quantized.")
         if _is_among(part, convolutions) and id(part.weight) not in left_out | weights:
-            _check_plain(name, part)
+            weight = part._parameters.get("weight")
+            if weight is None:
+                raise ValueError(f"the weight of {name} is computed, such as by a parametrization. Make it a parameter first.")
+            kind = f"{type(part).__name__}, {type(weight.data).__name__} of {weight.dtype}"
+            if weight.layout is not torch.strided:
+                raise ValueError(f"{name}.weight has the sparse layout {weight.layout}. Convert it with to_dense() first.")
+            if is_quantized(weight):
+                raise ValueError(f"{name} is quantized ({kind}). Prune the model before it is quantized.")
             weights.add(id(part.weight))
             linears[name] = part
     return linears
@@ -200,7 +197,7 @@ def find_tied(model: nn.Module, linears: Mapping[str, nn.Module]) -> list[tuple[
 def to_layout(linear: nn.Module, matrix: Tensor) -> Tensor:
     """Converts a matrix `[out, in]` to the memory layout of a layer."""
     if is_convolution(linear):
-        return as_tensor(linear, matrix)
+        return matrix.reshape(len(matrix), *linear.kernel_size, channels_of(linear)).movedim(-1, 1).contiguous()
     return matrix.t() if isinstance(linear, Conv1D) else matrix
 
 
@@ -244,7 +241,9 @@ def to_parameters(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> dic
 
 def _is_among(module: nn.Module, convolutions: Convolutions) -> bool:
     """Returns whether a module is a linear layer or a selected convolution."""
-    return is_among(module, convolutions) if is_convolution(module) else is_linear(module)
+    if is_convolution(module):
+        return convolutions == "all" or (convolutions == "mixing" and channels_of(module) >= MIXING)
+    return is_linear(module)
 
 
 def _walk(module: nn.Module, name: str, left_out: set[int]) -> Iterator[tuple[str, nn.Module]]:
@@ -281,15 +280,3 @@ def _classification_heads(module: nn.Module) -> set[int]:
             body = {child for child in children if child is part.base_model or isinstance(child, PreTrainedModel)}
             identities.update(map(id, children - body) if body else ())
     return identities
-
-
-def _check_plain(name: str, linear: nn.Module) -> None:
-    """Raises for a weight that is not a plain floating-point matrix."""
-    weight = linear._parameters.get("weight")
-    if weight is None:
-        raise ValueError(f"the weight of {name} is computed, such as by a parametrization. Make it a parameter first.")
-    kind = f"{type(linear).__name__}, {type(weight.data).__name__} of {weight.dtype}"
-    if weight.layout is not torch.strided:
-        raise ValueError(f"{name}.weight has the sparse layout {weight.layout}. Convert it with to_dense() first.")
-    if is_quantized(weight):
-        raise ValueError(f"{name} is quantized ({kind}). Prune the model before it is quantized.")

@@ -56,22 +56,17 @@ def _copied(model: Module, memo: dict[int, Any]) -> Module:
     try:
         copied = copy.deepcopy(model, dict(memo))  # which writes to its memo
     except (TypeError, ValueError, RuntimeError):
-        copied = copy.deepcopy(model, memo | _not_copied(model, memo))
+        shared = {}  # attributes that cannot be copied, such as locks and files
+        for module in model.modules():
+            for name, value in vars(module).items():
+                if name not in ("_parameters", "_buffers", "_modules"):
+                    try:
+                        copy.deepcopy(value, dict(memo))
+                    except Exception:  # whatever a class of somebody's own raises
+                        shared[id(value)] = value
+        copied = copy.deepcopy(model, memo | shared)
     copied.train(False)
     return copied
-
-
-def _not_copied(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
-    """Finds attributes that cannot be copied, such as locks and files."""
-    shared = {}
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if name not in ("_parameters", "_buffers", "_modules"):
-                try:
-                    copy.deepcopy(value, dict(memo))
-                except Exception:  # whatever a class of somebody's own raises
-                    shared[id(value)] = value
-    return shared
 
 
 def check_checkpoint(name: str) -> None:

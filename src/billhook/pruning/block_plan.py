@@ -3,7 +3,7 @@
 import hashlib
 import itertools
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -235,7 +235,20 @@ def _remove(model: PreTrainedModel, plan: BlockPlan, trial: bool = False) -> set
     before = set(model.parameters())
     with store_of(model).restored_on_error(), restored_on_error(model):
         remove_blocks(model, plan)
-        _check_same_output(model, plan.units, expected, cached)
+        kind, tolerances = type(model).__name__, tolerance(model)
+        now_cached, error = cached_outputs(model)
+        if error is not None and len(now_cached) < len(cached):
+            raise ValueError(
+                f"blocks: {kind} does not run without {plan.units} if a KV cache is used, as generate does: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        outputs = {"": (expected, run_outputs(model)), " with a KV cache": (cached, now_cached[: len(cached)])}
+        for how, (expected_output, output) in outputs.items():
+            if not outputs_match(expected_output, output, tolerances):
+                raise ValueError(
+                    f"blocks: {kind} computes something else{how} without {plan.units} than with these blocks skipped: later "
+                    "blocks depend on them or on their own position"
+                )
         if trial:
             raise _Tried
     return before - set(model.parameters())
@@ -260,26 +273,6 @@ def remove_blocks(model: PreTrainedModel, plan: BlockPlan) -> None:
     store_of(model).reindex()
     set_fields(model.config, plan.fields)
     record_shape(model)
-
-
-def _check_same_output(
-    model: PreTrainedModel, blocks: Mapping[str, list[int]], expected: Sequence[Tensor], cached: Sequence[Tensor]
-) -> None:
-    """Compares outputs without the blocks and with the blocks skipped, also with a KV cache."""
-    kind, tolerances = type(model).__name__, tolerance(model)
-    now_cached, error = cached_outputs(model)
-    if error is not None and len(now_cached) < len(cached):
-        raise ValueError(
-            f"blocks: {kind} does not run without {blocks} if a KV cache is used, as generate does: "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    outputs = {"": (expected, run_outputs(model)), " with a KV cache": (cached, now_cached[: len(cached)])}
-    for how, (expected_output, output) in outputs.items():
-        if not outputs_match(expected_output, output, tolerances):
-            raise ValueError(
-                f"blocks: {kind} computes something else{how} without {blocks} than with these blocks skipped: later blocks "
-                "depend on them or on their own position"
-            )
 
 
 def _forget(removed: set[nn.Parameter], optimizers: Iterable[Optimizer]) -> None:

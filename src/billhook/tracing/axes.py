@@ -182,7 +182,16 @@ def unify(a: Axis, b: Axis) -> Axis:
         _unify_at(a, b, min(factors(a)[0].size, factors(b)[0].size))
     else:
         a, b = (a, b) if a.op == "sum" else (b, a)
-        _unify_sum_with_product(a, b)
+        try:
+            _unify_at(a, b, factors(b)[0].size)
+        except Irregular:
+            remaining = b
+            *firsts, last = segments(a)
+            for segment in firsts:  # cut the product where the sum is cut
+                lows, highs = cut(remaining, segment.size)
+                unify(segment, concat(lows))
+                remaining = concat(highs)
+            unify(last, remaining)
     a, b = find(a), find(b)
     if a is not b:
         for flag, reason in a.notes.items():
@@ -275,16 +284,3 @@ def _unify_at(a: Axis, b: Axis, outer: int) -> None:
     (a_outer, a_inner), (b_outer, b_inner) = split(a, outer), split(b, outer)
     unify(product(a_outer), product(b_outer))
     unify(product(a_inner), product(b_inner))
-
-
-def _unify_sum_with_product(a: Axis, b: Axis) -> None:
-    try:
-        _unify_at(a, b, factors(b)[0].size)
-    except Irregular:
-        remaining = b
-        *firsts, last = segments(a)
-        for segment in firsts:  # cut the product where the sum is cut
-            lows, highs = cut(remaining, segment.size)
-            unify(segment, concat(lows))
-            remaining = concat(highs)
-        unify(last, remaining)

@@ -79,7 +79,13 @@ def build_structure(model: nn.Module, tape: Tape, outside: Mapping[str, tuple[in
     groups = [group for group in groups if not all(map(attrgetter("buffer"), group.members))]  # buffers have no units to remove
     for number, group in enumerate(groups):
         group.number = number
-        set_reason(group)
+        for member in group.members:
+            if crossed(member.axis, group.leaf):
+                mark(group.leaf, "opaque", f"it is multiplied with itself in dimension {member.dim} of {member.name}")
+        flags = group.flags
+        data = "its units are positions of the input" if "data" in flags else None
+        reasons = [flags.get("opaque"), data, NEVER.get(group.kind), *(flags.get(flag) for flag in ("fixed", "const", "output"))]
+        group.reason = next((reason for reason in reasons if reason), "")
         measure_units(group, axes, sizes)
     exclude_untouched(groups, untouched)
     exclude_outside(groups, outside or {})
@@ -214,17 +220,6 @@ def find_contexts(groups: Sequence[Group], axes: Mapping[str, Sequence[Axis]]) -
                         neighbors.add(leaf)
             shared = neighbors if shared is None else shared & neighbors
         group.context = tuple(sorted(numbers[leaf] for leaf in shared or () if leaf in numbers and leaf is not group.leaf))
-
-
-def set_reason(group: Group) -> None:
-    """Sets the reason why a group is not prunable, if any."""
-    for member in group.members:
-        if crossed(member.axis, group.leaf):
-            mark(group.leaf, "opaque", f"it is multiplied with itself in dimension {member.dim} of {member.name}")
-    flags = group.flags
-    data = "its units are positions of the input" if "data" in flags else None
-    reasons = [flags.get("opaque"), data, NEVER.get(group.kind), *(flags.get(flag) for flag in ("fixed", "const", "output"))]
-    group.reason = next((reason for reason in reasons if reason), "")
 
 
 def exclude_untouched(groups: Sequence[Group], untouched: Mapping[str, tuple[int, ...]]) -> None:

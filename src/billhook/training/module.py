@@ -368,7 +368,13 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
         """Creates AdamW (fused if possible), with warm-up and decay by optimizer step."""
-        optimizer = self._optimizer()
+        groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (self.weight_decay, 0.0)]
+        fused = self.trainer.precision != "16-mixed"  # gradient scaling of float16 and clipping cannot both act on a fused step
+        for parameter in self.parameters():
+            if parameter.requires_grad:
+                groups[parameter.ndim <= 1]["params"].append(parameter)
+                fused = fused and parameter.device.type in ("cpu", "cuda")
+        optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.lr, fused=fused)
         total = self._schedule_steps()
         depends_on_length = self.decay != "constant" or isinstance(self.warmup, float)
         if self.trainer.ckpt_path and self._steps not in (None, total) and depends_on_length:
@@ -381,16 +387,6 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         warmup = self.warmup if isinstance(self.warmup, int) else resolve_step(self.warmup, total, "warmup")
         scheduler = transformers.get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
-
-    def _optimizer(self) -> torch.optim.Optimizer:
-        """Creates AdamW without weight decay on biases and norms."""
-        groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (self.weight_decay, 0.0)]
-        fused = self.trainer.precision != "16-mixed"  # gradient scaling of float16 and clipping cannot both act on a fused step
-        for parameter in self.parameters():
-            if parameter.requires_grad:
-                groups[parameter.ndim <= 1]["params"].append(parameter)
-                fused = fused and parameter.device.type in ("cpu", "cuda")
-        return torch.optim.AdamW([group for group in groups if group["params"]], lr=self.lr, fused=fused)
 
     def _schedule_steps(self) -> int:
         """Returns the length of training, or of warm-up if training has no end."""

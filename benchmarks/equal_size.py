@@ -3,15 +3,12 @@
 `OMP_NUM_THREADS=1 python benchmarks/equal_size.py MODEL DATA WORK --out equal_size.md` writes the table; `measured.py` says what
 is in DATA, and how each row is measured (questions only where linears are repaired, or cannot be). With `--left-out` rows are
 measured by the KL to the dense model on windows of the calibration texts that nothing has seen, by which a default may be chosen.
-What WORK holds is not made or measured again, nor is a row that `equal_size.json` beside this script holds, with its commit,
-unless `--anew` asks for it: all rows take hours. Each row keeps at most 85 or 70 % of the parameters, all layers cut alike
-but for the rows of `bh.shrink` with free ones. Scores, repair and search see the same 32 windows of 512 tokens: 12 of FOLDOC's
-training text, 12 of WikiText-2's validation text and 8 that the model has written.
+What WORK holds is not made or measured again: all rows take hours. Each row keeps at most 85 or 70 % of the parameters, all
+layers cut alike but for the rows of `bh.shrink` with free ones. Scores, repair and search see the same 32 windows of 512 tokens:
+12 of FOLDOC's training text, 12 of WikiText-2's validation text and 8 that the model has written.
 """
 
 import argparse
-import json
-import subprocess
 import time
 from pathlib import Path
 
@@ -23,7 +20,6 @@ import billhook as bh
 from billhook.importance.obs import OBS
 
 SIZES = (0.85, 0.7)
-RESULTS = Path(__file__).with_suffix(".json")
 IMPORTANCES = {"Taylor": bh.Taylor(), "OBS": OBS(), "OutputNorm": bh.OutputNorm()}
 BLOCKS = {"BlockInfluence": bh.importance.BlockInfluence(), "Ablation": bh.importance.Ablation()}
 WITHIN = {
@@ -50,28 +46,18 @@ class Table:
         self.options, self.dense = options, bh.load(str(options.model), dtype="float32")
         self.shown = calibration(options, self.dense, 12, 8)
         self.columns = ("FOLDOC", "WikiText-2", "its own text") if options.left_out else COLUMNS
-        self.known = json.loads(RESULTS.read_text()) if RESULTS.exists() and not options.anew else {}
 
     def row(self, kind, size, by, repaired):
         """A row's cells."""
         name = f"{kind} {100 * size:.0f} {by}{' repaired' if repaired else ''}"
         folder = self.options.work / f"equal {name}".replace(" ", "_").replace(",", "")
+        refused = self.refused(folder, kind, size, by, repaired)
+        if refused:
+            return [f"refused: {refused}", *[""] * (len(self.columns) - 1)]
         if self.options.left_out:
-            refused = self.refused(folder, kind, size, by, repaired)
-            return self.no(refused) if refused else [f"{lost:.3f}" for lost in left_out(self.options, folder).values()]
-        for key, own in (("dense", self.options.work / "dense"), (name, folder)):
-            if key not in self.known:
-                refused = None if key == "dense" else self.refused(folder, kind, size, by, repaired)
-                asked = key == "dense" or repaired or kind not in WITHIN
-                self.known[key] = {"refused": refused} if refused else figures(self.options, own, asked)
-                self.known[key]["commit"] = commit()
-                RESULTS.write_text(json.dumps(self.known, indent=1) + "\n")
-        found = self.known[name]
-        return self.no(found["refused"]) if "refused" in found else cells(found, self.known["dense"])
-
-    def no(self, reason):
-        """The cells of a row that cannot be."""
-        return [f"refused: {reason}", *[""] * (len(self.columns) - 1)]
+            return [f"{lost:.3f}" for lost in left_out(self.options, folder).values()]
+        asked = repaired or kind not in WITHIN
+        return cells(figures(self.options, folder, asked), figures(self.options, self.options.work / "dense"))
 
     def refused(self, folder, kind, size, by, repaired):
         """Makes a row's model, once; why that is refused, or None."""
@@ -134,12 +120,6 @@ class Table:
         return torch.load(file)
 
 
-def commit():
-    """The commit of this script."""
-    command = ["git", "rev-parse", "--short", "HEAD"]
-    return subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
-
-
 def main():
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -149,7 +129,6 @@ def main():
     parser.add_argument("--sizes", nargs="*", type=float, default=SIZES, choices=SIZES)
     parser.add_argument("--matmul", default="highest", choices=("highest", "medium"), help="precision of float32 products")
     parser.add_argument("--left-out", action="store_true", help="measure on text that defaults may be chosen by")
-    parser.add_argument("--anew", action="store_true", help="measure rows that have been measured, too")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)

@@ -557,11 +557,11 @@ def table(results: list[Result]) -> str:
 
 
 def page(results: list[Result], command: str) -> str:
-    """Writes the counts, every bug, and what was refused with its reasons, numbers and names left out."""
+    """Writes the counts, every bug, and the kinds of reasons for which pairs were refused."""
     built = len({(result.auto, result.model_type) for result in results if result.operation})
     small = sum(not result.operation for result in results)
     bugs = [result for result in results if result.state in BUGS]
-    reasons = collections.Counter(reason(result.detail) for result in results if result.state == "refused")
+    kinds = collections.Counter(kind(result.detail) for result in results if result.state == "refused")
     lines = [
         f"# Every operation on {built} architectures",
         "",
@@ -588,17 +588,35 @@ def page(results: list[Result], command: str) -> str:
         "",
         "### Refused",
         "",
-        "| pairs | reason |",
+        "| pairs | kind of reason |",
         "|---:|---|",
-        *(f"| {count} | {text} |" for text, count in reasons.most_common()),
+        *(f"| {count} | {name} |" for name, count in kinds.most_common()),
     ]
     return "\n".join(lines) + "\n"
 
 
-def reason(detail: str) -> str:
-    """Returns a reason without what differs between models."""
+KINDS = {
+    "the model has no such unit, or none that may be removed": r"^(after the first: )?\w+=N: the model has none|no linear layers"
+    r"|has no blocks|has no attention|one block only|one KV head already|in its encoder only",
+    "the model does not run on meta tensors with guessed inputs": r"does not run on meta tensors",
+    "a parameter that the run never used may have the same units": r"which the run never used",
+    "the model's code does not follow, or computes something else": r"not follow|follows the number|something else without"
+    r"|does not run without|more than KV heads|another outcome|runs without some|not built of",
+    "heads cannot be told apart, or their number does not divide": r"heads one after|irregular|one width|one size|told apart"
+    r"|to hold heads|times in one call|of a linear$|by one linear|fewer than there are",
+    "the model's output has the hidden dimensions": r"the model's output has it",
+    "a norm or a gate reads all units at once": r"a norm (spans|or a gate)",
+    "inputs that N of N:M does not divide": r"which N does not divide",
+    "the config cannot describe the smaller model": r"the config of",
+}
+"""What a reason contains, by kind, without numbers and names."""
+
+
+def kind(detail: str) -> str:
+    """Returns the kind of a reason."""
     text = re.sub(r"\b\w*[a-z]\w*\.[\w.*]+", "...", re.sub(r"\b[A-Z]\w+(For\w+|Model|LMHeadModel)\b", "the model", detail))
-    return re.sub(r"\b\d[\d,.]*", "N", text)[:140].replace("|", "/")
+    text = re.sub(r"\b\d[\d,.]*", "N", text)[:140]
+    return next((name for name, pattern in KINDS.items() if re.search(pattern, text)), "other")
 
 
 def main() -> int:

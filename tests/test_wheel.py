@@ -67,7 +67,7 @@ def test_what_is_in_the_sdist(built, clone):
     names = {name for _, name in files}
     made = {"PKG-INFO", ".gitignore"}  # which hatchling adds
     single = {*("README.md", "CHANGELOG.md", "LICENSE", "CITATION.cff", "pyproject.toml", "mkdocs.yml"), *LETTERS}
-    folders = ("src", "callbacks", "examples", "benchmarks", "tests", "docs")
+    folders = ("src", "callbacks", "examples", ".ci", "benchmarks", "tests", "docs")
     own = {str(one.relative_to(clone)) for name in folders for one in (clone / name).rglob("*") if one.is_file()}
     assert names == {one for one in own if not LITTER.search(one)} | single | made
 

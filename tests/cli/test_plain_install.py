@@ -8,7 +8,7 @@ import pytest
 
 from billhook.cli.options import COMMANDS, LIGHTNING
 
-HELPS = Path(__file__).parents[2] / "benchmarks" / "helps.py"
+HELPS = Path(__file__).parents[2] / ".ci" / "helps.py"
 EXTRAS = ["gguf", "onnx", "onnxscript", "onnxruntime", "lm_eval", "sentencepiece", "torch_pruning"]
 
 

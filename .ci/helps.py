@@ -1,6 +1,6 @@
 """Asks each command for its help, in one process, without the modules that are named.
 
-python benchmarks/helps.py gguf onnx
+python .ci/helps.py gguf onnx
 """
 
 import contextlib

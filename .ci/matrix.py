@@ -1,7 +1,7 @@
 """Runs the core of the tests with the lowest, the middle and the newest versions of what billhook needs.
 
-    python benchmarks/matrix.py OUT
-    python benchmarks/matrix.py OUT --sets floors middle --torch any --python python3.11
+    python .ci/matrix.py OUT
+    python .ci/matrix.py OUT --sets floors middle --torch any --python python3.11
 
 Each set is a fresh virtual environment in OUT, with this clone installed as it is. `floors` are the lowest versions that
 pyproject.toml allows, `middle` has the transformers that engines pin, `newest` what pip gives. `--torch any` leaves torch to pip,

@@ -1,6 +1,6 @@
 """How many files of billhook a call enters, and how often it comes back to one: what a reader has to open to follow it.
 
-    python benchmarks/files_entered.py [--only NAME ...] [--list NAME]
+    python .ci/files_entered.py [--only NAME ...] [--list NAME]
 
 Each flow runs in a process of its own on a Llama of 4 layers (64 wide, vocabulary 128) with 4 batches of 8 rows. All modules are
 imported before. Counted by `sys.setprofile` within the library call alone: files, functions, and entries, which are calls whose

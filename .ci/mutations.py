@@ -1,7 +1,7 @@
 """The share of small mistakes in the source that tests catch: what a smaller test suite must not lose.
 
     pip install pytest-cov
-    python benchmarks/mutations.py OUT [--count 200] [--seed 0] [--folders sparsity engine ...] [--select "not slow"] [--most 150]
+    python .ci/mutations.py OUT [--count 200] [--seed 0] [--folders sparsity engine ...] [--select "not slow"] [--most 150]
 
 Each mutation changes one token of a copy of the source: a comparison, an operator, a truth value or a whole number. First
 all tests of the folders run once, under coverage, which writes down the tests that execute each line. Of the tests that

@@ -21,7 +21,6 @@ from billhook.arguments import check_path, check_types
 from billhook.atomic_folder import RECORD, check_target, replacement_note
 from billhook.callbacks.degradation import Degradation, check_listed_after
 from billhook.callbacks.head_masking import HeadMasking
-from billhook.checkpoints.origin import CARD
 from billhook.checkpoints.push import NotPushed, check_repository, check_token, push
 from billhook.checkpoints.save import Saved, check_names, save
 from billhook.engine.batches import examples_of
@@ -225,15 +224,13 @@ class Export(FitCallback):
         on_first_rank(fit, "Export", partial(_raise, failed))
 
     def _export(self, fit: Fit, model: PreTrainedModel, failed: list[Exception]) -> None:
-        """Saves, converts, and logs; on error, appends to `failed`, so that ranks keep weights."""
+        """Saves and converts; on error, appends to `failed`, so that ranks keep weights."""
         try:
             self._save(fit, model)
         except Exception as error:  # noqa: BLE001 - raised again later
             failed.append(error)
             return
         self._convert()
-        if self.saved is not None:
-            fit.log_card(Path(self.saved.folder) / CARD)
 
     def release(self, fit: Fit, completed: bool) -> None:
         """Lets other runs write to the folder."""

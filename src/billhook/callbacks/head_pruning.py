@@ -276,7 +276,7 @@ class HeadPruning(HeadMasking):
         event["after"] |= after
         log_event(fit, event)
         metric = next(iter(before), "") if self.stop is None else self.stop.monitor
-        self.record.note(fit, self.heads, metric, before, event["after"])
+        self.record.note(self.heads, metric, before, event["after"])
 
     def plots(self) -> dict[str, Plot]:
         """Returns a plot of head importance, removed heads, and the metric, once there are scores."""

@@ -12,7 +12,7 @@ from billhook.engine.passes import blockwise
 from billhook.engine.sharding import sizes_only
 from billhook.fit.calibration import FitCalibration
 from billhook.fit.fit import Fit
-from billhook.fit.ranks import comm_of, on_first_rank
+from billhook.fit.ranks import comm_of
 from billhook.importance.score import Importance, make_run, score_units
 from billhook.plots.heads import heads
 from billhook.plots.style import Plot
@@ -64,20 +64,13 @@ class HeadRecord:
         return inactive
 
     def note(
-        self,
-        fit: Fit,
-        masked: Mapping[str, Sequence[int]],
-        metric: str,
-        before: Mapping[str, float],
-        after: Mapping[str, float],
+        self, masked: Mapping[str, Sequence[int]], metric: str, before: Mapping[str, float], after: Mapping[str, float]
     ) -> None:
-        """Adds a round to the curve and logs the plot."""
+        """Adds a round to the curve."""
         removed = self.inactive(masked)
         share, last = sum(map(len, removed.values())) / sum(self.first.values()), self.curve[-1][0] if self.curve else 0.0
         self.metric = metric
         self.curve += [(at, values[metric]) for at, values in ((last, before), (share, after)) if metric in values]
-        if fit.logs:
-            on_first_rank(fit, "HeadPruning", lambda: fit.log_plot("heads", self.draw(masked)))
 
     def draw(self, masked: Mapping[str, Sequence[int]]) -> Plot:
         """Plots head scores, removed and masked heads, and the metric."""

@@ -113,7 +113,6 @@ class Report(FitCallback):
             marks = [(e["step"], label_of(e), e["before"].get(name), e["after"].get(name)) for e in events]
             dense = stages[0].numbers.get(name) if events else None
             figure = validation(self._points(name, last, fit.step), marks, name, dense)
-            fit.log_plot("report", figure)
             plots.append(("plot", Path(self.plot_file), figure))
         elif self.metric:
             rank_zero_warn(f"metric={self.metric!r} is not logged in validation, so no plot is drawn. Logged: {', '.join(last)}.")

@@ -115,8 +115,6 @@ class EventCallback(ShapeSavingCallback, ABC):
         self._steps, self._last_step = {}, -1
         if fit.step == 0:  # otherwise an earlier run continues
             self.reset()
-        if fit.callbacks(EventCallback)[0] is self and not fit.is_trial:
-            fit.log_settings([describe_callback(callback) for callback in fit.callbacks(EventCallback)])
 
     def resolve(self, fit: Fit) -> None:
         """Resolves the steps of the events."""

@@ -3,7 +3,6 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
@@ -228,23 +227,6 @@ class Fit(ABC):
     def record(self) -> dict[str, Any]:
         """Returns the run's settings as `training` and last validation metrics as `metrics`."""
 
-    @property
-    @abstractmethod
-    def logs(self) -> bool:
-        """True if there are loggers."""
-
     @abstractmethod
     def log_metrics(self, metrics: Mapping[str, float | None]) -> None:
         """Logs metrics to every logger."""
-
-    @abstractmethod
-    def log_settings(self, callbacks: list[Mapping[str, Any]]) -> None:
-        """Logs the settings of callbacks to every logger."""
-
-    @abstractmethod
-    def log_plot(self, name: str, figure: Any) -> None:  # noqa: ANN401 - matplotlib has no types
-        """Logs a figure to every logger."""
-
-    @abstractmethod
-    def log_card(self, card: Path) -> None:
-        """Logs a model card to every logger."""

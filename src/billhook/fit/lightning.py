@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
@@ -18,7 +17,7 @@ from billhook.engine.state import overridden
 from billhook.fit.checkpoint_hooks import wrap_hooks
 from billhook.fit.fit import Fit, Loss, Reduction
 from billhook.fit.lightning_internals import averaging_callbacks, is_tuning, to_device
-from billhook.fit.measure import log_card, log_metrics, log_plot, log_settings, measure
+from billhook.fit.measure import log_metrics, measure
 from billhook.fit.preprocessors import find_preprocessors
 from billhook.fit.run import once_model_exists, training_record, training_steps
 from billhook.fit.strategies import (
@@ -215,26 +214,9 @@ class LightningFit(Fit):
         """Returns the run's settings as `training` and last validation metrics as `metrics`."""
         return training_record(self.trainer)
 
-    @property
-    def logs(self) -> bool:
-        """True if there are loggers."""
-        return bool(self.trainer.loggers)
-
     def log_metrics(self, metrics: Mapping[str, float | None]) -> None:
         """Logs metrics to every logger."""
         log_metrics(self.trainer, metrics)
-
-    def log_settings(self, callbacks: list[Mapping[str, Any]]) -> None:
-        """Logs the settings of callbacks to every logger."""
-        log_settings(self.trainer, callbacks)
-
-    def log_plot(self, name: str, figure: Any) -> None:  # noqa: ANN401
-        """Logs a figure to every logger."""
-        log_plot(self.trainer, name, figure)
-
-    def log_card(self, card: Path) -> None:
-        """Logs a model card to every logger."""
-        log_card(self.trainer, card)
 
 
 def float16_replaced(device: torch.device, device_type: str) -> AbstractContextManager[object]:

@@ -70,16 +70,6 @@ def logged_step(trainer: pl.Trainer) -> int:
     return int(trainer.fit_loop.epoch_loop._batches_that_stepped)
 
 
-def initial_hyperparameters(trainer: pl.Trainer) -> dict[str, Any]:
-    """Returns the hyperparameters of module and data module that Lightning logs at the start."""
-    hyperparameters = dict[str, Any]()
-    for owner in (trainer.lightning_module, getattr(trainer, "datamodule", None)):
-        if owner is not None and owner._log_hyperparams:
-            hyperparameters |= owner.hparams_initial
-    hyperparameters.pop("_class_path", None)
-    return hyperparameters
-
-
 def data_fetcher(trainer: pl.Trainer) -> Any:  # noqa: ANN401
     """Returns Lightning's data fetcher; its `length` is None if it reads ahead."""
     return trainer.fit_loop._data_fetcher

@@ -1,24 +1,20 @@
 """Runs the module's validation between training steps, and logs results."""
 
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.data import extract_batch_size
-from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor
 from torchmetrics import Metric
 
 from billhook.engine.state import overridden
 from billhook.fit.fit import Fit
-from billhook.fit.lightning_internals import initial_hyperparameters, is_sequential, logged_step, to_device, validation_loaders
+from billhook.fit.lightning_internals import is_sequential, logged_step, to_device, validation_loaders
 from billhook.fit.ranks import check_identical, fail_together
 from billhook.fit.run import isolated_rng
 from billhook.fit.training_step import bind_arguments
@@ -130,10 +126,6 @@ def _validating(trainer: pl.Trainer, pl_module: pl.LightningModule, logged: _Log
         trainer.state.stage = stage
 
 
-PREFIX = "billhook"
-"""Prefix of callback settings in loggers."""
-
-
 def log_metrics(trainer: pl.Trainer, metrics: Mapping[str, float | None]) -> None:
     """Logs metrics and the epoch to every logger, as Lightning does.
 
@@ -143,88 +135,3 @@ def log_metrics(trainer: pl.Trainer, metrics: Mapping[str, float | None]) -> Non
     numbers = {name: float(value) for name, value in metrics.items() if value is not None}
     for logger in trainer.loggers if numbers else ():
         logger.log_metrics(numbers | {"epoch": trainer.current_epoch}, step=logged_step(trainer))
-
-
-def log_settings(trainer: pl.Trainer, callbacks: list[Mapping[str, Any]]) -> None:
-    """Logs the settings of callbacks to every logger as hyperparameters.
-
-    Names are `billhook/CALLBACK/PARAMETER`, and `billhook/CALLBACK_2/PARAMETER` for the second callback of a class.
-    """
-    settings, seen = dict[str, Any](), list[str]()
-    for described in callbacks:
-        seen.append(name := str(described["callback"]))
-        number = seen.count(name)
-        parameters = {key: value for key, value in described.items() if key != "callback"}
-        settings |= _flatten(f"{PREFIX}/{name}" + (f"_{number}" if number > 1 else ""), parameters)
-    for logger in trainer.loggers if settings and trainer.is_global_zero else ():
-        # TensorBoard shows only the first hyperparameters it gets
-        others = initial_hyperparameters(trainer) if isinstance(logger, TensorBoardLogger) else {}
-        with _warn_on_error(logger, "the settings of callbacks"):
-            logger.log_hyperparams(others | settings)
-
-
-def _flatten(name: str, value: Any) -> dict[str, Any]:  # noqa: ANN401 - plain data
-    """Flattens a setting to numbers and strings by name."""
-    if isinstance(value, Mapping):
-        parts = dict[str, Any]()
-        for part, setting in value.items():
-            parts |= _flatten(f"{name}/{part}", setting)
-        return parts
-    return {name: value if isinstance(value, bool | int | float | str) else str(value)}
-
-
-def log_plot(trainer: pl.Trainer, name: str, figure: Any) -> None:  # noqa: ANN401 - matplotlib has no types
-    """Logs a matplotlib figure to every logger; for `CSVLogger`, saves a PNG.
-
-    The number in the file name is the number of optimizer steps, as in records.
-    """
-    file = f"{name}_{trainer.global_step}.png"
-    for logger in trainer.loggers if trainer.is_global_zero else ():
-        step = logged_step(trainer)
-        with _warn_on_error(logger, f"the plot {name}"):
-            if isinstance(logger, MLFlowLogger):
-                logger.experiment.log_figure(logger.run_id, figure, file)
-            elif isinstance(logger, WandbLogger):
-                logger.log_image(name, [figure], step=step)
-            elif isinstance(logger, CSVLogger):
-                figure.savefig(_log_folder(logger) / file)
-            elif hasattr(board := getattr(logger, "experiment", None), "add_figure"):  # TensorBoard and similar loggers
-                board.add_figure(name, figure, global_step=step, close=False)  # type: ignore[union-attr]
-
-
-def log_card(trainer: pl.Trainer, card: Path) -> None:
-    """Logs a model card to every logger: as an artifact, as text, or as a file."""
-    for logger in trainer.loggers if trainer.is_global_zero else ():
-        with _warn_on_error(logger, "the model card"):
-            if isinstance(logger, MLFlowLogger):
-                logger.experiment.log_artifact(logger.run_id, str(card), "model_card")
-            elif isinstance(logger, WandbLogger):
-                _log_artifact(logger, card)
-            elif isinstance(logger, CSVLogger):
-                shutil.copyfile(card, _log_folder(logger) / "model_card.md")
-            elif hasattr(board := getattr(logger, "experiment", None), "add_text"):
-                board.add_text("model_card", card.read_text(encoding="utf-8"), global_step=logged_step(trainer))  # type: ignore[union-attr]
-
-
-def _log_artifact(logger: WandbLogger, card: Path) -> None:
-    import wandb  # installed, because its logger is in use
-
-    artifact = wandb.Artifact(f"model-card-{logger.experiment.id}", type="model-card")
-    artifact.add_file(str(card))
-    logger.experiment.log_artifact(artifact)
-
-
-def _log_folder(logger: CSVLogger) -> Path:
-    """Returns a logger's folder, creating it if needed."""
-    folder = Path(logger.log_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
-
-
-@contextmanager
-def _warn_on_error(logger: Logger, what: str) -> Iterator[None]:
-    """Turns errors of a logger into warnings, so that training results are not lost."""
-    try:
-        yield
-    except Exception as error:
-        rank_zero_warn(f"{type(logger).__name__} could not log {what}: {type(error).__name__}: {error}")

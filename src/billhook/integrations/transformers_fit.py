@@ -3,7 +3,6 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -252,25 +251,11 @@ class TransformersFit(Fit):
         training = {"seed": self.args.seed, "precision": precision, "devices": self.world_size}
         return {"training": training} | ({"metrics": self._metrics} if self._metrics else {})
 
-    @property
-    def logs(self) -> bool:
-        """False: a callback cannot reach the loggers of the Trainer."""
-        return False
-
     def log_metrics(self, metrics: Mapping[str, float | None]) -> None:
         """Adds metrics to `state.log_history`."""
         numbers = {name: float(value) for name, value in metrics.items() if value is not None}
         if numbers:
             self.state.log_history.append(numbers | {"step": self.step})
-
-    def log_settings(self, callbacks: list[Mapping[str, Any]]) -> None:
-        """Does nothing."""
-
-    def log_plot(self, name: str, figure: Any) -> None:  # noqa: ANN401
-        """Does nothing."""
-
-    def log_card(self, card: Path) -> None:
-        """Does nothing."""
 
 
 def val_metrics(metrics: Mapping[str, float], model: nn.Module) -> dict[str, float]:

@@ -31,12 +31,6 @@ def test_quickstart(tmp_path, monkeypatch, capsys):
     assert "MACBETH." in told
 
 
-def test_plot_schedules(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["plot_schedules.py", str(tmp_path / "schedules.png")])
-    runpy.run_path(str(ROOT / "examples" / "plot_schedules.py"), run_name="__main__")
-    assert (tmp_path / "schedules.png").read_bytes().startswith(b"\x89PNG")
-
-
 @pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:.*does not have many workers")
 @pytest.mark.filterwarnings("ignore:.*no `val_dataloader`")

@@ -25,12 +25,10 @@ pytestmark = [pytest.mark.nightly, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """What is in the repository, and the schema that is made before a release; git ignores it, and hatchling must not."""
+    """What is in the repository."""
     folder = tmp_path_factory.mktemp("clone") / "billhook"
     litter = shutil.ignore_patterns(".git", ".*_cache", "outputs", "lightning_logs", "dist", "site", "*.egg-info", "__pycache__")
     shutil.copytree(ROOT, folder, ignore=litter)
-    with (folder / "callbacks" / "billhook.schema.json").open("w") as file:
-        subprocess.run([sys.executable, "-m", "billhook", "schema"], stdout=file, check=True)
     return folder
 
 

@@ -9,7 +9,6 @@ import csv
 import lightning.pytorch as pl
 import pytest
 import torch
-import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger
 
@@ -22,18 +21,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:You.re resuming from a checkpoint that ended before the epoch ended"),
     pytest.mark.parametrize("event", EVENTS),
 ]
-
-
-SETTINGS = {
-    "wanda": {"criterion": "Wanda()", "sparsity": 0.5, "pattern": "unstructured", "calibration/examples": 4},
-    "heads": {"ratio": 0.5, "importance": "GateGradient()", "options": "HeadOptions()", "at": 2, "remove": "end"},
-    "masked": {"ratio": 0.5, "remove": "never"},
-    "structure": {"amount": "Amount(kv_heads=0.5, channels=0.5)", "rounds": 1, "repair": "auto"},
-    "shrink": {"budget": "Budget(kv_cache_bytes=0.5)", "search": "Search(repair=None, generations=1, candidates=2)"},
-    "depth": {"blocks": 1, "importance": "BlockInfluence()"},
-    "mean": {"num_key_value_heads": 2, "method": "mean"},
-    "svd": {"num_key_value_heads": 2, "method": "svd"},
-}
 
 
 def each_step(folder):
@@ -110,14 +97,14 @@ class Memory(Logger):
 
     def __init__(self):
         super().__init__()
-        self.rows, self.steps, self.params = {}, [], {}
+        self.rows, self.steps = {}, []
 
     def log_metrics(self, metrics, step=None):
         self.steps.append(step)
         self.rows.setdefault(step, {}).update(metrics)
 
     def log_hyperparams(self, params, *_, **__):
-        self.params |= params
+        pass
 
 
 @pytest.mark.daily("wanda", "structure")
@@ -136,11 +123,6 @@ def test_each_logger_gets_the_figures(tmp_path, event):
     dense = {name: before[name] for name in ("params", "kv_cache_bytes")} | ({"sparsity": 0} if event == "wanda" else {})
     assert {name: loggers[2].rows[0].get(name) for name in dense} == dense
     assert loggers[2].steps == sorted(loggers[2].steps)
-    name = f"billhook/{type(callback).__name__}"
-    settings = {key.removeprefix(f"{name}/"): value for key, value in loggers[2].params.items()}
-    assert SETTINGS[event].items() <= settings.items()
-    with open(f"{loggers[0].log_dir}/hparams.yaml") as file:
-        assert yaml.safe_load(file) == loggers[2].params
 
 
 def test_two_alike_are_refused(tmp_path, event):

@@ -118,7 +118,7 @@ def test_the_package_is_the_command(monkeypatch, capsys):
     assert capsys.readouterr().out == f"{bh.__version__}\n"
 
 
-WORDS = ("prune MODEL OUT", "shrink MODEL OUT", "recipes [NAME]", "schema Prints", "export PATH [PATH ...]", "push FOLDER NAME")
+WORDS = ("prune MODEL OUT", "shrink MODEL OUT", "recipes [NAME]", "export PATH [PATH ...]", "push FOLDER NAME")
 
 
 class TestHelp:

@@ -6,18 +6,13 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-import billhook as bh
 from billhook import plots
 from billhook.report.speed import Timing
 from billhook.shrinking.result import Shrunk
-from kit.families import llama
 
 DRAWN = {
     "heads": lambda: plots.heads({"layers.0": torch.rand(4)}, {"layers.0": [1]}, [(0.0, 1.0), (0.25, 1.5)], "val_loss"),
     "pareto": lambda: plots.pareto(Shrunk(None, "bytes", 2, 1, {}, 0.0, {"": 0.0}, (), (), {})),
-    "removed": lambda: plots.removed(bh.pruning.plan_units(bh.load("tiny"), {0: [1]})),
-    "schedules": lambda: plots.schedules({"all": bh.schedules.Constant(0.5)}),
-    "sparsity": lambda: plots.sparsity(llama()),
     "speed": lambda: plots.speed([Timing(0, "decode", 1, 512, (1.0,), (1.0,), 1, 1, 1, 1, None, None)], ["dense"]),
     "validation": lambda: plots.validation([(0, 3.0), (9, 2.0)], [(4, "event", 2.5, 2.8)], "val_loss"),
 }

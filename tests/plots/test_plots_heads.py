@@ -1,13 +1,9 @@
 """The picture of heads: written, given to loggers, and of whatever scores there are."""
 
 import struct
-from pathlib import Path
-from types import SimpleNamespace
 
-import lightning.pytorch as pl
 import pytest
 import torch
-from matplotlib.figure import Figure
 
 import billhook as bh
 from billhook import plots
@@ -22,49 +18,20 @@ def size_of(path):
     return struct.unpack(">II", content[16:24])
 
 
-class Board(pl.loggers.logger.Logger):
-    """A logger whose experiment takes figures, as TensorBoard's does."""
-
-    name, version = "board", 0
-
-    def __init__(self):
-        super().__init__()
-        self.figures = []
-        self.experiment = SimpleNamespace(add_figure=lambda *given, **options: self.figures.append((given, options)))
-
-    def log_metrics(self, *_, **__):
-        pass
-
-    def log_hyperparams(self, *_, **__):
-        pass
-
-
 @pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
-def test_each_round_is_drawn_to_loggers_and_the_last_to_a_file(files, tmp_path):
-    path, board = tmp_path / "pictures" / "report.png", Board()
+def test_the_last_round_is_drawn_to_a_file(files, tmp_path):
+    path = tmp_path / "pictures" / "report.png"
     callback = pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 4]), remove="rounds", measure_batches=2)
     first = bh.WeightPruning(bh.Magnitude(), sparsity=0.1, measure_batches=0)  # an event without a picture
-    trainer(tmp_path, [first, callback, bh.Report(str(path))], logger=board, max_steps=5).fit(module(), data(files))
+    trainer(tmp_path, [first, callback, bh.Report(str(path))], max_steps=5).fit(module(), data(files))
     assert size_of(path.with_name("report_heads.png")) == (1425, 480)
-    drawn = [(given, options) for given, options in board.figures if given[0] == "heads"]
-    assert [(given[0], options["global_step"]) for given, options in drawn] == [
-        ("heads", 1),
-        ("heads", 3),
-    ]  # with the training step before
-    assert all(isinstance(given[1], Figure) for given, _ in drawn)
-    heads, curve, _ = drawn[-1][0][1].axes
+    heads, curve, _ = callback.plots()["heads"].axes
     assert heads.get_title() == "8 of 16 heads removed"
     shares, losses = curve.lines[0].get_data()
     assert list(shares) == [0, 25, 25, 50]  # before and after each round
     assert list(losses) == [event[when]["val_loss"] for event in callback.events for when in ("before", "after")]
     assert [text.get_text() for text in curve.get_legend().get_texts()] == ["pruning", "training"]
     assert curve.get_ylabel() == "validation loss"
-
-
-def test_a_picture_lies_beside_the_figures_of_a_csv_logger(files, tmp_path):
-    logger = pl.loggers.CSVLogger(tmp_path)
-    trainer(tmp_path, [pruning(0.25)], logger=logger, max_steps=2, log_every_n_steps=1).fit(module(), data(files))
-    assert [path.name for path in Path(logger.log_dir).glob("*.png")] == ["heads_0.png"]
 
 
 def test_without_a_file_or_a_logger_nothing_is_drawn(files, tmp_path, monkeypatch):

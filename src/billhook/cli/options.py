@@ -32,7 +32,6 @@ COMMANDS = {
     "prune-vocabulary": "prune_structure",
     "shrink": "shrink",
     "recipes": "recipes",
-    "schema": "schema",
     "export": "export",
     "push": "export",
     "summary": "inspect",
@@ -119,7 +118,7 @@ def _legal_for(argument: str, types: str, value: str, unknown: str) -> str:
         value: The value.
         unknown: Name of the unknown class in the value, if any.
     """
-    from billhook.cli.schema import public_classes  # takes seconds to import, which a misspelled command need not wait for
+    from billhook.model.plan import subclasses  # imports torch, which a misspelled command need not wait for
 
     words, names, classes = list[str](), list[str](), set[str]()
     for path, literals, inside in TYPE.findall(types):
@@ -132,7 +131,7 @@ def _legal_for(argument: str, types: str, value: str, unknown: str) -> str:
             base = pkgutil.resolve_name(name)
         except (ImportError, AttributeError, ValueError):  # a class defined in a function
             continue
-        classes |= {kind.__name__ for kind in public_classes(base)} if isinstance(base, type) else set()
+        classes |= {kind.__name__ for kind in subclasses(base) if _is_public(kind)} if isinstance(base, type) else set()
     known = f"{', '.join(sorted(classes))}, or a custom module.Class"
     hint = suggestion(unknown.rpartition(".")[2] or value, [*names, *sorted(classes)])
     if unknown and classes and not {*words} - {WORDS["NoneType"]}:
@@ -141,6 +140,14 @@ def _legal_for(argument: str, types: str, value: str, unknown: str) -> str:
     if not words or value.startswith(("[", "{", "NestedArg")):
         return ""
     return f"{argument}={value} must be {', '.join(words[:-1])}{' or ' * (len(words) > 1)}{words[-1]}.{hint}"
+
+
+def _is_public(kind: type) -> bool:
+    """Returns whether a class can be named in YAML: billhook's, concrete, and no command."""
+    public = kind.__module__.startswith("billhook.") and not kind.__module__.startswith("billhook.cli.")
+    # `inspect.isabstract` needs the metaclass ABCMeta, which not all of these classes have
+    abstract = any(getattr(getattr(kind, name, None), "__isabstractmethod__", False) for name in dir(kind))
+    return public and not kind.__name__.startswith("_") and not abstract
 
 
 def unknown_command(wrong: str, commands: Sequence[str], program: str = "billhook") -> str:

@@ -12,8 +12,6 @@ from billhook.cli.options import suggestion
 
 PREFIX = "recipe:"
 PACKAGE = Path(__file__).parents[1]
-SCHEMA_LINE = "# yaml-language-server:"
-"""Start of the line that names the schema of a YAML file."""
 
 
 def recipes(name: str | None = None) -> None:
@@ -62,7 +60,7 @@ def first_sentence(text: str) -> str:
     'Magnitude: the smallest weights go.'
     """
     comment = re.match(r"(?:#.*\n?)*", text)[0].splitlines()  # type: ignore[index]  # this always matches
-    words = " ".join(line.removeprefix("#").strip() for line in comment if not line.startswith(SCHEMA_LINE))
+    words = " ".join(line.removeprefix("#").strip() for line in comment)
     return re.split(r"(?<=\.)\s", words, maxsplit=1)[0]
 
 

@@ -2,10 +2,7 @@
 
 from billhook.plots.heads import heads
 from billhook.plots.pareto import pareto
-from billhook.plots.removed import removed
-from billhook.plots.schedules import schedules
-from billhook.plots.sparsity import sparsity
 from billhook.plots.speed import speed
 from billhook.plots.validation import validation
 
-__all__ = ["heads", "pareto", "removed", "schedules", "sparsity", "speed", "validation"]
+__all__ = ["heads", "pareto", "speed", "validation"]

@@ -3,14 +3,16 @@
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
+from numpy.typing import NDArray
 from torch import Tensor
 
 from billhook.arguments import check_types
-from billhook.plots.style import BLUE, RED, Plot, heat_map, metric_label, style_axes
+from billhook.plots.style import BLUE, RED, Plot, metric_label, style_axes
 
 
 def heads(
@@ -76,3 +78,39 @@ def _draw_curve(axes: Axes, points: list[tuple[float, float]]) -> None:
         axes.legend(handles=lines if BLUE in colors else lines[:1], frameon=False, fontsize=8)
     elif finite:
         axes.plot(*zip(*points, strict=True), "-", linewidth=1.4, color=BLUE)
+
+
+def distinct_parts(names: Sequence[str]) -> list[str]:
+    """Shortens names by removing their common beginning and end.
+
+    >>> distinct_parts(["model.layers.0.mlp", "model.layers.1.mlp"])
+    ['0', '1']
+    """
+    parts_of = [name.split(".") for name in names]
+    min_length = min(map(len, parts_of)) - 1
+    start = _first_difference(list(zip(*parts_of, strict=False))[:min_length], 0)
+    end = _first_difference(list(zip(*map(reversed, parts_of), strict=False))[: min_length - start], min_length - start)
+    return [".".join(parts[start : len(parts) - end]) for parts in parts_of]
+
+
+def _first_difference(columns: Sequence[tuple[str, ...]], default: int) -> int:
+    return next((i for i, column in enumerate(columns) if len(set(column)) > 1), default)
+
+
+def heat_map(
+    axes: Axes, table: NDArray[Any], names: Sequence[str], label: str, least: float | None = None, most: float | None = None
+) -> None:
+    """Draws a table `[rows, columns]` as colors with a color bar; NaN stays blank.
+
+    Args:
+        axes: Axes to draw on.
+        table: Values.
+        names: Row names; their common beginning and end are left out.
+        label: Label of the color bar.
+        least: Value of the lightest color. Defaults to the minimum.
+        most: Value of the darkest color. Defaults to the maximum.
+    """
+    image = axes.imshow(table, aspect="auto", cmap="Blues", vmin=least, vmax=most)
+    figure: Any = axes.figure
+    figure.colorbar(image, ax=axes, label=label, shrink=0.8)
+    axes.set_yticks(range(len(table)), distinct_parts(names), fontsize=max(4, min(8, 200 // len(table))))

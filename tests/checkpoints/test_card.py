@@ -57,13 +57,6 @@ def front(folder):
     return ModelCard.load(folder / "README.md").data.to_dict()
 
 
-def test_records_of_older_versions_have_their_degradation_as_damage(tmp_path):
-    new = saved(tmp_path / "new", {"events": [EVENTS[0] | {"degradation": DEGRADATION}]})
-    assert "25.44" in new
-    assert saved(tmp_path / "old", {"events": [EVENTS[0] | {"damage": DEGRADATION}]}) == new
-    assert saved(tmp_path / "end", {"damage": DEGRADATION}) == saved(tmp_path / "same", {"degradation": DEGRADATION})
-
-
 def test_what_was_done_what_it_costs_and_how_to_load_it(tmp_path):
     text = saved(tmp_path, {"steps": 8, "events": EVENTS, "degradation": DEGRADATION})
     body = text.split("---\n", 2)[2]

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from textwrap import shorten
 from typing import Any, TypeGuard
 
 import transformers
@@ -22,19 +21,6 @@ def listed(record: Mapping[str, Any], name: str, keys: Collection[str]) -> list[
     value = record.get(name)
     entries = value if isinstance(value, list) else []
     return [entry for entry in entries if isinstance(entry, Mapping) and all(key in entry for key in keys)]
-
-
-def current_names(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Renames keys of older versions in a record or an event: `damage` is `degradation`.
-
-    >>> current_names({"events": [{"damage": []}]})
-    {'events': [{'degradation': []}]}
-    """
-    renamed = {"degradation" if name == "damage" else name: value for name, value in record.items()}
-    events = renamed.get("events")
-    if isinstance(events, list):
-        renamed["events"] = [current_names(event) if isinstance(event, Mapping) else event for event in events]
-    return renamed
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]], align: str = "---:") -> str:
@@ -112,8 +98,6 @@ SIZES = {
 }
 LOSSES = ("source", "inside", "before", "after", "ratio", "ratio_error", "kl", "kl_error")
 REVIEWED = "From source review of the releases named; not executed."
-MAX_LABEL = 60
-"""Maximum number of characters of a label that is derived from a description."""
 SPARSE = 0.1
 """Share of zeros from which a model is tagged as sparse."""
 COMPLETE = "See `billhook.json` for the complete record, such as the removed units."
@@ -132,7 +116,6 @@ def card(record: Mapping[str, Any], loading: str, config: PretrainedConfig) -> s
         loading: Format of the checkpoint, in words.
         config: Config of the checkpoint.
     """
-    record = current_names(record)
     named = record.get("base_model")
     base = hub_name(named) if isinstance(named, str) else None
     name = record["saved"]["folder"]
@@ -142,12 +125,6 @@ def card(record: Mapping[str, Any], loading: str, config: PretrainedConfig) -> s
     parts += ["## Usage", f"{loading[0].upper()}{loading[1:]}.", _code(record, name, config)]
     parts += ["## Compatibility", *_engines(record, config)]
     return "\n\n".join(parts) + "\n"
-
-
-def label_of(event: Mapping[str, Any]) -> str:
-    """Returns the label of an event of a training run; older versions recorded none."""
-    label = event.get("label")
-    return label if isinstance(label, str) else shorten(str(event["what"]), MAX_LABEL, placeholder=" ...")
 
 
 def _title(record: Mapping[str, Any], base: str | None, config: PretrainedConfig) -> list[str]:
@@ -248,7 +225,7 @@ def _size_table(record: Mapping[str, Any]) -> list[str]:
 def _event(event: Mapping[str, Any]) -> str:
     """Returns the label of an event, its description, and its layers without a refit."""
     what = plain(event["what"])
-    label = plain(label_of(event)) if "label" in event else what
+    label = plain(event.get("label", event["what"]))
     not_refitted = [plain(event["not_refitted"])] if event.get("not_refitted") else []
     return "\n  - ".join([label, *([] if label == what else [what]), *not_refitted])
 

@@ -17,7 +17,7 @@ from billhook.model.shape import KEY, Shape, check_plain_shape, record_shape, se
 from billhook.model.surgery import restored_on_error
 
 VERSION = 1
-ENTRY_TYPES = {"class": str, "config": str, "prefix": str, "shape": Mapping}
+ENTRY_TYPES = {"version": int, "class": str, "config": str, "prefix": str, "shape": Mapping}
 """Required keys and types of a checkpoint's model entry."""
 PER_HEAD = ("head_dim", "attention_head_size", "key_value_proj_dim")
 """Attributes of attention modules for the head dimension, which never changes."""
@@ -71,7 +71,7 @@ def check_entry(entry: object, state: object) -> None:
         if not isinstance(entry, Mapping) or not isinstance(entry.get(key), kind):
             raise ValueError(f"{invalid}: {key} is missing or has the wrong type.")
     assert isinstance(entry, Mapping)
-    if entry.get("version", VERSION) != VERSION:
+    if entry["version"] != VERSION:
         raise ValueError(
             f"the checkpoint's model entry has version {str(entry['version'])[:80]}, which this billhook does not support."
         )

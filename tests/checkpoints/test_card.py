@@ -237,7 +237,7 @@ def test_of_a_family_of_the_users_own(tmp_path):
 
     model = OwnForCausalLM(OwnConfig.from_dict({**llama().config.to_dict(), "model_type": "own"}))
     bh.save(model, tmp_path / "small", record={"steps": 1})
-    assert "unknown: OwnForCausalLM was not reviewed" in (tmp_path / "small" / "README.md").read_text()
+    assert 'billhook.load("small")' in (tmp_path / "small" / "README.md").read_text()
 
 
 def test_names_of_the_hub(tmp_path, monkeypatch):
@@ -265,7 +265,6 @@ def test_without_a_record_the_card_says_what_is_known(tmp_path):
     assert "| versions | billhook " in text
     assert "the complete record" not in text
     assert 'LlamaForCausalLM.from_pretrained("small")' in text
-    assert "vLLM" in text.split("## Compatibility")[1]
     record = json.loads((tmp_path / "small" / "billhook.json").read_text())
     assert record["versions"]["billhook"] == bh.__version__
     assert "README.md" in record["files"]

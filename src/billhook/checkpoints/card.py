@@ -12,8 +12,6 @@ from transformers import PretrainedConfig
 
 from billhook.checkpoints.origin import hub_name
 from billhook.display import markdown_table
-from billhook.model.shape import KEY
-from billhook.serving.engines import grouped, verdicts
 
 
 def listed(record: Mapping[str, Any], name: str, keys: Collection[str]) -> list[Mapping[str, Any]]:
@@ -97,7 +95,6 @@ SIZES = {
     "flops": "FLOPs per token or image",
 }
 LOSSES = ("source", "inside", "before", "after", "ratio", "ratio_error", "kl", "kl_error")
-REVIEWED = "From source review of the releases named; not executed."
 SPARSE = 0.1
 """Share of zeros from which a model is tagged as sparse."""
 COMPLETE = "See `billhook.json` for the complete record, such as the removed units."
@@ -123,7 +120,6 @@ def card(record: Mapping[str, Any], loading: str, config: PretrainedConfig) -> s
     for title, section in (("Changes", _changes(record)), ("Size and quality", _quality(record))):
         parts += [f"## {title}", *section] if section else []
     parts += ["## Usage", f"{loading[0].upper()}{loading[1:]}.", _code(record, name, config)]
-    parts += ["## Compatibility", *_engines(record, config)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -182,14 +178,6 @@ def _code(record: Mapping[str, Any], name: str, config: PretrainedConfig) -> str
     if record["saved"]["way"] != "shaped" and hasattr(transformers, kind):
         lines = [f"from transformers import {kind}", "", f"model = {kind}.from_pretrained({quoted})  # or its Hub name"]
     return "\n".join(["```python", *lines, "```"])
-
-
-def _engines(record: Mapping[str, Any], config: PretrainedConfig) -> list[str]:
-    """Returns a table of inference engines."""
-    sizes = [event["after"] for event in listed(record, "events", ("after",)) if isinstance(event["after"], Mapping)]
-    kind, zeros = (config.architectures or [""])[0], sizes[-1].get("zeros") if sizes else 0
-    rows = grouped(verdicts(kind, config, vars(config).get(KEY), zeros=isinstance(zeros, int) and zeros > 0))
-    return [table(["engine", "runs it"], [list(row) for row in rows]), REVIEWED]
 
 
 def _changes(record: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ PER_HEAD = ("head_dim", "attention_head_size", "key_value_proj_dim")
 """Attributes of attention modules for the head dimension, which never changes."""
 SHOWN = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
 """Config fields shown in messages."""
-HARMLESS = ("dtype", "version", "name_or_path", "implementation", "drop", "problem_type", "initializer")
+SETTINGS = ("dtype", "version", "name_or_path", "implementation", "drop", "problem_type", "initializer")
 """Parts of field names that may differ in a resumed run."""
 
 
@@ -145,5 +145,5 @@ def _constants(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
     for name, value in config.items():
         if isinstance(value, dict) and not name.startswith(("id2", "label2")):
             yield from _constants(value, f"{prefix}{name}.")
-        elif isinstance(value, float | str) and not name.startswith("_") and not any(part in name for part in HARMLESS):
+        elif isinstance(value, float | str) and not name.startswith("_") and not any(part in name for part in SETTINGS):
             yield f"{prefix}{name}", value

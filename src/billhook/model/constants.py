@@ -17,8 +17,11 @@ from billhook.model.transformers_internals import follows_inputs
 
 MOST = 1024
 """Approximate number of summed values of a larger buffer, evenly spaced."""
-TRAINING_ONLY = ("training", "drop", "checkpointing", "loss", "jitter", "padding_idx", "pad_token_id", "cached", "vocab_size")
-"""Parts of the names of numbers that do not affect the logits of a model in evaluation mode."""
+HARMLESS = (
+    *("training", "drop", "checkpointing", "loss", "jitter", "padding_idx", "pad_token_id", "vocab_size"),
+    *("cached", "rescaled", "pooling_mult", "shift_size", "window_size"),
+)
+"""Parts of the names of numbers that do not affect logits in evaluation mode, or that forwards change."""
 
 
 def constants(model: nn.Module) -> Iterator[tuple[str, float | Tensor | None]]:
@@ -28,7 +31,7 @@ def constants(model: nn.Module) -> Iterator[tuple[str, float | Tensor | None]]:
         for attr, value in vars(module).items():
             number = value is None or isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
             dotted = f"{name}.{attr}"
-            if number and not attr.startswith("_") and not any(part in dotted for part in TRAINING_ONLY):
+            if number and not attr.startswith("_") and not any(part in dotted for part in HARMLESS):
                 yield dotted, value
         for attr, buffer in module._buffers.items():
             dotted = f"{name}.{attr}"

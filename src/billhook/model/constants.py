@@ -41,7 +41,7 @@ def constants(model: nn.Module) -> Iterator[tuple[str, float | Tensor | None]]:
 
 
 def record_constants(model: nn.Module) -> dict[str, float]:
-    """Returns the constants as plain numbers, for any checkpoint format; of buffers, checksums.
+    """Returns the constants as plain numbers; buffers as checksums.
 
     The name of a checksum includes the size, because some buffers are tables that grow with the inputs.
     """

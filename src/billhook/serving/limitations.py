@@ -1,4 +1,4 @@
-"""What llama.cpp's converter misreads, and what llama.cpp's architecture `deci` computes instead."""
+"""Limitations of llama.cpp's converter, and of its architecture `deci`."""
 
 from typing import Any
 

@@ -17,7 +17,7 @@ from billhook.model.shape import KEY, Shape, check_plain_shape, record_shape, se
 from billhook.model.surgery import restored_on_error
 
 VERSION = 1
-ENTRY_TYPES = {"version": int, "class": str, "config": str, "prefix": str, "shape": Mapping}
+ENTRY_TYPES = {"class": str, "config": str, "prefix": str, "shape": Mapping, "version": int}
 """Required keys and types of a checkpoint's model entry."""
 PER_HEAD = ("head_dim", "attention_head_size", "key_value_proj_dim")
 """Attributes of attention modules for the head dimension, which never changes."""

@@ -3,10 +3,10 @@
 `python benchmarks/roundtrip.py --processes 2 --out docs/evidence/roundtrip.md` writes the table; model types restrict it, and
 `--sample 60` draws pairs of an architecture and an operation by a seed.
 
-For each pair the operation is carried out, if `billhook inspect` allows it, and the model compared with an oracle that does not
+For each pair the operation is carried out, if billhook does not refuse it, and the model compared with an oracle that does not
 use billhook's surgery: a dense model with KV heads replaced by their means, with zeroed columns where heads or channels are read,
-with blocks that return their input, with the largest |W| * ||x|| of four kept. The model is saved, loaded as `inspect` promises
-(plain `from_pretrained`, or `bh.load`) and compared; and again through a Lightning checkpoint and `billhook export`.
+with blocks that return their input, with the largest |W| * ||x|| of four kept. The model is saved, loaded
+(by plain `from_pretrained`, or `bh.load`) and compared; and again through a Lightning checkpoint and `billhook export`.
 """
 
 import argparse
@@ -41,16 +41,15 @@ from transformers.pytorch_utils import Conv1D
 
 import billhook as bh
 from billhook.checkpoints.export import export
-from billhook.cli.inspect import CHOICES, conversion, find_savings
+from billhook.cli.inspect import conversion
 from billhook.model.inputs import make_inputs
 from billhook.model.transformers_internals import match_implementations
 from billhook.sparsity.weight_plan import WeightPlan
-from billhook.tracing.trace import trace
 
 HEADS = ("num_heads", "num_attention_heads")
 SECONDS = 60
 TOLERANCE = 1e-4  # relative to the largest output, and at least 30 times the effect of the last digit of every weight
-BUGS = ("wrong", "raw", "late", "broken promise")
+BUGS = ("wrong", "raw", "late")
 STATES = ("right", "refused", *BUGS)
 OPERATIONS = (
     "untouched",
@@ -77,10 +76,6 @@ class Late(Exception):
 
 class Wrong(Exception):
     """Something else was computed than expected."""
-
-
-class Broken(Exception):
-    """`inspect` said something else."""
 
 
 @dataclass
@@ -187,8 +182,8 @@ def where(error: BaseException) -> str:
 
 # ---------------------------------------------------------------------------------------------- operations
 
-Done = tuple[list[Tensor] | None, str | None]
-"""What the oracle expects, None if there is none; and the way of saving that `inspect` promised, None if it promised none."""
+Done = list[Tensor] | None
+"""What the oracle expects, None if there is none."""
 
 
 def refusing(subject: Subject, model: nn.Module, step: Callable[[], Any]) -> Any:
@@ -206,16 +201,6 @@ def refusing(subject: Subject, model: nn.Module, step: Callable[[], Any]) -> Any
         raise Refused(" ".join(str(error).split())[:300]) from error
 
 
-def promised(model: nn.Module, kind: str) -> str | None:
-    """Returns how `inspect` says that a model with fewer units of a kind is saved; None if it names no such units."""
-    groups = [group for group in trace(model).groups if group.kind in CHOICES[kind]]
-    said = [one for one in find_savings(model, groups) if not one.reason]
-    if not said:
-        return None
-    ways = {"plain" if one.fields else "shaped" for one in said}
-    return ways.pop() if len(ways) == 1 else "as its line says"  # of KV heads and query heads, one may be plain alone
-
-
 def convert(method: str, subject: Subject, model: nn.Module) -> Done:
     """Halves the KV heads, or takes the highest legal number."""
     found = refusing(subject, model, lambda: conversion(model))
@@ -226,8 +211,8 @@ def convert(method: str, subject: Subject, model: nn.Module) -> Done:
     dense = copy.deepcopy(model)
     plan = refusing(subject, model, lambda: bh.convert_kv_heads(model, after, method, batches))
     if method != "mean" or before != plan.before:
-        return None, None
-    return tied(subject, dense, plan), None
+        return None
+    return tied(subject, dense, plan)
 
 
 def tied(subject: Subject, dense: nn.Module, plan) -> list[Tensor] | None:
@@ -254,7 +239,6 @@ def tied(subject: Subject, dense: nn.Module, plan) -> list[Tensor] | None:
 
 def remove(amount: dict[str, float], kind: str, subject: Subject, model: nn.Module) -> Done:
     """Removes the units with the smallest weights."""
-    way = refusing(subject, model, lambda: promised(model, kind))
     dense = copy.deepcopy(model)
     plan = refusing(subject, model, lambda: bh.plan(model, bh.importance.WeightNorm(), **amount))
     if not plan.units:
@@ -263,9 +247,7 @@ def remove(amount: dict[str, float], kind: str, subject: Subject, model: nn.Modu
         refusing(subject, model, lambda: bh.apply(model, plan))
     except Refused as error:
         raise Late(f"planned, then refused: {error}") from error
-    if way is None:
-        raise Broken(f"inspect names no {kind}, and they can be removed")
-    return (zeroed(subject, dense, plan) if kind in ("heads", "channels") else None), way
+    return zeroed(subject, dense, plan) if kind in ("heads", "channels") else None
 
 
 @torch.no_grad()
@@ -308,7 +290,7 @@ def remove_block(subject: Subject, model: nn.Module) -> Done:
                 block = dense.get_submodule(f"{name}.{number}")
                 handle = block.register_forward_hook(skipped, with_kwargs=True)
                 stack.callback(handle.remove)
-        return subject.answer(dense), None
+        return subject.answer(dense)
 
 
 def skipped(module, args, kwargs, out):
@@ -327,7 +309,7 @@ def prune(subject: Subject, model: nn.Module) -> Done:
         lambda: bh.prune(model, bh.Wanda(), [subject.inputs], pattern="2:4", options=bh.PruneOptions(sequential="none")),
     )
     assert isinstance(plan, WeightPlan)
-    return kept_of_four(subject, dense, model, plan.pruned), "plain"
+    return kept_of_four(subject, dense, model, plan.pruned)
 
 
 @torch.no_grad()
@@ -376,7 +358,7 @@ def squares_read(module: nn.Module, squares: Tensor) -> Tensor:
 
 def untouched(subject: Subject, model: nn.Module) -> Done:
     """Leaves the model as it is."""
-    return subject.expected, "plain"
+    return subject.expected
 
 
 def after(first, second, subject: Subject, model: nn.Module) -> Done:
@@ -418,8 +400,8 @@ def run_operation(operation: str, subject: Subject, model: nn.Module) -> Done:
 # ---------------------------------------------------------------------------------------------- saved and reloaded
 
 
-def save(subject: Subject, model: nn.Module, folder: Path, way: str | None) -> str:
-    """Saves and loads as promised, and compares."""
+def save(subject: Subject, model: nn.Module, folder: Path) -> str:
+    """Saves, loads, and compares."""
     expected = subject.answer(model)
     try:
         saved = bh.save(model, folder / "saved")
@@ -430,8 +412,6 @@ def save(subject: Subject, model: nn.Module, folder: Path, way: str | None) -> s
         kind = getattr(transformers, model_class_of(folder / "saved"), type(model))
         loaded = kind.from_pretrained(folder / "saved")
     subject.same(prepared(loaded, model), expected, f"saved ({saved.way}) and loaded")
-    if way in ("plain", "shaped") and (way == "plain") != (saved.way != "shaped"):
-        raise Broken(f"inspect promised {way}, saved {saved.way}")
     return saved.way
 
 
@@ -473,18 +453,16 @@ def examine(auto: str, subject: Subject, operation: str) -> Result:
     try:
         with tempfile.TemporaryDirectory() as folder:
             model = subject.model()
-            expected, way = run_operation(operation, subject, model)
+            expected = run_operation(operation, subject, model)
             if expected is not None:
                 result.oracle = True
                 subject.same(model, expected, "oracle")
-            result.way = save(subject, model, Path(folder), way)
+            result.way = save(subject, model, Path(folder))
             checkpoint(subject, model, Path(folder))
     except Refused as error:
         result.state, result.detail = "refused", str(error)
     except Late as error:
         result.state, result.detail = "late", str(error)
-    except Broken as error:
-        result.state, result.detail = "broken promise", str(error)
     except Wrong as error:
         result.state, result.detail = "wrong", str(error)
     except Exception as error:  # whatever comes from the depths
@@ -568,13 +546,12 @@ def page(results: list[Result], command: str) -> str:
         f"{sum(bool(result.operation) for result in results):,} pairs of an architecture of transformers "
         f"{transformers.__version__} and an operation. Models are small and have random weights. The states mean:",
         "",
-        "- *right*: equal to an independent computation if there is one, the same after saving and loading in the format that "
-        "`billhook inspect` reports, and after a Lightning checkpoint and `billhook export`;",
+        "- *right*: equal to an independent computation if there is one, the same after saving and loading, and "
+        "after a Lightning checkpoint and `billhook export`;",
         "- *refused*: an error with a reason, before anything changed;",
         "- *wrong*: other outputs;",
         "- *raw*: an unexpected error;",
-        "- *late*: an error after a plan was made;",
-        "- *broken promise*: saved in another format than `inspect` reports.",
+        "- *late*: an error after a plan was made.",
         "",
         f"{small} more names of the auto classes were not tried, because `small_configs.py` has no small model of them that runs "
         f"on guessed inputs. Command: `{command}`",

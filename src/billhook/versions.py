@@ -7,7 +7,7 @@ from importlib import metadata
 
 
 def versions(*others: str) -> dict[str, str]:
-    """Returns the versions of billhook, torch, transformers, other installed packages, and Python.
+    """Returns the versions of billhook, torch, transformers, other packages, and Python.
 
     >>> list(versions("no-such-package"))
     ['billhook', 'torch', 'transformers', 'python']

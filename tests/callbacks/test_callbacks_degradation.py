@@ -113,7 +113,7 @@ def test_a_resumed_run_tells_what_the_straight_one_does(tmp_path):
         path = tmp_path / f"step={stop}.ckpt"
         trainer(tmp_path, resumed, max_steps=3).fit(Own(), loader(), loader(4, 4), ckpt_path=path)
         assert told(resumed) == told(straight)
-    kept = torch.load(path, weights_only=True)["callbacks"]["Damage"]
+    kept = torch.load(path, weights_only=True)["callbacks"]["Degradation"]
     assert sum(one.numel() for one in [*kept["ids"], kept["losses"]]) == ROWS * 13
 
 

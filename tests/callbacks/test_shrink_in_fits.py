@@ -287,6 +287,6 @@ def test_a_kv_head_goes_with_all_its_query_heads_beneath_lora_too(files, tmp_pat
 def test_another_search_is_refused_on_resume():
     earlier, callback = shrinking(params=0.8), shrinking(params=0.7)
     states = {earlier.state_key: {}}
-    with pytest.raises(ValueError, match=r"run has Shrink\{.*0\.8.*, but this run has Shrink\{.*0\.7"):
+    with pytest.raises(ValueError, match=r"run has Shrinking\{.*0\.8.*, but this run has Shrinking\{.*0\.7"):
         check_callbacks([callback], states)
     check_callbacks([callback], {callback.state_key: {}})

@@ -57,13 +57,6 @@ def front(folder):
     return ModelCard.load(folder / "README.md").data.to_dict()
 
 
-def test_records_of_older_versions_have_their_degradation_as_damage(tmp_path):
-    new = saved(tmp_path / "new", {"events": [EVENTS[0] | {"degradation": DEGRADATION}]})
-    assert "25.44" in new
-    assert saved(tmp_path / "old", {"events": [EVENTS[0] | {"damage": DEGRADATION}]}) == new
-    assert saved(tmp_path / "end", {"damage": DEGRADATION}) == saved(tmp_path / "same", {"degradation": DEGRADATION})
-
-
 def test_what_was_done_what_it_costs_and_how_to_load_it(tmp_path):
     text = saved(tmp_path, {"steps": 8, "events": EVENTS, "degradation": DEGRADATION})
     body = text.split("---\n", 2)[2]
@@ -244,7 +237,7 @@ def test_of_a_family_of_the_users_own(tmp_path):
 
     model = OwnForCausalLM(OwnConfig.from_dict({**llama().config.to_dict(), "model_type": "own"}))
     bh.save(model, tmp_path / "small", record={"steps": 1})
-    assert "unknown: OwnForCausalLM was not reviewed" in (tmp_path / "small" / "README.md").read_text()
+    assert 'billhook.load("small")' in (tmp_path / "small" / "README.md").read_text()
 
 
 def test_names_of_the_hub(tmp_path, monkeypatch):
@@ -272,7 +265,6 @@ def test_without_a_record_the_card_says_what_is_known(tmp_path):
     assert "| versions | billhook " in text
     assert "the complete record" not in text
     assert 'LlamaForCausalLM.from_pretrained("small")' in text
-    assert "vLLM" in text.split("## Compatibility")[1]
     record = json.loads((tmp_path / "small" / "billhook.json").read_text())
     assert record["versions"]["billhook"] == bh.__version__
     assert "README.md" in record["files"]

@@ -7,7 +7,7 @@ from transformers import AutoModelForCausalLM
 
 import billhook as bh
 from billhook.checkpoints.equivalent import set_head_dim
-from billhook.checkpoints.save import load, save, way_of
+from billhook.checkpoints.save import load, save
 from billhook.model.meta import from_name
 from billhook.pruning.planning import prune_units
 from kit.equivalents import same, three_of_four, written
@@ -85,11 +85,6 @@ def test_what_is_saved_as_another_family_is_pruned_further(tmp_path):
     assert same(load(tmp_path / "b"), model)
     shadow = from_name(tmp_path / "b")
     assert (type(shadow).__name__, shadow.config.num_attention_heads) == ("SeedOssForCausalLM", 2)
-
-
-def test_the_way_is_known_before_anything_is_written():
-    way, config = way_of(three_of_four("qwen2"))
-    assert (way, config.model_type, config.head_dim) == ("equivalent", "seed_oss", 8)
 
 
 def test_an_empty_width_of_heads_is_written_as_a_number(tmp_path):

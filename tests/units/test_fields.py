@@ -4,7 +4,6 @@ import billhook as bh
 from billhook.units import fields
 from billhook.units.fields import FieldFinder
 from kit.families import llama
-from kit.units import other
 
 
 def groups_of(model, *kinds):
@@ -20,14 +19,6 @@ def test_of_kinds_of_units():
     assert finder.find(groups_of(model, "kv_head")) == ("num_attention_heads", "num_key_value_heads")  # with their query heads
     assert finder.find(groups_of(model, "query_head")) == ("num_attention_heads",)
     assert finder.find(groups_of(model, "residual")) == ("hidden_size",)
-
-
-def test_numbers_that_the_model_refuses_and_its_config_does_not():
-    """Moshi's config takes any width; its attention wants a multiple of the heads."""
-    model = other("MoshiForCausalLM")
-    finder = FieldFinder(model)
-    fields = finder.find(groups_of(model, "residual"))
-    assert (fields, finder.counts(48, fields)) == (("hidden_size",), (42, 36, 30, 24))
 
 
 def test_what_is_found_of_one_model_is_known_of_those_alike(monkeypatch):

@@ -52,9 +52,7 @@ def base_checkpoint(checkpoint: dict[str, Any], name: str) -> dict[str, Any]:
         raise ValueError(f"'{name}' has a malformed entry {ADAPTERS!r} for its adapters")
     shape = checkpoint[KEY]["shape"]
     plain = {part: _of_base(shape.get(part, {})) for part in ("tensors", "attributes")}
-    of_base = checkpoint[KEY] | {"shape": shape | plain}
-    if constants := of_base.get("constants"):
-        of_base["constants"] = {part: _of_base(entries) for part, entries in constants.items()}
+    of_base = checkpoint[KEY] | {"shape": shape | plain, "constants": _of_base(checkpoint[KEY]["constants"])}
     return checkpoint | {"state_dict": _of_base(checkpoint["state_dict"]), KEY: of_base}
 
 

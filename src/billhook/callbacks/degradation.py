@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import check_int, check_types
 from billhook.calibration.calibration import Calibration, OtherTexts, check_other_texts, evaluation_batches
-from billhook.checkpoints.card import label_of
 from billhook.engine.sharding import is_sharded, reshard
 from billhook.fit.calibration import FitCalibration
 from billhook.fit.event import Event, EventCallback, EventFollower
@@ -60,11 +59,6 @@ class Degradation(EventFollower):
         self._dense: DenseReference | None = None
         self._begun = False
 
-    @property
-    def state_key(self) -> str:
-        """The key of this callback's state in checkpoints."""
-        return "Damage"  # the class's first name, so that runs resume from checkpoints of that time
-
     def prepare(self, fit: Fit) -> None:
         """Checks the run and evaluates the dense model once it exists."""
         fit.check_strategy("Degradation")
@@ -95,7 +89,7 @@ class Degradation(EventFollower):
     def on_event(self, fit: Fit, event: Event) -> None:
         """Evaluates the model after an event; after the last event if several share a step."""
         if any(event is callback.events[-1] for callback in fit.callbacks(EventCallback) if callback.events):
-            event["degradation"] = self._measure(fit, f"after {label_of(event)}")
+            event["degradation"] = self._measure(fit, f"after {event['label']}")
 
     def end_training(self, fit: Fit) -> None:
         """Evaluates the model at the end of training."""

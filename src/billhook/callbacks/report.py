@@ -10,7 +10,6 @@ from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from billhook.arguments import check_int, check_path, check_types
 from billhook.callbacks.degradation import Degradation, check_listed_after
 from billhook.callbacks.export import Export
-from billhook.checkpoints.card import label_of
 from billhook.fit.callback import FitCallback
 from billhook.fit.event import Event, EventCallback, events_of, metrics_of_callbacks, record_start, start_metrics
 from billhook.fit.fit import Fit
@@ -101,7 +100,7 @@ class Report(FitCallback):
     def _report(self, fit: Fit, last: dict[str, Any]) -> None:
         events = events_of(fit)
         stages = self._stages(fit, events, Stage("end of training", fit.step, last))
-        notes = [(f"step {e['step']}", e["what"]) for e in events if label_of(e) != e["what"]]
+        notes = [(f"step {e['step']}", e["what"]) for e in events if e["label"] != e["what"]]
         for callback in fit.callbacks(Export):
             if callback.saved is not None:
                 notes += [("checkpoint", callback.saved.folder), ("format", callback.saved.format)]
@@ -110,7 +109,7 @@ class Report(FitCallback):
         if name := self._name(last):
             if stages[0].numbers.get(name) is None and fit.validate_first and self.measure_batches != 0:
                 notes.append((stages[0].name, f"not validated. {fit.validate_first}"))
-            marks = [(e["step"], label_of(e), e["before"].get(name), e["after"].get(name)) for e in events]
+            marks = [(e["step"], e["label"], e["before"].get(name), e["after"].get(name)) for e in events]
             dense = stages[0].numbers.get(name) if events else None
             figure = validation(self._points(name, last, fit.step), marks, name, dense)
             plots.append(("plot", Path(self.plot_file), figure))
@@ -132,7 +131,7 @@ class Report(FitCallback):
 
     def _degradation(self, fit: Fit, events: list[Event]) -> list[str]:
         """Returns a table of degradation after each event that was evaluated, and at the end."""
-        results = [(f"after {label_of(event)}", event["degradation"]) for event in events if "degradation" in event]
+        results = [(f"after {event['label']}", event["degradation"]) for event in events if "degradation" in event]
         for callback in fit.callbacks(Degradation):
             if callback.last is not None:
                 results.append(("end of training", callback.last))
@@ -146,7 +145,7 @@ class Report(FitCallback):
         num_events = first["events"]
         start = start_metrics(fit) | (events[0]["before"] if num_events else first["after"])
         dense = Stage("dense", events[0]["step"] if num_events else first["step"], start)
-        after = [Stage(f"after {label_of(event)}", event["step"], event["after"]) for event in events]
+        after = [Stage(f"after {event['label']}", event["step"], event["after"]) for event in events]
         if num_events:
             after[num_events - 1] = Stage(
                 after[num_events - 1].name, after[num_events - 1].step, first["after"] | after[num_events - 1].numbers

@@ -104,8 +104,7 @@ class Shrinking(ShapeCallback):
     @property
     def state_key(self) -> str:
         """The key of this callback's state in checkpoints."""
-        # the class's first name, so that runs resume from checkpoints of that time
-        return f"Shrink{{'amount': {str(self.amount)!r}, 'max_loss': {self.budget.max_loss!r}}}"
+        return f"Shrinking{{'amount': {str(self.amount)!r}, 'max_loss': {self.budget.max_loss!r}}}"
 
     @property
     def needs_data(self) -> bool:

@@ -4,7 +4,6 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from textwrap import shorten
 from typing import Any, TypeGuard
 
 import transformers
@@ -13,8 +12,6 @@ from transformers import PretrainedConfig
 
 from billhook.checkpoints.origin import hub_name
 from billhook.display import markdown_table
-from billhook.model.shape import KEY
-from billhook.serving.engines import grouped, verdicts
 
 
 def listed(record: Mapping[str, Any], name: str, keys: Collection[str]) -> list[Mapping[str, Any]]:
@@ -22,19 +19,6 @@ def listed(record: Mapping[str, Any], name: str, keys: Collection[str]) -> list[
     value = record.get(name)
     entries = value if isinstance(value, list) else []
     return [entry for entry in entries if isinstance(entry, Mapping) and all(key in entry for key in keys)]
-
-
-def current_names(record: Mapping[str, Any]) -> dict[str, Any]:
-    """Renames keys of older versions in a record or an event: `damage` is `degradation`.
-
-    >>> current_names({"events": [{"damage": []}]})
-    {'events': [{'degradation': []}]}
-    """
-    renamed = {"degradation" if name == "damage" else name: value for name, value in record.items()}
-    events = renamed.get("events")
-    if isinstance(events, list):
-        renamed["events"] = [current_names(event) if isinstance(event, Mapping) else event for event in events]
-    return renamed
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]], align: str = "---:") -> str:
@@ -111,9 +95,6 @@ SIZES = {
     "flops": "FLOPs per token or image",
 }
 LOSSES = ("source", "inside", "before", "after", "ratio", "ratio_error", "kl", "kl_error")
-REVIEWED = "From source review of the releases named; not executed."
-MAX_LABEL = 60
-"""Maximum number of characters of a label that is derived from a description."""
 SPARSE = 0.1
 """Share of zeros from which a model is tagged as sparse."""
 COMPLETE = "See `billhook.json` for the complete record, such as the removed units."
@@ -132,7 +113,6 @@ def card(record: Mapping[str, Any], loading: str, config: PretrainedConfig) -> s
         loading: Format of the checkpoint, in words.
         config: Config of the checkpoint.
     """
-    record = current_names(record)
     named = record.get("base_model")
     base = hub_name(named) if isinstance(named, str) else None
     name = record["saved"]["folder"]
@@ -140,14 +120,7 @@ def card(record: Mapping[str, Any], loading: str, config: PretrainedConfig) -> s
     for title, section in (("Changes", _changes(record)), ("Size and quality", _quality(record))):
         parts += [f"## {title}", *section] if section else []
     parts += ["## Usage", f"{loading[0].upper()}{loading[1:]}.", _code(record, name, config)]
-    parts += ["## Compatibility", *_engines(record, config)]
     return "\n\n".join(parts) + "\n"
-
-
-def label_of(event: Mapping[str, Any]) -> str:
-    """Returns the label of an event of a training run; older versions recorded none."""
-    label = event.get("label")
-    return label if isinstance(label, str) else shorten(str(event["what"]), MAX_LABEL, placeholder=" ...")
 
 
 def _title(record: Mapping[str, Any], base: str | None, config: PretrainedConfig) -> list[str]:
@@ -207,14 +180,6 @@ def _code(record: Mapping[str, Any], name: str, config: PretrainedConfig) -> str
     return "\n".join(["```python", *lines, "```"])
 
 
-def _engines(record: Mapping[str, Any], config: PretrainedConfig) -> list[str]:
-    """Returns a table of inference engines."""
-    sizes = [event["after"] for event in listed(record, "events", ("after",)) if isinstance(event["after"], Mapping)]
-    kind, zeros = (config.architectures or [""])[0], sizes[-1].get("zeros") if sizes else 0
-    rows = grouped(verdicts(kind, config, vars(config).get(KEY), zeros=isinstance(zeros, int) and zeros > 0))
-    return [table(["engine", "runs it"], [list(row) for row in rows]), REVIEWED]
-
-
 def _changes(record: Mapping[str, Any]) -> list[str]:
     """Returns the list of events, the settings, and the sizes."""
     lines = []
@@ -248,7 +213,7 @@ def _size_table(record: Mapping[str, Any]) -> list[str]:
 def _event(event: Mapping[str, Any]) -> str:
     """Returns the label of an event, its description, and its layers without a refit."""
     what = plain(event["what"])
-    label = plain(label_of(event)) if "label" in event else what
+    label = plain(event.get("label", event["what"]))
     not_refitted = [plain(event["not_refitted"])] if event.get("not_refitted") else []
     return "\n  - ".join([label, *([] if label == what else [what]), *not_refitted])
 

@@ -1,7 +1,6 @@
 """Standard checkpoints of unusual shapes: other configs and equivalent architectures."""
 
 import dataclasses
-import itertools
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, cast
@@ -13,7 +12,6 @@ from transformers.pytorch_utils import Conv1D
 from billhook.model.config_fields import build_class_on_meta, nested_configs, text_config
 from billhook.model.costs import kv_cache_bytes
 from billhook.model.shape import KEY, Shape, built_shape, shape_beyond_config, shape_of
-from billhook.serving.engines import engines
 
 ANY = object()
 """Any value, for a config field that no code uses."""
@@ -116,9 +114,8 @@ def equivalents(model: PreTrainedModel) -> Iterator[Candidate]:
     counts = _counts(now, config)
     if counts is None or text_config(config) is not config:
         return
-    classes = set(itertools.chain.from_iterable(engines()["computes_head_dim"].values()))
-    ignored = tuple(prefix for prefix in EQUIVALENT if f"{prefix}ForCausalLM" in classes)  # engines ignore their `head_dim`
-    engines_fail = type(model).__name__.startswith(ignored) and not _heads_fill_hidden_size(counts)
+    heads_fill_hidden_size = counts["head_dim"] * counts.get("num_attention_heads", 0) == counts.get("hidden_size")
+    engines_fail = type(model).__name__.startswith("Qwen2") and not heads_fill_hidden_size  # they ignore its `head_dim`
     if not (engines_fail or shape_beyond_config(model, now).tensors):
         return
     for kind, changes, lacks in sorted(_classes(type(model), config), key=lambda row: engines_fail and row[0] is type(model)):
@@ -205,11 +202,6 @@ def _added(family: Family, config: PretrainedConfig) -> dict[str, Any]:
         elif value is not ANY:
             added[name] = value
     return added
-
-
-def _heads_fill_hidden_size(counts: Mapping[str, int]) -> bool:
-    """Returns True if the query heads add up to the hidden size."""
-    return counts["head_dim"] * counts.get("num_attention_heads", 0) == counts.get("hidden_size")
 
 
 def _counts(shape: Shape, config: PretrainedConfig) -> dict[str, int] | None:

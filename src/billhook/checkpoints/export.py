@@ -5,10 +5,8 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,13 +17,13 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from billhook.adapters.checkpoint import base_checkpoint, restore_adapters
 from billhook.atomic_folder import check_target
-from billhook.checkpoints.card import LOSSES, current_names, listed
+from billhook.checkpoints.card import LOSSES, listed
 from billhook.checkpoints.origin import origin_of
 from billhook.checkpoints.save import Saved, save
-from billhook.checkpoints.verify import Probe, logits_of, make_probe
+from billhook.checkpoints.verify import logits_of, make_probe
 from billhook.engine.sharded_files import is_sharded_checkpoint, read_sharded
 from billhook.model.config_fields import build_class_on_meta, fields_of, set_fields
-from billhook.model.constants import Difference, Number, Record, check_record, differences
+from billhook.model.constants import record_constants
 from billhook.model.meta import model_class
 from billhook.model.preprocessors import load_tokenizer
 from billhook.model.shape import KEY, Shape, shape_of
@@ -36,6 +34,8 @@ from billhook.units.units import Per
 
 EVENT = ("number", "step", "what", "before", "after")
 """Keys that every recorded event has."""
+ROUNDING = 1e-6
+"""Relative tolerance for constants from another device."""
 TRAINED = "billhook_trained"
 """Key of Lightning checkpoints for the training settings and metrics."""
 
@@ -50,7 +50,6 @@ def history(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     for state in callbacks.values() if isinstance(callbacks, Mapping) else ():
         if not isinstance(state, Mapping):
             continue
-        state = current_names(state)
         for event in listed(state, "events", EVENT):
             if type(event["number"]) is type(event["step"]) is int and _is_plain(event):
                 events.append(event)
@@ -75,71 +74,6 @@ def _is_plain(value: object) -> bool:
     return True
 
 
-def check_trained(model: PreTrainedModel, record: Record, name: str) -> None:
-    """Raises an error if constants that affect the logits differ from the recorded values.
-
-    Constants without an effect on the logits of a probe may differ, such as dropout rates. This is tested with a third value,
-    so that values from the file are only compared and never used.
-    """
-    differing = sorted(differences(model, record), key=lambda difference: difference.constant.attr)
-    if not differing:
-        return
-    probe = make_probe(model)
-    expected = logits_of(model, probe)
-    for _, group in groupby(differing, key=lambda difference: difference.constant.attr):
-        same_attribute = list(group)
-        if _affects_logits(model, same_attribute, probe, expected):
-            first = same_attribute[0]
-            raise ValueError(
-                f"'{name}': the rebuilt {type(model).__name__} differs from the trained model: "
-                f"{first.constant.name.removeprefix('.')} was {_format(first.recorded)} in training, but is "
-                f"{_format(first.now)} according to the config in the checkpoint"
-            )
-
-
-def _format(value: Number) -> str:
-    return f"{value:.7g}" if isinstance(value, float) else str(value)
-
-
-def _affects_logits(model: PreTrainedModel, differing: Sequence[Difference], probe: Probe, expected: Tensor) -> bool:
-    """Returns True if the logits change, or the model fails, with other constants."""
-    with _changed_constants(differing):
-        try:
-            logits = logits_of(model, probe)
-        except (MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception:  # whatever a model raises
-            return True
-    return not torch.equal(logits.nan_to_num(), expected.nan_to_num())
-
-
-@contextmanager
-def _changed_constants(differing: Sequence[Difference]) -> Iterator[None]:
-    """Changes constants of a model within a `with` block."""
-    constants = [difference.constant for difference in differing]
-    before = [constant.value for constant in constants]
-    try:
-        for constant, value in zip(constants, before, strict=True):
-            constant.holder[constant.attr] = _other_value(value)
-        yield
-    finally:
-        for constant, value in zip(constants, before, strict=True):
-            constant.holder[constant.attr] = value
-
-
-def _other_value(value: Any) -> Any:  # noqa: ANN401 - a number or a tensor
-    """Returns another legal value, such as a probability in [0, 1] or an index in its table."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point() or value.is_complex():
-            return torch.where(value == 0, 0.5, value / 2).to(value.dtype)
-        return ~value if value.dtype == torch.bool else torch.where(value > 0, value - 1, value + 1)
-    if value is None or isinstance(value, bool):
-        return 1 if value is None else not value
-    if isinstance(value, int):
-        return value - 1 if value > 0 else value + 1
-    return value + 0.5 if 0 <= value <= 0.5 else value / 2 if math.isfinite(value) else 1.0
-
-
 IGNORED = {
     *("auto_map", "custom_pipelines", "trust_remote_code", "quantization_config"),
     *("attn_implementation", "_attn_implementation", "_attn_implementation_internal"),
@@ -157,10 +91,10 @@ def export(ckpt: str | Path, out: str | Path, tokenizer: str | None = None) -> S
     """Exports a Lightning checkpoint of billhook as a verified Hugging Face folder.
 
     The model is rebuilt from the config, shape, and weights in the checkpoint. Its constants and unsaved buffers, such as the
-    embedding scale, are compared with those of the trained model, unless an older version wrote the checkpoint. Then the folder
-    is reloaded, and its logits are compared with those of the rebuilt model. The logits of the trained model are unknown, because
-    recording them would need a forward pass at every checkpoint. Changes that a script made to the code of the class are
-    therefore not detected. The record and the model card have the events and the degradation from the checkpoint.
+    embedding scale, are compared with those of the trained model. Then the folder is reloaded, and its logits are compared with
+    those of the rebuilt model. The logits of the trained model are unknown, because recording them would need a forward pass at
+    every checkpoint. Changes that a script made to the code of the class are therefore not detected. The record and the model
+    card have the events and the degradation from the checkpoint.
 
     Args:
         ckpt: Lightning checkpoint: a .ckpt file, or the folder of a sharded checkpoint (no process group is needed).
@@ -175,9 +109,14 @@ def export(ckpt: str | Path, out: str | Path, tokenizer: str | None = None) -> S
     checkpoint = read_checkpoint(ckpt)
     base = base_checkpoint(checkpoint, str(ckpt))
     model = build_model(base, str(ckpt))
-    constants = base[KEY].get("constants")
-    if constants:
-        check_trained(model, constants, str(ckpt))
+    tolerance = max(ROUNDING, 2 * torch.finfo(model.dtype).eps)
+    for constant, now in record_constants(model).items():
+        before = base[KEY]["constants"].get(constant, now)
+        if not (math.isclose(now, before, rel_tol=tolerance) or math.isnan(now) and math.isnan(before)):
+            raise ValueError(
+                f"'{ckpt}': the rebuilt {type(model).__name__} differs from the trained model: {constant} was {before:.7g} in "
+                f"training, but is {now:.7g} according to the config in the checkpoint"
+            )
     restore_adapters(model, checkpoint, str(ckpt))
     _zero_masked(model, checkpoint.get(MASKED), str(ckpt))
     steps, name = checkpoint.get("global_step", 0), checkpoint[KEY]["name_or_path"]
@@ -211,14 +150,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     record = checkpoint.get(KEY)
     if not record:
         raise ValueError(f"'{path}' has no entry '{KEY}', because no billhook callback or module wrote it")
-    kinds = {"class": str, "config": str, "prefix": str, "shape": dict, "name_or_path": str | None}
+    kinds = {"class": str, "config": str, "prefix": str, "shape": dict, "constants": dict, "name_or_path": str | None}
     for name, kind in kinds.items():
         if not isinstance(record, dict) or name not in record or not isinstance(record[name], kind):
             raise ValueError(f"'{path}' has a malformed entry '{KEY}': {name} is missing or wrong")
-    try:
-        check_record(record.get("constants", {"numbers": {}, "buffers": {}}))  # older versions recorded none
-    except ValueError as error:
-        raise ValueError(f"'{path}' has a malformed entry '{KEY}': {error}") from None
+    if not all(type(value) is float for value in record["constants"].values()):
+        raise ValueError(f"'{path}' has a malformed entry '{KEY}': its constants are not numbers")
     return cast(dict[str, Any], checkpoint)
 
 

@@ -55,7 +55,7 @@ def push(folder: str | Path, name: str, private: bool = False, revision: str | N
 
     Raises:
         ValueError: Before the push, if the folder is not a complete billhook checkpoint, the name is illegal, the record, card,
-            or config contains an absolute path (as in older versions), there is no token, or the Hub is offline.
+            or config contains an absolute path, there is no token, or the Hub is offline.
         NotPushed: If the push fails, or `private` is set and the repository is public.
     """
     check_repository("name", name)

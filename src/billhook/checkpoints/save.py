@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 from torch import Tensor, nn
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from billhook.adapters.merge import has_adapters, temporarily_merged
 from billhook.arguments import check_types
@@ -245,13 +245,6 @@ def _shared_names(model: PreTrainedModel) -> list[str] | None:
         if name not in model.all_tied_weights_keys:
             names[id(parameter)].append(name)
     return next((shared[:2] for shared in names.values() if len(shared) > 1), None)
-
-
-def way_of(model: PreTrainedModel) -> tuple[Way, PretrainedConfig]:
-    """Returns the format and config that `save` would use, without reading weights."""
-    for kind, config in equivalents(model):
-        return ("plain" if kind is type(model) else "equivalent"), config
-    return ("shaped" if shape_beyond_config(model).tensors else "plain"), model.config
 
 
 def _check_no_prompts(module: nn.Module) -> None:

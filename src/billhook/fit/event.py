@@ -11,7 +11,6 @@ from torch import nn
 
 from billhook.arguments import check_int
 from billhook.calibration.calibration import Calibration
-from billhook.checkpoints.card import current_names
 from billhook.fit.calibration import FitCalibration
 from billhook.fit.callback import FitCallback, ShapeSavingCallback
 from billhook.fit.fit import Fit
@@ -187,17 +186,12 @@ class EventCallback(ShapeSavingCallback, ABC):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the events; the LightningModule saves the shape."""
-        start = {"start": self.start} if self.start else {}
-        return {"events": self.events, "done": self.last_event_step, "asked": self.last_target} | start
+        return {"events": self.events, "done": self.last_event_step, "asked": self.last_target, "start": self.start}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the events."""
-        self.events, self.last_event_step, self.last_target = (
-            current_names(state_dict)["events"],
-            state_dict["done"],
-            state_dict["asked"],
-        )
-        self.start = state_dict.get("start", {})  # older versions wrote none
+        self.events, self.last_event_step, self.last_target = state_dict["events"], state_dict["done"], state_dict["asked"]
+        self.start = state_dict["start"]
 
 
 def events_of(fit: Fit) -> list[Event]:

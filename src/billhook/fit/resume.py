@@ -158,7 +158,7 @@ def check_callbacks(callbacks: Sequence[Callback], states: Mapping[str, Any]) ->
     """Raises `ValueError` if a callback replaces another of its class."""
     others = unclaimed_states(callbacks, states)
     for callback in callbacks:
-        kind = callback.state_key.partition("{")[0]  # not always the name of the class, as keys of earlier builds stay
+        kind = callback.state_key.partition("{")[0]
         named = [key for key in others if key.startswith(f"{kind}{{")]
         if getattr(callback, "must_resume", False) and callback.state_key not in states and named:
             raise ValueError(

@@ -5,6 +5,7 @@ Code that views keys as `(batch, -1, heads, width)` runs at some lengths althoug
 
 import copy
 import inspect
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any, Literal
@@ -27,8 +28,8 @@ from billhook.model.repeat_kv import RepeatLayout, find_repeat_layout, repeat_la
 from billhook.model.shape import GROUPS, Shape, built_shape, set_shape, shape_beyond_config, shape_of
 from billhook.model.surgery import Change, change_values
 from billhook.model.transformers_internals import attention_of, build_class, has_sdpa
-from billhook.units.fields import LAYERS
 
+LAYERS = re.compile(r"(^|[_.])layers?$")
 TOLERANCE = 1e-3
 KVWay = Literal["config", "groups", "handed"]
 Inputs = dict[str, Any]

@@ -17,13 +17,13 @@ from billhook.model.shape import KEY, Shape, check_plain_shape, record_shape, se
 from billhook.model.surgery import restored_on_error
 
 VERSION = 1
-ENTRY_TYPES = {"class": str, "config": str, "prefix": str, "shape": Mapping}
+ENTRY_TYPES = {"class": str, "config": str, "prefix": str, "shape": Mapping, "version": int}
 """Required keys and types of a checkpoint's model entry."""
 PER_HEAD = ("head_dim", "attention_head_size", "key_value_proj_dim")
 """Attributes of attention modules for the head dimension, which never changes."""
 SHOWN = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size")
 """Config fields shown in messages."""
-HARMLESS = ("dtype", "version", "name_or_path", "implementation", "drop", "problem_type", "initializer")
+SETTINGS = ("dtype", "version", "name_or_path", "implementation", "drop", "problem_type", "initializer")
 """Parts of field names that may differ in a resumed run."""
 
 
@@ -71,7 +71,7 @@ def check_entry(entry: object, state: object) -> None:
         if not isinstance(entry, Mapping) or not isinstance(entry.get(key), kind):
             raise ValueError(f"{invalid}: {key} is missing or has the wrong type.")
     assert isinstance(entry, Mapping)
-    if entry.get("version", VERSION) != VERSION:
+    if entry["version"] != VERSION:
         raise ValueError(
             f"the checkpoint's model entry has version {str(entry['version'])[:80]}, which this billhook does not support."
         )
@@ -145,5 +145,5 @@ def _constants(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[st
     for name, value in config.items():
         if isinstance(value, dict) and not name.startswith(("id2", "label2")):
             yield from _constants(value, f"{prefix}{name}.")
-        elif isinstance(value, float | str) and not name.startswith("_") and not any(part in name for part in HARMLESS):
+        elif isinstance(value, float | str) and not name.startswith("_") and not any(part in name for part in SETTINGS):
             yield f"{prefix}{name}", value

@@ -139,7 +139,7 @@ class Shape:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> Self:
-        """Creates a shape from `to_dict`, also of older versions."""
+        """Creates a shape from `to_dict`, or from the entry in config.json."""
         check_plain_shape(plain)
         return cls(
             _map_values(tuple, plain["tensors"]),

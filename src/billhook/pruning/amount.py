@@ -11,10 +11,14 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.arguments import check_fraction, check_int, check_one_of, check_types, percentage_hint
-from billhook.serving.engines import GPUS, MULTIPLES, can_split, multiple_of
 from billhook.units.units import PLURAL, Per, UnitKind, Units
 
 RoundTo = int | Literal["auto"]
+MULTIPLES = (256, 128, 64, 32)
+"""Preferred divisors of a row's length, best first.
+
+K-quants of llama.cpp use blocks of 256, FP8 and other formats 128 or 64, and every llama.cpp format 32.
+"""
 PERCENT = 3
 """The largest change by width rounding, in percent of the original number of units."""
 
@@ -73,6 +77,15 @@ def nearest_multiple(requested: int, step: int, minimum: int, maximum: int, allo
     below = requested // step * step
     options = [number for number in (below + step, below) if minimum <= number <= maximum and (allow_more or number <= requested)]
     return min(options, key=lambda number: abs(number - requested), default=None)
+
+
+def multiple_of(length: int) -> int:
+    """Returns the largest of `MULTIPLES` that divides a length, or 1.
+
+    >>> multiple_of(1280), multiple_of(1216), multiple_of(1229)
+    (256, 64, 1)
+    """
+    return next((multiple for multiple in MULTIPLES if length % multiple == 0), 1)
 
 
 def nearby_counts(requested: int, kept: int, num_before: int, minimum: int = 1) -> dict[int, int]:
@@ -163,7 +176,7 @@ def divides_among_devices(kv_heads: int) -> bool:
     >>> [number for number in range(1, 33) if divides_among_devices(number)]
     [1, 2, 4, 8, 16, 24, 32]
     """
-    return all(can_split(kv_heads, gpus) for gpus in GPUS)
+    return all(kv_heads % devices == 0 or devices % kv_heads == 0 for devices in (2, 4, 8))
 
 
 def round_kv_heads(kept: int, count: int, minimum: int = 1) -> int:

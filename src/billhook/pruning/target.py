@@ -15,10 +15,12 @@ from billhook.arguments import percentage_hint
 from billhook.model.costs import Costs, costs_of
 from billhook.model.token_ids import named_token_ids
 from billhook.pruning.amount import (
+    MULTIPLES,
     RATIOS,
     Amount,
     RowLength,
     kernel_multiple,
+    multiple_of,
     nearby_counts,
     round_kv_heads,
     rounding_multiple,
@@ -27,7 +29,6 @@ from billhook.pruning.amount import (
 from billhook.pruning.choice import Counts, choose_units, protected_modules, unprotected
 from billhook.pruning.cut import Cut, find_cut, size_after
 from billhook.pruning.removal import try_removal
-from billhook.serving.engines import MULTIPLES, multiple_of
 from billhook.tracing.trace import trace
 from billhook.units.find import of_kind, units_of, why_none
 from billhook.units.units import Units

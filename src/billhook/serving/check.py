@@ -223,7 +223,7 @@ def _greedy(model: PreTrainedModel, tokens: Sequence[int], count: int) -> list[i
 
 
 def _limit(model: PreTrainedModel, file: Path) -> str:
-    """Returns the length limit of the result if the engine's attention window differs from the model's."""
+    """Returns the length limit if the engine's attention window differs from the model's."""
     config: Any = text_config(model.config)
     window, types = getattr(config, "sliding_window", None), list(getattr(config, "layer_types", None) or ["sliding_attention"])
     if not window or window >= (getattr(config, "max_position_embeddings", None) or math.inf) or "sliding_attention" not in types:

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from billhook.model.repeat_kv import repeat_layout_of
 from billhook.serving.converter import DType
-from billhook.serving.engines import deci_limitation, misread
+from billhook.serving.limitations import deci_limitation, misread
 
 SHAPED = "its converter cannot express its heads and widths"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")

@@ -13,7 +13,7 @@ from billhook.model.preprocessors import FILES
 from billhook.model.shaped import has_shape_entry, load_as, readable
 from billhook.serving.converter import Converter, DType
 from billhook.serving.engine import Kind, LlamaCpp
-from billhook.serving.engines import misread, rope_factors
+from billhook.serving.limitations import misread, rope_factors
 from billhook.serving.worker import WorkerError
 
 

@@ -93,9 +93,9 @@ def _warnings(structure: StructureFields) -> list[tuple[str, str]]:
     return notes
 
 
-def labeled_notes(notes: Iterable[Sequence[str]]) -> RenderableType:
+def labeled_notes(notes: Iterable[tuple[str, str]]) -> RenderableType:
     """Formats lines under a table, each with its label in front."""
-    return text_table([(f"{label:<12}", *texts) for label, *texts in notes], aligns="<")
+    return text_table([(f"{label:<12}", text) for label, text in notes], aligns="<")
 
 
 def name_pattern(name: str) -> str:

@@ -1,7 +1,6 @@
 """Finds config fields that determine unit counts, by building models with changed fields."""
 
 import itertools
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property, partial
@@ -10,15 +9,12 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.model.cache import cached
-from billhook.model.config_fields import build_on_meta, fields_of, read_back, with_fields
+from billhook.model.config_fields import build_on_meta, fields_of, with_fields
 from billhook.tracing.axes import leaves
 from billhook.tracing.groups import Group, count_positions
 from billhook.tracing.trace import trace
 
 TOGETHER = 3  # largest number of fields that change together
-TRIED, SHOWN = 512, 4  # largest number of unit counts that are tried and returned
-
-LAYERS = re.compile(r"(^|[_.])layers?$")
 
 Sizes = dict[tuple[str, int], int]
 """Sizes of dimensions of parameters: (parameter, dimension) -> size."""
@@ -59,25 +55,11 @@ class FieldFinder:
         fields = self._find(stated, wanted, groups, after) or self._find(unset, wanted, groups, after)
         return fields or (self._find(stated, wanted, groups, after, self._defaults) if self._defaults else ())
 
-    def counts(self, size: int, fields: Sequence[str]) -> tuple[int, ...]:
-        """Returns the largest unit counts below `size` that the config and model accept."""
-        counts = range(size - 1, max(size - TRIED, 1) - 1, -1)
-        return tuple(itertools.islice((count for count in counts if self._accepts(self.values(size, fields, count))), SHOWN))
-
     def values(self, size: int, fields: Sequence[str], count: int) -> dict[str, int]:
         """Returns the fields for `count` units. An unset field keeps its default."""
         stated = {name: value for name, value in _numbers(self.model.config) if name in fields}
         left_open = self._defaults if any(stated.values()) else {}
         return {name: left_open.get(name, count) if v is None else v // size * count for name, v in stated.items()}
-
-    def _accepts(self, values: dict[str, int]) -> bool:
-        return _builds(self.model, values) and _builds(self.model, values | self._shallow, model_too=True)
-
-    @cached_property
-    def _shallow(self) -> dict[str, int]:
-        """Few layers, if the class supports it, so that widths can be checked quickly."""
-        few = {name: 2 for name, value in _numbers(self.model.config) if value is not None and value > 2 and LAYERS.search(name)}
-        return few if _builds(self.model, few, model_too=True) else {}
 
     @cached_property
     def _defaults(self) -> dict[str, int]:
@@ -131,18 +113,6 @@ class FieldFinder:
             same = sizes.keys() == self.now.keys()
             self._known[key] = {key: size for key, size in sizes.items() if size != self.now[key]} if same else None
         return self._known[key]
-
-
-def _builds(model: PreTrainedModel, values: dict[str, int], model_too: bool = False) -> bool:
-    """Returns whether the config class (and the model class) accepts some fields."""
-    config = with_fields(model.config, values)
-    try:
-        read_back(config)
-        if model_too:
-            build_on_meta(model, config)
-    except Exception:  # whatever a class of configs or models raises
-        return False
-    return True
 
 
 def _sizes_of(model: nn.Module) -> Sizes:

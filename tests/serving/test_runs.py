@@ -1,23 +1,15 @@
-"""llama.cpp runs what is said to run there, and nothing else."""
+"""llama.cpp runs what the manual says, and nothing else."""
 
 import pytest
 import torch
 
 import billhook as bh
-from billhook.model.meta import read_config
 from billhook.serving.check import serve_check
-from billhook.serving.engines import verdicts
 from kit import families, serving
 from kit.serving import beside
 
 pytestmark = serving.pytestmark
 WIDTH = {"hidden_size": 96}  # which Gemma's config wants the number of heads to divide
-
-
-def said(folder) -> bool | None:
-    config = read_config(str(folder))
-    found = verdicts(config.architectures[0], config, vars(config).get("billhook"))
-    return next(one.supported for one in found if one.engine == "llama.cpp")
 
 
 def made(family, **changes):
@@ -46,7 +38,7 @@ def three_of_four(family):
 )
 def test_where_heads_are_gone(family, serves, tmp_path, converter):
     assert bh.save(three_of_four(family), tmp_path / "model").way in ("plain", "equivalent")
-    assert runs(tmp_path / "model", converter) == said(tmp_path / "model") == serves
+    assert runs(tmp_path / "model", converter) == serves
 
 
 @pytest.mark.daily("qwen2-channels")
@@ -61,7 +53,6 @@ def test_where_others_are_gone(family, what, tmp_path, converter):
         bh.pruning.prune_units(model, {"model.layers": [1]}, kind="block")
     bh.save(model, tmp_path / "model")
     assert runs(tmp_path / "model", converter)
-    assert said(tmp_path / "model")
 
 
 @pytest.mark.daily("llama*")
@@ -71,7 +62,6 @@ def test_where_residual_channels_are_gone(family, tmp_path, converter):
     bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), residual=0.25))
     bh.save(model, tmp_path / "model")
     assert runs(tmp_path / "model", converter)
-    assert said(tmp_path / "model")
 
 
 @pytest.mark.parametrize("family", ["qwen2", "starcoder2"])
@@ -79,7 +69,6 @@ def test_a_family_that_computes_the_width_of_heads(family, tmp_path, converter):
     model = made(family, num_attention_heads=2, num_key_value_heads=2, head_dim=16)
     model.save_pretrained(tmp_path / "model")
     assert not runs(tmp_path / "model", converter)
-    assert said(tmp_path / "model") is False
 
 
 def test_layers_that_differ(tmp_path, converter):
@@ -87,4 +76,3 @@ def test_layers_that_differ(tmp_path, converter):
     bh.pruning.prune_units(model, {0: [1]})
     bh.save(model, tmp_path / "model")
     assert runs(tmp_path / "model", converter)
-    assert said(tmp_path / "model")

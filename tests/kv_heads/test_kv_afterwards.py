@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from billhook.model.repeat_kv import repeat_layout_of
 from peft import LoraConfig
 
 import billhook as bh
 from billhook.adapters.lora import LoRA, attach
 from billhook.kv_heads.config import kv_heads_by_layer
-from billhook.model.repeat_kv import repeat_layout_of
 from kit.families import tokens
 from kit.fits import data, trainer
 from kit.kv_zoo import build

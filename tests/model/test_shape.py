@@ -4,13 +4,13 @@ import json
 import pytest
 import torch
 import transformers
+from billhook.model.repeat_kv import RepeatLayout
 from torch import nn
 
 from billhook.kv_heads.convert import convert_kv_heads
 from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.config_fields import build_on_meta
 from billhook.model.find import find_transformer, locate_transformer
-from billhook.model.repeat_kv import RepeatLayout
 from billhook.model.shape import Shape, set_shape, shape_beyond_config, shape_of
 from kit.families import build, llama, tokens
 from kit.kv_zoo import build as build_kv

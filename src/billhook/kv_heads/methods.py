@@ -22,7 +22,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from billhook.arguments import check_fraction, check_int, check_one_of, check_types
 from billhook.kv_heads.pooling import Pooled, first, mean, pooling
@@ -453,7 +452,7 @@ class RandomHeads(KVMethod):
         generator = torch.Generator().manual_seed(self.seed)
         config, changes = model.config.get_text_config(decoder=True), dict[str, Change]()
         for name, pooled in parameters.items():
-            if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear | Conv1D):
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear):
                 size = pooled.size(model.get_parameter(name).shape)
                 changes[name] = drawing(pooled, size, std_of(config, size, pooled.dim), generator)
             else:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from billhook.engine.sharding import full_tensor, local, reshard, sharded_as
 from billhook.engine.state import fresh_autocast_cache, uninterrupted
-from billhook.model.repeat_kv import Indices
+from billhook.linalg import Indices
 from billhook.model.shape import Shape
 from billhook.model.surgery import Change
 

@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from billhook.model.preprocessors import TRIMMED, fingerprint
-from billhook.model.repeat_kv import Indices
+from billhook.linalg import Indices
 
 MODELS = ("BPE", "Unigram", "WordPiece")
 """Kinds of tokenizers that can lose tokens."""

@@ -275,17 +275,6 @@ def choose(
     return more
 
 
-def next_layers(heads: Mapping[str, int], fewer: int, share: float) -> list[str]:
-    """Returns the attention modules to convert next, to reach a share of all.
-
-    >>> next_layers({"a": 8, "b": 8, "c": 8, "d": 1}, fewer=1, share=0.75)
-    ['b', 'c']
-    """
-    left = [name for name, number in heads.items() if number > fewer]
-    due = int(share * len(heads) + 1e-9) - (len(heads) - len(left))
-    return left[len(left) - due :] if due > 0 else []
-
-
 def check_each(attentions: Mapping[str, KVAttention], names: Collection[str], heads: int) -> None:
     """Raises a ValueError if any of the attention modules cannot have this number of KV heads."""
     for name in names:

@@ -4,7 +4,7 @@ The model is not changed.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -26,9 +26,7 @@ from billhook.kv_heads.config import (
     config_heads,
     cut_by_config,
     inside_encoder,
-    kv_heads_by_layer,
 )
-from billhook.kv_heads.head_width import narrowed
 from billhook.kv_heads.layout import find_kv
 from billhook.kv_heads.methods import KVMethod, Name, method_of, read_method
 from billhook.kv_heads.pooling import Pooled, Shrunk
@@ -63,7 +61,6 @@ class KVHeadPlan(ShapePlan):
         layers: Names of the attention modules to convert.
         restart: Parameters whose optimizer state restarts, because they are refitted or in a new basis.
         rope: New rotary parameters of the config; empty if they stay.
-        keys: Positions of the dimensions of a query or key that stay, if heads become narrower (see `head_width`).
     """
 
     kind: ClassVar[str] = "kv_heads"
@@ -77,26 +74,11 @@ class KVHeadPlan(ShapePlan):
     layers: tuple[str, ...]
     restart: tuple[str, ...] = ()
     rope: RopeParameters = field(default_factory=dict)
-    keys: tuple[int, ...] = ()
 
     def starting_from(self, restart: Iterable[str], rope: RopeParameters | None) -> Self:
         """Returns the plan for new values of parameters and new rotary parameters."""
         shape = replace(self.shape, rope=dict(rope or self.shape.rope))
         return replace(self, restart=tuple(restart), rope=rope or {}, shape=shape)
-
-    def narrowed(self, model: PreTrainedModel, keys: Sequence[int], rope: RopeParameters) -> Self:
-        """Returns the plan with narrower heads.
-
-        Args:
-            model: The model.
-            keys: Positions of the dimensions of a query or key that stay.
-            rope: Rotary parameters for the new width.
-
-        Raises:
-            ValueError: If the model's class cannot be built with narrower heads.
-        """
-        parameters, shape = narrowed(model, self.layers, (self.parameters, self.shape), keys, rope)
-        return replace(self, parameters=parameters, shape=shape, keys=tuple(keys), rope=dict(rope))
 
     @property
     def words(self) -> str:
@@ -114,7 +96,6 @@ class KVHeadPlan(ShapePlan):
             "layers": list(self.layers),
             "restart": list(self.restart),
             "rope": dict(self.rope),
-            "keys": list(self.keys),
         }
 
     @classmethod
@@ -129,8 +110,6 @@ class KVHeadPlan(ShapePlan):
         rope = plain.get("rope", {})
         if not isinstance(rope, dict) or (rope and not are_rope_parameters(rope)):
             raise ValueError("plan: rope must be the rope_parameters of a config, as KVHeadPlan.to_json makes them")
-        if keys := plain.get("keys"):
-            plan = plan.narrowed(find_transformer(model), keys, rope)
         return plan.starting_from(restart or (), rope)  # type: ignore[return-value]
 
     def _renderables(self) -> list[RenderableType]:
@@ -232,17 +211,6 @@ def _of_shape(model: PreTrainedModel, shape: Shape) -> PreTrainedModel:
     meta_model = to_meta(model)
     set_shape(meta_model, shape)
     return meta_model
-
-
-def check_in_part(model: nn.Module, part: KVHeadPlan) -> None:
-    """Raises a ValueError if attention modules cannot be converted in part."""
-    heads = kv_heads_by_layer(_of_shape(find_transformer(model), part.shape))
-    for name in part.layers:
-        if heads.get(name) != part.after:
-            raise ValueError(
-                f"at: {name} cannot have fewer KV heads before others have, because the code that they share cannot "
-                "distinguish their heads: convert all at the same step"
-            )
 
 
 def check_adapters(model: nn.Module, method: KVMethod) -> None:

@@ -31,7 +31,7 @@ class LoRA:
         alpha: Scaling: the product is multiplied by alpha / r.
         dropout: Fraction of the inputs of A that are zeroed in training.
         target: Linear layers to adapt: name endings such as `[q_proj, v_proj]`, or `"all-linear"`. The latter excludes the output
-            embedding, a classification head, layers with repeated KV heads, and experts stored as one tensor.
+            embedding, a classification head, and experts stored as one tensor.
 
     Raises:
         ValueError: If a number is out of range, or `target` is empty.

@@ -207,7 +207,7 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
             for parameter, device in devices.items():
                 _move(parameter, device)
             for module, kind, attributes in modules:
-                module.__class__ = kind  # changed by FSDP2, masked LoRA, and repeated KV heads
+                module.__class__ = kind  # changed by FSDP2 and masked LoRA
                 _refill(vars(module), attributes)
             for table, before in contents:
                 _refill(table, before)

@@ -22,7 +22,6 @@ from billhook.model.constants import set_constants
 from billhook.model.inputs import outputs_match, small_inputs, tolerance
 from billhook.model.meta import to_meta
 from billhook.model.preprocessors import LOST_TOKENS, fingerprint
-from billhook.linalg import Indices
 from billhook.model.shape import Shape, changed_constants, record_shape, set_shape, shape_beyond_config, shape_of
 from billhook.model.surgery import Change, Swap, change_blockwise, change_values, restored_on_error, snapshot_with_store
 from billhook.model.token_ids import named_token_ids, renumber_generation_config, with_kept_tokens

@@ -18,8 +18,8 @@ import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from billhook.model.preprocessors import TRIMMED, fingerprint
 from billhook.linalg import Indices
+from billhook.model.preprocessors import TRIMMED, fingerprint
 
 MODELS = ("BPE", "Unigram", "WordPiece")
 """Kinds of tokenizers that can lose tokens."""

@@ -75,9 +75,9 @@ class Asked(bh.KVHeadConversion):
         self.looks = []
         super().__init__(2, measure_batches=0, **options)
 
-    def reached(self, model):
+    def _reached(self, model):
         self.looks.append(model.trainer.global_step)
-        return super().reached(model)
+        return super()._reached(model)
 
 
 @pytest.mark.parametrize(("options", "last"), [({"at": 2}, 2), ({"at": 4}, 4)])

@@ -27,8 +27,6 @@ ROWS = {
     "`svd`": SVD(),
     "`svd`, context 2,048": SVD(context=2048),
     "`svd`, context 512": SVD(context=512),
-    "`svd`, context 2,048, half a head": SVD(context=2048, head_dim=32),
-    "`svd`, context 512, half a head": SVD(context=512, head_dim=32),
 }
 STATES = {"before": None, "repaired": bh.RepairConfig(), "matched": bh.RepairConfig(match=bh.criteria.BlockMatching())}
 STATES["matched in 30 steps"] = bh.RepairConfig(match=bh.criteria.BlockMatching(steps=30))

@@ -4,8 +4,13 @@ import math
 from collections.abc import Callable
 from functools import cache, partial
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
+
+Indices = NDArray[np.int64]
+"""Positions along a dimension."""
 
 Solve = Callable[[Tensor], Tensor]
 """Solves M A = C in the memory of C, `[rows, columns]`, and returns M."""

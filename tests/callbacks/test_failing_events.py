@@ -72,11 +72,8 @@ KINDS = {
     ),
     "shrink": lambda at: shrinks.Shrinking(kv_cache_bytes=0.5, generations=0, **seen(at=at.moment, calibration=batches(4))),
     "depth": lambda at: bh.DepthPruning(1, **seen(at=at.moment)),
-    "mean": lambda at: bh.KVHeadConversion(2, at=at.schedule or at.moment, measure_batches=1),
-    "svd": lambda at: bh.KVHeadConversion(2, method="svd", **seen(at=at.schedule or at.moment)),
-    "over": lambda at: bh.KVHeadConversion(
-        2, method="aligned", over=1, **seen(at=max(1, at.moment) if at.moment != "start" else 2)
-    ),
+    "mean": lambda at: bh.KVHeadConversion(*at.stages, measure_batches=1),
+    "svd": lambda at: bh.KVHeadConversion(*at.stages, method="svd", **seen()),
 }
 
 
@@ -92,6 +89,10 @@ class At:
     @property
     def schedule(self):
         return bh.schedules.MultiStep([0.5, 1.0], [1, 3]) if self.rounds else None
+
+    @property
+    def stages(self):
+        return ([2, 1], [1, 3]) if self.rounds else (2, self.moment)
 
 
 def build(kind, when):
@@ -150,8 +151,8 @@ def whole(lit, run):
     return set(held) == trained and len(held) == len(trained) and set(optimizer.state) <= trained and sizes
 
 
-@pytest.mark.daily("repaired", "over")
-@pytest.mark.parametrize("kind", ["repaired", "shrink", "svd", "over"])
+@pytest.mark.daily("repaired")
+@pytest.mark.parametrize("kind", ["repaired", "shrink", "svd"])
 def test_one_device_hashes_no_weights(kind, tmp_path, monkeypatch):
     """There is no other rank that could have made others of them."""
     hashed = []
@@ -227,10 +228,10 @@ class Saves(pl.Callback):
         trainer.save_checkpoint(self.path)
 
 
-@pytest.mark.daily("sparsegpt", "over")
+@pytest.mark.daily("sparsegpt")
 @pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 @pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-@pytest.mark.parametrize("kind", ["sparsegpt", "heads", "masks", "structure", "shrink", "depth", "svd", "over"])
+@pytest.mark.parametrize("kind", ["sparsegpt", "heads", "masks", "structure", "shrink", "depth", "svd"])
 def test_what_was_saved_when_an_event_failed_goes_on_to_the_same_end(folder, tmp_path, kind):
     calls, expected, _ = straight(folder, kind, 2, "AdamW", False)
     watch = Watched(build(kind, 2), calls * 2 // 3)
@@ -273,7 +274,7 @@ def test_a_forward_that_fails_says_so_itself(folder, kind, failure, monkeypatch)
     assert left_alone(lit, attributes)
 
 
-@pytest.mark.parametrize("kind", ["wanda", "magnitude", "heads", "structure", "shrink", "depth", "svd", "over"])
+@pytest.mark.parametrize("kind", ["wanda", "magnitude", "heads", "structure", "shrink", "depth", "svd"])
 def test_weights_that_are_no_numbers_are_refused(folder, kind):
     lit, watch = Module(), Watched(build(kind, 2), -1)
     with torch.no_grad():

@@ -31,8 +31,6 @@ ROUNDS = {
     ),
     "the worst blocks": lambda: bh.DepthPruning(1, at="start", importance=bh.importance.Ablation(), greedy=True, **FEW),
     "KV heads": lambda: bh.KVHeadConversion([2, 1], at=[1, 3], method="svd", **FEW),
-    "KV heads that move": lambda: bh.KVHeadConversion(2, at=3, over=2, measure_batches=0),
-    "KV heads that turn and move": lambda: bh.KVHeadConversion(2, at=3, over=2, method="aligned", **FEW),
     "the best KV heads": lambda: bh.KVHeadConversion([2, 1], at=[1, 3], method="auto", **FEW),
 }
 
@@ -41,7 +39,7 @@ def optimizer_state(run):
     return [value for state in run.optimizers[0].state.values() for value in state.values()]
 
 
-@pytest.mark.daily("weights, unevenly", "weights, matched", "heads", "channels", "KV heads that turn and move")
+@pytest.mark.daily("weights, unevenly", "weights, matched", "heads", "channels")
 @pytest.mark.parametrize("name", ROUNDS)
 def test_resumed_equals_straight_through(tmp_path, name):
     straight, callback = Own(), ROUNDS[name]()

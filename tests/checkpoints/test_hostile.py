@@ -221,10 +221,6 @@ def size(value):
     return lambda held, _: held["billhook"]["shape"]["tensors"].update({f"{KEYS}.weight": value})
 
 
-def handing(name, value):
-    return lambda held, _: held["billhook"]["shape"]["handed"].update({name: value})
-
-
 CKPTS = {
     "a class for weights": (lambda held, bomb: held.update(state_dict=bomb), "Weights only load failed"),
     "a class beside": (lambda held, bomb: held.update(other=bomb), "Weights only load failed"),
@@ -261,9 +257,6 @@ CKPTS = {
     "blocks below": (shape("blocks", model__layers=[2, [-1]]), "must be a number of blocks"),
     "a block twice": (shape("blocks", model__layers=[2, [0, 0]]), "must be a number of blocks"),
     "endless blocks": (shape("blocks", model__layers=[10**9, [0]]), "had 1000000000 blocks originally"),
-    "heads handed out by text": (handing(KEYS, "x"), "must be a list"),
-    "heads handed out by a norm": (handing("model.norm", [1, [[0, 1, 1, 16]]]), "model.norm is not a linear layer"),
-    "endless heads": (handing(KEYS, [1, [[0, 2**30, 1, 16]]]), "differs from its weight"),
     "a function to be called": (lambda held, _: held.update(hyper_parameters={"_instantiator": "evil.go"}), None),
 }
 

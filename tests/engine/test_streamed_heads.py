@@ -134,16 +134,6 @@ def test_stopped_at_each_block_and_called_again(tmp_path, monkeypatch):
     assert same(tmp_path / "out", work(bh.load("tiny", dtype="float32")))
 
 
-def test_another_family_with_transposed_linears(tmp_path):
-    folder = written(transformers.GPT2LMHeadModel, tmp_path / "dense")
-    dense, streamed = bh.load(folder), bh.stream(folder, tmp_path / "out")
-    for model, folder in ((dense, "in memory"), (streamed, "out")):
-        bh.convert_kv_heads(model, 1)
-        assert bh.save(model, tmp_path / folder).family == "gpt_bigcode"
-    assert same(tmp_path / "out", bh.load(tmp_path / "in memory"))
-    assert torch.equal(streamed(torch.arange(9)[None]).logits, dense(torch.arange(9)[None]).logits)
-
-
 def test_refused(tmp_path):
     model = bh.stream("tiny", tmp_path / "out", dtype="float32")
     with pytest.raises(ValueError, match="batches: method='auto' needs at least 2, because some are held out; got 1"):

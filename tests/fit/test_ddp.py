@@ -106,8 +106,7 @@ def test_two_processes_remove_the_blocks_that_one_does(of_two, files, tmp_path, 
     near(state, single)
 
 
-@pytest.mark.daily("interpolated")
-@pytest.mark.parametrize("name", ["layer by layer", "interpolated"])
+@pytest.mark.parametrize("name", ["KV heads in stages"])
 def test_two_processes_convert_on_data_as_one_does(of_two, files, tmp_path, name):
     state, events = of_two(name)
     _, single, events_of_one = FITS[name].run(tmp_path, files)

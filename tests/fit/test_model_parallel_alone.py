@@ -13,7 +13,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 
 import billhook as bh
-from billhook.callbacks import kv_heads
 from billhook.engine.sharding import full_tensor, is_sharded
 from billhook.engine.shards import ShardStore
 from billhook.sparsity.weight_plan import PrunedLayer, WeightPlan
@@ -225,26 +224,6 @@ def test_weights_of_another_shape_are_loaded_and_no_block_is_gathered(tmp_path, 
     (again,) = run.validate(lit, data(files, batch_size=2), ckpt_path=tmp_path / "step=2.ckpt")
     assert again["val_loss"] == pytest.approx(after["val_loss"])
     assert set(gathered) <= {lit.model.lm_head.weight.shape, lit.model.model.norm.weight.shape}
-
-
-def test_heads_turn_a_block_at_a_time(tmp_path, alone, monkeypatch):
-    seen, turned = [], kv_heads.turned_weights
-
-    def watched(model, *given):
-        def note(*_):
-            seen.append([layer.mlp.up_proj.weight.untyped_storage().nbytes() > 0 for layer in model.model.layers])
-
-        hooks = [layer.mlp.register_forward_pre_hook(note) for layer in model.model.layers]
-        found = turned(model, *given)
-        for hook in hooks:
-            hook.remove()
-        return found
-
-    monkeypatch.setattr(kv_heads, "turned_weights", watched)
-    callback = bh.KVHeadConversion(2, at=2, method="aligned", over=1, calibration=4, measure_batches=0)
-    trainer(tmp_path, [callback], max_steps=3, strategy=alone, limit_val_batches=0).fit(Own())
-    assert len(callback.events) == 1
-    assert {*map(tuple, seen)} == {(True, False), (False, True)}
 
 
 @pytest.mark.nightly

@@ -87,7 +87,7 @@ def units_then_blocks_then_weights(folder):
 
 def turned_kv_heads_then_weights(folder):
     return [
-        bh.KVHeadConversion([2, 1], at=[2, 4], method="aligned", over=1, **FEW),
+        bh.KVHeadConversion([2, 1], at=[2, 4], method="aligned", **FEW),
         prunes.WeightPruning(bh.Wanda(), TWICE["late"], **FEW),
     ]
 

@@ -114,10 +114,10 @@ def depth_pruning():
     return Fit(lambda: module(**four), lambda: DepthPruning(2, **options), lambda one: one.plan.units, steps=4)
 
 
-def with_own_batches(at, **options):
+def with_own_batches(at, heads=2, **options):
     """On batches of the user's own, two to a process."""
     given = {"calibration": [(one,) for one in draw(4, 2, 12, seed=1)], "measure_batches": 0}
-    return Fit(FitOfTuples, lambda: KVHeadConversion(2, at, **given | options), lambda one: one.events, steps=4)
+    return Fit(FitOfTuples, lambda: KVHeadConversion(heads, at, **given | options), lambda one: one.events, steps=4)
 
 
 def degraded():
@@ -142,9 +142,8 @@ FITS = {
     "structure, by hand": structured_pruning(ByHand),
     "shrink": shrinking(),
     "depth": depth_pruning(),
-    "layer by layer": with_own_batches(MultiStep([0.5, 1.0], [1, 3]), method="svd"),
+    "KV heads in stages": with_own_batches([1, 3], heads=[2, 1], method="svd"),
     "degradation": degraded(),
-    "interpolated": with_own_batches(3, method="aligned", over=2),
 }
 
 
@@ -317,7 +316,7 @@ DRIFTING = {
     "drifting, shrink to a loss": drifting(shrinking_to_a_loss()),
     "drifting, mean": drifting(with_own_batches(2)),
     "drifting, svd": drifting(with_own_batches(2, method="svd")),
-    "drifting, turned": drifting(with_own_batches(3, method="aligned", over=2)),
+    "drifting, aligned": drifting(with_own_batches(3, method="aligned")),
     "drifting, structure": drifting(structured_pruning()),
     "drifting, heads scored apart": scored_apart(lambda score: HeadPruning(0.5, 2, score, measure_batches=0)),
     "drifting, structure scored apart": scored_apart(
@@ -330,7 +329,6 @@ DRIFTING = {
 DIFFER = {
     "WeightPruning: the masks": stop(lambda: [prunes.WeightPruning(OfRank(), sparsity=0.5, at=1, **NONE)]),
     "KVHeadConversion: the pooled heads": stop(lambda: [Apart(), KVHeadConversion(2, at=1, **NONE)]),
-    "KVHeadConversion: the rotated heads": stop(lambda: [Apart(), KVHeadConversion(2, 2, "aligned", over=1, **NONE)]),
     "HeadPruning: the masked heads": stop(lambda: [HeadPruning(0.5 - rank() / 4, 1, RandomUnits(), remove="never", **NONE)]),
     "StructuredPruning: the plan": stop(
         lambda: [StructuredPruning(bh.Amount(channels=0.5 - rank() / 4), at=1, importance=RandomUnits(), **NONE)]
@@ -356,7 +354,6 @@ FAIL = {
     "shrink fails": stop(lambda: [shrinks.Shrinking(params=0.8, at=1, importance=Fails(), calibration=batches(4), **NONE)]),
     "depth fails": stop(lambda: [DepthPruning(1, at=1, **stray())]),
     "conversion fails": stop(lambda: [KVHeadConversion(2, at=1, method="svd", **stray())]),
-    "way fails": stop(lambda: [KVHeadConversion(2, at=2, method="aligned", over=1, **stray())]),
     "validation fails": replace(stop(lambda: [KVHeadConversion(2, at=1)], partial(Validated, fails=True)), options={}),
     "export fails": stop(lambda: [Full("unused")]),
 }

@@ -17,20 +17,13 @@ from kit.beside import kept, model, size
 from kit.families import llama
 from kit.fits import trainer
 from kit.held import Held
-from kit.sharding import Own, gpt2, sharding
+from kit.sharding import Own, sharding
 
 
 def experts():
     """They are one tensor, and several in files."""
     small = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
     return transformers.MixtralForCausalLM(transformers.MixtralConfig(num_key_value_heads=2, num_local_experts=4, **small))
-
-
-def multi_query():
-    """It is saved as a GPTBigCode, with its linears transposed."""
-    made = gpt2()
-    bh.convert_kv_heads(made, 1)
-    return made
 
 
 def adapted(**options):
@@ -54,7 +47,6 @@ MODELS = {
     "large": model,
     "tied": lambda: llama(tie_word_embeddings=True),
     "experts": experts,
-    "multi-query": multi_query,
     "adapted": adapted,
     "masked adapters": masked,
     "trained copies": partial(adapted, modules_to_save=["norm"]),

@@ -36,9 +36,6 @@ FOUR = {
         lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, importance=bh.Taylor(), repair=None, **EACH), of_two_nodes
     ),
     "KV heads by svd": shapes(lambda: bh.KVHeadConversion(2, at=2, method="svd", **ENOUGH), of_two_nodes),
-    "KV heads that turn and move, on two nodes": shapes(
-        lambda: bh.KVHeadConversion(2, at=3, method="aligned", over=2, **ENOUGH), of_two_nodes
-    ),
     "masked adapters": replace(ADAPTED, batch=4, told=lambda one: one.events),
 }  # fmt: skip
 

@@ -166,8 +166,6 @@ SHAPES = {
     "KV heads, by svd": shapes(lambda: bh.KVHeadConversion(2, method="svd", **SOME)),
     "KV heads, of what it writes": shapes(lambda: bh.KVHeadConversion(2, method="svd", **WRITTEN)),
     "KV heads, in stages": shapes(lambda: bh.KVHeadConversion([4, 2], at=["start", 2], measure_batches=1)),
-    "KV heads that move": shapes(lambda: bh.KVHeadConversion(2, at=3, over=2, measure_batches=1)),
-    "KV heads that turn and move": shapes(lambda: bh.KVHeadConversion(2, at=3, method="aligned", over=2, **GIVEN)),
     "tied, Conv1D": shapes(lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=1, **SOME), lambda: Own(gpt2)),
     "offloaded, computing in bfloat16": shapes(
         lambda: bh.KVHeadConversion(2, at=2, measure_batches=1),

@@ -55,7 +55,6 @@ def test_converted_and_merged_is_merged_and_converted(family, method):
             "with LoRA attached to model.layers.0.self_attn.q_proj, heads stay in their bases.*: or convert the model first",
         ),
         ("llama", peft.LoraConfig(target_modules=["k_proj"], use_dora=True), "mean", "adapters that are not plain LoRA"),
-        ("opt", None, "mean", "OPTForCausalLM needs repeated KV heads, which LoRA does not support: .* or merge"),
     ],
 )
 def test_what_cannot_be_pooled_is_refused(family, lora, method, match):

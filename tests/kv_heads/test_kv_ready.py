@@ -178,17 +178,6 @@ def test_the_distance_is_the_mean_of_batches_and_leaves_the_model_as_it_is():
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_without_pooling_nothing_changes_and_without_data_weights_are_looked_at():
-    model, ids = model_of("llama", 4), tokens()
-    attentions = attentions_of(model, 2)
-    for moments in (attentions.moments([], "consecutive"), attentions.moments(trials_of(model, [ids]), "consecutive")):
-        new = EqualHeads(attentions.equal(Aligned(), moments, pool=False))
-        assert distance(changed(model, new), model, ids) < 1e-6
-    whole = attentions.moments([], "similar")
-    new = EqualHeads(attentions.equal(Aligned("similar"), whole, pool=False))
-    assert distance(changed(model, new), model, ids) < 1e-6
-
-
 def test_a_method_that_loses_a_number_that_is_none_is_not_taken():
     model = llama()
     attentions = attentions_of(model, 1)

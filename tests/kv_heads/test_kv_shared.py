@@ -14,15 +14,15 @@ from billhook.engine.passes import blockwise
 from billhook.engine.shards import ShardStore
 from billhook.engine.walk import blocks_of
 from billhook.kv_heads.attentions import Attentions
-from billhook.kv_heads.convert import equal_heads, turned_weights
+from billhook.kv_heads.convert import equal_heads
 from billhook.kv_heads.methods import method_of
 from billhook.kv_heads.moments import MomentSums
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.model.surgery import changed_names
 from kit.families import llama, tokens
-from kit.losses import BUILD
+from kit.kv_zoo import build
 
-MODELS = {"llama": lambda: llama(attention_bias=True, mlp_bias=True), "gpt2": lambda: BUILD["gpt2"]().eval()}
+MODELS = {"llama": lambda: llama(attention_bias=True, mlp_bias=True), "bert": lambda: build("bert")}
 METHODS = {"svd": "svd", "aligned": "aligned", "auto": "auto", "similar": bh.kv_methods.SVD("similar")}
 
 
@@ -36,7 +36,7 @@ def both(mesh, family="llama"):
     return plain, sharded, dict.fromkeys(plan.layers, 2), [({"input_ids": tokens(6, 16)}, None) for _ in range(4)]
 
 
-@pytest.mark.daily("llama-svd-*", "llama-auto-repair", "gpt2-aligned-repair")
+@pytest.mark.daily("llama-svd-*", "llama-auto-repair", "bert-aligned-repair")
 @pytest.mark.parametrize("repair", [None, bh.RepairConfig()], ids=["no repair", "repair"])
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("family", MODELS)
@@ -67,17 +67,6 @@ def test_moments_of_an_attention_go_with_its_block(mesh, monkeypatch):
     with blockwise(sharded):
         equal_heads(Attentions(sharded, groups, Comm(lambda tensor: tensor)), bh.kv_methods.SVD(), batches, None)
     assert most == [1] * 2 * len(groups)  # what frequencies keep, then the heads
-
-
-def test_heads_are_turned_as_in_memory(mesh):
-    plain, sharded, groups, batches = both(mesh)
-    asked = groups, bh.kv_methods.Aligned(), batches
-    expected = turned_weights(plain, *asked)
-    with blockwise(sharded):
-        found = turned_weights(sharded, *asked, comm=Comm(lambda tensor: tensor))
-    assert found.keys() == expected.keys()
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, msg=name)
 
 
 def test_some_are_left_out_and_nothing_is_read():

@@ -1,4 +1,4 @@
-"""Alignment alone changes no logits; a rank that suffices is exact; what is lost on data is in the order that is claimed."""
+"""A rank that suffices is exact; what is lost on data is in the order that is claimed."""
 
 import functools
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from billhook.engine.batches import Run
-from billhook.kv_heads.basis import find_bases, in_bases, pooled
+from billhook.kv_heads.basis import find_bases, pooled
 from billhook.kv_heads.layout import find_projections, read
 from billhook.kv_heads.methods import method_of
 from billhook.kv_heads.moments import weight_moments
@@ -15,9 +15,6 @@ from billhook.tracing.trace import trace
 from kit.families import tokens
 from kit.kv_zoo import mixed, model_of, moments_of, with_stacks
 
-ROTARY = ("llama", "mistral", "gemma2", "phi3", "phi", "gpt_neox", "gptj", "codegen", "cohere", "falcon", "smollm3", "modernbert")
-PLAIN = ("gpt2", "bert", "t5", "bart", "bloom", "opt", "vit", "albert", "whisper")
-NORMED = ("qwen3", "olmo2", "gemma3_text")
 CHANGES = {
     "cohere": {"use_qk_norm": False},
     "smollm3": {"num_hidden_layers": 4},
@@ -73,25 +70,6 @@ class Case:
 def case(family):
     """Whose weights are not written to."""
     return Case(family)
-
-
-@pytest.mark.daily("llama-*", "phi3-svd-*", "gpt2-aligned-*", "gpt_neox-*", "cohere-svd-*", "t5-aligned-*", "falcon-svd-*")
-@pytest.mark.parametrize(
-    ("family", "start", "how"),
-    [
-        *((family, *how) for family in (*ROTARY, *PLAIN, *NORMED) for how in (("aligned", "weights"), ("svd", "data"))),
-        *((family, *how) for family in ("llama", "gpt2", "bart") for how in (("aligned", "data"), ("svd", "weights"))),
-    ],
-)
-def test_alignment_alone_changes_no_logits(family, start, how):
-    one = Case(family)
-    before, weights = one.logits(), {name: value.clone() for name, value in one.model.state_dict().items()}
-    one.change(in_bases, start, how)
-    torch.testing.assert_close(one.logits(), before, rtol=1e-5, atol=1e-5 * float(before.abs().max()))
-    moved = {name.split(".")[-2] for name, value in one.model.state_dict().items() if not torch.allclose(value, weights[name])}
-    assert len(moved) >= 2
-    if family in NORMED:
-        assert not moved & {"q_proj", "k_proj"}
 
 
 @pytest.mark.parametrize("start", ["svd", "aligned"])

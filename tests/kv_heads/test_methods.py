@@ -18,7 +18,6 @@ from billhook.kv_heads.methods import METHODS, KVMethod, Reconstructing, Reconst
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.model.plan import ModelPlan, apply, subclasses
 from kit.families import build, tokens
-from kit.fits import data, module, trainer
 from kit.kv_zoo import build as zoo
 
 K = "model.layers.0.self_attn.k_proj.weight"
@@ -183,13 +182,6 @@ class TestFromAFileOfTheUsersOwn:
         torch.testing.assert_close(model(ids).logits, plain(ids).logits)
         bh.convert_kv_heads(model, 1, Weighted("similar", 2.0), batches(), repair=bh.RepairConfig())
         assert kv_heads_of(model) == 1
-
-    def test_it_moves_heads_in_a_fit(self, files, tmp_path):
-        lit = module()
-        callback = bh.KVHeadConversion(2, at=3, method=Last(), over=2, measure_batches=0)
-        trainer(tmp_path, [callback], max_steps=4).fit(lit, data(files))
-        assert callback.events[0]["what"] == "4 -> 2 KV heads (last, over 2 steps)"
-        assert kv_heads_of(lit) == 2
 
     @pytest.mark.parametrize(
         ("given", "method"),

@@ -10,7 +10,6 @@ from billhook.kv_heads.convert import convert_kv_heads
 from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.config_fields import build_on_meta
 from billhook.model.find import find_transformer, locate_transformer
-from billhook.model.repeat_kv import RepeatLayout
 from billhook.model.shape import Shape, set_shape, shape_beyond_config, shape_of
 from kit.families import build, llama, tokens
 from kit.kv_zoo import build as build_kv
@@ -91,23 +90,15 @@ def test_it_is_plain_data():
 
 
 def test_a_part_of_a_shape_leaves_the_rest():
-    model = build_kv("gpt2")
+    model = build_kv("bert")
     convert_kv_heads(model, 2)
     whole = shape_of(model)
-    part = Shape({"transformer.wte.weight": (64, 16)}, {"transformer.embed_dim": 16}, {})
+    part = Shape({"bert.embeddings.word_embeddings.weight": (64, 16)}, {}, {})
     over = part.over(whole)
-    assert (over.handed, over.config, over.lists, over.blocks) == (whole.handed, whole.config, whole.lists, whole.blocks)
+    assert (over.config, over.lists, over.blocks) == (whole.config, whole.lists, whole.blocks)
     assert over.tensors == whole.tensors | part.tensors
     set_shape(model, Shape(whole.tensors, whole.attributes, {}))
     assert shape_of(model) == whole
-    set_shape(model, Shape(whole.tensors, whole.attributes, {}, handed={}))
-    assert shape_of(model).handed == {}
-
-
-def test_a_shape_from_before_linears_handed_out_heads_is_of_plain_ones():
-    old = shape_of(llama()).to_dict()
-    del old["handed"]
-    assert Shape.from_dict(old) == shape_of(llama())
 
 
 def test_the_flag_of_multi_query_attention_is_part_of_a_shape():
@@ -119,16 +110,6 @@ def test_the_flag_of_multi_query_attention_is_part_of_a_shape():
     assert dense.config.multi_query is True
     ids = tokens()
     assert torch.equal(dense(ids).logits, small(ids).logits)
-
-
-def test_a_name_that_is_no_linear_is_refused_before_anything_changes():
-    model = build_kv("gpt2")
-    before = shape_of(model)
-    with pytest.raises(ValueError, match="transformer.ln_f is not a linear layer in GPT2LMHeadModel"):
-        set_shape(
-            model, Shape(before.tensors, before.attributes, {}, handed={"transformer.ln_f": RepeatLayout(1, ((0, 1, 2, 2),))})
-        )
-    assert shape_of(model) == before
 
 
 def test_tied_parameters_stay_tied():

@@ -8,7 +8,7 @@ import torch
 import billhook as bh
 from billhook.engine.batches import Run, runs_of
 from billhook.engine.lazy import LazyTensors
-from billhook.kv_heads.convert import check_ready
+from billhook.kv_heads.convert import find_attentions
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.repairs.matching import BlockMatching, BlockTuning, match_blocks
 from kit.families import build, tokens
@@ -95,7 +95,7 @@ def test_heads_of_a_group_stay_equal(groups, method):
     dense = build("llama", num_key_value_heads=8, attention_bias=True)
     batches = batches_for(dense)
     plan = plan_kv_heads(dense, groups, bh.kv_heads.methods.method_of(method) if isinstance(method, str) else method)
-    attentions = check_ready(dense, plan)
+    attentions = find_attentions(dense, plan)
     trials = [attentions.trial(batch) for batch in batches]
     ((_, new),) = attentions.reconstructed([plan.method], trials)
     tuned = attentions.repaired(new, trials, bh.RepairConfig(match=FEW)).values

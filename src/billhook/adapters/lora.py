@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.tuners_utils import check_target_module_exists
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -19,7 +18,6 @@ from transformers.pytorch_utils import Conv1D
 from billhook.adapters.merge import has_adapters
 from billhook.arguments import check_fraction, check_int, check_number, check_types
 from billhook.model.layers import is_linear
-from billhook.model.repeat_kv import repeat_layout_of
 
 ALL = "all-linear"
 
@@ -33,7 +31,7 @@ class LoRA:
         alpha: Scaling: the product is multiplied by alpha / r.
         dropout: Fraction of the inputs of A that are zeroed in training.
         target: Linear layers to adapt: name endings such as `[q_proj, v_proj]`, or `"all-linear"`. The latter excludes the output
-            embedding, a classification head, layers with repeated KV heads, and experts stored as one tensor.
+            embedding, a classification head, and experts stored as one tensor.
 
     Raises:
         ValueError: If a number is out of range, or `target` is empty.
@@ -72,7 +70,6 @@ def attach(model: PreTrainedModel, lora: LoRA | LoraConfig, classifies: bool = F
         raise ValueError("lora: the model already has adapters. Merge them first with bh.training.merge, or remove lora.")
     head = _head(model) if classifies and isinstance(lora, LoRA) else {}
     config = _config(model, lora, head) if isinstance(lora, LoRA) else lora
-    _check_no_repeated_heads(model, config)
     try:
         inject_adapter_in_model(config, model)
     except ValueError as error:
@@ -84,20 +81,6 @@ def attach(model: PreTrainedModel, lora: LoRA | LoraConfig, classifies: bool = F
         module.requires_grad_(True)
 
 
-def _repeating_layers(model: nn.Module) -> list[str]:
-    return [name for name, module in model.named_modules() if repeat_layout_of(module) is not None]
-
-
-def _check_no_repeated_heads(model: nn.Module, config: LoraConfig) -> None:
-    everything = config.target_modules == ALL and not config.exclude_modules
-    targets = [name for name in _repeating_layers(model) if everything or check_target_module_exists(config, name)]
-    if targets:
-        raise ValueError(
-            f"lora: {targets[0]} repeats its KV heads, which PEFT's LoRA does not support. Remove it from target, or train it "
-            "without LoRA."
-        )
-
-
 def _head(model: PreTrainedModel) -> dict[str, nn.Module]:
     """Returns the modules outside the base model, such as a classification head."""
     children = dict(model.named_children())
@@ -105,7 +88,7 @@ def _head(model: PreTrainedModel) -> dict[str, nn.Module]:
 
 
 def _config(model: PreTrainedModel, lora: LoRA, head: Mapping[str, nn.Module]) -> LoraConfig:
-    skipped = _repeating_layers(model) if lora.target == ALL else []
+    skipped = list[str]()
     for name, module_outside in head.items():
         skipped += [f"{name}.{inner}".rstrip(".") for inner, module in module_outside.named_modules() if is_linear(module)]
     return LoraConfig(

@@ -1,10 +1,11 @@
 """The KVHeadConversion callback: fewer KV heads during training."""
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import islice, pairwise
 from typing import Any
 
 import numpy as np
@@ -14,28 +15,24 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from billhook.adapters.merge import adapter_layers
-from billhook.arguments import check_types
-from billhook.callbacks.kv_stages import StageCallback, check_heads, check_over
-from billhook.engine.passes import blockwise
+from billhook.arguments import check_int, check_types
 from billhook.engine.sharding import sizes_only
-from billhook.engine.store import store_of
 from billhook.fit.calibration import BatchAndLoss, CalibrationLike, FitCalibration
-from billhook.fit.event import Event
+from billhook.fit.event import Event, log_event
 from billhook.fit.fit import Fit
-from billhook.fit.ranks import check_close, check_identical, comm_of, fail_together, from_first_rank, sum_over_ranks
-from billhook.fit.targets import At
+from billhook.fit.ranks import check_close, check_identical, comm_of, fail_together, sum_over_ranks
+from billhook.fit.shape_event import ShapeCallback
+from billhook.fit.targets import At, check_at, resolve_at
 from billhook.kv_heads.attentions import Attentions
-from billhook.kv_heads.config import kv_heads_by_layer, kv_heads_of, next_layers
-from billhook.kv_heads.convert import batches_needed, check_ready, check_repair, equal_heads, fitting, turned_weights
+from billhook.kv_heads.config import kv_heads_by_layer, kv_heads_of
+from billhook.kv_heads.convert import batches_needed, check_repair, equal_heads, find_attentions
 from billhook.kv_heads.methods import HINT, KVMethod, Mean, Name, method_of
-from billhook.kv_heads.plan import KVHeadPlan, check_in_part, plan_kv_heads
-from billhook.kv_heads.pooling import approach
+from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
 from billhook.model.find import find_transformer
 from billhook.model.plan import Weights, apply_plan
 from billhook.model.shape import Shape, shape_of
-from billhook.model.surgery import assign_values, changed_names
+from billhook.model.surgery import changed_names, check_replaceable
 from billhook.repairs.repair import RepairConfig
-from billhook.schedules import Schedule
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,17 +67,16 @@ class Preparation:
                 f"calibration: {what} needs at least {needed}{held_out}, got {every} on all devices. Use more examples."
             )
 
-    def ready(self, fit: Fit, plan: KVHeadPlan) -> tuple[KVHeadPlan, Weights, str]:
+    def prepare_heads(self, fit: Fit, plan: KVHeadPlan) -> tuple[KVHeadPlan, Weights, str]:
         """Returns the plan with optimizer restarts, the new weights, and a description."""
         model, groups = fit.model, dict.fromkeys(plan.layers, plan.after)
         with self.calibration.undisturbed(fit):
             batches = list(self._pairs(fit))
             comm = comm_of(fit, self.calibration.shared(fit))
             new = equal_heads(Attentions(model, groups, comm), self.method, batches, self.repair)
-        plan, weights = fitting(model, plan, new)
-        if not self.method.turns:  # the mean pools unchanged weights
-            weights = weights.without(plan.parameters)
-        return replace(plan, restart=tuple(changed_names(model, weights))), weights, new.how
+        # the mean pools unchanged weights
+        weights = new.values if self.method.turns else new.values.without(plan.parameters)
+        return plan.starting_from(changed_names(model, weights), new.rope), weights, new.how
 
     def check_same(self, fit: Fit, plan: KVHeadPlan, weights: Weights, trained: bool) -> None:
         """Checks that all ranks apply the same conversion.
@@ -94,12 +90,6 @@ class Preparation:
         if trained:
             before = {name: model.get_parameter(name) for name in plan.parameters}
             check_close(fit, "KVHeadConversion", "the pooled heads", model, before)
-
-    def turned(self, fit: Fit, groups: Mapping[str, int]) -> Weights:
-        """Returns weights with each group's heads in a shared basis and the same outputs."""
-        with self.calibration.undisturbed(fit):
-            batches, (method,) = list(self._pairs(fit)), self.method.candidates
-            return turned_weights(fit.model, groups, method, batches, comm_of(fit))
 
     def _pairs(self, fit: Fit) -> Iterator[BatchAndLoss]:
         """Yields this rank's batches; none if they are optional and can be read only once."""
@@ -119,53 +109,7 @@ def _precisely(fit: Fit, loss: Any, model: nn.Module, batch: Any) -> Tensor:  # 
     return value
 
 
-def _same(fit: Fit, model: nn.Module, weights: Weights) -> Weights:
-    """Returns the first rank's new weights; raises `RanksDiffer` if the models differ."""
-    what = "KVHeadConversion", "the rotated heads"
-    if store_of(model).on_ranks:  # each rank has shards of the first rank's weights
-        return weights
-    check_close(fit, *what, model, {name: model.get_parameter(name) for name in weights})
-    if fit.world_size == 1:
-        return weights
-    return {name: from_first_rank(fit, *what, weights[name]).to(weights[name].device) for name in weights}
-
-
-@dataclass
-class Moving:
-    """Progress of gradual conversion."""
-
-    moved: int = -1  # the last step after which heads moved
-    turned: list[int] = field(default_factory=list)  # the stages whose heads are in one basis
-    path: KVHeadPlan | None = None  # the target, for the current shape of the model
-
-    def move(self, fit: Fit, preparation: Preparation, stage: int, share: float) -> None:
-        """Moves the heads of a stage by a share of the distance to the pooled head."""
-        model = fit.model
-        if self.path is None:
-            return
-        if preparation.method.turns and stage not in self.turned:
-            groups = dict.fromkeys(self.path.layers, self.path.after)
-            with fail_together(fit, "KVHeadConversion"):
-                with blockwise(fit.module):
-                    weights = preparation.turned(fit, groups)
-                    weights = _same(fit, model, weights)
-                assign_values(model, weights, fit.optimizers)
-            self.turned.append(stage)
-        approach(model, self.path.parameters, share, preparation.method.pool)
-        self.moved = fit.step
-
-    def fits(self, fit: Fit) -> bool:
-        """Returns whether `path` matches the current shape of the model."""
-        if self.path is None:
-            return False
-        model, pooled = fit.model, self.path.parameters
-        try:
-            return all(model.get_parameter(name).shape[pooling.dim] == len(pooling.index) for name, pooling in pooled.items())
-        except AttributeError:  # of a removed block
-            return False
-
-
-class KVHeadConversion(StageCallback):
+class KVHeadConversion(ShapeCallback):
     """Converts attention to fewer KV heads at given steps, before uptraining.
 
     Optimizer state is remapped, checkpoints store the shape, and a resumed run ends like an uninterrupted run. The optimizer
@@ -178,16 +122,11 @@ class KVHeadConversion(StageCallback):
         num_key_value_heads: Number of KV heads after the conversion, 1 for multi-query attention, or a list for several stages,
             such as `[4, 2, 1]`. Each must divide the number of query heads and the previous number of KV heads.
         at: When to convert: a step (int), a fraction of training (float), `"start"` (before the optimizer exists, or before the
-            first step if batches are needed), or a list with one entry per stage. With one number of heads, also a schedule from
-            0 to 1 of the fraction of converted attention modules, last modules first. The config keeps the old number until all
-            are converted.
+            first step if batches are needed), or a list with one entry per stage.
         method: Pooling method for the heads of a group: `"mean"` (the paper's), `"first"`, `"random"`, `"aligned"`, `"svd"`,
-            `"auto"`, or a custom `KVMethod`. See `convert_kv_heads`. Defaults to `"auto"` with `calibration` and without `over`,
-            and to `"mean"` otherwise.
+            `"auto"`, or a custom `KVMethod`. See `convert_kv_heads`. Defaults to `"auto"` with `calibration`, and to
+            `"mean"` otherwise.
         repair: Least-squares repair of consumer layers and MLPs (see `RepairConfig`). Defaults to None (off).
-        over: Steps (int) or fraction of training (float) before each `at` during which heads are interpolated toward the pooled
-            head, so that the conversion itself changes nothing. At step t of n they move by 1 / (n - t) of the remaining
-            distance. With `"aligned"` or similarity grouping, heads are rotated and reordered first.
         encoder: If True, also converts the self-attention of an encoder-decoder's encoder, unlike the paper.
         calibration: Calibration data: batches, a `Calibration`, or a number of training examples. Defaults to 32 examples.
             Optional for `"aligned"` and similarity grouping.
@@ -201,33 +140,36 @@ class KVHeadConversion(StageCallback):
     """
 
     blockwise = True
+    must_resume = False  # the shape tells which stages are done
 
     def __init__(
         self,
         num_key_value_heads: int | list[int],
-        at: At | list[At] | Schedule = "start",
+        at: At | list[At] = "start",
         method: KVMethod | Name | None = None,
         repair: RepairConfig | None = None,
-        over: int | float = 0,
         encoder: bool = False,
         calibration: CalibrationLike = None,
         measure_batches: int | None = None,
     ) -> None:
         check_types(KVHeadConversion, locals())
-        chosen = method_of(method, has_data=calibration is not None and not over)
+        chosen = method_of(method, has_data=calibration is not None)
         self.preparation = Preparation(chosen, repair, FitCalibration.of(calibration, examples=32))
-        self.num_key_value_heads, self.method, self.repair = num_key_value_heads, self.preparation.method, repair
-        at_list: list[At | Schedule] = [*at] if isinstance(at, list | tuple) else [at]
-        check_over(over, at_list, self.method, repair)
-        heads, self.encoder = check_heads(num_key_value_heads, at_list), encoder
-        at_steps = [0 if entry == "start" and self.preparation.needed else entry for entry in at_list]
-        super().__init__(heads, at_steps, over, self.preparation.calibration, measure_batches)
+        self.num_key_value_heads, self.method, self.repair, self.encoder = num_key_value_heads, chosen, repair, encoder
+        at_list = [*at] if isinstance(at, list | tuple) else [at]
+        for entry in at_list:
+            check_at(entry)
+        self.heads = _heads_of_stages(num_key_value_heads, at_list)
+        self.at: list[At] = [0 if entry == "start" and self.preparation.needed else entry for entry in at_list]
+        self._stages: list[int] = []  # the step of each
+        self._done: set[int] = set()  # indices of finished stages
+        self._replaced: list[weakref.ref[nn.Parameter]] = []  # at the start; an optimizer that holds one would not train the new
+        super().__init__(self.preparation.calibration, measure_batches)
 
     def reset(self) -> None:
-        """Clears stages, plans, and progress."""
+        """Clears events and the plan."""
         super().reset()
-        self._planned: tuple[tuple[Shape, int, list[str] | None], KVHeadPlan] | None = None
-        self._moving = Moving()
+        self._planned: tuple[tuple[Shape, int], KVHeadPlan] | None = None
 
     @property
     def state_key(self) -> str:
@@ -235,41 +177,80 @@ class KVHeadConversion(StageCallback):
         return self._generate_state_key(num_key_value_heads=self.heads)
 
     @property
-    def _by_layer(self) -> bool:
-        return isinstance(self.at[0], Schedule)
+    def only_at_start(self) -> bool:
+        """True if no shape changes during training."""
+        return all(entry == "start" for entry in self.at)
+
+    def begin(self, fit: Fit) -> None:
+        """Checks all stages and applies stages at the start."""
+        super().begin(fit)
+        others = [entry for callback in fit.callbacks(KVHeadConversion) for entry in callback.at if entry != "start"]
+        if fit.max_steps is not None:
+            self._check_together(fit, fit.max_steps)
+        elif others and "start" in self.at:
+            raise ValueError(
+                f"at={self.at}: 'start' together with later stages ({others}) needs a known training length. Set "
+                "Trainer(max_steps=...) alone, or use 0 instead of 'start'."
+            )
+        for index, entry in enumerate(self.at):
+            if entry == "start" and not fit.is_tuning and index not in self._reached(fit.module):
+                optimizers = fit.existing_optimizers
+                check_replaceable(fit.module, optimizers, type(self).__name__)
+                before = list(fit.module.parameters())
+                with fit.reshaping(self.blockwise):  # `configure_model` may have sharded it
+                    event = self.record_event(fit, {}, partial(self._convert, fit, index, optimizers))
+                log_event(fit, event)
+                after = set(map(id, fit.module.parameters()))
+                self._replaced += [weakref.ref(parameter) for parameter in before if id(parameter) not in after]
 
     def check(self, fit: Fit) -> None:
         """Raises `ValueError` if the model cannot be converted to the number of KV heads."""
-        model = fit.module
-        most = self._most(model)
+        most = self._most(fit.module)
         first = next((heads for heads in self.heads if heads < most), self.heads[-1])
         if first == most:
             return
-        plan = self._plan_to(model, first)
-        if self._by_layer:
-            check_in_part(model, plan_kv_heads(model, first, layers=plan.layers[-1:], encoder=self.encoder))
+        plan = self._plan(fit.module, first)
         if self.preparation.needed:
-            check_ready(fit.model, plan, self.preparation.repair)
+            find_attentions(fit.model, plan, self.preparation.repair)
         means = (callback for callback in fit.callbacks(KVHeadConversion) if type(callback.preparation.method) is Mean)
         if next(means, None) is self and not self.preparation.needed and not adapter_layers(fit.model):
             rank_zero_info(HINT)
 
-    def reached(self, model: nn.Module) -> set[int]:
-        """Returns the indices of stages whose number of KV heads the model has reached."""
-        if not self._by_layer:
-            most = self._most(model)
-            return {number for number, heads in enumerate(self.heads) if most <= heads}
-        now = kv_heads_by_layer(model, self.encoder)
-        return {number for number, stage in enumerate(self._stages) if not next_layers(now, self.heads[0], stage.share)}
+    def shape_steps(self, total: int | None, fit: Fit) -> list[int]:
+        """Returns the step of each stage; -1 means before the optimizer exists."""
+        steps = [-1 if entry == "start" else resolve_at(entry, total, fit.is_trial) for entry in self.at]
+        if not fit.is_trial and len(set(steps)) < len(steps):
+            raise ValueError(f"at={self.at}: two stages have the same step ({steps} of {total} steps). Use other steps.")
+        return steps
+
+    def steps(self, total: int | None, fit: Fit) -> dict[int, float]:
+        """Returns the steps of the stages, each with the target 1."""
+        return dict.fromkeys(self.shape_steps(total, fit), 1.0)
+
+    def _check_together(self, fit: Fit, total: int | None) -> None:
+        """Raises `ValueError` if stages of all callbacks share a step, or heads do not decrease from stage to stage."""
+        stages = sorted(
+            stage
+            for callback in fit.callbacks(KVHeadConversion)
+            for stage in zip(callback.shape_steps(total, fit), callback.heads, strict=True)
+        )
+        if fit.is_trial:
+            return
+        if len(dict(stages)) < len(stages):
+            steps = [step for step, _ in stages]
+            raise ValueError(f"two {type(self).__name__} stages have the same step: {steps}. Use other steps.")
+        if any(before <= after or before % after for (_, before), (_, after) in pairwise(stages)):
+            order = ", ".join(f"{heads} at step {max(step, 0)}" for step, heads in stages)
+            raise ValueError(
+                f"num_key_value_heads: each stage must have fewer KV heads than the one before and divide it, got {order}."
+            )
 
     def resolve(self, fit: Fit) -> None:
-        """Resolves the steps and checks the stages against the loaded model."""
-        super().resolve(fit)
-        least, most = (
-            min(heads for callback in fit.callbacks(KVHeadConversion) for heads in callback.heads),
-            self._most(fit.module),
-        )
-        if most < least:
+        """Resolves the steps, and checks the stages also against the loaded model."""
+        self._check_together(fit, fit.length)
+        self._stages = self.shape_steps(fit.length, fit)
+        least = min(heads for callback in fit.callbacks(KVHeadConversion) for heads in callback.heads)
+        if (most := self._most(fit.module)) < least:
             raise ValueError(
                 f"num_key_value_heads={self.heads}: the checkpoint has {most} KV heads, fewer than the {least} of this run. Use "
                 "the settings of the run that saved it."
@@ -285,62 +266,73 @@ class KVHeadConversion(StageCallback):
         with fail_together(fit, "KVHeadConversion"):
             self.preparation.check_data(fit)
 
-    def change(self, fit: Fit, stage: int, optimizers: list[Optimizer]) -> str:
-        """Converts the heads of a stage and returns a description."""
-        model = fit.module
-        plan, preparation = self._plan(model, stage), self.preparation
-        weights: Weights = {}
-        how = str(preparation.method)
-        if self.over and self._stages[stage].begin <= self._moving.moved:
-            how += f", over {self._stages[stage].over} steps"
-        elif preparation.needed:
-            plan, weights, how = preparation.ready(fit, plan)
-        preparation.check_same(fit, plan, weights, trained=self._by_layer or self.at[stage] != "start")
-        apply_plan(model, plan, optimizers, weights)
-        where = (
-            f" in {len(plan.layers)} of {len(kv_heads_by_layer(model, self.encoder))} attention modules" if self._by_layer else ""
-        )
-        return f"{plan.before} -> {plan.after} KV heads{where} ({how})"
+    def begin_training(self, fit: Fit) -> None:
+        """Applies events that are due before the first step, or that a resumed checkpoint lacks."""
+        replaced = {id(parameter) for ref in self._replaced if (parameter := ref()) is not None}
+        for optimizer in fit.optimizers:
+            if any(id(parameter) in replaced for group in optimizer.param_groups for parameter in group["params"]):
+                raise ValueError(
+                    f"at='start': {type(optimizer).__name__} was created before training and holds parameters that "
+                    f"{type(self).__name__} has replaced. Create it in configure_optimizers, or convert at step 0 (at=0)."
+                )
+        self._done = self._reached(fit.module)
+        if any(step == -1 and index not in self._done for index, step in enumerate(self._stages)):
+            self.events = []  # a checkpoint without this callback undid the stage at the start
+        super().begin_training(fit)
+
+    def due(self, model: nn.Module, step: int) -> list[int]:
+        """Returns the indices of stages that are due, in order."""
+        return [index for index, at in enumerate(self._stages) if at <= step and index not in self._done]
+
+    def pending_steps(self, model: nn.Module, step: int) -> list[int]:
+        """Returns the steps of the pending stages."""
+        return [at for index, at in enumerate(self._stages) if at > step and index not in self._done]
+
+    def apply_event(self, fit: Fit, stage: int) -> None:
+        """Applies a stage, unless the model already has as few heads."""
+        if stage not in self._reached(fit.module):
+            self.apply_change(fit, partial(self._convert, fit, stage))
+        self._done.add(stage)
 
     def label(self, event: Event) -> str:
         """Returns the number of heads before and after, and the method."""
         brief, *more = re.split("[,;]", str(event["what"]), maxsplit=1)
         return f"{brief})" if more else brief
 
-    def _run(self, fit: Fit) -> None:
-        after, step = self._last_step, fit.step
-        super()._run(fit)
-        moving = [index for index, stage in enumerate(self._stages) if stage.begin <= step < stage.step]
-        if moving and step > self._moving.moved:
-            stage, stride = moving[0], max(1, step - after) if after >= 0 else 1
-            if not self._moving.fits(fit):
-                self._moving.path = None if stage in self._done else self._plan(fit.module, stage)
-            share = min(1.0, stride / (self._stages[stage].step - step))
-            self._moving.move(fit, self.preparation, stage, share)
+    def _convert(self, fit: Fit, stage: int, optimizers: list[Optimizer]) -> str:
+        """Converts the heads of a stage and returns a description."""
+        plan, how = self._plan(fit.module, self.heads[stage]), str(self.method)
+        weights: Weights = {}
+        if self.preparation.needed:
+            plan, weights, how = self.preparation.prepare_heads(fit, plan)
+        self.preparation.check_same(fit, plan, weights, trained=self.at[stage] != "start")
+        apply_plan(fit.module, plan, optimizers, weights)
+        return f"{plan.before} -> {plan.after} KV heads ({how})"
 
-    def _plan(self, model: nn.Module, stage: int) -> KVHeadPlan:
-        """Returns the plan of a stage for the current model."""
-        if not self._by_layer:
-            return self._plan_to(model, self.heads[stage])
-        now = kv_heads_by_layer(model, self.encoder)
-        return self._plan_to(model, self.heads[0], next_layers(now, self.heads[0], self._stages[stage].share))
-
-    def _plan_to(self, model: nn.Module, heads: int, layers: list[str] | None = None) -> KVHeadPlan:
+    def _plan(self, model: nn.Module, heads: int) -> KVHeadPlan:
         """Returns a plan for fewer KV heads, cached for each shape of the model."""
-        of = shape_of(find_transformer(model)), heads, layers
+        of = shape_of(find_transformer(model)), heads
         if self._planned is None or self._planned[0] != of:
             with sizes_only(model):
-                self._planned = of, plan_kv_heads(model, heads, self.preparation.method, layers, self.encoder)
+                self._planned = of, plan_kv_heads(model, heads, self.method, encoder=self.encoder)
         return self._planned[1]
+
+    def _reached(self, model: nn.Module) -> set[int]:
+        """Returns the indices of stages whose number of KV heads the model has reached."""
+        most = self._most(model)
+        return {index for index, heads in enumerate(self.heads) if most <= heads}
 
     def _most(self, model: nn.Module) -> int:
         return max(kv_heads_by_layer(model, self.encoder).values()) if self.encoder else kv_heads_of(model)
 
-    def state_dict(self) -> dict[str, Any]:
-        """Returns events and progress; the LightningModule saves the shape."""
-        return super().state_dict() | {"moved": self._moving.moved, "turned": self._moving.turned}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restores events and progress."""
-        super().load_state_dict(state_dict)
-        self._moving = Moving(state_dict["moved"], list(state_dict["turned"]))
+def _heads_of_stages(num_key_value_heads: int | list[int], at: Sequence[At]) -> list[int]:
+    """Returns the KV heads of all stages; raises `ValueError` if they are not legal."""
+    heads = list(num_key_value_heads) if isinstance(num_key_value_heads, list | tuple) else [num_key_value_heads]
+    if len(heads) != len(at) or not heads:
+        raise ValueError(f"num_key_value_heads={heads} and at={at} must have the same length, at least 1.")
+    for number in heads:
+        check_int("num_key_value_heads", number)
+    if any(before <= after or before % after for before, after in pairwise(heads)):
+        raise ValueError(f"num_key_value_heads={heads}: each stage must be smaller than the one before and divide it.")
+    return heads

@@ -154,7 +154,7 @@ class WeightPruning(EventCallback, ShapeFollower):
             return f", and pattern={self.pattern!r} needs consecutive inputs"
         if self._masks_lora:
             return f", and adapters={self.adapters!r} masks LoRA in its shape at that step"
-        return ", and it moves masked weights" if callback.moves_weights else None
+        return None
 
     def follow(self) -> None:
         """Adapts masks to the model's new shape."""

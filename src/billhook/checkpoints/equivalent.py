@@ -1,16 +1,13 @@
 """Standard checkpoints of unusual shapes: other configs and equivalent architectures."""
 
-import dataclasses
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
-from billhook.model.config_fields import build_class_on_meta, nested_configs, text_config
-from billhook.model.costs import kv_cache_bytes
+from billhook.model.config_fields import nested_configs, text_config
 from billhook.model.shape import KEY, Shape, built_shape, shape_beyond_config, shape_of
 
 ANY = object()
@@ -19,26 +16,21 @@ ANY = object()
 FULL = object()
 """A list of layer types without sliding windows, or no list."""
 
-SUMMARY = tuple(f"summary_{suffix}" for suffix in ("type", "use_proj", "activation", "proj_to_labels", "first_dropout"))
-"""Config fields of GPT-2 for its double-head model."""
-
 
 @dataclass(frozen=True)
 class Family:
-    """An equivalent architecture with the same tensor names, possibly transposed.
+    """An equivalent architecture with the same tensors.
 
     Attributes:
         name: Prefix of its class names.
         adds: Config fields that the original lacks, with the equivalent value, a field of the original as `=name`, or any value.
             `head_dim` is always allowed.
         lacks: Config fields of the original that it lacks, with the values for which both are equivalent.
-        tasks: Class-name suffixes that differ from the original's.
     """
 
     name: str
     adds: Mapping[str, object]
     lacks: Mapping[str, object]
-    tasks: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 EQUIVALENT = {
@@ -61,18 +53,6 @@ EQUIVALENT = {
                 "pretraining_tp": ANY,
             },
             {"layer_types": FULL, "use_sliding_window": ANY, "sliding_window": ANY, "max_window_layers": ANY},
-        ),
-    ),
-    "GPT2": (  # with one KV head
-        Family(
-            "GPTBigCode",
-            {"multi_query": True, "attention_softmax_in_fp32": False, "scale_attention_softmax_in_fp32": False},
-            {
-                "scale_attn_by_inverse_layer_idx": False,
-                "reorder_and_upcast_attn": False,
-                **dict.fromkeys(SUMMARY, ANY),
-            },
-            {"LMHeadModel": "ForCausalLM"},
         ),
     ),
 }
@@ -129,33 +109,12 @@ def equivalents(model: PreTrainedModel) -> Iterator[Candidate]:
             built = built_shape(kind, candidate)
         except Exception:  # whatever a class of configs or models raises
             continue
-        sizes = dict(now.tensors)
-        for name in transposed(model, kind):
-            sizes[name] = now.tensors[name][::-1]
-        if built.tensors == sizes and all(built.attributes.get(k, v) == v for k, v in now.attributes.items()):
+        if built.tensors == now.tensors and all(built.attributes.get(k, v) == v for k, v in now.attributes.items()):
             yield kind, candidate
 
 
 def _without(fields: Mapping[str, Any], dropped: Collection[str]) -> dict[str, Any]:
     return {name: value for name, value in fields.items() if name not in dropped}
-
-
-def saved_cache_bytes(model: PreTrainedModel) -> int | None:
-    """Returns the KV-cache bytes per token of a saved model, in the class of its checkpoint.
-
-    They are fewer than in memory if an equivalent architecture caches a single head that the model repeats.
-    """
-    kind, config = next(iter(equivalents(model)), (type(model), model.config))
-    if kind is type(model):
-        return kv_cache_bytes(model)
-    return kv_cache_bytes(build_class_on_meta(kind, config).to(cast(Any, model.dtype)))
-
-
-def transposed(model: PreTrainedModel, kind: type[PreTrainedModel]) -> list[str]:
-    """Returns the names of weights that an equivalent class stores transposed."""
-    if kind is type(model):
-        return []
-    return [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Conv1D)]
 
 
 def _classes(
@@ -168,7 +127,7 @@ def _classes(
     for prefix, families in EQUIVALENT.items():
         task = kind.__name__.removeprefix(prefix)
         for family in families if task[:1].isupper() and task != kind.__name__ else ():
-            equivalent = getattr(transformers, family.name + family.tasks.get(task, task), None)
+            equivalent = getattr(transformers, family.name + task, None)
             if equivalent is not None and _is_complete(family, config, cast(type[PretrainedConfig], equivalent.config_class)):
                 yield equivalent, _added(family, config), family.lacks
 

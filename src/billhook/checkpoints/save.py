@@ -4,7 +4,7 @@ import json
 import math
 import warnings
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from billhook.arguments import check_types
 from billhook.assets import model_path
 from billhook.atomic_folder import RECORD, check_name, check_target, draft_folder, folder_size, recover_folder, replace_folder
 from billhook.checkpoints.card import card
-from billhook.checkpoints.equivalent import equivalents, set_head_dim, transposed
+from billhook.checkpoints.equivalent import equivalents, set_head_dim
 from billhook.checkpoints.origin import CARD, origin_of
 from billhook.checkpoints.verify import Probe, expect, make_probe, verify
 from billhook.display import Printable
@@ -98,12 +98,11 @@ def save(
 
     - a standard checkpoint, whose config has different numbers of heads and `head_dim`;
     - a standard checkpoint of an equivalent architecture: a Llama whose heads do not divide its hidden size is saved as a
-      Mistral, and a GPT-2 with one KV head as a GPTBigCode. The reloaded model must have the same tensors and bitwise identical
-      logits, except for rounding if linear layers are transposed. The model in memory keeps its class. This format comes first
-      if vLLM and llama.cpp ignore `head_dim` for the model type: a Qwen2 whose heads do not add up to the hidden size is saved as
-      a SeedOss, unless a layer uses a sliding window;
+      Mistral. The reloaded model must have the same tensors and bitwise identical logits. The model in memory keeps its class.
+      This format comes first if vLLM and llama.cpp ignore `head_dim` for the model type: a Qwen2 whose heads do not add up to
+      the hidden size is saved as a SeedOss, unless a layer uses a sliding window;
     - a billhook checkpoint: config.json lists the differing sizes and integer attributes under `"billhook"`, for example per
-      layer, and the layers with repeated KV heads. `load` loads it. `from_pretrained` raises a RuntimeError, unless it is set to
+      layer. `load` loads it. `from_pretrained` raises a RuntimeError, unless it is set to
       ignore mismatched sizes.
 
     If `head_dim` is empty in the config, the model's value is written.
@@ -200,16 +199,11 @@ def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) 
     _write_weights(model, draft)
     written = (draft / "config.json").read_bytes()
     for kind, config in equivalents(model):
-        to_transpose = transposed(model, kind)
-        if to_transpose:
-            _write_weights(model, draft, to_transpose)
         config.save_pretrained(draft)
         with suppress(RuntimeError):  # different logits
             difference = verify(model, expected, draft, probe, kind)
-            if difference == 0 or to_transpose:  # transposed layers round differently
+            if difference == 0:
                 return ("plain", None, 0.0) if kind is type(model) else ("equivalent", config.model_type, difference)
-        if to_transpose:
-            _write_weights(model, draft)
     (draft / "config.json").write_bytes(written)
     return ("shaped" if shape.tensors else "plain"), None, verify(model, expected, draft, probe)
 
@@ -224,10 +218,10 @@ def state_shape(model: PreTrainedModel) -> Shape:
     return shape
 
 
-def _write_weights(model: PreTrainedModel, draft: Path, to_transpose: Collection[str] = ()) -> None:
-    """Writes config and weights, some transposed, into a draft folder."""
+def _write_weights(model: PreTrainedModel, draft: Path) -> None:
+    """Writes config and weights into a draft folder."""
     try:
-        store_of(model).write(draft, to_transpose)
+        store_of(model).write(draft)
     except RuntimeError as error:
         shared = _shared_names(model) if "shared tensors" in str(error) else None
         if shared is None:

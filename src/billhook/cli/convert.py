@@ -5,7 +5,7 @@ from billhook.cli.machine import model_progress
 from billhook.cli.one_shot import OneShot
 from billhook.cli.refit import check_examples, meta_batches, repair_limits
 from billhook.cli.streamed import refit_bytes
-from billhook.kv_heads.convert import batches_needed, check_ready, check_repair, heads_and_method, ready
+from billhook.kv_heads.convert import batches_needed, check_repair, find_attentions, heads_and_method, prepare_heads
 from billhook.kv_heads.methods import HINT, KVMethod, Mean, Name, method_of
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.model.plan import apply
@@ -45,14 +45,13 @@ def convert(
         layers: Attention modules to convert, by name or by number in forward order, from 0, such as `0 1`. Defaults to all.
         encoder: If true, also converts the encoder of an encoder-decoder. The paper does not.
         dry_run: If true, prints the plan and writes nothing.
-        kv_cache_bytes: Largest share of the KV cache that stays, in (0, 1), instead of `num_key_value_heads`. If it is less than
-            one head, heads become narrower.
+        kv_cache_bytes: Largest share of the KV cache that stays, in (0, 1), instead of `num_key_value_heads`.
 
     Raises:
         ValueError: If an argument is not legal, or the model cannot be converted, before anything is written.
     """
     if (num_key_value_heads is None) == (kv_cache_bytes is None):
-        raise ValueError("Pass num_key_value_heads, such as 1 for multi-query attention, or kv_cache_bytes, such as 0.17.")
+        raise ValueError("Pass num_key_value_heads, such as 1 for multi-query attention, or kv_cache_bytes, such as 0.5.")
     named = method_of("svd" if method is None and kv_cache_bytes is not None else method, examples.data is not None)
     check_repair(named, repair)
     least, needed_by = batches_needed(named, repair)
@@ -64,7 +63,7 @@ def convert(
     if calibrates:
         check_examples(work, least, needed_by)
     if method.turns or repair is not None:
-        known = check_ready(work.model, plan, repair)
+        known = find_attentions(work.model, plan, repair)
         passes += known.passes(method, repair)
         statistics = known.bytes(method)
     solved, sums = refit_bytes(work.model, repair)
@@ -87,7 +86,7 @@ def convert(
         batches = split_examples(batches)
     before = work.measure()
     with model_progress(work.model, "converting", "" if repair is None else "layers") as progress:
-        plan, weights, how = ready(work.model, plan, batches, repair, known, progress)
+        plan, weights, how = prepare_heads(work.model, plan, batches, repair, known, progress)
         apply(work.model, plan, weights=weights)
     if calibrates:
         print("Method: " + how.replace("; ", "\n  "), flush=True)

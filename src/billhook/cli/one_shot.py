@@ -21,7 +21,6 @@ from billhook.assets import model_path
 from billhook.atomic_folder import check_not_source, check_target, replacement_note
 from billhook.calibration.calibration import MIXED, Calibration, check_other_texts, evaluation_batches, num_self_generated
 from billhook.calibration.generated import GENERATED, KEPT, can_generate, check_can_generate
-from billhook.checkpoints.equivalent import saved_cache_bytes
 from billhook.checkpoints.save import load, save
 from billhook.cli.examples import EXAMPLES, Examples, LabeledData, TextOptions
 from billhook.cli.interruption import text_folder
@@ -34,6 +33,7 @@ from billhook.engine.store import store_of
 from billhook.engine.walk import find_sites
 from billhook.engine.zeros import zeros_by_name, zeros_of
 from billhook.model.config_fields import text_config
+from billhook.model.costs import kv_cache_bytes
 from billhook.model.inputs import small_inputs
 from billhook.model.layers import PRUNED, prunable, weight_of
 from billhook.model.preprocessors import Preprocessor, load_preprocessor, load_tokenizer, may_have_preprocessor, tokenizer_of
@@ -76,7 +76,7 @@ def time_forward(model: PreTrainedModel, length: int) -> float:
 
 def sizes_of(model: PreTrainedModel, zeros: int | None) -> dict[str, int | None]:
     """Returns the parameter count, the given zero count, and the KV-cache bytes per token."""
-    return {"params": model.num_parameters(), "zeros": zeros, "kv_cache_bytes": saved_cache_bytes(model)}
+    return {"params": model.num_parameters(), "zeros": zeros, "kv_cache_bytes": kv_cache_bytes(model)}
 
 
 def degradation_text(before: Before, degradation: Degradation) -> str | None:

@@ -2,7 +2,7 @@
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -27,7 +27,7 @@ from billhook.engine.loader_internals import (
 )
 from billhook.engine.parts import Parts, identity_of, link_or_copy, tensor_in
 from billhook.engine.slots import Slot, parameter_slots
-from billhook.engine.store import STORE, BlockStore, with_transposed
+from billhook.engine.store import STORE, BlockStore
 from billhook.engine.tensors import TensorFiles, renumbered, share_parameters, write_index
 from billhook.engine.walk import separable_blocks
 from billhook.progress import OnProgress
@@ -62,7 +62,6 @@ class FileStore(BlockStore):
         self._copies: DeviceCopies | None = None
         self._ahead: Prefetcher[str, dict[str, Tensor]] | None = None  # on CUDA only
         self._in_step = False
-        self._transposed = frozenset[str]()  # names in the last written checkpoint
         self._overlay = LazyTensors({})  # temporary values of parameters in blocks
         self.adopted = dict[str, Path]()
         self._report: OnProgress | None = None
@@ -323,24 +322,22 @@ class FileStore(BlockStore):
                 empty = torch.empty(sizes[name_in_model], dtype=parameter.dtype, device="meta")
                 self.model.get_submodule(module)._parameters[key] = nn.Parameter(empty, parameter.requires_grad)
 
-    def write(self, folder: Path, transposed: Collection[str] = ()) -> None:
+    def write(self, folder: Path) -> None:
         """Writes the config, a file per block, and the index. See `BlockStore.write`."""
         self.release()
-        self._transposed = frozenset(transposed)
         blocks, parameter_of = len(self.blocks), names_in_model(self.model, self.files)
         rest = {name: tensor for name, tensor in self.model.state_dict().items() if not tensor.is_meta}
-        save_state(self.model, folder, with_transposed(rest, transposed), max_shard_size=sys.maxsize)
+        save_state(self.model, folder, rest, max_shard_size=sys.maxsize)
         (folder / SAFE_WEIGHTS_NAME).rename(folder / _file_name(0, blocks))
         for number, name in enumerate(self.blocks, 1):
             file = folder / _file_name(number, blocks)
-            keys = {key for key in self.keys[name] if parameter_of[key] in transposed}
             file.unlink(missing_ok=True)  # an old file may be a hard link to a block's file
-            if name in self.adopted and not keys:
+            if name in self.adopted:
                 link_or_copy(self.adopted[name], file)
             else:
                 read = self.files.read(self.keys[name])  # in the dtypes of the source
                 tensors = {key: tensor.to(self.model.get_parameter(parameter_of[key]).dtype) for key, tensor in read.items()}
-                save_file(with_transposed(tensors, keys), file, {"format": "pt"})
+                save_file(tensors, file, {"format": "pt"})
         write_index(folder)
 
     def reopen(self, folder: Path) -> None:
@@ -349,8 +346,6 @@ class FileStore(BlockStore):
         if self.parts is not None:
             self.parts.remove()
         self.files, self.adopted, self._renames = TensorFiles(str(folder)), {}, []
-        parameter_of = names_in_model(self.model, self.files)
-        self.files.transposed = frozenset(key for key, name in parameter_of.items() if name in self._transposed)
         self.keys, self._origin = self._keys(), self.files.state
 
     def _load(self, keys: list[str], prefetched: Mapping[str, Tensor] | None = None) -> None:

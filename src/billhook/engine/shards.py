@@ -1,7 +1,7 @@
 """The store of a sharded model, which gathers blocks on demand."""
 
 import sys
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -21,7 +21,7 @@ from billhook.engine.loader_internals import save_state, to_file_format
 from billhook.engine.sharding import Layout, free, full_tensor, has_memory, unallocated
 from billhook.engine.slots import Slot, parameter_slots
 from billhook.engine.state import replaced
-from billhook.engine.store import STORE, BlockStore, with_transposed
+from billhook.engine.store import STORE, BlockStore
 from billhook.engine.tensors import add_to_file
 from billhook.engine.walk import separable_blocks
 
@@ -219,7 +219,7 @@ class ShardStore(BlockStore):
         return LazyTensors(reads)
 
     @torch.no_grad()
-    def write(self, folder: Path, transposed: Collection[str] = ()) -> None:
+    def write(self, folder: Path) -> None:
         """Writes config and weights block by block, into the files of `save_pretrained`.
 
         Within `independently`, only one rank may call it.
@@ -234,10 +234,10 @@ class ShardStore(BlockStore):
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if parameter in in_blocks:
                 outside.pop(name, None)
-        save_state(model, folder, with_transposed(outside, transposed), max_shard_size=sys.maxsize)
+        save_state(model, folder, outside, max_shard_size=sys.maxsize)
 
         def in_files(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return to_file_format(model, with_transposed({name: tensor.detach() for name, tensor in named.items()}, transposed))
+            return to_file_format(model, {name: tensor.detach() for name, tensor in named.items()})
 
         def read() -> Iterator[dict[str, Tensor]]:
             for block, named in by_block.items():

@@ -6,7 +6,7 @@ the model (`stage`). Only the store knows whether blocks are in memory, in files
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, cast
@@ -265,14 +265,10 @@ class BlockStore(ABC):
             yield
 
     @abstractmethod
-    def write(self, folder: Path, transposed: Collection[str] = ()) -> None:
+    def write(self, folder: Path) -> None:
         """Writes config and weights of a Hugging Face model, as `save_pretrained` does.
 
         Weights that the class recreates on loading are written too, because their values or sizes may have changed.
-
-        Args:
-            folder: The folder.
-            transposed: Names of weights that are written transposed.
         """
 
     def reopen(self, folder: Path) -> None:
@@ -348,15 +344,9 @@ class MemoryStore(BlockStore):
         del alter
         yield
 
-    def write(self, folder: Path, transposed: Collection[str] = ()) -> None:
+    def write(self, folder: Path) -> None:
         """Writes config and weights of a Hugging Face model. See `BlockStore.write`."""
-        state = with_transposed(self.model.state_dict(), transposed) if transposed else None
-        save_state(cast(PreTrainedModel, self.model), folder, state)
-
-
-def with_transposed(tensors: Mapping[str, Tensor], transposed: Collection[str]) -> dict[str, Tensor]:
-    """Transposes the named tensors and returns all."""
-    return {name: tensor.T.contiguous() if name in transposed else tensor for name, tensor in tensors.items()}
+        save_state(cast(PreTrainedModel, self.model), folder)
 
 
 def store_of(model: nn.Module) -> BlockStore:

@@ -102,7 +102,6 @@ class TensorFiles:
         self._files = _files(self._source)
         self._names = dict[str, str]()  # the names in the files of those that are called otherwise
         self._paths = dict[str, Path]()
-        self.transposed = frozenset[str]()  # the names of those that are read transposed
         self._seen = dict[Path, tuple[int, int]]()
 
     @property
@@ -134,13 +133,12 @@ class TensorFiles:
         for name in names:
             del self._files[name]
             self._names.pop(name, None)
-        self.transposed -= {*names, *new}
         self._files |= dict.fromkeys(new, str(path))
         self._paths[str(path)] = path
 
     def rename(self, names: Mapping[str, str], removed: Collection[str]) -> None:
         """Renames tensors relative to the files, and drops removed ones."""
-        files, names_in_files, transposed = dict[str, str](), dict[str, str](), set[str]()
+        files, names_in_files = dict[str, str](), dict[str, str]()
         for name in self._files:
             if name in removed:
                 continue
@@ -148,9 +146,7 @@ class TensorFiles:
             files[new] = self._files[name]
             if in_file != new:
                 names_in_files[new] = in_file
-            if name in self.transposed:
-                transposed.add(new)
-        self._files, self._names, self.transposed = files, names_in_files, frozenset(transposed)
+        self._files, self._names = files, names_in_files
 
     def sizes(self) -> dict[str, Tensor]:
         """Returns all tensors on the meta device. Only headers are read."""
@@ -180,8 +176,6 @@ class TensorFiles:
                 for name in names:
                     entry = files[self._files[name]].get_slice(self._names.get(name, name))
                     slices[name] = entry if all(entry.get_shape()) else _empty(entry)  # safetensors cannot read empty tensors
-                    if name in self.transposed:
-                        slices[name] = slices[name][...].T.contiguous()
             yield slices
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:

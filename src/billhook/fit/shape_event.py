@@ -23,7 +23,6 @@ from billhook.pruning.repair import RepairOption, repair_if_requested
 class ShapeCallback(EventCallback):
     """A callback that changes tensor shapes at given steps."""
 
-    moves_weights = False  # between events, too
     cuts_tensors = True  # by name, instead of dropping modules
     blockwise = False  # events need one gathered block of a sharded model at a time
 

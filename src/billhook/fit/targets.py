@@ -82,14 +82,14 @@ def share_targets(schedule: Schedule, total: int | None, trial: bool) -> dict[in
     return shares
 
 
-def resolve_at(at: At, total: int | None, trial: bool = False, name: str = "at") -> int:
+def resolve_at(at: At, total: int | None, trial: bool = False) -> int:
     """Returns the step of `at`; 0 for the start, and at most the last step in a trial."""
     if at == "start":
         return 0
     if total is None and isinstance(at, float):
-        raise ValueError(f"{name}={at} is a fraction of an unknown training length. Set Trainer(max_steps=...), or use a step.")
+        raise ValueError(f"at={at} is a fraction of an unknown training length. Set Trainer(max_steps=...), or use a step.")
     capped = min(at, total or 0) if trial and isinstance(at, int) else at
-    return resolve_step(capped, sys.maxsize if total is None else total, name)
+    return resolve_step(capped, sys.maxsize if total is None else total, "at")
 
 
 def remaining_rounds(rounds: Mapping[int, float], last_step: int, target: float, name: str) -> dict[int, float]:

@@ -21,7 +21,7 @@ from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.engine.passes import SideBySide, runs_blockwise
 from billhook.engine.store import store_of
 from billhook.engine.walk import blocks_of
-from billhook.kv_heads.basis import find_bases, in_bases, key_spectra, pooled, similar_order
+from billhook.kv_heads.basis import find_bases, key_spectra, pooled, similar_order
 from billhook.kv_heads.distance import EqualHeads, distances
 from billhook.kv_heads.frequencies import Band, Rotation, Slots, allot, bands_within, find_rotation, lost
 from billhook.kv_heads.layout import HeadTensors, Projections, find_projections, read, ties_of, written
@@ -80,8 +80,6 @@ class Attentions:
         fixed = [name for name, symmetries in self.symmetries.items() if not symmetries.order]
         if isinstance(method, SVD) and method.context is not None and method.context > self._longest:
             raise ValueError(f"context={method.context} must be at most max_position_embeddings={self._longest}")
-        if isinstance(method, SVD) and method.head_dim is not None:
-            self._check_head_dim(method.head_dim)
         if method.grouping == "similar" and fixed:
             raise ValueError(
                 f"grouping='similar' reorders heads, which changes the output of {fixed[0]} (its code depends on "
@@ -92,18 +90,6 @@ class Attentions:
                 f"method='{method.name}': no change of basis preserves the output of {next(iter(self.projections))} (a "
                 "norm or a gate follows its projections): 'mean' works"
             )
-
-    def _check_head_dim(self, head_dim: int) -> None:
-        """Raises a ValueError if heads cannot have this width."""
-        rotation, why = self.rotation
-        if rotation is None:
-            raise ValueError(f"head_dim={head_dim}: {why or 'the keys of this model do not rotate'}")
-        width = 2 * len(rotation.pairs)
-        others = [name for name, attention in self.projections.items() if attention.v.index.shape[1] != width]
-        if rotation.rest or others or not all(symmetries.values for symmetries in self.symmetries.values()):
-            raise ValueError(f"head_dim={head_dim}: keys rotate in part, or values are not as wide as keys or cannot be mixed")
-        if head_dim > width:
-            raise ValueError(f"head_dim={head_dim} must be at most {width}, the width of a head")
 
     def allowed(self, methods: Sequence[Reconstructing]) -> list[Reconstructing]:
         """Returns the methods that suit the attention modules.
@@ -211,14 +197,14 @@ class Attentions:
         """Returns the parameters with slots at the frequencies that keep the most."""
         bands, how = self._bands(method, rotation, trials)
         turning = rotating_with(self.model, rotation.rope(self.model, rotation.within(bands)), trials)
-        separate, count = bands_within(rotation, 0), None if method.head_dim is None else method.head_dim // 2
+        separate = bands_within(rotation, 0)
         blocks = [rotation.block(band.pairs, band.frequency) for band in (*bands, *separate)]
 
         def chosen(spectra: Sequence[Tensor]) -> Slots:
             of_separate = spectra[len(bands) :]
-            slots = allot(rotation, separate, of_separate, count)
+            slots = allot(rotation, separate, of_separate)
             if lost(slots, of_separate) > NOTHING:
-                slots = allot(rotation, bands, spectra[: len(bands)], count)
+                slots = allot(rotation, bands, spectra[: len(bands)])
             return self._comm.decide(lambda: slots)
 
         if self._blockwise(turning):
@@ -228,12 +214,12 @@ class Attentions:
             moments = self.moments(turning, method.grouping)
             slots = chosen(self._sum(self._spectra(name, method, of_heads, blocks) for name, of_heads in moments.items()))
             values = self.equal(method, moments, slots=slots)
-        if slots.padded == list(rotation.frequencies):
-            return EqualHeads(values, None, "rotary frequencies stay", slots)
-        rope = rotation.rope(self.model, slots.padded)
+        if slots.frequencies == list(rotation.frequencies):
+            return EqualHeads(values, None, "rotary frequencies stay")
+        rope = rotation.rope(self.model, slots.frequencies)
         types = dict.fromkeys([rope_parameters(self.model)["rope_type"], rope["rope_type"]])
         notes = [how] * (slots.bands == bands) + [f"rope_type: {' -> '.join(types)}"]
-        return EqualHeads(values, rope, "; ".join(notes), slots)
+        return EqualHeads(values, rope, "; ".join(notes))
 
     def _bands(self, method: SVD, rotation: Rotation, trials: Sequence[Run]) -> tuple[tuple[Band, ...], str]:
         """Returns the widest bands within the tolerance of the method, and a description."""
@@ -311,7 +297,7 @@ class Attentions:
                     of_data = listening.take(name)[name] if has_data else {}
                     moments = of_data.get(groups[name]) or self._weight_moments(name, groups[name])
                     for number, method in enumerate(methods):
-                        equal = by_parameter(self.equal_in(name, method, moments, slots=slots))
+                        equal = by_parameter(self.equal_in(name, method, moments, slots))
                         values |= {f"{number} {parameter}": value for parameter, value in equal.items()}
                 if names:
                     new |= store.stage(block, values)
@@ -322,26 +308,21 @@ class Attentions:
                 stage(block)
         return new
 
-    def equal(
-        self, method: Reconstructing, moments: Mapping[str, Moments], pool: bool = True, slots: Slots | None = None
-    ) -> LazyTensors:
-        """Returns parameters with equal heads in each group.
-
-        Without pooling, heads in a common basis.
-        """
+    def equal(self, method: Reconstructing, moments: Mapping[str, Moments], slots: Slots | None = None) -> LazyTensors:
+        """Returns parameters with equal heads in each group."""
         new = LazyTensors({})
         for name, of_heads in moments.items():
-            new |= self.store.stage(None, by_parameter(self.equal_in(name, method, of_heads, pool, slots)))
+            new |= self.store.stage(None, by_parameter(self.equal_in(name, method, of_heads, slots)))
         return new
 
     def equal_in(
-        self, name: str, method: Reconstructing, moments: Moments, pool: bool = True, slots: Slots | None = None
+        self, name: str, method: Reconstructing, moments: Moments, slots: Slots | None = None
     ) -> dict[str, dict[str, Tensor]]:
         """Returns the same for an attention module, by linear layer and parameter name."""
         self.store.load(self.model.get_submodule(name))
         tensors, moments = self._in_order(name, method, moments)
         bases = find_bases(tensors, moments, self.symmetries[name], method, slots)
-        return written(self.model, self.projections[name], (pooled if pool else in_bases)(tensors, *bases))
+        return written(self.model, self.projections[name], pooled(tensors, *bases))
 
     def _in_order(self, name: str, method: Reconstructing, moments: Moments) -> tuple[HeadTensors, Moments]:
         """Returns heads, in float64, and their Gram matrices, with the heads of groups together."""

@@ -44,13 +44,8 @@ def find_bases(
     """
     outputs = grouped(tensors.o, len(tensors.k))
     readers = torch.einsum("jhoa,jhob->jab", outputs, outputs)
-    key_blocks, value_blocks = _unchanged(symmetries.keys), _unchanged(symmetries.values)
-    if slots is not None:
-        key_blocks = slots.blocks
-    if slots is not None and slots.keys:
-        value_blocks = [(old, Block(old.real[: len(slots.keys)])) for old in symmetries.values]
-    keys = _bases(moments.queries, moments.keys, key_blocks, method)
-    return keys, _bases(readers, moments.values, value_blocks, method)
+    keys = _bases(moments.queries, moments.keys, _unchanged(symmetries.keys) if slots is None else slots.blocks, method)
+    return keys, _bases(readers, moments.values, _unchanged(symmetries.values), method)
 
 
 def _unchanged(symmetry: Symmetry) -> list[tuple[Block, Block]]:
@@ -116,31 +111,17 @@ def _loss(metric: Tensor, moments: Tensor, basis: Tensor, shared: Tensor) -> tup
 def pooled(tensors: HeadTensors, keys: Bases, values: Bases) -> HeadTensors:
     """Returns the weights with each head replaced by its group's reconstruction.
 
-    Each key becomes k' = sum of P_i k_i, and each value likewise.
+    Each key becomes k' = sum of P_i k_i, and each value likewise. Their consumers follow: q' = B_j^T q, W_O' = W_O B_j.
     """
 
     def shared(heads: Tensor, bases: Bases) -> Tensor:
         summed = grouped(bases.shared @ heads, bases.groups).sum(1)
         return summed.repeat_interleave(len(heads) // bases.groups, 0)
 
-    return _read_through(tensors, keys, values, shared(tensors.k, keys), shared(tensors.v, values))
-
-
-def in_bases(tensors: HeadTensors, keys: Bases, values: Bases) -> HeadTensors:
-    """Returns the weights with each head in its group's basis, unpooled: k' = B_j^-1 k.
-
-    Raises:
-        torch.linalg.LinAlgError: If a basis is singular, such as that of a head with no share in its group's head.
-    """
-    k, v = torch.linalg.solve(keys.basis, tensors.k), torch.linalg.solve(values.basis, tensors.v)
-    return _read_through(tensors, keys, values, k, v)
-
-
-def _read_through(tensors: HeadTensors, keys: Bases, values: Bases, k: Tensor, v: Tensor) -> HeadTensors:
-    """Returns new keys and values with their consumers: q' = B_j^T q, W_O' = W_O B_j."""
     queries = len(tensors.q) // len(tensors.k)
     q = keys.basis.mT.repeat_interleave(queries, 0) @ tensors.q
-    return HeadTensors(q, k, v, tensors.o @ values.basis.repeat_interleave(queries, 0))
+    o = tensors.o @ values.basis.repeat_interleave(queries, 0)
+    return HeadTensors(q, shared(tensors.k, keys), shared(tensors.v, values), o)
 
 
 def similar_order(

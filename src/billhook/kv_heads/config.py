@@ -12,7 +12,6 @@ from billhook.kv_heads.pooling import Pooled, Shrunk
 from billhook.model.config_fields import field
 from billhook.model.find import find_transformer
 from billhook.model.meta import to_meta
-from billhook.model.repeat_kv import repeat_layout_of
 from billhook.model.shape import FLAG, Shape, built_shape, set_shape, shape_beyond_config, shape_of
 
 FIELD = "num_key_value_heads"
@@ -191,7 +190,7 @@ def kv_heads_of(model: nn.Module) -> int:
     """
     model = find_transformer(model)
     stated = config_heads(model)
-    if stated is not None and not shape_of(model).handed:
+    if stated is not None:
         return stated
     if not (layers := kv_heads_by_layer(model, encoder=False)):
         raise ValueError(_encoder_only(model))
@@ -276,26 +275,10 @@ def choose(
     return more
 
 
-def next_layers(heads: Mapping[str, int], fewer: int, share: float) -> list[str]:
-    """Returns the attention modules to convert next, to reach a share of all.
-
-    >>> next_layers({"a": 8, "b": 8, "c": 8, "d": 1}, fewer=1, share=0.75)
-    ['b', 'c']
-    """
-    left = [name for name, number in heads.items() if number > fewer]
-    due = int(share * len(heads) + 1e-9) - (len(heads) - len(left))
-    return left[len(left) - due :] if due > 0 else []
-
-
 def check_each(attentions: Mapping[str, KVAttention], names: Collection[str], heads: int) -> None:
     """Raises a ValueError if any of the attention modules cannot have this number of KV heads."""
     for name in names:
         check_kv_heads(heads, attentions[name].heads, attentions[name].queries)
-
-
-def hands_out(model: PreTrainedModel, attention: KVAttention) -> bool:
-    """Returns whether linear layers of an attention module return more KV heads than they store, by repeating them."""
-    return any(repeat_layout_of(model.get_submodule(name.rpartition(".")[0])) is not None for name in attention.rows)
 
 
 def heads_of(model: PreTrainedModel) -> tuple[int | None, int | None]:

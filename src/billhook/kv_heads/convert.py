@@ -8,14 +8,12 @@ To convert `before` KV heads into `after`, each new head replaces a group of `be
 reads KV head h // (query heads / KV heads), so the query heads of consecutive KV heads share the new one.
 """
 
-import copy
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
 
-import torch
 from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
@@ -23,32 +21,21 @@ from transformers import PreTrainedModel
 from billhook.arguments import check_fraction, check_int, check_types
 from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine.batches import Loss, Run
-from billhook.engine.comm import SINGLE_PROCESS, Comm
-from billhook.engine.lazy import LazyTensors
 from billhook.engine.state import cpu_by_default
 from billhook.engine.store import store_of
 from billhook.kv_heads.attentions import Attentions
 from billhook.kv_heads.config import kv_heads_of
 from billhook.kv_heads.distance import EqualHeads
-from billhook.kv_heads.frequencies import Band, Slots
-from billhook.kv_heads.head_width import scaled_queries
-from billhook.kv_heads.methods import SVD, KVMethod, Name, Reconstructing, method_of
+from billhook.kv_heads.methods import KVMethod, Name, Reconstructing, method_of
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
-from billhook.kv_heads.pooling import first
-from billhook.kv_heads.proof import TOLERANCE, small_copy
 from billhook.model.config_fields import field as config_field
-from billhook.model.config_fields import text_config
 from billhook.model.find import check_changeable, check_values, find_transformer
-from billhook.model.inputs import make_inputs, outputs_match
 from billhook.model.plan import Weights, apply
-from billhook.model.rotary import set_rope_parameters
 from billhook.model.surgery import changed_names, check_replaceable
 from billhook.progress import OnProgress
 from billhook.repairs.repair import RepairConfig
 from billhook.repairs.residuals import not_refitted_message
 
-STEP = 8
-"""The width of narrower heads is a multiple of this, which suits kernels."""
 BatchAndLoss = tuple[Any, Loss | None]
 """A batch, and a function of model and batch that returns the loss; None for the model's own loss."""
 
@@ -125,54 +112,15 @@ def batches_needed(method: KVMethod, repair: RepairConfig | None) -> tuple[int, 
     return method.least_batches, f"method='{method.name}'"
 
 
-def check_ready(model: PreTrainedModel, plan: KVHeadPlan, repair: RepairConfig | None = None) -> Attentions:
+def find_attentions(model: PreTrainedModel, plan: KVHeadPlan, repair: RepairConfig | None = None) -> Attentions:
     """Returns the attention modules of a plan.
 
-    Raises a ValueError if no candidate method suits them, or the model cannot have narrower heads.
+    Raises a ValueError if no candidate method suits them.
     """
     attentions = Attentions(model, dict.fromkeys(plan.layers, plan.after))
     attentions.allowed(plan.method.candidates)
     attentions.check_adapters(repair)
-    widths = {method.head_dim for method in plan.method.candidates if isinstance(method, SVD)} - {None}
-    rotation, _ = attentions.rotation if widths else (None, "")
-    for head_dim in widths:
-        if rotation is not None and head_dim is not None and head_dim < 2 * len(rotation.pairs):
-            count = head_dim // 2
-            slots = Slots(rotation, tuple(Band((n,), rotation.frequencies[n]) for n in range(count)), (1,) * count)
-            _prove_narrower(model, plan.narrowed(model, slots.keys, rotation.rope(model, slots.frequencies)), slots)
     return attentions
-
-
-def _prove_narrower(model: PreTrainedModel, plan: KVHeadPlan, slots: Slots) -> None:
-    """Raises a ValueError if a small copy with narrower heads computes otherwise."""
-    small = small_copy(model)
-    trial = plan_kv_heads(small, plan.after, "first").narrowed(small, slots.keys, plan.rope)
-    values = {name: cut.spread(cut.pool(small.get_parameter(name).detach(), first)) for name, cut in trial.parameters.items()}
-    uncut, inputs = copy.deepcopy(small), make_inputs(small)
-    set_rope_parameters(uncut, slots.rotation.rope(small, slots.padded))
-    uncut.load_state_dict(values, strict=False)
-    trial.change(small, scaled_queries(small, trial.layers, trial.shape, values))
-    with torch.no_grad():
-        same = outputs_match([uncut(**inputs)[0]], [small(**inputs)[0]], TOLERANCE)
-    if not same:
-        raise ValueError(f"head_dim={len(slots.keys)}: the code of {type(model).__name__} does not follow with narrower heads")
-
-
-def turned_weights(
-    model: nn.Module,
-    groups: Mapping[str, int],
-    method: Reconstructing,
-    batches: Iterable[BatchAndLoss] = (),
-    comm: Comm = SINGLE_PROCESS,
-) -> LazyTensors:
-    """Returns the parameters with the heads of each group adjacent and in a common basis.
-
-    Nothing is pooled, and the model computes the same. Without batches, the basis follows from the weights.
-    """
-    attentions = Attentions(model, groups, comm)
-    attentions.check(method)
-    trials = [attentions.trial(*pair) for pair in batches]
-    return attentions.equal(method, attentions.moments(trials, method.grouping), pool=False)
 
 
 @cpu_by_default()
@@ -218,8 +166,7 @@ def convert_kv_heads(
             heads. While layers differ, the config keeps the old number.
         encoder: If True, also converts the encoder's self-attention of an encoder-decoder, which the paper leaves out (section
             3.1). An encoder-only model is always converted.
-        kv_cache_bytes: Largest share of the KV cache that stays, in (0, 1), instead of `num_key_value_heads`. If it is less than
-            one head, heads become narrower (see `kv_methods.SVD`).
+        kv_cache_bytes: Largest share of the KV cache that stays, in (0, 1), instead of `num_key_value_heads`.
 
     Returns:
         The plan that was applied.
@@ -246,7 +193,7 @@ def convert_kv_heads(
     check_replaceable(model, trained_by)
     plan = plan_kv_heads(model, heads, method, layers, encoder)
     with store_of(model).restored_on_error():  # covers both steps: a second call resumes from the first
-        plan, weights, _ = ready(model, plan, batches, repair)
+        plan, weights, _ = prepare_heads(model, plan, batches, repair)
         apply(model, plan, trained_by, weights)
     return plan
 
@@ -272,15 +219,10 @@ def heads_and_method(
     fitting_heads = [n for n in range(1, before) if before % n == queries % n == 0 and n <= share * before]
     if fitting_heads:
         return fitting_heads[-1], named
-    width = getattr(text_config(config), "head_dim", None) or 0
-    head_dim = int(share * before * width) // STEP * STEP
-    if not head_dim or not isinstance(named, SVD):
-        least = f"{1 / before:.3f}, one of {before} KV heads" + (f", or {STEP} dimensions of it with 'svd'" if width else "")
-        raise ValueError(f"kv_cache_bytes={kv_cache_bytes} must be at least {least}.")
-    return 1, replace(named, head_dim=head_dim)
+    raise ValueError(f"kv_cache_bytes={kv_cache_bytes} must be at least {1 / before:.3f}, one of {before} KV heads.")
 
 
-def ready(
+def prepare_heads(
     model: nn.Module,
     plan: KVHeadPlan,
     batches: Batches | None = None,
@@ -298,19 +240,10 @@ def ready(
     model = find_transformer(model)
     least, _ = batches_needed(plan.method, repair)
     calibration = read_batches(batches, model) if least or batches is not None else ()
-    attentions = attentions or check_ready(model, plan, repair)
+    attentions = attentions or find_attentions(model, plan, repair)
     new = equal_heads(attentions, plan.method, [(batch, None) for batch in calibration], repair, progress)
-    plan, weights = fitting(model, plan, new)
-    restart = changed_names(model, weights) if store_of(model).trains else ()
-    return replace(plan, restart=tuple(restart)), weights, new.how
-
-
-def fitting(model: PreTrainedModel, plan: KVHeadPlan, new: EqualHeads) -> tuple[KVHeadPlan, LazyTensors]:
-    """Returns the plan with the frequencies and the width of new heads, and its weights."""
-    if new.slots is None or not new.slots.keys:
-        return plan.starting_from(plan.restart, new.rope), new.values
-    plan = plan.narrowed(model, new.slots.keys, new.slots.rotation.rope(model, new.slots.frequencies))
-    return plan, scaled_queries(model, plan.layers, plan.shape, new.values)
+    restart = changed_names(model, new.values) if store_of(model).trains else ()
+    return plan.starting_from(restart, new.rope), new.values, new.how
 
 
 def check_repair(method: KVMethod, repair: RepairConfig | None) -> None:

@@ -19,7 +19,6 @@ from billhook.engine.passes import SideBySide
 from billhook.engine.state import evaluating_without_grad, overridden, replaced
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_leaves
-from billhook.kv_heads.frequencies import Slots
 from billhook.linalg import float64_device, in_float64
 from billhook.model.rotary import RopeParameters, rotating_with
 
@@ -38,13 +37,11 @@ class EqualHeads:
         values: New values by parameter name, in the sizes of the model.
         rope: Rotary parameters that the model then needs. None if they stay.
         how: What happens to the rotary frequencies, in words.
-        slots: The slots of the new head, if frequencies were chosen.
     """
 
     values: LazyTensors
     rope: RopeParameters | None = None
     how: str = ""
-    slots: Slots | None = None
 
 
 def distance_between(expected: Any, other: Any, tokens: Tensor | None = None) -> float:  # noqa: ANN401 - whatever a model returns

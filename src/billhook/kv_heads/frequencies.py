@@ -168,17 +168,6 @@ class Slots:
         return sorted((band.frequency for band, count in counted for _ in range(count)), reverse=True)
 
     @property
-    def padded(self) -> list[float]:
-        """The same, with 0 for pairs of an old head that the new one does not have."""
-        return self.frequencies + [0.0] * (len(self.rotation.pairs) - sum(self.counts))
-
-    @property
-    def keys(self) -> tuple[int, ...]:
-        """Positions of the slots, if there are fewer than an old head has pairs."""
-        slots = self.rotation.pairs[: sum(self.counts)]
-        return tuple(sorted(position for pair in slots for position in pair)) if len(slots) < len(self.rotation.pairs) else ()
-
-    @property
     def blocks(self) -> list[tuple[Block, Block]]:
         """Positions of each band, in an old head and in the new head."""
         blocks, first = list[tuple[Block, Block]](), 0
@@ -191,18 +180,17 @@ class Slots:
         return blocks
 
 
-def allot(rotation: Rotation, bands: Sequence[Band], spectra: Sequence[Tensor], count: int | None = None) -> Slots:
+def allot(rotation: Rotation, bands: Sequence[Band], spectra: Sequence[Tensor]) -> Slots:
     """Gives each slot of a new head to the band where it keeps the most.
 
     Args:
         rotation: How the old heads rotate.
-        count: Number of slots. Defaults to the number of pairs of an old head.
         bands: The bands of the old heads.
         spectra: By band, the eigenvalues of `SVD.spectrum`, falling. A slot takes one of a band, and keeps half of it, as the
             phases of queries and keys differ; or two of the band with frequency 0.
     """
     gains = [(gain, number) for number, of_band in enumerate(_gains(rotation, bands, spectra)) for gain in of_band]
-    best = heapq.nlargest(count or len(rotation.pairs), gains)
+    best = heapq.nlargest(len(rotation.pairs), gains)
     taken = {number: len(list(some)) for number, some in groupby(sorted(number for _, number in best))}
     return Slots(rotation, tuple(bands), tuple(taken.get(number, 0) for number in range(len(bands))))
 

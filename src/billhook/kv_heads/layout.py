@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.engine.batches import check_one_device
-from billhook.linalg import in_float64
+from billhook.linalg import Indices, in_float64
 from billhook.model.layers import is_linear, matrix_of, to_layout, to_parameters
-from billhook.model.repeat_kv import Indices, repeat_layout_of
 from billhook.repairs.matching import Tie
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Member, common_module
@@ -108,19 +107,17 @@ def _attention(model: PreTrainedModel, units: Units, attentions: Iterable[Attent
             for part in projected:
                 parts[part.name, part.dim].append((role, part))
     parameters = dict(model.named_parameters())
-    rows, heads = dict[str, Rows](), list[int]()
+    rows = dict[str, Rows]()
     for (name, dim), made in parts.items():
         if not any(role & KV for role, _ in made):
             continue
         rows[name] = _rows(units, name, dim, made)
         owner = name.rpartition(".")[0]
-        if (handing := repeat_layout_of(model.get_submodule(owner))) is not None:
-            heads.append(handing.heads)
         bias = parameters.get(f"{owner}.bias")
         if bias is not None and bias.shape == (made[0][1].size,):
             rows[f"{owner}.bias"] = replace(rows[name], dim=0)
     module = common_module([name.rpartition(".")[0] for name, _ in parts])
-    return KVAttention(units, module, min(heads, default=units.count("kv_head")), rows)
+    return KVAttention(units, module, units.count("kv_head"), rows)
 
 
 def _rows(units: Units, name: str, dim: int, made: Sequence[tuple[int, Part]]) -> Rows:

@@ -22,7 +22,6 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from billhook.arguments import check_fraction, check_int, check_one_of, check_types
 from billhook.kv_heads.pooling import Pooled, first, mean, pooling
@@ -54,11 +53,6 @@ class KVMethod(ABC):
 
     least_batches: ClassVar[int] = 0
     pools_adapters: ClassVar[bool] = True
-
-    @property
-    def has_path(self) -> bool:
-        """True if gradual conversion can interpolate toward the pooled heads."""
-        return True
 
     @property
     def turns(self) -> bool:
@@ -183,11 +177,6 @@ class Averaging(Reconstructing):
         """True if heads are first rotated, reordered, or rescaled."""
         return self.renorm or super().turns
 
-    @property
-    def has_path(self) -> bool:
-        """False with `renorm`, because interpolation ends at the mean."""
-        return not self.renorm
-
     def factor(self, moments: Tensor, shared: Tensor) -> Tensor | float:
         """Returns c with `renorm`; 1 if the heads cancel out."""
         if not self.renorm:
@@ -304,8 +293,6 @@ class SVD(Reconstructing):
         context: Number of tokens over which frequencies count as nearly equal. Defaults to `max_position_embeddings`.
         tolerance: Highest relative increase of the dense model's perplexity by equal frequencies alone, as its KL divergence
             predicts. It is measured on rows of `context` tokens, at most 2,048, or as many as the batches have.
-        head_dim: New width of all heads, even and smaller than now. Queries, keys, and values then have fewer dimensions, and
-            the KV cache can be smaller than one head of the old width. Defaults to None, which keeps the width.
 
     Raises:
         ValueError: If an argument is not legal.
@@ -318,11 +305,9 @@ class SVD(Reconstructing):
     """
 
     least_batches: ClassVar[int] = 1
-    has_path = False
     frequencies: Literal["free", "fixed"] = "free"
     context: int | None = None
     tolerance: float = 0.02
-    head_dim: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -330,10 +315,6 @@ class SVD(Reconstructing):
         if self.context is not None:
             check_int("context", self.context)
         check_fraction("tolerance", self.tolerance, "[0, 1)")
-        if self.head_dim is not None:
-            check_int("head_dim", self.head_dim, 2)
-            if self.head_dim % 2 or self.frequencies == "fixed":
-                raise ValueError(f"head_dim={self.head_dim} must be even, and needs frequencies='free'")
 
     def reconstruct(self, metric: Tensor, moments: Tensor, rank: int | None = None) -> Reconstruction:
         """Returns B and P from the first eigenvectors of the stacked Gram matrices.
@@ -357,9 +338,6 @@ class SVD(Reconstructing):
         within = torch.einsum("iab,ibjc,jdc->ad", shared, moments, shared.conj())
         factor = (torch.einsum("jaja->", moments).real / count / within.diagonal().sum().real).sqrt()
         return Reconstruction(basis / factor, shared * factor)
-
-    def __str__(self) -> str:
-        return super().__str__() + ("" if self.head_dim is None else f", head_dim {self.head_dim}")
 
     def spectrum(self, metric: Tensor, moments: Tensor) -> Tensor:
         """Returns the eigenvalues l, falling. A head of width w keeps the sum of the w first."""
@@ -405,7 +383,6 @@ class Auto(KVMethod):
     """
 
     least_batches: ClassVar[int] = 2
-    has_path = False
     turns = True
     candidates = (Mean(), Aligned(), SVD(), Aligned("similar"), SVD("similar"))
 
@@ -436,7 +413,6 @@ class RandomHeads(KVMethod):
     """
 
     seed: int = 0
-    has_path = False
     pools_adapters: ClassVar[bool] = False
 
     @property
@@ -453,7 +429,7 @@ class RandomHeads(KVMethod):
         generator = torch.Generator().manual_seed(self.seed)
         config, changes = model.config.get_text_config(decoder=True), dict[str, Change]()
         for name, pooled in parameters.items():
-            if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear | Conv1D):
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear):
                 size = pooled.size(model.get_parameter(name).shape)
                 changes[name] = drawing(pooled, size, std_of(config, size, pooled.dim), generator)
             else:

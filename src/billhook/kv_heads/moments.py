@@ -23,7 +23,6 @@ from billhook.engine.trees import tree_map_only
 from billhook.engine.walk import copy_cache
 from billhook.kv_heads.layout import HeadTensors, Projections, moved_values
 from billhook.linalg import float64_device
-from billhook.model.repeat_kv import repeat_layout_of
 from billhook.model.transformers_internals import attention_functions_as
 
 
@@ -270,12 +269,10 @@ class _Listener:
             self._calls.append(AttentionCall(function, module, query, key, value, options, result[0]))
         return result
 
-    def _projected(self, linear: str, module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+    def _projected(self, linear: str, _: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
         """Adds queries, and notes keys."""
         if not self._observing:
             return
-        if (layout := repeat_layout_of(module)) is not None:
-            output = layout.undo_repeat(output)
         outputs, projections, sums = self._tokens_that_count(output, linear), self._projections, self.summed()
         if linear == projections.k.linear:
             self._keys = outputs[:, projections.k.index.flatten()]

@@ -4,7 +4,7 @@ The model is not changed.
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, ClassVar, TypeVar
@@ -12,12 +12,10 @@ from typing import Any, ClassVar, TypeVar
 from rich.console import RenderableType
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from typing_extensions import Self
 
 from billhook.adapters.merge import MERGE_HINT, adapter_layers, base_layer_name, without_adapters
 from billhook.arguments import check_int
-from billhook.checkpoints.equivalent import saved_cache_bytes
 from billhook.display import text_table
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
@@ -27,16 +25,14 @@ from billhook.kv_heads.config import (
     choose,
     config_heads,
     cut_by_config,
-    hands_out,
     inside_encoder,
-    kv_heads_by_layer,
 )
-from billhook.kv_heads.head_width import narrowed
 from billhook.kv_heads.layout import find_kv
 from billhook.kv_heads.methods import KVMethod, Name, method_of, read_method
 from billhook.kv_heads.pooling import Pooled, Shrunk
-from billhook.kv_heads.proof import KVWay, prove
+from billhook.kv_heads.proof import cut_by_groups
 from billhook.model.config_fields import field as config_field
+from billhook.model.costs import kv_cache_bytes
 from billhook.model.find import check_plain, find_transformer
 from billhook.model.meta import to_meta
 from billhook.model.plan import ShapePlan, Weights, check_weights
@@ -61,15 +57,10 @@ class KVHeadPlan(ShapePlan):
         method: Pooling method.
         parameters: The parameters that shrink, with their pooling.
         shape: New shape of the model.
-        way: How the model gets fewer heads: `"config"` (its class builds it from a changed config), `"groups"` (its code reads
-            any number of KV heads, and `num_key_value_groups` is set), or `"handed"` (linear layers store repeated KV heads).
-        saves_cache: Whether the KV cache of transformers shrinks in the class that the model is saved as. With `"handed"` only
-            parameters shrink, unless the model is saved as another class, such as a GPT-2 with one KV head. Falcon repeats heads
-        before caching them.
+        saves_cache: Whether the KV cache of transformers shrinks. Falcon repeats heads before caching them.
         layers: Names of the attention modules to convert.
         restart: Parameters whose optimizer state restarts, because they are refitted or in a new basis.
         rope: New rotary parameters of the config; empty if they stay.
-        keys: Positions of the dimensions of a query or key that stay, if heads become narrower (see `head_width`).
     """
 
     kind: ClassVar[str] = "kv_heads"
@@ -79,33 +70,15 @@ class KVHeadPlan(ShapePlan):
     method: KVMethod
     parameters: dict[str, Pooled]
     shape: Shape
-    way: KVWay
     saves_cache: bool
     layers: tuple[str, ...]
     restart: tuple[str, ...] = ()
     rope: RopeParameters = field(default_factory=dict)
-    keys: tuple[int, ...] = ()
 
     def starting_from(self, restart: Iterable[str], rope: RopeParameters | None) -> Self:
         """Returns the plan for new values of parameters and new rotary parameters."""
         shape = replace(self.shape, rope=dict(rope or self.shape.rope))
         return replace(self, restart=tuple(restart), rope=rope or {}, shape=shape)
-
-    def narrowed(self, model: PreTrainedModel, keys: Sequence[int], rope: RopeParameters) -> Self:
-        """Returns the plan with narrower heads.
-
-        Args:
-            model: The model.
-            keys: Positions of the dimensions of a query or key that stay.
-            rope: Rotary parameters for the new width.
-
-        Raises:
-            ValueError: If the model's class cannot be built with narrower heads.
-        """
-        if self.way != "config":
-            raise ValueError(f"head_dim: {self.model} has no config field for its number of KV heads")
-        parameters, shape = narrowed(model, self.layers, (self.parameters, self.shape), keys, rope)
-        return replace(self, parameters=parameters, shape=shape, keys=tuple(keys), rope=dict(rope))
 
     @property
     def words(self) -> str:
@@ -123,7 +96,6 @@ class KVHeadPlan(ShapePlan):
             "layers": list(self.layers),
             "restart": list(self.restart),
             "rope": dict(self.rope),
-            "keys": list(self.keys),
         }
 
     @classmethod
@@ -138,8 +110,6 @@ class KVHeadPlan(ShapePlan):
         rope = plain.get("rope", {})
         if not isinstance(rope, dict) or (rope and not are_rope_parameters(rope)):
             raise ValueError("plan: rope must be the rope_parameters of a config, as KVHeadPlan.to_json makes them")
-        if keys := plain.get("keys"):
-            plan = plan.narrowed(find_transformer(model), keys, rope)
         return plan.starting_from(restart or (), rope)  # type: ignore[return-value]
 
     def _renderables(self) -> list[RenderableType]:
@@ -195,10 +165,9 @@ def plan_kv_heads(
 ) -> KVHeadPlan:
     """Plans a KV-head conversion, and proves that the model's own code computes the same.
 
-    No names of architectures or projections are needed. The first of three ways that works is used: the class builds the model
-    from a changed config (also with fused projections); the code reads any number of KV heads; or linear layers store repeated
-    KV heads. The last two are proved on a small copy of the model. The plan pools heads; `weights` passed when it is applied can
-    make them equal before.
+    No names of architectures or projections are needed. The first of two ways that works is used: the class builds the model
+    from a changed config (also with fused projections), or the code reads any number of KV heads, which is proved on a small copy
+    of the model. The plan pools heads; `weights` passed when it is applied can make them equal before.
 
     Raises:
         ValueError: If the number, method, or layers are not legal, or the model cannot be converted.
@@ -209,26 +178,24 @@ def plan_kv_heads(
     check_plain(model, "Convert the model before it is")
     if adapter_layers(model):
         return _plan_under_adapters(model, heads, method, layers, encoder)
-    stated = config_heads(model) if layers is None and not shape_of(model).handed else None
+    stated = config_heads(model) if layers is None else None
     if stated is not None:
         check_kv_heads(heads, stated, config_field(model.config.get_text_config(decoder=True), "num_attention_heads") or stated)
     attentions = find_kv(model)
     chosen = choose(model, attentions, heads, layers, encoder)
     if stated is None:
         check_each(attentions, chosen, heads)
-    inside, built = encoder or bool(inside_encoder(model, chosen)), None
-    if not any(hands_out(model, attentions[name]) for name in chosen):
-        built = cut_by_config(model, attentions, chosen, heads, inside, every=layers is not None)
+    inside = encoder or bool(inside_encoder(model, chosen))
+    built = cut_by_config(model, attentions, chosen, heads, inside, every=layers is not None)
     if built is not None:
         chosen, (parameters, shape) = built
-        way: KVWay = "config"
-        saves = _shrinks_cache(model, shape) is not False
     else:
         check_each(attentions, chosen, heads)
-        way, (parameters, shape) = prove(model, attentions, chosen, heads)
-        saves = way == "groups" or _shrinks_cache(model, shape) is True
+        parameters, shape = cut_by_groups(model, attentions, chosen, heads)
     before = max(attentions[name].heads for name in chosen)
-    return KVHeadPlan(type(model).__name__, before, heads, method, parameters, shape, way, saves, tuple(chosen))
+    cached, cached_then = kv_cache_bytes(model), kv_cache_bytes(_of_shape(model, shape))
+    saves = cached is None or cached_then is None or cached_then < cached
+    return KVHeadPlan(type(model).__name__, before, heads, method, parameters, shape, saves, tuple(chosen))
 
 
 def _plan_under_adapters(
@@ -236,33 +203,14 @@ def _plan_under_adapters(
 ) -> KVHeadPlan:
     check_adapters(model, method)
     plan = plan_kv_heads(without_adapters(model), heads, method, layers, encoder)
-    if plan.way == "handed":
-        raise ValueError(f"{type(model).__name__} needs repeated KV heads, which LoRA does not support: {MERGE_HINT}")
     parameters, shape = with_adapters(model, plan.parameters, plan.shape)
     return replace(plan, model=type(model).__name__, parameters=parameters, shape=shape)
-
-
-def _shrinks_cache(model: PreTrainedModel, shape: Shape) -> bool | None:
-    """Returns whether a model of a shape caches less; None if unknown."""
-    before, after = saved_cache_bytes(model), saved_cache_bytes(_of_shape(model, shape))
-    return None if before is None or after is None else after < before
 
 
 def _of_shape(model: PreTrainedModel, shape: Shape) -> PreTrainedModel:
     meta_model = to_meta(model)
     set_shape(meta_model, shape)
     return meta_model
-
-
-def check_in_part(model: nn.Module, part: KVHeadPlan) -> None:
-    """Raises a ValueError if attention modules cannot be converted in part."""
-    heads = kv_heads_by_layer(_of_shape(find_transformer(model), part.shape))
-    for name in part.layers:
-        if heads.get(name) != part.after:
-            raise ValueError(
-                f"at: {name} cannot have fewer KV heads before others have, because the code that they share cannot "
-                "distinguish their heads: convert all at the same step"
-            )
 
 
 def check_adapters(model: nn.Module, method: KVMethod) -> None:
@@ -291,10 +239,9 @@ def with_adapters(model: PreTrainedModel, parameters: Mapping[str, Pooled], shap
     for name, layer in layers.items():
         if (cut := parameters.get(f"{name}.weight")) is None:
             continue
-        outputs = 1 if isinstance(layer.get_base_layer(), Conv1D) else 0
-        if cut.dim != outputs:
+        if cut.dim != 0:
             raise ValueError(f"model: {name}.weight shrinks along the inputs of its adapters: {MERGE_HINT}")
-        size = shape.tensors[f"{name}.weight"][outputs]
+        size = shape.tensors[f"{name}.weight"][0]
         attributes[f"{name}.out_features"] = size
         for adapter, second in layer.lora_B.items():
             part = f"{name}.lora_B.{adapter}"

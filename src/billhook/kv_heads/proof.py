@@ -8,37 +8,39 @@ import inspect
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from billhook.engine.state import full_precision
 from billhook.engine.trees import tree_leaves
 from billhook.kv_heads.config import check_kv_heads, choose, inside_encoder, is_as_built
-from billhook.kv_heads.layout import KV, QUERY, KVAttention, Rows, find_kv
+from billhook.kv_heads.layout import KVAttention, find_kv
 from billhook.kv_heads.pooling import Pooled, Shrunk
 from billhook.model.config_fields import fields_of, with_fields
 from billhook.model.inputs import make_inputs, outputs_match
-from billhook.model.layers import is_linear
-from billhook.model.repeat_kv import RepeatLayout, find_repeat_layout, repeat_layout_of
-from billhook.model.shape import GROUPS, Shape, built_shape, set_shape, shape_beyond_config, shape_of
+from billhook.model.shape import FLAG, GROUPS, Shape, built_shape, set_shape, shape_beyond_config, shape_of
 from billhook.model.surgery import Change, change_values
 from billhook.model.transformers_internals import attention_of, build_class, has_sdpa
 
 LAYERS = re.compile(r"(^|[_.])layers?$")
 TOLERANCE = 1e-3
-KVWay = Literal["config", "groups", "handed"]
 Inputs = dict[str, Any]
 
 
-def prove(
-    model: PreTrainedModel, attentions: Mapping[str, KVAttention], chosen: Collection[str], heads: int
-) -> tuple[KVWay, Shrunk]:
-    """Returns the way of conversion that a small copy proves correct, and the new shapes."""
+def cut_by_groups(model: PreTrainedModel, attentions: Mapping[str, KVAttention], chosen: Collection[str], heads: int) -> Shrunk:
+    """Returns the new shapes of a model whose code reads any number of KV heads.
+
+    Raises:
+        ValueError: If a small copy does not compute the same.
+    """
+    refusal = f"the code of {type(model).__name__} cannot have fewer KV heads than query heads"
+    refusal += ", except one" if hasattr(model.config, FLAG) else ""
+    shrunk = _cut(model, attentions, chosen, heads)
+    if shrunk is None:
+        raise ValueError(refusal)
     kv_parameters = set[nn.Parameter]()
     for attention in attentions.values():
         kv_parameters.update(map(model.get_parameter, attention.rows))
@@ -52,21 +54,15 @@ def prove(
     check_kv_heads(heads, of_small[some[0]].heads, queries)
     stated = attention_of(model.config)
     implementation = stated if stated in ("eager", "sdpa") else "sdpa"  # which run on any machine
-    in_groups, trial = cut_into_groups(model, attentions, chosen, heads), cut_into_groups(small, of_small, some, heads)
-    if in_groups is not None and trial is not None:
-        if find_difference(small, trial, queries // heads, implementation) is None:
-            return "groups", in_groups
-        sdpa = implementation == "eager" and has_sdpa(type(small))
-        if sdpa and find_difference(small, trial, queries // heads, "sdpa") is None:
-            raise ValueError(
-                f'{type(model).__name__} with attn_implementation="eager" cannot read {heads} KV heads, as that code repeats '
-                'none. Set another one first: model.set_attn_implementation("sdpa")'
-            )
-    handed = cut_into_handed(model, attentions, chosen, heads)
-    why = find_difference(small, cut_into_handed(small, of_small, some, heads), queries // heads, implementation)
-    if why is not None:
-        raise ValueError(f"{type(model).__name__} cannot be converted: its code does not follow with {heads} KV heads ({why})")
-    return "handed", handed
+    trial = _cut(small, of_small, some, heads)
+    if trial is None or (why := find_difference(small, trial, queries // heads, implementation)) is None:
+        return shrunk
+    if implementation == "eager" and has_sdpa(type(small)) and find_difference(small, trial, queries // heads, "sdpa") is None:
+        raise ValueError(
+            f'{type(model).__name__} with attn_implementation="eager" cannot read {heads} KV heads, as that code repeats none. '
+            'Set another one first: model.set_attn_implementation("sdpa")'
+        )
+    raise ValueError(f"{refusal} ({why})")
 
 
 def small_copy(model: PreTrainedModel, shape: Shape | None = None, few: bool = True) -> PreTrainedModel:
@@ -110,8 +106,7 @@ def _take_shape(small: PreTrainedModel, model: PreTrainedModel, shape: Shape) ->
     """
     now, buffers = shape_of(small), dict(model.named_buffers())
     tensors = {name: shape.tensors.get(name, size) for name, size in now.tensors.items()}
-    handed = {name: handing for name, handing in (shape.handed or {}).items() if f"{name}.weight" in tensors}
-    set_shape(small, Shape(tensors, shape.attributes, {}, handed=handed).over(now))
+    set_shape(small, Shape(tensors, shape.attributes, {}).over(now))
     with torch.no_grad():
         for name, parameter in small.named_parameters():
             if tensors.get(name) != now.tensors.get(name):
@@ -216,9 +211,7 @@ def _continued(model: PreTrainedModel, inputs: Inputs, cache: str) -> list[Tenso
     return states
 
 
-def cut_into_groups(
-    model: PreTrainedModel, attentions: Mapping[str, KVAttention], chosen: Collection[str], heads: int
-) -> Shrunk | None:
+def _cut(model: PreTrainedModel, attentions: Mapping[str, KVAttention], chosen: Collection[str], heads: int) -> Shrunk | None:
     """Shrinks keys and values and sets the number of query heads per KV head.
 
     Returns None if keys and values have no linear layers of their own.
@@ -226,72 +219,20 @@ def cut_into_groups(
     cuts, attributes = dict[str, Pooled](), dict[str, int]()
     for name in chosen:
         attention = attentions[name]
-        for parameter, rows in attention.rows.items():
-            module = model.get_submodule(parameter.rpartition(".")[0])
-            if rows.fused or repeat_layout_of(module) is not None or not is_linear(module):
+        for weight, rows in attention.rows.items():
+            module = model.get_submodule(weight.rpartition(".")[0])
+            if rows.fused or not isinstance(module, nn.Linear):
                 return None
             keys = rows.keys(attention.heads // heads)
             positions = {key: position for position, key in enumerate(dict.fromkeys(keys))}
-            cuts[parameter] = Pooled(rows.dim, tuple(positions[key] for key in keys))
+            cuts[weight] = Pooled(rows.dim, tuple(positions[key] for key in keys))
         attributes[f"{attention.module}.{GROUPS}"] = attention.queries // heads
-    return _shrunk(model, cuts, attributes)
-
-
-def cut_into_handed(model: PreTrainedModel, attentions: Mapping[str, KVAttention], chosen: Collection[str], heads: int) -> Shrunk:
-    """Shrinks the linear layers of keys and values to fewer, repeated KV heads.
-
-    Raises:
-        ValueError: If keys or values do not come from linear layers, or their heads are not laid out regularly.
-    """
-    cuts, handed = dict[str, Pooled](), dict(shape_of(model).handed or {})
-    for name in chosen:
-        for parameter, rows in attentions[name].rows.items():
-            owner, _, attr = parameter.rpartition(".")
-            module = model.get_submodule(owner)
-            if not is_linear(module) or attr not in ("weight", "bias"):
-                raise ValueError(f"{parameter} makes keys or values of {name}, and does not belong to a linear layer")
-            before = repeat_layout_of(module)
-            then = before.pooled(heads) if before is not None else _handing(parameter, rows, heads, attentions[name].heads)
-            cuts[parameter] = Pooled(rows.dim, _new_positions(before, then))
-            handed[owner] = then
-    return _shrunk(model, cuts, {}, handed)
-
-
-def _handing(parameter: str, rows: Rows, heads: int, before: int) -> RepeatLayout:
-    roles = rows.role.tolist()
-    irregular = (rows.head < 0).any() or any(role & KV and role & QUERY or role == 0 for role in roles)
-    for role in set(roles) if not irregular else ():
-        irregular |= len(set(np.bincount(rows.head[rows.role == role]).tolist())) > 1
-    handing = None if irregular else find_repeat_layout(rows.keys(), [bool(role & KV) for role in roles], heads)
-    if handing is None:
-        raise ValueError(f"{parameter} does not hold its heads one after the other, so that {before} cannot become {heads} in it")
-    return handing
-
-
-def _new_positions(before: RepeatLayout | None, then: RepeatLayout) -> tuple[int, ...]:
-    """Returns the new position of each stored output.
-
-    Both layouts have equally many repeated outputs.
-    """
-    stored = np.arange(then.returned) if before is None else before.index()
-    positions = np.zeros(int(stored.max()) + 1, np.int64)
-    positions[stored] = then.index()
-    return tuple(positions.tolist())
-
-
-def _shrunk(
-    model: PreTrainedModel, cuts: dict[str, Pooled], attributes: dict[str, int], handed: dict[str, RepeatLayout] | None = None
-) -> Shrunk:
-    """Returns the pooling by all parameter names, and the new shape."""
     shrinking, tensors = {model.get_parameter(name): cut for name, cut in cuts.items()}, dict[str, tuple[int, ...]]()
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (cut := shrinking.get(parameter)) is None:
             continue
         size = tensors[name] = cut.size(parameter.shape)
         owner, _, attr = name.rpartition(".")
-        module = model.get_submodule(owner)
-        if attr == "weight" and isinstance(module, Conv1D):
-            attributes[f"{owner}.nf"] = size[1]
-        elif attr == "weight" and isinstance(module, nn.Linear):
+        if attr == "weight":
             attributes[f"{owner}.out_features"] = size[0]
-    return cuts, Shape(tensors, attributes, {}, handed=handed).over(shape_of(model))
+    return cuts, Shape(tensors, attributes, {}).over(shape_of(model))

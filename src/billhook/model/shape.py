@@ -16,8 +16,6 @@ from typing_extensions import Self
 from billhook.model.cache import cached
 from billhook.model.config_fields import Fields, build_class_on_meta, fields_of, read_back, set_fields
 from billhook.model.constants import Numbers, derived_constants, set_constants
-from billhook.model.layers import is_linear
-from billhook.model.repeat_kv import RepeatLayout, repeat_layout_of, set_repeat_layout
 from billhook.model.rotary import are_rope_parameters, rope_parameters, set_rope_parameters
 from billhook.model.surgery import restored_on_error
 
@@ -87,8 +85,8 @@ T = TypeVar("T")
 KEY = "billhook"
 """Key of the shape in Lightning checkpoints, and of the shape beyond the config in config.json."""
 
-VERSIONS = (1, 2)
-"""Supported versions of a shape entry. Version 1, written without repeated heads, cannot contain them."""
+VERSION = 1
+"""Version of a shape entry."""
 
 GROUPS = "num_key_value_groups"
 """Attribute of attention modules for the number of query heads per KV head."""
@@ -108,7 +106,6 @@ class Shape:
         config: Integer fields of the config, with dots for nested configs.
         lists: Config fields that are lists of plain values, such as one value per block.
         blocks: Original count and remaining numbers of blocks, by module list that has lost blocks.
-        handed: Layouts of repeated heads, by linear layer. None if unknown.
         rope: Rotary parameters of the text config, for all layers. Empty if unknown.
     """
 
@@ -117,13 +114,12 @@ class Shape:
     config: dict[str, int]
     lists: dict[str, list[Any]] = field(default_factory=dict)
     blocks: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
-    handed: dict[str, RepeatLayout] | None = None
     rope: dict[str, Any] = field(default_factory=dict)
 
     def over(self, other: "Shape") -> "Shape":
         """Returns a complete shape with the values of this shape over another."""
-        parts = {part: vars(other)[part] | stated for part, stated in vars(self).items() if part not in ("handed", "rope")}
-        return Shape(**parts, handed=other.handed if self.handed is None else self.handed, rope=self.rope or other.rope)
+        parts = {part: vars(other)[part] | stated for part, stated in vars(self).items() if part != "rope"}
+        return Shape(**parts, rope=self.rope or other.rope)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data, for any checkpoint format."""
@@ -133,7 +129,6 @@ class Shape:
             "config": dict(self.config),
             "lists": _map_values(list, self.lists),
             "blocks": {name: [first, list(numbers)] for name, (first, numbers) in self.blocks.items()},
-            "handed": _map_values(RepeatLayout.to_list, self.handed or {}),
             "rope": copy.deepcopy(self.rope),
         }
 
@@ -147,7 +142,6 @@ class Shape:
             dict(plain["config"]),
             dict(plain.get("lists", {})),
             {name: (first, tuple(numbers)) for name, (first, numbers) in plain.get("blocks", {}).items()},
-            _map_values(RepeatLayout.from_list, plain.get("handed", {})),
             copy.deepcopy(plain.get("rope", {})),
         )
 
@@ -165,10 +159,9 @@ def check_plain_shape(plain: object) -> None:
         "config": (_is_whole, "a 64-bit integer"),
         "lists": (_is_plain_list, "a list of plain values"),
         "blocks": (_are_blocks, "a number of blocks and the remaining numbers, ascending"),
-        "handed": (lambda _, stated: isinstance(stated, list), "a list"),
     }
     for part, (holds, legal) in parts.items():
-        stated = plain.get(part, {} if part in ("lists", "blocks", "handed") else None) if isinstance(plain, Mapping) else None
+        stated = plain.get(part, {} if part in ("lists", "blocks") else None) if isinstance(plain, Mapping) else None
         if not isinstance(stated, Mapping):
             raise ValueError(f"shape.{part} is {str(stated)[:80]!r}, but must be a mapping.")
         for name, value in stated.items():
@@ -213,7 +206,6 @@ def shape_of(model: nn.Module) -> Shape:
         {},
         {},
         blocks=removed_blocks(model),
-        handed={},
         rope=rope_parameters(model),
     )
     for name, module, attr in _numbers(model):
@@ -223,9 +215,6 @@ def shape_of(model: nn.Module) -> Shape:
             shape.lists[name] = list(value)
         else:
             shape.config[name] = value
-    for name, module in model.named_modules():
-        if shape.handed is not None and (layout := repeat_layout_of(module)) is not None:
-            shape.handed[name] = layout
     return shape
 
 
@@ -249,14 +238,14 @@ def shape_beyond_config(model: PreTrainedModel, now: Shape | None = None) -> Sha
     known.
     """
     now, built = now or shape_of(model), built_shape(type(model), model.config)
-    sizes, numbers, handed = _bare(now.tensors), _bare(now.attributes), _bare(now.handed or {})
+    sizes, numbers = _bare(now.tensors), _bare(now.attributes)
     tensors = {name: size for name, size in sizes.items() if built.tensors.get(name, size) != size}
     attributes = {
         name: value
         for name, value in numbers.items()
         if built.attributes.get(name, None if name.endswith(f".{GROUPS}") else value) != value
     }
-    return Shape(tensors, attributes, {}, handed=handed or None)
+    return Shape(tensors, attributes, {})
 
 
 def _bare(stated: Mapping[str, T]) -> dict[str, T]:
@@ -267,8 +256,7 @@ def _bare(stated: Mapping[str, T]) -> dict[str, T]:
 def to_entry(shape: Shape) -> dict[str, Any]:
     """Returns the config entry (`KEY`) of a shape."""
     plain = shape.to_dict()
-    parts = ("tensors", "attributes", "handed") if shape.handed else ("tensors", "attributes")
-    return {"version": VERSIONS[len(parts) - 2], "shape": {part: plain[part] for part in parts}}
+    return {"version": VERSION, "shape": {part: plain[part] for part in ("tensors", "attributes")}}
 
 
 def record_shape(model: nn.Module) -> None:
@@ -288,7 +276,7 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
     """Gives a model another shape. Resized tensors are uninitialized until weights are loaded.
 
     Related module attributes are updated, such as `normalized_shape` of `LayerNorm`. Blocks are removed or restored to match, and
-    so are attributes and layouts of fewer KV heads.
+    so are attributes of fewer KV heads.
 
     Raises:
         ValueError: If the shape belongs to a model with other tensors.
@@ -304,10 +292,6 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
                 renewed[id(old)] = _like(old, shape.tensors[name])
             owner, _, attr = name.rpartition(".")
             _put(model.get_submodule(owner), attr, renewed[id(old)])
-    if shape.handed is not None:
-        for name, module in list(model.named_modules()):
-            if (stated := shape.handed.get(name)) != repeat_layout_of(module):
-                set_repeat_layout(module, stated)
     _set_groups(model, shape)
     for name, module, attr in list(_numbers(model)):
         setattr(module, attr, shape.attributes.get(name, getattr(module, attr)))
@@ -330,12 +314,11 @@ def changed_constants(model: PreTrainedModel, before: PretrainedConfig) -> Numbe
 
 def _set_groups(model: nn.Module, shape: Shape) -> None:
     """Sets the number of query heads per KV head where the class does not."""
-    complete = shape.handed is not None
     for name, module in model.named_modules():
         stated = shape.attributes.get(f"{name}.{GROUPS}")
         if stated is not None:
             setattr(module, GROUPS, stated)
-        elif complete and type(vars(module).get(GROUPS)) is int and next(module.parameters(), None) is not None:
+        elif type(vars(module).get(GROUPS)) is int and next(module.parameters(), None) is not None:
             delattr(module, GROUPS)
 
 
@@ -347,14 +330,6 @@ def _check_names(model: nn.Module, shape: Shape) -> None:
             f"the checkpoint contains a different model: it lacks {_some(missing)} of {type(model).__name__}, "
             f"and has {_some(extra)}, which {type(model).__name__} lacks"
         )
-    modules = dict(model.named_modules())
-    for name, layout in (shape.handed or {}).items():
-        if not is_linear(modules.get(name, model)):
-            raise ValueError(f"the checkpoint contains a different model: {name} is not a linear layer in {type(model).__name__}")
-        if layout.stored not in shape.tensors.get(f"{name}.weight", (layout.stored,)):
-            raise ValueError(
-                f"{name}: its layout of repeated heads needs {layout.stored} stored outputs, which differs from its weight."
-            )
 
 
 def _like(old: Tensor, size: tuple[int, ...]) -> Tensor:

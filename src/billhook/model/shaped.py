@@ -12,7 +12,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
@@ -21,9 +20,7 @@ from billhook.engine.state import evaluating_without_grad
 from billhook.model.complete import check_complete, check_shards, load_and_compare, load_complete, mismatch, refuse_gaps
 from billhook.model.config_fields import build_or_refuse
 from billhook.model.inputs import make_inputs
-from billhook.model.layers import is_linear
-from billhook.model.repeat_kv import RepeatLayout
-from billhook.model.shape import GROUPS, KEY, VERSIONS, Shape, set_shape, shape_of, to_entry
+from billhook.model.shape import GROUPS, KEY, VERSION, Shape, set_shape, shape_of, to_entry
 
 LARGEST = 2**48  # largest number of values in a tensor: beyond any memory, but its bytes fit in 64 bits
 HEADS = ("num_heads", "num_attention_heads", "n_heads")
@@ -215,21 +212,20 @@ def _with_tensors(kind: type[PreTrainedModel], shape: Shape) -> type[PreTrainedM
 def _finish(model: PreTrainedModel, kind: type[PreTrainedModel], shape: Shape) -> PreTrainedModel:
     """Sets attributes after initialization, and restores the class of a model."""
     model.__class__ = kind  # from_pretrained builds of a class: only a class can build otherwise for one call
-    set_shape(model, Shape({}, shape.attributes, {}, handed=shape.handed).over(shape_of(model)))
+    set_shape(model, Shape({}, shape.attributes, {}).over(shape_of(model)))
     return model
 
 
 def _from_entry(entry: object) -> Shape:
     """Reads the shape in a config entry. Raises for invalid entries."""
-    if not isinstance(entry, dict) or type(entry.get("version")) is not int or entry["version"] not in VERSIONS:
+    if not isinstance(entry, dict) or type(entry.get("version")) is not int or entry["version"] != VERSION:
         came = entry.get("version") if isinstance(entry, dict) else entry
-        known = " and ".join(map(str, VERSIONS))
-        raise ValueError(f"the version is {str(came)[:80]!r}, and {known} are those that this billhook knows")
+        raise ValueError(f"the version is {str(came)[:80]!r}, and this billhook knows only {VERSION}")
     plain = entry.get("shape")
     shape = Shape.from_dict({**plain, "config": {}} if isinstance(plain, dict) else {})
     if empty := next((name for name, size in shape.tensors.items() if 0 in size), None):
         raise ValueError(f"shape.tensors: {empty[:200]} is {shape.tensors[empty]}, and must be a short list of numbers above 0")
-    return Shape(shape.tensors, shape.attributes, {}, handed=shape.handed or None)
+    return Shape(shape.tensors, shape.attributes, {})
 
 
 def _with_model_names(meta_model: PreTrainedModel, stated: Shape, files: Sizes) -> tuple[Shape, Sizes]:
@@ -244,9 +240,7 @@ def _with_model_names(meta_model: PreTrainedModel, stated: Shape, files: Sizes) 
         return in_model
 
     state, attributes = meta_model.state_dict(), _attributes(modules, shape_of(meta_model))
-    handed = None if stated.handed is None else renamed(stated.handed, modules)
-    shape = Shape(renamed(stated.tensors, state), renamed(stated.attributes, attributes), {}, handed=handed)
-    return shape, renamed(files, state)
+    return Shape(renamed(stated.tensors, state), renamed(stated.attributes, attributes), {}), renamed(files, state)
 
 
 def _attributes(modules: Iterable[str], built: Shape) -> set[str]:
@@ -261,13 +255,11 @@ def _check(meta_model: PreTrainedModel, stated: Shape, files: Sizes | None) -> N
     larger than the remaining tensors in the files.
     """
     kind, state, built = type(meta_model).__name__, meta_model.state_dict(keep_vars=True), shape_of(meta_model)
-    modules, layouts = dict(meta_model.named_modules()), stated.handed or {}
-    for names, known in (stated.tensors, built.tensors), (stated.attributes, _attributes(modules, built)), (layouts, modules):
+    modules = dict(meta_model.named_modules())
+    for names, known in (stated.tensors, built.tensors), (stated.attributes, _attributes(modules, built)):
         for name in names:
             if name not in known:
                 raise ValueError(f"{name[:200]} is named, and {kind} has nothing of that name")
-    for name, layout in layouts.items():
-        _check_repeat_layout(modules[name], name, layout, stated.tensors)
     complete, in_files = built.tensors | stated.tensors, files or {}
     tied, unnamed = defaultdict[int, list[str]](list), dict[int, int]()
     sizes = defaultdict[int, set[tuple[int, ...]]](set)  # of a tensor, under all of its names
@@ -322,20 +314,6 @@ def _check_attributes(stated: Shape, built: Shape) -> None:
         least = first if usual is None or usual > 0 else usual
         if not least <= value <= most:
             raise ValueError(f"shape.attributes: {name[:200]} is {value}, and must be a whole number from {least:,} to {most:,}")
-
-
-def _check_repeat_layout(module: nn.Module, name: str, layout: RepeatLayout, tensors: Sizes) -> None:
-    """Raises for a layout of repeated heads that contradicts its layer."""
-    if not is_linear(module):
-        raise ValueError(f"{name[:200]}: its layout repeats heads, but it is not a linear layer.")
-    weight = cast(Tensor, module.weight)
-    dim = 1 if isinstance(module, Conv1D) else 0
-    stored = tensors.get(f"{name}.weight", tuple(weight.shape))[dim]
-    if layout.stored != stored or layout.returned > weight.shape[dim]:  # fewer, where heads were removed before
-        raise ValueError(
-            f"{name[:200]}: its layout of repeated heads returns {layout.returned} outputs of {layout.stored}, but at most "
-            f"{weight.shape[dim]} of {stored} are expected."
-        )
 
 
 def _num_values(sizes: Iterable[tuple[int, ...]]) -> int:

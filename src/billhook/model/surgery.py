@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
-from billhook.engine.sharding import full_tensor, local, reshard, sharded_as
+from billhook.engine.sharding import full_tensor, sharded_as
 from billhook.engine.state import fresh_autocast_cache, uninterrupted
 from billhook.engine.store import store_of
 from billhook.model.config_fields import configs_of
@@ -207,7 +207,7 @@ def snapshot(model: nn.Module) -> Callable[[], None]:
             for parameter, device in devices.items():
                 _move(parameter, device)
             for module, kind, attributes in modules:
-                module.__class__ = kind  # changed by FSDP2, masked LoRA, and repeated KV heads
+                module.__class__ = kind  # changed by FSDP2 and masked LoRA
                 _refill(vars(module), attributes)
             for table, before in contents:
                 _refill(table, before)
@@ -262,28 +262,6 @@ def _new_state(optimizer: Optimizer, swap: Swap, change: Callable[[str, Tensor],
         return state
     warnings.warn(f"{type(optimizer).__name__} keeps {what}, so the optimizer restarts for this parameter", stacklevel=2)
     return initial_state(optimizer, swap.new)
-
-
-@torch.no_grad()
-def assign_values(model: nn.Module, weights: Mapping[str, Tensor], optimizers: Iterable[Optimizer]) -> None:
-    """Assigns values of the same sizes in place, and restarts their optimizer state.
-
-    Sharded parameters take their part of values that all ranks have, after a gather to compare them. After an error, nothing has
-    changed.
-    """
-    reshard(model)
-    trained_by = list(optimizers)
-    for name, values in weights.items():
-        if not values.isfinite().all():
-            raise ValueError(f"{name}: the new values are not finite.")
-    new = {name: model.get_parameter(name) for name in changed_names(model, weights)}
-    with values_restored_on_error(new.values()):
-        for name, parameter in new.items():
-            local(parameter).copy_(local(sharded_as(weights[name], parameter)))
-    with uninterrupted():
-        for optimizer, parameter in product(trained_by, new.values()):
-            if optimizer.state.pop(parameter, None) is not None and (first := initial_state(optimizer, parameter)):
-                optimizer.state[parameter] = first
 
 
 def changed_names(model: nn.Module, weights: Mapping[str, Tensor]) -> list[str]:

@@ -5,8 +5,8 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel
 
+from billhook.linalg import Indices
 from billhook.model.config_fields import Fields, fields_of, nested_configs
-from billhook.model.repeat_kv import Indices
 
 NAMES = ("token_id", "token_ids", "token_index", "lang_to_id", "task_to_id")
 """Endings of fields whose tokens stay."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.arguments import check_fraction, check_int, check_one_of, check_types
-from billhook.model.repeat_kv import Indices
+from billhook.linalg import Indices
 from billhook.pruning.amount import RATIOS, Amount, Ranking, round_units, unit_length
 from billhook.pruning.cut import coupled_modules
 from billhook.units.blocks import block_of, find_blocks

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import nn
 
+from billhook.linalg import Indices
 from billhook.model.find import check_plain
-from billhook.model.repeat_kv import Indices
 from billhook.pruning.amount import kernel_multiple
 from billhook.tracing.axes import Axis, leaves
 from billhook.tracing.coupling import NEVER, Structure

@@ -16,13 +16,12 @@ from transformers.pytorch_utils import Conv1D
 from billhook.engine.state import evaluating, full_precision
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_leaves
-from billhook.linalg import in_float64
+from billhook.linalg import Indices, in_float64
 from billhook.model.config_fields import Fields, build_on_meta, set_fields
 from billhook.model.constants import set_constants
 from billhook.model.inputs import outputs_match, small_inputs, tolerance
 from billhook.model.meta import to_meta
 from billhook.model.preprocessors import LOST_TOKENS, fingerprint
-from billhook.model.repeat_kv import Indices
 from billhook.model.shape import Shape, changed_constants, record_shape, set_shape, shape_beyond_config, shape_of
 from billhook.model.surgery import Change, Swap, change_blockwise, change_values, restored_on_error, snapshot_with_store
 from billhook.model.token_ids import named_token_ids, renumber_generation_config, with_kept_tokens

@@ -10,7 +10,6 @@ from torch import nn
 
 from billhook.adapters.merge import adapters_removed
 from billhook.arguments import check_types
-from billhook.checkpoints.equivalent import saved_cache_bytes
 from billhook.display import Printable, render, text_table
 from billhook.engine.sharding import is_sharded, reshard, sizes_only
 from billhook.engine.state import cpu_by_default
@@ -113,7 +112,7 @@ def summary(model: nn.Module) -> Summary:
     with adapters_removed(model):
         zeros = zeros_of(model)
         with sizes_only(model) if is_sharded(model) else nullcontext():
-            figures, name = asdict(costs_of(model)) | {"kv_cache_bytes": saved_cache_bytes(model)}, type(model).__name__
+            figures, name = asdict(costs_of(model)), type(model).__name__
             query_heads, kv_heads = heads_of(model)
             heads = () if query_heads else tuple(heads_by_layer(model))
     counted: dict[str, Any] = {"zeros": zeros, "query_heads": query_heads, "kv_heads": kv_heads, "heads": heads}

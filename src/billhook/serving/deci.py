@@ -14,7 +14,6 @@ from gguf.quants import quantize
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from billhook.model.repeat_kv import repeat_layout_of
 from billhook.serving.converter import DType
 from billhook.serving.limitations import deci_limitation, misread
 
@@ -42,8 +41,6 @@ def unsupported_reason(model: PreTrainedModel) -> str | None:
     """Returns the reason why `deci` cannot compute a model, or None if it can."""
     if (reason := deci_limitation(model.config)) is not None:
         return f"llama.cpp: {misread(type(model).__name__, model.config) or SHAPED}, and {reason}"
-    if any(repeat_layout_of(module) is not None for module in model.modules()):
-        return "its attention modules store fewer KV heads than their class computes with, which llama.cpp does not support"
     return None
 
 

@@ -12,7 +12,7 @@ from typing_extensions import Self
 
 from billhook.engine.batches import Batch, inputs_of, source_of
 from billhook.engine.state import evaluating_without_grad
-from billhook.model.repeat_kv import Indices
+from billhook.linalg import Indices
 from billhook.pruning.amount import MULTIPLES
 from billhook.report.texts import ExampleText, example_loss
 from billhook.shrinking.divergence import mean_over_sources

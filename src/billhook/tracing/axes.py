@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-from billhook.model.repeat_kv import Indices
+from billhook.linalg import Indices
 
 Op = Literal["leaf", "product", "sum"]
 

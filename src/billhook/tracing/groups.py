@@ -8,7 +8,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from billhook.model.repeat_kv import Indices
+from billhook.linalg import Indices
 from billhook.tracing.axes import Axis, find, layout, leaves
 from billhook.tracing.tape import Tape
 

@@ -7,7 +7,7 @@ from operator import attrgetter
 import numpy as np
 
 from billhook.display import Printable
-from billhook.model.repeat_kv import Indices
+from billhook.linalg import Indices
 from billhook.tracing.axes import Axis, find, leaves
 from billhook.tracing.groups import Group, Kind, Member
 from billhook.tracing.tape import ActivationProduct, Rows, Sources, Tape

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.arguments import check_types
-from billhook.model.repeat_kv import Indices
+from billhook.linalg import Indices
 from billhook.tracing.axes import Axis, layout, leaves
 from billhook.tracing.groups import Member
 

@@ -18,8 +18,8 @@ import numpy as np
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from billhook.linalg import Indices
 from billhook.model.preprocessors import TRIMMED, fingerprint
-from billhook.model.repeat_kv import Indices
 
 MODELS = ("BPE", "Unigram", "WordPiece")
 """Kinds of tokenizers that can lose tokens."""

@@ -339,7 +339,7 @@ def evaluation_batches(
     rows: int,
     also: OtherTexts = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    written: bool = True,
+    generated: bool = True,
     folder: Path | None = None,
 ) -> list[Batch]:
     """Reads examples to evaluate on: held-out, self-generated, and of other texts.
@@ -350,12 +350,12 @@ def evaluation_batches(
         rows: Number of examples of each text.
         also: Other texts.
         tokenizer: Tokenizer to use instead of the one of the calibration data.
-        written: If False, leaves out self-generated text that is not a source of the calibration data.
+        generated: If False, leaves out self-generated text that is not a source of the calibration data.
         folder: Folder for self-generated text (see `Calibration.read`).
     """
     batches, others = calibration.held_out(model, rows, tokenizer, folder), replace(calibration, weights=None)
     length = example_length(model, calibration.length)
-    if written and GENERATED not in calibration.named:
+    if generated and GENERATED not in calibration.named:
         count = num_self_generated(calibration, rows, length)
         batches += replace(others, sources=GENERATED).held_out(model, count, folder=folder)
     for name, source in _others(calibration, also).items():

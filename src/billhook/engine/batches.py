@@ -61,7 +61,7 @@ def inputs_of(batch: Any) -> Any:  # noqa: ANN401
     return batch.batch if isinstance(batch, Run) else batch
 
 
-def logits_of(run: Run) -> Tensor | None:
+def token_logits(run: Run) -> Tensor | None:
     """Returns a model's logits at non-padding positions, `[positions, classes]`, if any."""
     logits = getattr(run.forward(), "logits", None)
     if not isinstance(logits, Tensor):
@@ -140,7 +140,7 @@ def _run(model: nn.Module, batch: Any) -> Run:  # noqa: ANN401
 def run_with_loss(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
     """Makes a run whose forward returns the loss. `modules` need their non-padding tokens."""
     source, batch = source_of(batch), _on_device(model, batch)
-    run, tokens = partial(loss or model_loss, model), tokens_of(model, modules, batch)
+    run, tokens = partial(loss or model_loss, model), token_masks(model, modules, batch)
 
     def examples() -> list[Callable[[], Tensor]]:
         return [partial(run, example) for example in examples_of(batch)]
@@ -196,7 +196,7 @@ def _forward(model: nn.Module, batch: Any) -> Callable[[], Any]:  # noqa: ANN401
     raise ValueError(f"batches: a {type(batch).__name__} is not a dictionary, tuple, list, or tensor of model inputs.")
 
 
-def tokens_of(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any) -> dict[str, Tensor]:  # noqa: ANN401
+def token_masks(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any) -> dict[str, Tensor]:  # noqa: ANN401
     """Finds the non-padding tokens of each module from a batch: bool, `[batch, length]`."""
     if not isinstance(batch, Mapping):
         return {}

@@ -54,7 +54,7 @@ class FileStore(BlockStore):
     holds_all = False
     trains = False
     in_files = True
-    kept = ("files", "keys", "adopted", "names", "blocks", "owner", "_renames", "_alterations")
+    snapshot_attributes = ("files", "keys", "adopted", "names", "blocks", "owner", "_renames", "_alterations")
 
     def __init__(self, model: PreTrainedModel, files: TensorFiles, parts: Parts | None) -> None:
         super().__init__(model)
@@ -230,7 +230,7 @@ class FileStore(BlockStore):
         finally:
             self._in_step = False
 
-    def staged(self, block: nn.Module) -> tuple[LazyTensors, Any] | None:
+    def read_staged(self, block: nn.Module) -> tuple[LazyTensors, Any] | None:
         """Returns the values that an earlier process wrote for a block in this step, with a note."""
         name = self.names[block]
         return (self._written(name), self.done[name]) if name in self.done else None

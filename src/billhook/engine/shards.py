@@ -45,7 +45,7 @@ class ShardStore(BlockStore):
 
     holds_all = False
     on_ranks = True
-    kept = ("shards", "names", "blocks", "owner", "_block_parameters", "_alterations")
+    snapshot_attributes = ("shards", "names", "blocks", "owner", "_block_parameters", "_alterations")
 
     def __init__(self, root: nn.Module, gradients: bool = False) -> None:
         super().__init__(root)

@@ -313,7 +313,7 @@ class _BlockMatcher(Visitor):
             self.stage()
             self._block = block
             self._store.load(block)
-            values, _ = self._store.staged(block) or (LazyTensors({}), None)
+            values, _ = self._store.read_staged(block) or (LazyTensors({}), None)
             self._tuned = {name: values[name] for name in values}
 
     def stage(self) -> None:

@@ -202,7 +202,7 @@ class RepairVisitor(Visitor):
     ) -> None:
         self.files: ActivationFiles | None = None
         self._progress, self._done = progress, set[str]()
-        self._modules, self._kept, self._predecessors, self._runs = layers, kept, predecessors, runs
+        self._modules, self.kept, self._predecessors, self._runs = layers, kept, predecessors, runs
         self._ridges, self._parts, self._comm = ridges, parts, comm
         self._new_params, self._store = new_params or LazyTensors({}), store
         self._block: nn.Module | None = None  # the block that runs are in
@@ -217,7 +217,7 @@ class RepairVisitor(Visitor):
     def take(self, names: Collection[str]) -> None:
         """Records the current weights of layers, and their given new parameters, before any run."""
         for name in names:  # in the same order on all ranks, which read sharded values together
-            self._linears[name] = _Linear(self._modules[name], self._new_params.of_module(name), self._kept.get(name))
+            self._linears[name] = _Linear(self._modules[name], self._new_params.of_module(name), self.kept.get(name))
 
     def inside(self, block: nn.Module | None) -> list[str]:
         """Returns the names of the layers in a block, or outside all blocks."""
@@ -231,7 +231,7 @@ class RepairVisitor(Visitor):
                 self.stage()
             self._block = self._store.load(module)
             self.take(self.inside(block))
-            values, refitted = self._store.staged(block) or (LazyTensors({}), {})
+            values, refitted = self._store.read_staged(block) or (LazyTensors({}), {})
             for name in refitted:  # results of an earlier process, with or without a refit
                 self._known.add(name)
                 if refitted[name]:
@@ -245,7 +245,7 @@ class RepairVisitor(Visitor):
     def stage(self) -> None:
         """Stages the new parameters of the current block, or outside all blocks, and drops them."""
         names = self.inside(self._block)
-        new = {name: self.current(name) for name in names if name in self._kept}
+        new = {name: self.current(name) for name in names if name in self.kept}
         notes = {name: name in self._refitted for name in new}
         self.new |= self._store.stage(self._block, by_parameter(new), notes)
         self._block = None
@@ -266,15 +266,15 @@ class RepairVisitor(Visitor):
         return bool(self._predecessors)
 
     @property
-    def left(self) -> dict[str, bool]:
-        """True for each layer that was not refitted."""
-        return {name: name not in self._refitted for name in self._kept}
+    def not_refitted(self) -> list[str]:
+        """The layers that had too few tokens."""
+        return [name for name in self.kept if name not in self._refitted]
 
     def observe(self, name: str, linear: nn.Module, inputs: Tensor, run: int) -> None:
         """Adds the inputs of a layer, or keeps them for comparison with the dense model."""
         if name in self._predecessors:
             self._inputs.setdefault(name, {})[run] = inputs.detach()
-        elif name in self._kept and name not in self._known and run < len(self._runs):  # not from runs of the dense model
+        elif name in self.kept and name not in self._known and run < len(self._runs):  # not from runs of the dense model
             self._add(name, inputs, None, run, None)
 
     def complete(self, site: Site) -> None:
@@ -282,17 +282,17 @@ class RepairVisitor(Visitor):
         for name in site.linears:
             inputs = self._inputs.pop(name, {})
             residuals = self._residuals_before(name, inputs)
-            if name in self._kept and name not in self._known:
+            if name in self.kept and name not in self._known:
                 squares = {run: _squares(residual) for run, residual in residuals.items()}
                 typical = self._typical(name, squares)
                 for run in sorted(run for run in inputs if run < len(self._runs)):
                     weights = _token_weights(squares[run], typical) if run in squares else None
                     self._add(name, inputs[run], residuals.get(run), run, weights)
                 self._refit(name)
-            if name in self._kept:
+            if name in self.kept:
                 self._done.add(name)
                 if self._progress is not None:
-                    self._progress(len(self._done), len(self._kept))
+                    self._progress(len(self._done), len(self.kept))
             if self._after[name]:
                 self._residuals[name] = self._residuals_after(name, inputs, residuals)
             last = self._predecessors.get(name)

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
-from billhook.engine.batches import Run, logits_of
+from billhook.engine.batches import Run, token_logits
 from billhook.engine.state import evaluating_without_grad
 
 ELEMENTS = 2**22
@@ -77,7 +77,7 @@ def eval_logits(model: PreTrainedModel, run: Run) -> Tensor:
 
 def compute_logits(model: PreTrainedModel, run: Run) -> Tensor:
     """Returns the logits as `eval_logits` does, for a model in evaluation mode."""
-    logits = logits_of(run)
+    logits = token_logits(run)
     if logits is None:
         raise ValueError(f"model: {type(model).__name__} has no logits, so its loss cannot be measured.")
     return logits

@@ -137,14 +137,8 @@ def expected_tokens(
 
     Empty if the criterion does not solve for weights, which needs as many tokens as inputs.
     """
-    total = count_tokens(runs, comm) if solves_for_weights(criterion) else None
-    if total is None:
+    if not solves_for_weights(criterion):
         return {}
-    return {name: (total, adjacent_inputs(linear)) for name, linear in linears.items() if not is_convolution(linear)}
-
-
-def count_tokens(runs: Sequence[Run], comm: Comm) -> int | None:
-    """Counts the non-padding tokens on all ranks before any run; None if it is unknown."""
     total = unknown = 0
     for run in runs:
         ids = run.batch.get("input_ids") if isinstance(run.batch, Mapping) else None
@@ -154,7 +148,9 @@ def count_tokens(runs: Sequence[Run], comm: Comm) -> int | None:
         mask = run.tokens.get("attention_mask")
         total += ids.numel() if mask is None else int(mask.sum())
     total, unknown = comm(torch.tensor([total, unknown], device=comm.device)).tolist()
-    return None if unknown else total
+    if unknown:
+        return {}
+    return {name: (total, adjacent_inputs(linear)) for name, linear in linears.items() if not is_convolution(linear)}
 
 
 def too_few_tokens(criterion: Criterion, tokens_and_inputs: Mapping[str, tuple[int, int]]) -> str:

@@ -65,7 +65,7 @@ class PrunedLayer:
         return cls(count_kept(bits), torch.from_numpy(bits).detach, None if values is None else values.detach)
 
     @classmethod
-    def staged(cls, kept: int, weight: str, tensors: LazyTensors) -> Self:
+    def from_staged(cls, kept: int, weight: str, tensors: LazyTensors) -> Self:
         """Makes a layer from staged tensors, as named by `to_stage`."""
         return cls(kept, tensors.reads[f"bits {weight}"], tensors.reads.get(f"values {weight}"))
 

@@ -78,7 +78,7 @@ class Teacher:
     def __init__(self, model: PreTrainedModel, settings: Distillation, causal: bool) -> None:
         self.model = model.requires_grad_(False).train(False)
         self.settings, self.causal = settings, causal
-        self.fingerprint = fingerprint(model)
+        self.fingerprint = weights_checksum(model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -220,7 +220,7 @@ def _vocabulary(config: PretrainedConfig) -> dict[str, int] | None:
     return vocabulary
 
 
-def fingerprint(model: nn.Module) -> int:
+def weights_checksum(model: nn.Module) -> int:
     """Computes a checksum (CRC-32) of all weights and buffers."""
     checksum = 0
     for tensor in [*model.parameters(), *model.buffers()]:

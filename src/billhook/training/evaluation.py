@@ -145,7 +145,7 @@ def answered(
     for _, choices in chain.from_iterable(sets.values()):
         rows += choices
     parts = batches(rows, batch_size)
-    tokens = list(map(count_tokens, parts))  # the first batches are the longest
+    tokens = [sum(len(row.ids) for row in part) for part in parts]  # the first batches are the longest
     likelihoods = dict[EncodedChoice, float]()
     for number, batch in enumerate(parts, 1):
         likelihoods |= zip(batch, log_likelihoods(model, batch), strict=True)
@@ -157,11 +157,6 @@ def answered(
     for file, questions in sets.items():
         answers[file] = [(question, [likelihoods[row] for row in choices]) for question, choices in questions]
     return answers
-
-
-def count_tokens(batch: Iterable[EncodedChoice]) -> int:
-    """Returns the number of tokens in a batch of choices."""
-    return sum(len(row.ids) for row in batch)
 
 
 def on_text(

@@ -175,10 +175,16 @@ class Calibration:
     def held_out(
         self, model: nn.Module, rows: int, tokenizer: PreTrainedTokenizerBase | None = None, folder: Path | None = None
     ) -> list[Batch]:
-        """Reads held-out examples of each source, at most `rows` each.
+        """Reads held-out examples of each source.
 
         They come from the split `test`, or else `validation`, or else from examples that `read` does not return. Self-generated
         text uses another seed.
+
+        Args:
+            model: The model, whose tokenizer is the default.
+            rows: Maximum number of examples of each source.
+            tokenizer: Tokenizer to use instead.
+            folder: Folder for self-generated text (see `read`).
         """
         return self._read(model, tokenizer, folder, rows)
 
@@ -249,7 +255,11 @@ Batches: TypeAlias = Iterable[Any] | Calibration
 
 
 def read_batches(batches: Batches | None, model: nn.Module) -> Iterable[Any]:
-    """Returns the batches, or reads a `Calibration`, by default the one of commands."""
+    """Returns the batches, or reads a `Calibration`, by default the one of commands.
+
+    Raises:
+        ValueError: If there are no batches, and default calibration data cannot be read.
+    """
     if batches is None:
         try:
             check_can_generate(find_transformer(model))

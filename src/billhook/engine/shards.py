@@ -207,7 +207,8 @@ class ShardStore(BlockStore):
     ) -> LazyTensors:
         """Shards the first rank's new values as the parameters are. All ranks call it together.
 
-        Values that each rank has computed for itself may be rounded differently. All ranks also read the result together.
+        Values that each rank has computed for itself may be rounded differently. All ranks also read the result together. See
+        `BlockStore.stage`.
         """
         del block, note
         reads = {}

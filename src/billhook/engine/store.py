@@ -336,7 +336,7 @@ class MemoryStore(BlockStore):
     def stage(
         self, block: nn.Module | None, values: Mapping[str, Tensor], note: object = None, device: torch.device | None = None
     ) -> LazyTensors:
-        """Keeps new parameter values in memory, on the device of the model."""
+        """Keeps new values in memory, on the device of the model. See `BlockStore.stage`."""
         if self.device is not None:
             model_device = next(self.model.parameters()).device
             values = {name: value.to(model_device) for name, value in values.items()}

@@ -108,11 +108,11 @@ def repair_linears(
     """Refits linear layers that lose inputs, and returns their new parameters.
 
     The model does not change. Next to it, memory holds the new weights; for each batch, the state of its one or two runs while
-    they wait, and the residuals of its sums; and for one layer at a time, in float64 and for each part of the data, half of the
-    Gram matrix of its kept inputs and a matrix like its weight, plus half a Gram matrix for the solution. All except that half
-    can spill to disk (`BlockStore.spill_folder`). If a layer is called several times in a run, residual errors are not
-    compensated for. New weights of a streamed model are written block by block and read from disk; those of a sharded model
-    become shards. If the model does not call its blocks in sequence, all of them are gathered.
+    they wait, and the residuals of its sums. For one layer at a time it holds, in float64 and for each of two parts of the data,
+    the Gram matrix of its kept inputs, `[inputs, inputs]`, and a matrix like its weight, plus a Gram matrix for the solution.
+    All except the last can spill to disk (`BlockStore.spill_folder`). If a layer is called several times in a run, residual
+    errors are not compensated for. New weights of a streamed model are written block by block and read from disk; those of a
+    sharded model become shards. If the model does not call its blocks in sequence, all of them are gathered.
 
     Args:
         model: The model.

@@ -113,7 +113,8 @@ class ResidualStatistics:
     def after_removal(self, weight: Tensor, keep: Tensor) -> Self:
         """Returns the statistics of kept inputs, with the outputs of removed inputs as residuals.
 
-        With kept inputs S and removed inputs R, r = W_R x_R and E r x_S^T = W_R H_RS.
+        W is `[out_features, in_features]`, and `keep`, `[in_features]`, marks the kept inputs S. With removed inputs R, r = W_R
+        x_R and E r x_S^T = W_R H_RS.
         """
         removed, kept_products, removed_products = weight[:, ~keep].double(), self.products[keep], self.products[~keep]
         squares = (removed @ removed_products[:, ~keep]).mul_(removed).sum(1)
@@ -159,7 +160,11 @@ class TokenBuffer:
     def add(self, inputs: Tensor, residual: Tensor | None, tokens: Tensor | None, weights: Tensor | None) -> None:
         """Copies the tokens of a call, like `ResidualStatistics.add`.
 
-        `tokens` are the indices of non-padding tokens; None for all.
+        Args:
+            inputs: Inputs, `[..., in_features]`.
+            residual: Residuals, `[..., out_features]`. None for zero.
+            tokens: Indices of non-padding tokens, `[tokens]`. None for all.
+            weights: Token weights, `[...]`. None for 1.
         """
 
         def counting_tokens(tensor: Tensor) -> Tensor:

@@ -151,7 +151,11 @@ class OWL(Allocation):
         return 100 * sum(int((layer > bound).sum()) for layer in scores) / size
 
     def allocate(self, blocks: Sequence[LayerSizes], sparsity: float, measured: Sequence[float] = ()) -> dict[str, float]:
-        """Lowers the sparsity of blocks with more outliers. See `Allocation.allocate`."""
+        """Lowers the sparsity of blocks with more outliers. See `Allocation.allocate`.
+
+        Raises:
+            ValueError: If the sparsity is not legal, or a block was not measured.
+        """
         sparsity = check_amount(sparsity)
         if len(measured) != len(blocks):
             raise ValueError(f"measured must have a value for each of the {len(blocks)} blocks, got {len(measured)}.")

@@ -279,7 +279,7 @@ class PruningVisitor(Visitor):
             raise_called_again(self._names[site.module])
 
     def observe(self, name: str, linear: nn.Module, inputs: Tensor, run: int) -> None:
-        """Adds the inputs of a linear layer in a run.
+        """Adds the inputs of a linear layer in a run. See `Visitor.observe`.
 
         Statistics are never shared with a convolution, whose patches depend on its settings.
         """
@@ -356,7 +356,11 @@ class PruningVisitor(Visitor):
         self.comm.sum_(*sums)
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
-        """Prunes linear layers whose statistics are complete, or are not needed."""
+        """Prunes linear layers whose statistics are complete, or are not needed.
+
+        Raises:
+            ValueError: If a weight or statistics are not finite, or the criterion changes weights that it must keep.
+        """
         divided = self.criterion.updates and self.comm.size > 1  # solving for weights takes longer than sending them
         solved = self._solve_own(linears) if divided else {}
         for name, linear in linears.items():

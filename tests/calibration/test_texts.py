@@ -18,7 +18,7 @@ def test_objects_get_names_that_no_other_text_has(tmp_path):
     calibration = bh.Calibration(table(), length=16, tokens=32)
     also = [table(), str(tmp_path / "other.txt"), table()]
     check_other_texts(calibration, also)
-    read = evaluation_batches(calibration, bh.load("tiny"), 2, also, written=False)
+    read = evaluation_batches(calibration, bh.load("tiny"), 2, also, generated=False)
     assert list(dict.fromkeys(one.source for one in read)) == ["dataset", "dataset 2", "other", "dataset 3"]
     assert bh.Degradation(calibration, also=also).also is also
 

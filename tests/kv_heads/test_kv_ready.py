@@ -69,7 +69,7 @@ def divergence(one, other, ids):
 
 def test_auto_takes_what_stays_nearest_on_held_out_batches(monkeypatch):
     attentions, parts, _ = trained()
-    (number,) = RepairConfig().chooses(len(parts))
+    (number,) = RepairConfig().held_out_batches(len(parts))
     held_out, compared, distance = parts[number], [], attentions.distance
     monkeypatch.setattr(attentions, "distance", lambda new, *rest: compared.append(new) or distance(new, *rest))
     chosen, losses = best_method(attentions, METHODS, trials_of(attentions.model, parts), None)

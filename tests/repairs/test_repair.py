@@ -280,7 +280,7 @@ def slowly(model, masks, batches, repair, others=None):
     model(**batches[0])
     for hook in hooks:
         hook.remove()
-    choosing = repair.chooses(len(batches))
+    choosing = repair.held_out_batches(len(batches))
     for name in order:
         linear, keep = model.get_submodule(name), masks[name]
         x, _ = given(model, name, batches)
@@ -539,7 +539,7 @@ def test_half_precision_keeps_its_dtype(dtype):
     first = "model.layers.0.self_attn.o_proj"
     x, _ = given(model, first, batches)
     weight = model.get_submodule(first).weight.detach()
-    (choosing,) = RepairConfig().chooses(4)
+    (choosing,) = RepairConfig().held_out_batches(4)
     fit, held_out = (ResidualStatistics(len(weight), int(masks[first].sum())) for _ in range(2))
     left = [lacking(weight, masks[first], one.float()) for one in x]
     lost = [due.square().sum(1) for _, due in left]
@@ -607,7 +607,7 @@ def test_an_expert_that_few_tokens_come_to_is_only_cut_and_named():
     calls = [(inputs(40, 8).float(), [0, 1]) for _ in range(2)]
     runs, left = [Run(lambda call=call: model(*call)) for call in calls], []
     with pytest.warns(UserWarning, match=r"1 linear layer was not repaired, because it had too few tokens: experts\.2"):
-        found = refit(model, masks, runs, left=left)
+        found = refit(model, masks, runs, not_refitted=left)
     assert left == ["experts.2"]
     assert torch.equal(found["experts.2"][0], model.experts[2].weight * masks["experts.2"])
     assert torch.equal(found["experts.2"][1], model.experts[2].bias)

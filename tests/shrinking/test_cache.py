@@ -65,7 +65,7 @@ def test_errors_are_those_of_least_squares_on_the_other_batches(kind):
     made = Made(model, batches)
     layer = made.layer(kind)
     reader = made.units[layer.name].readers[0]
-    (choosing,), weight = bh.RepairConfig().chooses(len(batches)), model.get_submodule(reader).weight.detach().double()
+    (choosing,), weight = bh.RepairConfig().held_out_batches(len(batches)), model.get_submodule(reader).weight.detach().double()
     (held_out,) = read(model, reader, batches[choosing : choosing + 1]).values()
     fit = torch.cat(list(read(model, reader, [batch for batch in batches if batch is not batches[choosing]]).values()))
     for kept in layer.levels[1:]:

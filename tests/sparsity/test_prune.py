@@ -15,7 +15,7 @@ from billhook.engine.statistics import InputGram, InputNorms
 from billhook.model.layers import prunable, weight_of
 from billhook.model.plan import apply
 from billhook.sparsity.criteria import WandaAlpha
-from billhook.sparsity.visitor import Walks
+from billhook.sparsity.visitor import WalkSettings
 from kit import prunes
 from kit.families import build as build_family
 from kit.families import llama, tokens
@@ -227,8 +227,8 @@ class Rarely(nn.Module):
 @pytest.mark.parametrize("kind", [bh.SparseGPT, bh.criteria.ALPS, bh.criteria.Refit, bh.Wanda])
 def test_fewer_tokens_than_inputs_are_told_before_the_work_for_what_solves_for_weights(kind, caplog, monkeypatch):
     calibration._log.cache_clear()
-    told, walk = [], Walks.__call__
-    monkeypatch.setattr(Walks, "__call__", lambda *given: told.append(caplog.text) or walk(*given))
+    told, walk = [], WalkSettings.walk
+    monkeypatch.setattr(WalkSettings, "walk", lambda *given: told.append(caplog.text) or walk(*given))
     solves = kind is not bh.Wanda
     bh.prune(llama(), kind(), [{"input_ids": tokens(2, 20)}], 0.5, dry_run=True)
     before = "2 linear layers have fewer calibration tokens than inputs, such as model.layers.0.mlp.down_proj (40 for 48)"

@@ -16,7 +16,7 @@ import billhook as bh
 from billhook.assets import model_path
 from billhook.model.find import find_transformer
 from billhook.training import distillation
-from billhook.training.distillation import Distillation, fingerprint, kl_divergence
+from billhook.training.distillation import Distillation, kl_divergence, weights_checksum
 from kit import fits
 from kit.families import BERT, T5, VIT, llama, recompute, tokens
 from kit.fits import data, same, trainer, weights
@@ -299,12 +299,12 @@ class TestTheTeacher:
 
     def test_a_fingerprint_tells_models_apart(self):
         model = llama()
-        first = fingerprint(model)
-        assert fingerprint(copy.deepcopy(model)) == first
+        first = weights_checksum(model)
+        assert weights_checksum(copy.deepcopy(model)) == first
         with torch.no_grad():
             model.lm_head.weight[3, 3] += 1e-4
-        assert fingerprint(model) != first
-        assert fingerprint(llama().bfloat16()) != first
+        assert weights_checksum(model) != first
+        assert weights_checksum(llama().bfloat16()) != first
 
 
 class Losses(pl.Callback):

@@ -175,10 +175,16 @@ class Calibration:
     def held_out(
         self, model: nn.Module, rows: int, tokenizer: PreTrainedTokenizerBase | None = None, folder: Path | None = None
     ) -> list[Batch]:
-        """Reads held-out examples of each source, at most `rows` each.
+        """Reads held-out examples of each source.
 
         They come from the split `test`, or else `validation`, or else from examples that `read` does not return. Self-generated
         text uses another seed.
+
+        Args:
+            model: The model, whose tokenizer is the default.
+            rows: Maximum number of examples of each source.
+            tokenizer: Tokenizer to use instead.
+            folder: Folder for self-generated text (see `read`).
         """
         return self._read(model, tokenizer, folder, rows)
 
@@ -249,7 +255,11 @@ Batches: TypeAlias = Iterable[Any] | Calibration
 
 
 def read_batches(batches: Batches | None, model: nn.Module) -> Iterable[Any]:
-    """Returns the batches, or reads a `Calibration`, by default the one of commands."""
+    """Returns the batches, or reads a `Calibration`, by default the one of commands.
+
+    Raises:
+        ValueError: If there are no batches, and default calibration data cannot be read.
+    """
     if batches is None:
         try:
             check_can_generate(find_transformer(model))
@@ -339,7 +349,7 @@ def evaluation_batches(
     rows: int,
     also: OtherTexts = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    written: bool = True,
+    generated: bool = True,
     folder: Path | None = None,
 ) -> list[Batch]:
     """Reads examples to evaluate on: held-out, self-generated, and of other texts.
@@ -350,12 +360,12 @@ def evaluation_batches(
         rows: Number of examples of each text.
         also: Other texts.
         tokenizer: Tokenizer to use instead of the one of the calibration data.
-        written: If False, leaves out self-generated text that is not a source of the calibration data.
+        generated: If False, leaves out self-generated text that is not a source of the calibration data.
         folder: Folder for self-generated text (see `Calibration.read`).
     """
     batches, others = calibration.held_out(model, rows, tokenizer, folder), replace(calibration, weights=None)
     length = example_length(model, calibration.length)
-    if written and GENERATED not in calibration.named:
+    if generated and GENERATED not in calibration.named:
         count = num_self_generated(calibration, rows, length)
         batches += replace(others, sources=GENERATED).held_out(model, count, folder=folder)
     for name, source in _others(calibration, also).items():

@@ -62,6 +62,9 @@ def parse_chat(messages: list[Any], column: str) -> Chat:
 def parse_tools(value: object) -> Tools | None:
     """Returns the tools of a row (a list of descriptions, or JSON of it), or None.
 
+    Raises:
+        ValueError: If it is neither.
+
     >>> parse_tools('[{"name": "now"}]'), parse_tools([])
     ([{'name': 'now'}], None)
     """
@@ -105,7 +108,11 @@ class Encoded:
 
 
 def find_text_columns(rows: Rows, split: str, column: str) -> list[str]:
-    """Returns the columns of a split that hold text, chats, or prompts and responses."""
+    """Returns the columns of a split that hold text, chats, or prompts and responses.
+
+    Raises:
+        ValueError: If there are none.
+    """
     names = column_names(rows)
     for columns in ((column,), *((chats,) for chats in CHAT_COLUMNS), *PROMPT_COLUMNS):
         if set(columns) <= set(names):

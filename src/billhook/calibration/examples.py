@@ -28,6 +28,13 @@ def map_rows(
     """Runs `rows.map(function)`, cached by everything that determines the result.
 
     The hash that `datasets` makes of a tokenizer changes with use, so the cache key is computed here.
+
+    Args:
+        rows: The rows.
+        function: Converts a batch of rows.
+        split: Name of the split, for progress.
+        tokenizer: Tokenizer, an argument of the function.
+        arguments: Its other arguments.
     """
     import datasets
     from datasets.fingerprint import Hasher
@@ -62,7 +69,16 @@ def pack(
     documents: bool,
     responses: bool = False,
 ) -> Batch:
-    """Tokenizes rows and packs them into examples of `length` tokens, dropping the rest."""
+    """Tokenizes rows and packs them into examples of `length` tokens, and drops the rest.
+
+    Args:
+        rows: The rows.
+        tokenizer: The tokenizer.
+        length: Number of tokens of an example.
+        columns: Columns of text or chats.
+        documents: Whether each row is a document, which ends with the end-of-text token.
+        responses: Whether only responses have labels.
+    """
     ids, learned = list[int](), list[bool]()
     for row in encode(rows, tokenizer, columns, documents, responses):
         ids += row.ids
@@ -79,7 +95,16 @@ def encode_separately(
     documents: bool,
     responses: bool = False,
 ) -> Batch:
-    """Tokenizes each row into an example of its own, cut to at most `length` tokens."""
+    """Tokenizes each row into an example of its own.
+
+    Args:
+        rows: The rows.
+        tokenizer: The tokenizer.
+        length: Maximum number of tokens.
+        columns: Columns of text or chats.
+        documents: See `pack`.
+        responses: See `pack`.
+    """
     encoded = encode(rows, tokenizer, columns, documents, responses)
     return _examples([(row.ids[:length], row.learned[:length]) for row in encoded], responses)
 
@@ -103,7 +128,16 @@ def classify(
     length: int,
     numbers: dict[Any, int] | None = None,
 ) -> Batch:
-    """Tokenizes texts or text pairs with their labels; `numbers` maps label names to ids."""
+    """Tokenizes texts or text pairs with their labels.
+
+    Args:
+        rows: The rows.
+        tokenizer: The tokenizer.
+        text_columns: One or two columns of text.
+        label_column: Column of the labels.
+        length: Maximum number of tokens.
+        numbers: Ids of label names. None if labels are ids.
+    """
     labels = label_ids(rows[label_column], label_column, numbers)
     encoded = tokenizer(*(_texts(rows[column], column) for column in text_columns), truncation=True, max_length=length)
     return {**encoded, "labels": labels}
@@ -120,7 +154,14 @@ def label_ids(labels: Sequence[Any], column: str, numbers: Mapping[Any, int] | N
 
 
 def translate(rows: Batch, tokenizer: PreTrainedTokenizerBase, columns: Sequence[str], lengths: Sequence[int]) -> Batch:
-    """Tokenizes source texts, with the token ids of the targets as labels."""
+    """Tokenizes source texts, with the token ids of the targets as labels.
+
+    Args:
+        rows: The rows.
+        tokenizer: The tokenizer.
+        columns: Columns of the source and of the target.
+        lengths: Maximum numbers of tokens of both.
+    """
     source, target = (_texts(rows[column], column) for column in columns)
     encoded = tokenizer(source, truncation=True, max_length=lengths[0])
     labels = tokenizer(text_target=target, truncation=True, max_length=lengths[1])

@@ -124,7 +124,11 @@ def check_can_generate(model: PreTrainedModel) -> None:
 
 
 def example_length(model: PreTrainedModel, length: int | None) -> int:
-    """Returns the number of tokens per example: `length`, or the context length, at most 512."""
+    """Returns the number of tokens per example: `length`, or the context length, at most 512.
+
+    Raises:
+        ValueError: If `length` exceeds the context length.
+    """
     check_int("length", 2 if length is None else length, 2)
     config: Any = model.config
     most = getattr(text_config(config), "max_position_embeddings", None) or length or DEFAULT_LENGTH

@@ -220,7 +220,11 @@ def check_columns(rows: Rows, split: str, *columns: str) -> None:
 
 
 def column_names(rows: Rows) -> list[str]:
-    """Returns the column names; reads the first row of a stream that does not declare them."""
+    """Returns the column names; reads the first row of a stream that does not declare them.
+
+    Raises:
+        ValueError: If the stream cannot be read.
+    """
     if rows.column_names:
         return list(rows.column_names)
     try:

@@ -61,7 +61,7 @@ def inputs_of(batch: Any) -> Any:  # noqa: ANN401
     return batch.batch if isinstance(batch, Run) else batch
 
 
-def logits_of(run: Run) -> Tensor | None:
+def token_logits(run: Run) -> Tensor | None:
     """Returns a model's logits at non-padding positions, `[positions, classes]`, if any."""
     logits = getattr(run.forward(), "logits", None)
     if not isinstance(logits, Tensor):
@@ -138,9 +138,16 @@ def _run(model: nn.Module, batch: Any) -> Run:  # noqa: ANN401
 
 
 def run_with_loss(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
-    """Makes a run whose forward returns the loss. `modules` need their non-padding tokens."""
+    """Makes a run whose forward returns the loss.
+
+    Args:
+        model: The model.
+        modules: Modules that need their non-padding tokens, by name.
+        batch: Inputs of the model, or of `loss`.
+        loss: Function of model and batch. Defaults to the model's loss.
+    """
     source, batch = source_of(batch), _on_device(model, batch)
-    run, tokens = partial(loss or model_loss, model), tokens_of(model, modules, batch)
+    run, tokens = partial(loss or model_loss, model), token_masks(model, modules, batch)
 
     def examples() -> list[Callable[[], Tensor]]:
         return [partial(run, example) for example in examples_of(batch)]
@@ -152,7 +159,11 @@ def run_with_loss(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any
 
 
 def examples_of(batch: Any) -> list[Any]:  # noqa: ANN401
-    """Splits a batch into examples along the first dimension; size 1 is shared."""
+    """Splits a batch into examples along the first dimension; size 1 is shared.
+
+    Raises:
+        ValueError: If tensors differ in their first dimension.
+    """
     shapes = [tuple(leaf.shape) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
     counts = {(*shape, 0)[0] for shape in shapes}
     count = max(counts, default=0)
@@ -169,7 +180,11 @@ def examples_of(batch: Any) -> list[Any]:  # noqa: ANN401
 
 
 def model_loss(model: nn.Module, batch: Any, hint: str = ", or pass loss=") -> Tensor:  # noqa: ANN401
-    """Returns the loss of a model. Causal language models predict their inputs by default."""
+    """Returns the loss of a model. Causal language models predict their inputs by default.
+
+    Raises:
+        ValueError: If the batch is not a dictionary, or the model returns no loss.
+    """
     if not isinstance(batch, dict):
         raise ValueError(f"batches: a {type(batch).__name__} is not a dictionary of model inputs. Pass dictionaries{hint}.")
     config: Any = getattr(model, "config", None)
@@ -196,7 +211,7 @@ def _forward(model: nn.Module, batch: Any) -> Callable[[], Any]:  # noqa: ANN401
     raise ValueError(f"batches: a {type(batch).__name__} is not a dictionary, tuple, list, or tensor of model inputs.")
 
 
-def tokens_of(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any) -> dict[str, Tensor]:  # noqa: ANN401
+def token_masks(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any) -> dict[str, Tensor]:  # noqa: ANN401
     """Finds the non-padding tokens of each module from a batch: bool, `[batch, length]`."""
     if not isinstance(batch, Mapping):
         return {}

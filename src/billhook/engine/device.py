@@ -142,7 +142,14 @@ def _like(original: Tensor, copy: Tensor) -> Tensor:
 
 
 def run_on(device: torch.device, forward: Any, args: Any, kwargs: Any) -> Any:  # noqa: ANN401 - whatever it takes
-    """Runs a forward on a device; outputs return to the device of the first input."""
+    """Runs a forward on a device; outputs return to the device of the first input.
+
+    Args:
+        device: The device.
+        forward: The forward.
+        args: Its arguments.
+        kwargs: Its keywords.
+    """
     input_device = next((leaf.device for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)), device)
     args, kwargs = tree_map_only(Tensor, lambda x: x.to(device), (args, kwargs))
     return tree_map_only(Tensor, lambda x: x.to(input_device), forward(*args, **kwargs))

@@ -54,7 +54,7 @@ class FileStore(BlockStore):
     holds_all = False
     trains = False
     in_files = True
-    kept = ("files", "keys", "adopted", "names", "blocks", "owner", "_renames", "_alterations")
+    snapshot_attributes = ("files", "keys", "adopted", "names", "blocks", "owner", "_renames", "_alterations")
 
     def __init__(self, model: PreTrainedModel, files: TensorFiles, parts: Parts | None) -> None:
         super().__init__(model)
@@ -106,8 +106,13 @@ class FileStore(BlockStore):
         return keys
 
     def _load_block(self, block: nn.Module) -> None:
-        self._check_known(block)
         name = self.names[block]
+        for inside, part in block.named_modules(prefix=name):
+            if part not in self.owner and part._parameters:
+                raise ValueError(
+                    f"model: {inside} was added to a streamed model, whose blocks are defined by their files. "
+                    "Use bh.load for models with adapters or other new modules."
+                )
         self._load(self.keys[name], None if self._ahead is None else self._ahead.take(name))
         names = list(self.blocks)  # the next block's tensors are read by a thread, or into the page cache
         following = names[(names.index(name) + 1) % len(names)]
@@ -144,15 +149,6 @@ class FileStore(BlockStore):
             self.release()
             self._forget()
             self.device, self._ahead = before, None
-
-    def _check_known(self, block: nn.Module) -> None:
-        """Raises if a block has modules that were added after loading, such as adapters."""
-        for name, part in block.named_modules(prefix=self.names[block]):
-            if part not in self.owner and part._parameters:
-                raise ValueError(
-                    f"model: {name} was added to a streamed model, whose blocks are defined by their files. "
-                    "Use bh.load for models with adapters or other new modules."
-                )
 
     def check_can_hold_all(self, why: str, instead: str = "") -> None:
         """Raises, because not all blocks fit in memory. See `BlockStore.check_can_hold_all`."""
@@ -229,7 +225,7 @@ class FileStore(BlockStore):
         finally:
             self._in_step = False
 
-    def staged(self, block: nn.Module) -> tuple[LazyTensors, Any] | None:
+    def read_staged(self, block: nn.Module) -> tuple[LazyTensors, Any] | None:
         """Returns the values that an earlier process wrote for a block in this step, with a note."""
         name = self.names[block]
         return (self._written(name), self.done[name]) if name in self.done else None
@@ -247,7 +243,7 @@ class FileStore(BlockStore):
     ) -> LazyTensors:
         """Writes a block's new values, unless an earlier process has. Other values stay in memory.
 
-        So do all values outside of a step.
+        So do all values outside of a step. See `BlockStore.stage`.
         """
         del device
         if block is None or not self._in_step:
@@ -364,7 +360,11 @@ class FileStore(BlockStore):
 
     @property
     def written(self) -> Parts:
-        """The writer of changed blocks."""
+        """The writer of changed blocks.
+
+        Raises:
+            ValueError: If there is no output folder.
+        """
         if self.parts is None:
             raise ValueError("out=None: the streamed model is read-only. Pass an output folder: bh.stream(folder, out).")
         return self.parts

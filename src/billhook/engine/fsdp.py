@@ -265,7 +265,14 @@ def metadata_classes() -> dict[str, dict[str, Any]]:
 
 
 def wrapper_tensor(kind: type[Tensor], size: Sequence[int], dtype: torch.dtype, device: torch.device) -> Any:  # noqa: ANN401
-    """Creates a tensor of a subclass that has a size and no memory."""
+    """Creates a tensor of a subclass that has a size and no memory.
+
+    Args:
+        kind: The subclass.
+        size: The size.
+        dtype: The dtype.
+        device: The device that it seems to be on.
+    """
     return kind._make_wrapper_subclass(kind, size, dtype=dtype, device=device)
 
 

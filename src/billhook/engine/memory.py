@@ -60,6 +60,12 @@ WORK = 2**27
 def fits(store: BlockStore, working_bytes: int, activations: int, memory: int) -> bool:
     """Returns whether activations fit into memory beside a block and the memory to work on it.
 
+    Args:
+        store: The store of the model.
+        working_bytes: Memory to work on a block.
+        activations: Bytes of activations.
+        memory: Bytes that may be used.
+
     Raises:
         ValueError: If a single block with that memory does not fit.
     """

@@ -128,7 +128,11 @@ class Parts:
             return list(opened.keys())
 
     def write(self, name: str, tensors: Mapping[str, Tensor], note: object) -> None:
-        """Writes a block atomically, then records it as finished, with a note in plain data."""
+        """Writes a block atomically, then records it as finished, with a note in plain data.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
         draft = self.path(name).with_suffix(".draft")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)

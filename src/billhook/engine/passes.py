@@ -115,7 +115,10 @@ class ActivationFiles:
     def copy(self, tensor: Tensor) -> Tensor:
         """Copies a CPU tensor to a file, unless it is small, mapped, or needs gradients."""
         plain = type(tensor) is Tensor and tensor.device.type == "cpu" and not tensor.requires_grad and tensor.is_contiguous()
-        if not plain or tensor.nbytes < SMALL or self._has(tensor):
+        if not plain or tensor.nbytes < SMALL:
+            return tensor
+        mapped = tensor.untyped_storage().filename
+        if mapped is not None and Path(self._folder.name) in Path(mapped).parents:
             return tensor
         return self.zeros(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
 
@@ -132,10 +135,6 @@ class ActivationFiles:
     def close(self) -> None:
         """Removes the folder. Mapped tensors stay readable."""
         self._folder.cleanup()
-
-    def _has(self, tensor: Tensor) -> bool:
-        filename = tensor.untyped_storage().filename
-        return filename is not None and Path(self._folder.name) in Path(filename).parents
 
 
 @contextmanager
@@ -171,7 +170,14 @@ def spilled_outputs(files: ActivationFiles | None, model: nn.Module, blocks: Ite
 def zeros(
     shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu", files: ActivationFiles | None = None
 ) -> Tensor:
-    """Returns zeros on a device, or in a file if it is the CPU."""
+    """Returns zeros on a device, or in a file if it is the CPU.
+
+    Args:
+        shape: The shape.
+        dtype: The dtype.
+        device: The device.
+        files: Stores them on disk. None keeps them in memory.
+    """
     if files is None or torch.device(device).type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return files.zeros(*shape, dtype=dtype)

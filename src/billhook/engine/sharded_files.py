@@ -30,7 +30,14 @@ class DeferredTensor(Tensor):
     def of(
         size: Sequence[int], dtype: torch.dtype, read: Callable[[], Tensor], device: torch.device | None = None
     ) -> "DeferredTensor":
-        """Creates a tensor that counts as on a device (default: CPU), where it is read to."""
+        """Creates a tensor that counts as on a device (default: CPU), where it is read to.
+
+        Args:
+            size: The size.
+            dtype: The dtype.
+            read: Reads the values.
+            device: The device.
+        """
         unread: DeferredTensor = wrapper_tensor(DeferredTensor, size, dtype, device or torch.device("cpu"))
         unread.read = read
         return unread

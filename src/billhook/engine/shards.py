@@ -45,7 +45,7 @@ class ShardStore(BlockStore):
 
     holds_all = False
     on_ranks = True
-    kept = ("shards", "names", "blocks", "owner", "_block_parameters", "_alterations")
+    snapshot_attributes = ("shards", "names", "blocks", "owner", "_block_parameters", "_alterations")
 
     def __init__(self, root: nn.Module, gradients: bool = False) -> None:
         super().__init__(root)
@@ -207,7 +207,8 @@ class ShardStore(BlockStore):
     ) -> LazyTensors:
         """Shards the first rank's new values as the parameters are. All ranks call it together.
 
-        Values that each rank has computed for itself may be rounded differently. All ranks also read the result together.
+        Values that each rank has computed for itself may be rounded differently. All ranks also read the result together. See
+        `BlockStore.stage`.
         """
         del block, note
         reads = {}

@@ -46,6 +46,9 @@ class Statistics(ABC):
         """Adds the inputs of a call: `[..., in_features]`, of any floating dtype.
 
         `keep`, bool, `[...]`, marks the tokens that count (None: all). Values of other tokens are ignored, even NaN.
+
+        Raises:
+            ValueError: If the shape of inputs or mask does not fit.
         """
         if inputs.shape[-1] != self.in_features:
             raise ValueError(f"inputs of shape {list(inputs.shape)} must end with {self.in_features} input features")

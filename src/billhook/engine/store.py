@@ -50,7 +50,7 @@ class BlockStore(ABC):
     trains: ClassVar[bool] = True
     in_files: ClassVar[bool] = False
     on_ranks: ClassVar[bool] = False
-    kept: ClassVar[tuple[str, ...]] = ()  # attributes that `snapshot` restores
+    snapshot_attributes: ClassVar[tuple[str, ...]] = ()  # attributes that `snapshot` restores
     keeps_shapes = True
 
     def __init__(self, model: nn.Module) -> None:
@@ -169,7 +169,7 @@ class BlockStore(ABC):
     def snapshot(self) -> Callable[[], None]:
         """Returns a function that restores where blocks come from now."""
         self.release()
-        state = {name: copy.copy(vars(self)[name]) for name in self.kept}
+        state = {name: copy.copy(vars(self)[name]) for name in self.snapshot_attributes}
 
         def restore() -> None:
             self._changed = False
@@ -232,7 +232,7 @@ class BlockStore(ABC):
         del report
         return nullcontext()
 
-    def staged(self, block: nn.Module) -> tuple[LazyTensors, Any] | None:
+    def read_staged(self, block: nn.Module) -> tuple[LazyTensors, Any] | None:
         """Returns the values and note that an earlier process staged for a block. None if nothing."""
         del block
         return None
@@ -332,7 +332,7 @@ class MemoryStore(BlockStore):
     def stage(
         self, block: nn.Module | None, values: Mapping[str, Tensor], note: object = None, device: torch.device | None = None
     ) -> LazyTensors:
-        """Keeps new parameter values in memory, on the device of the model."""
+        """Keeps new values in memory, on the device of the model. See `BlockStore.stage`."""
         if self.device is not None:
             model_device = next(self.model.parameters()).device
             values = {name: value.to(model_device) for name, value in values.items()}

@@ -197,7 +197,11 @@ class TensorFiles:
                         os.posix_fadvise(opened.fileno(), first, last - first, os.POSIX_FADV_WILLNEED)
 
     def rows(self, name: str, elements: int) -> Iterator[Tensor]:
-        """Reads a tensor a few rows at a time, up to a number of elements."""
+        """Reads a tensor a few rows at a time, up to a number of elements.
+
+        Raises:
+            OSError: If the file is too short.
+        """
         with self.slices([name]) as slices, self._readable():
             entry = slices[name]
             shape = [] if isinstance(entry, Tensor) else entry.get_shape()
@@ -254,6 +258,9 @@ def _extents(file: BinaryIO) -> dict[str, tuple[int, int]]:
 
 def renumbered(key: str, block: str, new_block: str) -> str:
     """Returns the file name of a tensor after its block was renumbered.
+
+    Raises:
+        ValueError: If the files number blocks in another way.
 
     >>> renumbered("h.3.mlp.experts.3.up.weight", "transformer.h.3", "transformer.h.2")
     'h.2.mlp.experts.3.up.weight'

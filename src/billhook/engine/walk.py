@@ -130,7 +130,14 @@ class Visitor:
     ends = 0
 
     def observe(self, name: str, linear: nn.Module, inputs: Tensor, run: int) -> None:
-        """Observes a call of a layer (or a layer with its weight) at an incomplete site."""
+        """Observes a call of a layer (or a layer with its weight) at an incomplete site.
+
+        Args:
+            name: Name of the layer.
+            linear: The layer.
+            inputs: Its inputs, `[..., in_features]`.
+            run: Number of the run.
+        """
 
     def complete(self, site: Site) -> None:
         """Completes a site with layers, after all runs on all ranks have arrived."""

@@ -24,14 +24,11 @@ def zeros_of(model: nn.Module) -> int | None:
 def zeros_by_name(model: nn.Module) -> dict[str, int] | None:
     """Counts the zeros of each parameter. None if a streamed model would have to fetch files."""
     store = store_of(model)
-    if isinstance(store, FileStore):
-        return _in_files(store) if store.files.are_local else None
-    holders = ((name, store.holder(parameter)) for name, parameter in model.named_parameters())
-    return _numbers({name: _zeros(parameter) for name, parameter in holders if not parameter.is_meta})
-
-
-def _in_files(store: FileStore) -> dict[str, int]:
-    """Counts zeros a few rows at a time. Tied tensors count for their first name."""
+    if not isinstance(store, FileStore):
+        holders = ((name, store.holder(parameter)) for name, parameter in model.named_parameters())
+        return _numbers({name: _zeros(parameter) for name, parameter in holders if not parameter.is_meta})
+    if not store.files.are_local:
+        return None
     store.release()
     parameters_in_memory = ((name, parameter) for name, parameter in store.model.named_parameters() if not parameter.is_meta)
     counts = _numbers({name: _zeros(parameter) for name, parameter in parameters_in_memory})

@@ -90,7 +90,11 @@ class OutputNorm(Importance):
     blockwise: ClassVar[bool] = True
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
-        """Sums over batches. See `Importance.sums`."""
+        """Sums over batches. See `Importance.sums`.
+
+        Raises:
+            ValueError: If padded inputs reach a convolution with several kernel positions.
+        """
         check_consumers(units, type(self).__name__)
         sums, windows = ConsumerSums(), dict[str, Convolution]()
         tables, grams = dict[tuple[str, str], Tensor](), dict[tuple[str, str], Tensor]()
@@ -139,7 +143,14 @@ class ConsumerSums:
         self._sums = dict[tuple[str, str], tuple[Tensor, int]]()
 
     def add(self, name: str, consumer: str, total: Tensor, count: int) -> None:
-        """Adds the sums of a call of a consumer layer."""
+        """Adds the sums of a call of a consumer layer.
+
+        Args:
+            name: Name of the module.
+            consumer: Name of the consumer layer.
+            total: Sums over tokens, `[units]`.
+            count: Number of tokens.
+        """
         before, counted = self._sums.get((name, consumer), (0.0, 0))
         self._sums[name, consumer] = before + in_float64(total.detach()), counted + count
 
@@ -199,7 +210,17 @@ def unit_positions(units: Units, per: Per) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def gram_of(consumer: nn.Module, table: Tensor, exists: Tensor, width: int) -> Tensor:
-    """Returns W_u^T W_u of each unit: float32, `[units, size, size]`."""
+    """Returns W_u^T W_u of each unit: float32, `[units, size, size]`.
+
+    Args:
+        consumer: The consumer layer.
+        table: Positions of each unit, `[units, size]`.
+        exists: Mask of positions that exist, `[units, size]`.
+        width: Number of its inputs.
+
+    Raises:
+        ValueError: If it is a convolution with several kernel positions.
+    """
     dtype_source = next((parameter for parameter in consumer.parameters() if parameter.is_floating_point()), torch.zeros(()))
     if dims := -1 - read_dim(consumer):
         for part in consumer.modules():
@@ -236,7 +257,7 @@ def wide_convolution(consumer: nn.Module) -> Convolution | None:
 
 @torch.no_grad()
 def gram_over_kernel(window: Convolution, table: Tensor, exists: Tensor) -> Tensor:
-    """Returns W_u^T W_u of each unit over all kernel positions, float32."""
+    """Returns W_u^T W_u over all kernel positions: float32, `[units, size, size]`."""
     columns = weight_of(window).float().t()[table.to(window.weight.device)]
     exists = exists.repeat(1, prod(window.kernel_size)).to(columns.device)
     return _square(columns * exists[..., None])

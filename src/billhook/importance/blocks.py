@@ -42,7 +42,11 @@ class BlockInfluence(Importance):
     blockwise: ClassVar[bool] = True
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
-        """Sums over batches. See `Importance.sums`."""
+        """Sums over batches. See `Importance.sums`.
+
+        Raises:
+            ValueError: If units are not blocks.
+        """
         sums, together = Sums.zero(units, per), SideBySide(model)
         for name, module_units in units.items():
             if module_units.kind != "block":

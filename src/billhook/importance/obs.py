@@ -8,7 +8,6 @@ Inference-Aware Structured Pruning of Language Models" (Kurtic, Frantar & Alista
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from typing import ClassVar
 
 import torch
@@ -16,8 +15,6 @@ from torch import Tensor, nn
 
 from billhook.arguments import check_int, check_number, check_types
 from billhook.engine.batches import Run
-from billhook.engine.memory import memory_to_hold
-from billhook.engine.passes import runs_blockwise
 from billhook.engine.statistics import InputGram
 from billhook.engine.store import store_of
 from billhook.engine.walk import blocks_of
@@ -101,13 +98,14 @@ class OBS(Importance):
     sources, or add other text (`Calibration([..., "mixed", "generated"])`).
 
     Costs: a forward pass for each batch and pass; a float32 matrix `[in_features, in_features]` for each consumer layer of a
-    pass, one more in float64, and an inverse of each. With several ranks, scores are averaged over ranks. With `passes=1`, if
-    the matrices need more than a quarter of the free memory and 2 GiB, only those of one block are kept, and all batches pass
-    one block before the next. The same holds for streamed models, and for sharded models in `Shrinking`.
+    pass, one more in float64, and an inverse of each. With several ranks, scores are averaged over ranks. With `passes=1`,
+    all batches pass one block before the next, and only the matrices of that block are kept. The same holds for streamed models.
+    If a block is called again, all matrices are kept.
 
     Args:
         damping: Share of the mean diagonal of H that is added to its diagonal.
-        passes: Number of passes over the batches, each for a share of the consumer layers. More passes use less memory.
+        passes: Number of passes over the batches, each for a share of the consumer layers. With several, batches run one after
+            the other, which uses less memory for activations than 1, and more for matrices.
 
     Raises:
         ValueError: If an argument is out of range. On scoring, if the units have no consumer layers.
@@ -132,12 +130,7 @@ class OBS(Importance):
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches. See `Importance.sums`."""
         check_consumers(units, type(self).__name__)
-        size = 0  # bytes of all Gram matrices in float32
-        for module_units in units.values():
-            size += 4 * len(module_units.index) ** 2 * len(consumer_modules(model, module_units))
-        device = next(chain(model.parameters(), model.buffers())).device
-        too_many = self.passes == 1 and store_of(model).holds_all and size > memory_to_hold(device)
-        if too_many or runs_blockwise(model, [run.visit for run in runs]):
+        if self.passes == 1 or store_of(model).in_files:
             sums, grams = Sums.zero(units, per), InputGrams()
 
             def leave(passed: Collection[str]) -> None:
@@ -180,6 +173,9 @@ def removal_errors(products: Tensor, gram: Tensor, table: Tensor, exists: Tensor
         table: The positions of each unit, `[units, size]`, int64.
         exists: Mask of positions that exist, because units may differ in size: bool.
         damping: Share of the mean diagonal that is added to the diagonal.
+
+    Raises:
+        ValueError: If the matrix is singular in spite of the damping.
     """
     h = products.to(float64_device(products.device), torch.float64, copy=True)
     factor, failed = cholesky_(damp_(h, damping))

@@ -51,12 +51,12 @@ def by_unit(values: Tensor, units: Units, per: Per) -> Tensor:
 
 
 def mask_padding(values: Tensor, tokens: Tensor | None) -> Tensor:
-    """Zeroes the values of padding tokens, if there is a value for each token."""
+    """Zeroes values, `[..., size]`, of padding tokens, `[...]`, if shapes fit."""
     if tokens is None or tokens.shape != values.shape[:-1]:
         return values
     return values.masked_fill(~tokens.to(values.device)[..., None], 0)
 
 
 def count_tokens(values: Tensor, tokens: Tensor | None) -> int:
-    """Counts the non-padding tokens."""
+    """Counts the non-padding tokens of values `[..., size]`, by a mask `[...]`."""
     return values.shape[:-1].numel() if tokens is None or tokens.shape != values.shape[:-1] else int(tokens.sum())

@@ -42,7 +42,7 @@ class Sums:
         return cls(totals, {name: zeros.clone() for name, zeros in totals.items()})
 
     def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
-        """Adds the sums of a batch for a module."""
+        """Adds the sums of a batch for a module, `[units]`."""
         self.totals[name] += total.detach().cpu().double()
         self.counts[name] += count
 
@@ -155,7 +155,19 @@ def score_units(
 ) -> dict[str, Tensor]:
     """Scores units like `score`, for code that has a `Comm`.
 
-    `progress` is called with the number of scored batches and the total.
+    Args:
+        model: The transformers model.
+        units: See `score`.
+        importance: See `score`.
+        batches: See `score`.
+        loss: See `score`.
+        normalize: See `score`.
+        per: See `score`.
+        comm: The ranks, each with its own batches.
+        progress: Callback with the number of scored batches and the total.
+
+    Raises:
+        ValueError: If a score is not finite, or an argument is not legal. See `score`.
     """
     unit_ids(units, {}, per)
     check_values(model, streamed=True)
@@ -180,7 +192,14 @@ def score_units(
 
 
 def make_run(model: nn.Module, units: Mapping[str, Units], batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
-    """Returns a batch as the `Run` that `Importance` takes, on the model's device."""
+    """Returns a batch as the `Run` that `Importance` takes, on the model's device.
+
+    Args:
+        model: The model.
+        units: Units by module, whose consumer layers need their non-padding tokens.
+        batch: The batch, or its run.
+        loss: Function of model and batch. Defaults to the model's loss.
+    """
     if isinstance(batch, Run):
         return batch
     names = list[str]()

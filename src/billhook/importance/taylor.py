@@ -78,7 +78,11 @@ class Taylor(Importance):
         check_int("passes", self.passes)
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
-        """Sums over batches. See `Importance.sums`."""
+        """Sums over batches. See `Importance.sums`.
+
+        Raises:
+            ValueError: If the loss does not depend on a module.
+        """
         sums, parts = Sums.zero(units, per), parts_of(model, units, per)
         keys = defaultdict[str, list[tuple[str, str, int]]](list)
         for part in parts:

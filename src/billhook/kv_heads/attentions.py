@@ -114,7 +114,7 @@ class Attentions:
 
     def choosing(self, runs: int, repair: RepairConfig | None = None) -> set[int]:
         """Returns the indices of this rank's runs that are held out to choose a ridge penalty."""
-        return (repair or RepairConfig()).choosing(runs, self._comm)
+        return (repair or RepairConfig()).held_out_on_rank(runs, self._comm)
 
     def summed(self, *numbers: float) -> list[float]:
         """Returns sums over ranks."""
@@ -283,7 +283,7 @@ class Attentions:
         with store.step(f"heads of {self.groups} by {methods} {slots}", partial(runs_fingerprint, trials)):
             known, left = set[nn.Module](), dict[str, Projections]()
             for block, names in inside.items():
-                if block is not None and store.staged(block) is not None:
+                if block is not None and store.read_staged(block) is not None:
                     known.add(block)
                 else:
                     left |= {name: self.projections[name] for name in names}

@@ -171,15 +171,6 @@ def run_outputs(model: PreTrainedModel) -> list[Tensor]:
 
 
 @torch.no_grad()
-def logits_of(model: PreTrainedModel) -> list[Tensor]:
-    """Returns the logits of a model, or all outputs without logits: float64, on the CPU."""
-    with full_precision(), evaluating(model):
-        output = model(**small_inputs(model), return_dict=True)
-    logits = {name: value for name, value in output.items() if "logits" in name}
-    return _real(logits if {"logits", "prediction_logits"} & logits.keys() else output)
-
-
-@torch.no_grad()
 def cached_outputs(model: PreTrainedModel) -> tuple[list[Tensor], Exception | None]:
     """Returns outputs with a KV cache, then for another token, and the error if any."""
     inputs, numbers = small_inputs(model), list[Tensor]()

@@ -41,7 +41,7 @@ VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "s
 
 
 LOST_TOKENS = "_lost_tokens"
-"""Attribute of a model whose vocabulary has shrunk since it was loaded: the `fingerprint` of the ids that it kept."""
+"""Attribute of a model whose vocabulary has shrunk since it was loaded: the `vocabulary_fingerprint` of the ids that it kept."""
 TRIMMED = "billhook_kept_tokens"
 """Setting of a trimmed tokenizer, saved with it: the same fingerprint."""
 FIX = "After a removal of tokens, pass plan.trim_tokenizer(tokenizer), or the folder where it is saved (--tokenizer FOLDER)."
@@ -94,7 +94,7 @@ def tokenizer_of(model: PreTrainedModel, name: str | None = None) -> PreTrainedT
     return tokenizer
 
 
-def fingerprint(kept: NDArray[np.int64], before: int) -> int:
+def vocabulary_fingerprint(kept: NDArray[np.int64], before: int) -> int:
     """Returns a number for the ids kept by removals: the one before if those that stay keep their numbers.
 
     Args:

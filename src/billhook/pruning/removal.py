@@ -21,7 +21,7 @@ from billhook.model.config_fields import Fields, build_on_meta, set_fields
 from billhook.model.constants import set_constants
 from billhook.model.inputs import outputs_match, small_inputs, tolerance
 from billhook.model.meta import to_meta
-from billhook.model.preprocessors import LOST_TOKENS, fingerprint
+from billhook.model.preprocessors import LOST_TOKENS, vocabulary_fingerprint
 from billhook.model.shape import Shape, changed_constants, record_shape, set_shape, shape_beyond_config, shape_of
 from billhook.model.surgery import Change, Swap, change_blockwise, change_values, restored_on_error, snapshot_with_store
 from billhook.model.token_ids import named_token_ids, renumber_generation_config, with_kept_tokens
@@ -72,7 +72,7 @@ def remove(model: PreTrainedModel, cut: Cut, key: Callable[[], str] = str) -> li
                 if cut.tokens:
                     set_fields(model.config, token_fields)  # also if the shape exceeds the config
                     renumber_generation_config(model, cut.tokens[0])
-                    setattr(model, LOST_TOKENS, fingerprint(cut.tokens[0], getattr(model, LOST_TOKENS, 0)))
+                    setattr(model, LOST_TOKENS, vocabulary_fingerprint(cut.tokens[0], getattr(model, LOST_TOKENS, 0)))
                 record_shape(model)
                 if computes:
                     answer = _answer_or_differ(model, readers, ids.after)

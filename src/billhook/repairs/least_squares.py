@@ -26,7 +26,7 @@ CG_STEPS = 30
 def best_ridge(ridges: Sequence[float], baseline: Tensor, errors: Tensor) -> float:
     """Returns the ridge penalty with the lowest held-out error; infinity if none helps.
 
-    Without a solution, an error is NaN. Without a refit, it is `baseline`.
+    `errors`, `[ridges]`, are NaN without a solution. Without a refit, the error is `baseline`, `[]`.
     """
     least, *solved = torch.cat([baseline[None], errors]).tolist()  # one host sync
     pairs = [(error, ridge) for error, ridge in zip(solved, ridges, strict=True) if not math.isnan(error)]
@@ -36,7 +36,14 @@ def best_ridge(ridges: Sequence[float], baseline: Tensor, errors: Tensor) -> flo
 def choose_ridge(
     parts: Sequence[ResidualStatistics], about_means: bool, ridges: Sequence[float], comm: Comm = SINGLE_PROCESS
 ) -> float:
-    """Chooses the ridge penalty by the error on the last part; infinity if none helps."""
+    """Chooses the ridge penalty by the error on the last part; infinity if none helps.
+
+    Args:
+        parts: Statistics of the parts of the data; the last is held out.
+        about_means: Whether a bias absorbs the means.
+        ridges: Candidate ridge penalties.
+        comm: The ranks, which have equal statistics and divide the candidates.
+    """
     *fit, held_out = parts
     errors = held_out.tokens.new_zeros(len(ridges))  # NaN without a solution
     for number, is_own in enumerate(comm.owned_pieces([1.0] * len(ridges))):
@@ -70,12 +77,20 @@ def refit_linear(
     W' = W + M, with M = E r x^T (H + ridge D)^-1 from the statistics of all remaining inputs x: H = E x x^T with diagonal D. A
     bias absorbs the mean of the residual, b' = b + E r - M E x, float64, and M the rest. The ridge penalty is chosen on the last
     part, and M is solved on all parts; if that has no solution, the next larger penalty is used. Next to the statistics, memory
-    holds half of an in_features^2 matrix and `MAX_OUTPUTS` rows like the weight's for each part; with a support, a full such
-    matrix and six of such rows. For layers with many outputs, penalties are tried on random mixtures of outputs
-    (`ResidualStatistics.mixed`). Ranks have equal statistics, and divide trials and output rows.
+    holds a Gram matrix of all inputs, `[in_features, in_features]` in float64, which is factored in place, and a few times
+    `MAX_OUTPUTS` rows like the weight's. For layers with many outputs, penalties are tried on random mixtures of outputs
+    (`ResidualStatistics.mixed`).
 
-    With a `support` (bool), weights outside stay zero, and M is found on it by conjugate gradients. Penalties are tried without
+    With a `support`, weights outside stay zero, and M is found on it by conjugate gradients. Penalties are tried without
     the support; if M on the support does not reduce the held-out error, M is zero.
+
+    Args:
+        weight: The weight, `[out_features, in_features]`.
+        bias: The bias, `[out_features]`, if any.
+        parts: Statistics of the parts of the data; the last chooses the ridge penalty.
+        ridges: Candidate ridge penalties.
+        comm: The ranks, which have equal statistics, and divide candidates and output rows.
+        support: Mask of weights that may change, bool, in the shape of the weight. None for all.
     """
     about_means = bias is not None
     # penalties are tried on a limited number of outputs
@@ -159,7 +174,15 @@ def _support_error(parts: Sequence[ResidualStatistics], about_means: bool, ridge
 def residual_error(
     update: Tensor, parts: Sequence[ResidualStatistics], held_out: ResidualStatistics, about_means: bool, rows: slice = ALL_ROWS
 ) -> Tensor:
-    """Computes the error of a weight update on held-out data; a bias is fitted to `parts`."""
+    """Computes the error of a weight update on held-out data; a bias is fitted to `parts`.
+
+    Args:
+        update: Weight update, `[outputs, in_features]`.
+        parts: Statistics that the bias is fitted to.
+        held_out: Statistics of held-out data.
+        about_means: Whether there is a bias.
+        rows: Output rows of the update. Defaults to all.
+    """
     return held_out.error(update, bias_shift(update, parts, rows) if about_means else None, rows)
 
 

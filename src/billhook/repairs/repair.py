@@ -68,15 +68,15 @@ class RepairConfig:
         if not self.ridges or not all(1e-4 <= ridge < math.inf for ridge in self.ridges):
             raise ValueError(f"ridges={self.ridges!r} must be one or more finite numbers of at least 0.0001.")
 
-    def chooses(self, runs: int) -> set[int]:
+    def held_out_batches(self, runs: int) -> set[int]:
         """Returns the runs that choose the ridge penalty: evenly spaced, and never all runs."""
         number = min(max(1, round(self.held_out * runs)), runs - 1)
         return {(2 * chosen + 1) * runs // (2 * number) for chosen in range(number)}
 
-    def choosing(self, runs: int, comm: Comm) -> set[int]:
+    def held_out_on_rank(self, runs: int, comm: Comm) -> set[int]:
         """Returns the runs of this rank that choose the ridge penalty, out of all ranks' runs."""
         count, numbers = comm.batch_numbers(comm.gather(runs))
-        chosen = self.chooses(count)
+        chosen = self.held_out_batches(count)
         return {run for run, number in enumerate(numbers) if number in chosen}
 
     def parts(self, runs: int, comm: Comm = SINGLE_PROCESS) -> list[int]:
@@ -87,7 +87,7 @@ class RepairConfig:
         """
         ranks = comm.gather(runs)
         count, numbers = comm.batch_numbers(ranks)
-        if not (chosen := self.chooses(count)):
+        if not (chosen := self.held_out_batches(count)):
             total = sum(ranks)
             raise NoRepair(f"batches: repair needs at least two batches, because some choose the ridge penalty, got {total}.")
         return [int(number in chosen) for number in numbers]
@@ -96,35 +96,35 @@ class RepairConfig:
 def repair_linears(
     model: nn.Module,
     kept: Mapping[str, Tensor],
-    trials: Sequence[Run],
+    runs: Sequence[Run],
     repair: RepairConfig | None = None,
     comm: Comm = SINGLE_PROCESS,
     new_params: LazyTensors | None = None,
     progress: OnProgress | None = None,
-    left: list[str] | None = None,
+    not_refitted: list[str] | None = None,
     dense: Sequence[Run] | None = None,
     ties: Mapping[str, Tie] | None = None,
 ) -> LazyTensors:
     """Refits linear layers that lose inputs, and returns their new parameters.
 
     The model does not change. Next to it, memory holds the new weights; for each batch, the state of its one or two runs while
-    they wait, and the residuals of its sums; and for one layer at a time, in float64 and for each part of the data, half of the
-    Gram matrix of its kept inputs and a matrix like its weight, plus half a Gram matrix for the solution. All except that half
-    can spill to disk (`BlockStore.spill_folder`). If a layer is called several times in a run, residual errors are not
-    compensated for. New weights of a streamed model are written block by block and read from disk; those of a sharded model
-    become shards. If the model does not call its blocks in sequence, all of them are gathered.
+    they wait, and the residuals of its sums. For one layer at a time it holds, in float64 and for each of two parts of the data,
+    the Gram matrix of its kept inputs, `[inputs, inputs]`, and a matrix like its weight, plus a Gram matrix for the solution.
+    All except the last can spill to disk (`BlockStore.spill_folder`). If a layer is called several times in a run, residual
+    errors are not compensated for. New weights of a streamed model are written block by block and read from disk; those of a
+    sharded model become shards. If the model does not call its blocks in sequence, all of them are gathered.
 
     Args:
         model: The model.
         kept: Mask of kept inputs by layer (`nn.Linear` or `Conv1D`): bool, `[in_features]`. A layer that keeps all inputs is
             refitted, too, if it can compensate for others, or has new parameters.
-        trials: The batches, at least two over all ranks, of which some choose the ridge penalty. A rank may have none.
+        runs: The batches, at least two over all ranks, of which some choose the ridge penalty. A rank may have none.
         repair: Repair settings. Defaults to `RepairConfig()`.
         comm: The ranks, each with its own batches.
         new_params: New parameters of layers, refitted or not, in memory layout. Each refitted layer then compensates for its
             error relative to the dense model, which does not change.
         progress: Callback with the number of refitted layers and the total.
-        left: List to which the names of layers without a refit are added.
+        not_refitted: List to which the names of layers without a refit are added.
         dense: The same batches as the dense model runs them, if that differs.
         ties: Changes of gradients by parameter name, for `RepairConfig.match`.
 
@@ -141,13 +141,13 @@ def repair_linears(
     every, layers = _check(model, kept)
     needed = {name: int(keep.sum()) for name, keep in kept.items()}
     forwards, sources = list[Callable[[], object]](), list[str]()
-    for trial in trials:
-        forwards.append(trial.visit)
-        sources.append(trial.source)
+    for run in runs:
+        forwards.append(run.visit)
+        sources.append(run.source)
     store, with_new_params = store_of(model), set(new_params.modules if new_params is not None else ())
-    parts = repair.parts(len(trials), comm)
-    if repair.match is not None and any(count < 2 for count in comm.gather(len(trials))):
-        raise too_few_batches(len(trials), comm)
+    parts = repair.parts(len(runs), comm)
+    if repair.match is not None and any(count < 2 for count in comm.gather(len(runs))):
+        raise too_few_batches(len(runs), comm)
     log_single_source(model, sources)
     with evaluating_without_grad(model):
         calls, orderly = _shown(model, every, forwards, comm)
@@ -157,28 +157,28 @@ def repair_linears(
             _check_given(new_params, every, calls.calls, repeated)
             predecessors = dict.fromkeys(layers) | predecessors
         observed = _in_order(every, {*predecessors, *with_new_params, *layers})
-        visitor = RepairVisitor(observed, kept, predecessors, trials, repair.ridges, parts, comm, new_params, progress, store)
-        forwards += [run.visit for run in dense or trials] if predecessors else []
+        visitor = RepairVisitor(observed, kept, predecessors, runs, repair.ridges, parts, comm, new_params, progress, store)
+        forwards += [run.visit for run in dense or runs] if predecessors else []
         if not store.holds_all and orderly and not repeated:
-            step = store.step(f"{repair} {sources} {_fingerprint(kept)}", partial(runs_fingerprint, trials))
+            masks = hashlib.sha256(str([(name, keep.tolist()) for name, keep in kept.items()]).encode()).hexdigest()
+            step = store.step(f"{repair} {sources} {masks}", partial(runs_fingerprint, runs))
             with step, activation_files(store) as visitor.files, spilled_outputs(visitor.files, model):
                 new = _refit(model, visitor, observed, {}, comm, forwards, by_block=True)
         else:
             store.check_can_hold_all(f"repair: {', '.join(list(repeated)[:1])} is called several times in a run")
             with store.all_loaded():
                 with evaluating_without_grad(model):
-                    check_tokens(layers, needed, trials, comm)
+                    check_tokens(layers, needed, runs, comm)
                 new = _refit(model, visitor, observed, repeated, comm, forwards, by_block=False)
-    not_refitted = list(filter(visitor.left.__getitem__, visitor.left))
-    if len(not_refitted) == len(visitor.left):
-        raise NoRepair(too_few_tokens_message(not_refitted[0], needed[not_refitted[0]]))
-    if not_refitted:
-        warnings.warn(not_refitted_message(not_refitted), stacklevel=2)
-    if left is not None:
-        left += not_refitted
+    if len(names := visitor.not_refitted) == len(kept):
+        raise NoRepair(too_few_tokens_message(names[0], needed[names[0]]))
+    if names:
+        warnings.warn(not_refitted_message(names), stacklevel=2)
+    if not_refitted is not None:
+        not_refitted += names
     if repair.match is None:
         return new
-    return match_blocks(model, LazyTensors.of(new_params or {}) | new, trials, repair.match, comm, dense, ties, progress)
+    return match_blocks(model, LazyTensors.of(new_params or {}) | new, runs, repair.match, comm, dense, ties, progress)
 
 
 def _shown(
@@ -206,7 +206,7 @@ def _refit(
 ) -> LazyTensors:
     """Refits layers, starting with repeatedly called layers, up to the last block with any."""
     visitor.take(visitor.inside(None) if by_block else observed)
-    refitted = list(filter(visitor.left.__contains__, observed))
+    refitted = [name for name in observed if name in visitor.kept]
     if repeated:
         with replaced({observed[name]: visitor.current(name) for name in refitted}):
             Walk([Site(model, dict(repeated))], visitor, comm)(forwards)
@@ -223,10 +223,6 @@ def _refit(
 def _in_order(layers: Mapping[str, nn.Module], names: Set[str]) -> dict[str, nn.Module]:
     """Returns the layers of these names, in the order of `layers`."""
     return {name: linear for name, linear in layers.items() if name in names}
-
-
-def _fingerprint(kept: Mapping[str, Tensor]) -> str:
-    return hashlib.sha256(str([(name, keep.tolist()) for name, keep in kept.items()]).encode()).hexdigest()
 
 
 def _check(model: nn.Module, kept: Mapping[str, Tensor]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:

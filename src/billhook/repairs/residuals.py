@@ -63,16 +63,16 @@ class ResidualStatistics:
             weights: Token weights, `[...]`. Defaults to 1.
         """
         weights = torch.ones(inputs.shape[:-1], device=inputs.device) if weights is None else weights
-        weights = tokens_of(weights[..., None], keep).to(torch.promote_types(inputs.dtype, torch.float32))
+        weights = select_tokens(weights[..., None], keep).to(torch.promote_types(inputs.dtype, torch.float32))
         dtype, device = widest_float(inputs.device), self.tokens.device
-        chunks = list(zip(torch.split(tokens_of(inputs, keep), TOKENS), torch.split(weights, TOKENS), strict=True))
+        chunks = list(zip(torch.split(select_tokens(inputs, keep), TOKENS), torch.split(weights, TOKENS), strict=True))
         for x, share in chunks:
             weighted = as_float(x) * share
             self.tokens += share.sum(dtype=dtype).to(device)
             self.sums += weighted.sum(0, dtype=dtype).to(device)
             add_products(self.products, weighted, as_float(x))
         if residual is not None:
-            for (x, share), r in zip(chunks, torch.split(tokens_of(residual, keep), TOKENS), strict=True):
+            for (x, share), r in zip(chunks, torch.split(select_tokens(residual, keep), TOKENS), strict=True):
                 weighted = as_float(r) * share
                 self.residual_sums += weighted.sum(0, dtype=dtype).to(device)
                 add_products(self.residual_products, weighted, as_float(x))
@@ -113,7 +113,8 @@ class ResidualStatistics:
     def after_removal(self, weight: Tensor, keep: Tensor) -> Self:
         """Returns the statistics of kept inputs, with the outputs of removed inputs as residuals.
 
-        With kept inputs S and removed inputs R, r = W_R x_R and E r x_S^T = W_R H_RS.
+        W is `[out_features, in_features]`, and `keep`, `[in_features]`, marks the kept inputs S. With removed inputs R, r = W_R
+        x_R and E r x_S^T = W_R H_RS.
         """
         removed, kept_products, removed_products = weight[:, ~keep].double(), self.products[keep], self.products[~keep]
         squares = (removed @ removed_products[:, ~keep]).mul_(removed).sum(1)
@@ -159,11 +160,15 @@ class TokenBuffer:
     def add(self, inputs: Tensor, residual: Tensor | None, tokens: Tensor | None, weights: Tensor | None) -> None:
         """Copies the tokens of a call, like `ResidualStatistics.add`.
 
-        `tokens` are the indices of non-padding tokens; None for all.
+        Args:
+            inputs: Inputs, `[..., in_features]`.
+            residual: Residuals, `[..., out_features]`. None for zero.
+            tokens: Indices of non-padding tokens, `[tokens]`. None for all.
+            weights: Token weights, `[...]`. None for 1.
         """
 
         def counting_tokens(tensor: Tensor) -> Tensor:
-            every = tokens_of(tensor, None)
+            every = select_tokens(tensor, None)
             return every.clone() if tokens is None else every[tokens]
 
         if bool(self._residuals) != (residual is not None):
@@ -194,7 +199,7 @@ def as_float(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def tokens_of(tensor: Tensor, keep: Tensor | None) -> Tensor:
+def select_tokens(tensor: Tensor, keep: Tensor | None) -> Tensor:
     """Returns the non-padding tokens, `[tokens, ...]`, detached."""
     return tensor.detach().reshape(-1, tensor.shape[-1]) if keep is None else tensor.detach()[keep]
 

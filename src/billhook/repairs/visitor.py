@@ -1,4 +1,15 @@
-"""Repairs linear layers during a walk, and keeps the new weights beside the model."""
+"""Repairs linear layers during a walk, and keeps the new weights beside the model.
+
+`repair_linears` makes a `RepairVisitor` for all layers. A `Walk` calls it for one layer after the other:
+
+1. `enter` stages the block that all runs have left, loads the next one, and takes its weights (`take`);
+2. `observe` adds the inputs of a layer to its statistics, or keeps them if it compensates for residual errors;
+3. `complete` computes the residual errors before the refit (`_residuals_before`), adds them with the inputs, and weights each
+   token (`_token_weights`);
+4. `_refit` sums statistics over ranks and calls `refit_linear`; `_residuals_after` updates the errors for the next layer;
+5. `parameters` returns the new weights, with which all runs of the pruned model continue;
+6. after the last layer, `finish` stages the rest and returns all new weights.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -202,7 +213,7 @@ class RepairVisitor(Visitor):
     ) -> None:
         self.files: ActivationFiles | None = None
         self._progress, self._done = progress, set[str]()
-        self._modules, self._kept, self._predecessors, self._runs = layers, kept, predecessors, runs
+        self._modules, self.kept, self._predecessors, self._runs = layers, kept, predecessors, runs
         self._ridges, self._parts, self._comm = ridges, parts, comm
         self._new_params, self._store = new_params or LazyTensors({}), store
         self._block: nn.Module | None = None  # the block that runs are in
@@ -217,7 +228,7 @@ class RepairVisitor(Visitor):
     def take(self, names: Collection[str]) -> None:
         """Records the current weights of layers, and their given new parameters, before any run."""
         for name in names:  # in the same order on all ranks, which read sharded values together
-            self._linears[name] = _Linear(self._modules[name], self._new_params.of_module(name), self._kept.get(name))
+            self._linears[name] = _Linear(self._modules[name], self._new_params.of_module(name), self.kept.get(name))
 
     def inside(self, block: nn.Module | None) -> list[str]:
         """Returns the names of the layers in a block, or outside all blocks."""
@@ -231,7 +242,7 @@ class RepairVisitor(Visitor):
                 self.stage()
             self._block = self._store.load(module)
             self.take(self.inside(block))
-            values, refitted = self._store.staged(block) or (LazyTensors({}), {})
+            values, refitted = self._store.read_staged(block) or (LazyTensors({}), {})
             for name in refitted:  # results of an earlier process, with or without a refit
                 self._known.add(name)
                 if refitted[name]:
@@ -245,7 +256,7 @@ class RepairVisitor(Visitor):
     def stage(self) -> None:
         """Stages the new parameters of the current block, or outside all blocks, and drops them."""
         names = self.inside(self._block)
-        new = {name: self.current(name) for name in names if name in self._kept}
+        new = {name: self.current(name) for name in names if name in self.kept}
         notes = {name: name in self._refitted for name in new}
         self.new |= self._store.stage(self._block, by_parameter(new), notes)
         self._block = None
@@ -266,15 +277,15 @@ class RepairVisitor(Visitor):
         return bool(self._predecessors)
 
     @property
-    def left(self) -> dict[str, bool]:
-        """True for each layer that was not refitted."""
-        return {name: name not in self._refitted for name in self._kept}
+    def not_refitted(self) -> list[str]:
+        """The layers that had too few tokens."""
+        return [name for name in self.kept if name not in self._refitted]
 
     def observe(self, name: str, linear: nn.Module, inputs: Tensor, run: int) -> None:
-        """Adds the inputs of a layer, or keeps them for comparison with the dense model."""
+        """Adds the inputs of a layer, or keeps them to compare. See `Visitor.observe`."""
         if name in self._predecessors:
             self._inputs.setdefault(name, {})[run] = inputs.detach()
-        elif name in self._kept and name not in self._known and run < len(self._runs):  # not from runs of the dense model
+        elif name in self.kept and name not in self._known and run < len(self._runs):  # not from runs of the dense model
             self._add(name, inputs, None, run, None)
 
     def complete(self, site: Site) -> None:
@@ -282,17 +293,15 @@ class RepairVisitor(Visitor):
         for name in site.linears:
             inputs = self._inputs.pop(name, {})
             residuals = self._residuals_before(name, inputs)
-            if name in self._kept and name not in self._known:
-                squares = {run: _squares(residual) for run, residual in residuals.items()}
-                typical = self._typical(name, squares)
+            if name in self.kept and name not in self._known:
+                weights = self._token_weights(name, residuals)
                 for run in sorted(run for run in inputs if run < len(self._runs)):
-                    weights = _token_weights(squares[run], typical) if run in squares else None
-                    self._add(name, inputs[run], residuals.get(run), run, weights)
+                    self._add(name, inputs[run], residuals.get(run), run, weights.get(run))
                 self._refit(name)
-            if name in self._kept:
+            if name in self.kept:
                 self._done.add(name)
                 if self._progress is not None:
-                    self._progress(len(self._done), len(self._kept))
+                    self._progress(len(self._done), len(self.kept))
             if self._after[name]:
                 self._residuals[name] = self._residuals_after(name, inputs, residuals)
             last = self._predecessors.get(name)
@@ -325,19 +334,26 @@ class RepairVisitor(Visitor):
         kept = inputs[..., linear.kept_index] if len(linear.removed_index) else inputs
         linear.buffers[self._parts[run]].add(kept, residual, tokens, weights)
 
-    def _typical(self, name: str, squares: Mapping[int, Tensor]) -> Tensor:
-        """Computes the geometric mean m of squared token residuals over all ranks.
+    def _token_weights(self, name: str, residuals: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Computes token weights, `[...]`, from residuals, `[..., out_features]`, by run.
 
-        NaN if all residuals are 0. A few tokens have activations a thousand times larger than others, and would dominate the
-        refit. A token is therefore weighted by 2 m / (m + its squared residual): 1 for a typical token, and never more than 2.
+        A few tokens have activations a thousand times larger than others, and would dominate the refit. A token with the squared
+        residual s is therefore weighted by 2 m / (m + s), with the geometric mean m of s over all ranks. That is the weight of
+        Cauchy's robust loss log(1 + s / m) in iteratively reweighted least squares, of which this is one iteration. Twice, so
+        that a typical token has weight 1.
         """
+        squares, weights = dict[int, Tensor](), dict[int, Tensor]()
         sums = torch.zeros(2, dtype=torch.float64, device=float64_device(self._linears[name].start[0].device))
-        for run, run_squares in squares.items():
-            keep = non_padding(self._runs[run], name, run_squares[..., None])
-            has_residual = run_squares > 0 if keep is None else (run_squares > 0) & keep
-            sums += torch.stack([torch.where(has_residual, run_squares, 1).log().sum(), has_residual.sum()]).to(sums.device)
+        for run, residual in residuals.items():
+            squares[run] = square = residual.square().sum(-1, dtype=widest_float(residual.device))
+            keep = non_padding(self._runs[run], name, residual)
+            counts = square > 0 if keep is None else (square > 0) & keep
+            sums += torch.stack([torch.where(counts, square, 1).log().sum(), counts.sum()]).to(sums.device)
         self._comm.sum_(sums)
-        return (sums[0] / sums[1]).exp()
+        for run, square in squares.items():
+            mean = (sums[0] / sums[1]).exp().to(square)  # NaN if all residuals are 0
+            weights[run] = torch.where(mean.isnan(), 1, 2 * mean / (mean + square))
+        return weights
 
     def _refit(self, name: str) -> None:
         linear = self._linears[name]
@@ -355,7 +371,9 @@ class RepairVisitor(Visitor):
             weight, bias = linear.start
             remaining = weight[:, linear.kept_index].to(parts[0].tokens.device)
             bias = None if bias is None else bias.to(remaining.device)
-            kept, bias = refit_linear(remaining, bias, parts, self._ridges, self._comm, _support(remaining))
+            support = remaining != 0
+            is_sparse = is_pruned(int((~support).sum()), support.numel())  # else single zeros need not stay
+            kept, bias = refit_linear(remaining, bias, parts, self._ridges, self._comm, support if is_sparse else None)
             fitted = torch.zeros_like(weight)
             fitted[:, linear.kept_index] = kept.to(fitted.device)
             linear.fitted = to_parameters(linear.module, fitted, bias)
@@ -407,23 +425,6 @@ class RepairVisitor(Visitor):
                 if bias is not None:
                     residual[..., rows] -= as_float(linear.fitted["bias"][rows]) - as_float(bias[rows])
         return residuals
-
-
-def _squares(residual: Tensor) -> Tensor:
-    """Returns the squared residual of each token, in float64 if the device has it."""
-    return residual.square().sum(-1, dtype=widest_float(residual.device))
-
-
-def _token_weights(squares: Tensor, typical: Tensor) -> Tensor:
-    """Returns the weight of each token from its squared residual; 1 if all residuals are 0."""
-    typical = typical.to(squares)
-    return torch.where(typical.isnan(), 1, 2 * typical / (typical + squares))
-
-
-def _support(weight: Tensor) -> Tensor | None:
-    """Returns the mask of nonzero weights, or None if too few are zero for a sparse layer."""
-    nonzero = weight != 0
-    return nonzero if is_pruned(int((~nonzero).sum()), nonzero.numel()) else None
 
 
 def _rows(weight: Tensor) -> list[slice]:

@@ -39,6 +39,9 @@ def read_questions(file: str, limit: int | None = None, argument: str = "questio
     """Reads the first `limit` questions from a JSON Lines file; errors name `argument`.
 
     A line is, for example, `{"context": "...?", "choices": ["one", "two"], "label": 1}`.
+
+    Raises:
+        ValueError: If the file does not exist, has no questions, or has a line in another form.
     """
     path, questions = Path(file), list[Question]()
     if not path.is_file():
@@ -75,6 +78,15 @@ def encode(
     Trailing spaces of the context count as part of the choice. All tokens from the first difference to the encoded context on
     are scored, including a token that joins context and choice. A beginning-of-text token is added if the tokenizer adds one.
     Contexts longer than `length` are truncated at the start. The last token is scored but not an input.
+
+    Args:
+        questions: The questions.
+        tokenizer: The tokenizer.
+        length: Maximum number of tokens that are inputs.
+        argument: Argument that errors name.
+
+    Raises:
+        ValueError: If a choice is empty or too long.
     """
     start = [tokenizer.bos_token_id] if tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id] else []
 

@@ -31,7 +31,11 @@ from billhook.report.texts import Example, ExampleText
 def perplexity(model: PreTrainedModel, rows: Rows | None, examples: int, progress: OnProgress | None = None) -> float | None:
     """Returns the perplexity on the first examples; None without next-token predictions.
 
-    `progress` is called with the number of finished examples and the total.
+    Args:
+        model: The model.
+        rows: Tokenized examples. None returns None.
+        examples: Number of examples.
+        progress: Callback with the number of finished examples and the total.
     """
     if rows is None or not examples or not generates(model):
         return None

@@ -9,7 +9,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel
 from typing_extensions import Self
 
-from billhook.engine.batches import Run, logits_of
+from billhook.engine.batches import Run, token_logits
 from billhook.engine.state import evaluating_without_grad
 
 ELEMENTS = 2**22
@@ -30,7 +30,7 @@ class Predictions:
 
     @classmethod
     def of(cls, logits: Tensor, runs: int) -> Self:
-        """Stores predictions in this run's share of `BYTES`."""
+        """Stores predictions from logits, `[positions, classes]`, in this run's share of `BYTES`."""
         limit = max(BYTES // (4 * logits.shape[-1] * runs), 1)
         positions = torch.linspace(0, len(logits) - 1, min(limit, len(logits))).round().long().to(logits.device)
         try:
@@ -42,7 +42,10 @@ class Predictions:
         return cls(positions, logs)
 
     def divergence(self, logits: Tensor) -> float:
-        """Returns the sum of KL(dense || changed) over the stored positions, in nats."""
+        """Returns the sum of KL(dense || changed) over the stored positions, in nats, by logits.
+
+        They are `[positions, classes]`.
+        """
         device = self.logs.device
         each = ((_log_probs(logits, self.positions[part], device), self.logs[part]) for part in _parts(self.logs))
         return _sum([kl_div(now, then, reduction="sum", log_target=True) for now, then in each])
@@ -76,8 +79,12 @@ def eval_logits(model: PreTrainedModel, run: Run) -> Tensor:
 
 
 def compute_logits(model: PreTrainedModel, run: Run) -> Tensor:
-    """Returns the logits as `eval_logits` does, for a model in evaluation mode."""
-    logits = logits_of(run)
+    """Returns the logits as `eval_logits` does, for a model in evaluation mode.
+
+    Raises:
+        ValueError: If the model has none.
+    """
+    logits = token_logits(run)
     if logits is None:
         raise ValueError(f"model: {type(model).__name__} has no logits, so its loss cannot be measured.")
     return logits

@@ -214,7 +214,18 @@ def check_speed(
     cache: CacheKind,
     phases: Sequence[Phase],
 ) -> None:
-    """Raises `ValueError` if arguments or models cannot be measured."""
+    """Raises `ValueError` if arguments or models cannot be measured.
+
+    Args:
+        models: The models.
+        batch_sizes: Numbers of sequences.
+        contexts: Numbers of tokens of the prompt.
+        new_tokens: Number of tokens to generate.
+        rounds: Number of repetitions.
+        warmup: Number of repetitions that do not count.
+        cache: Kind of KV cache.
+        phases: What to measure.
+    """
     for name, values in (("models", models), ("batch_sizes", batch_sizes), ("contexts", contexts), ("phases", phases)):
         if not values:
             raise ValueError(f"{name}=[] must have at least one entry.")

@@ -140,7 +140,11 @@ def stage_table(
 ) -> str:
     """Formats stages as rows, their numbers and `metric` as columns, and notes below.
 
-    `dtype` is the dtype of the KV cache.
+    Args:
+        stages: The rows.
+        notes: Names and texts of the notes.
+        metric: Name of another metric, in the first column.
+        dtype: The dtype of the KV cache.
     """
     keys = {
         "perplexity": "val_perplexity",

@@ -37,7 +37,7 @@ class ExampleText:
 
     @classmethod
     def of(cls, ids: Tensor, tokenizer: PreTrainedTokenizerBase) -> Self:
-        """Decodes an example."""
+        """Decodes an example, `[tokens]`."""
         parts = (tokenizer.decode(part.tolist(), clean_up_tokenization_spaces=False) for part in (ids[:1], ids[1:]))
         return cls(*map(str, parts))
 
@@ -74,7 +74,11 @@ def bits_per_byte(
 ) -> tuple[float, float]:
     """Returns the bits per byte of texts, and the tokens per byte.
 
-    `progress` is called with the number of finished examples and the total.
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        texts: The texts.
+        progress: Callback with the number of finished examples and the total.
     """
     examples, losses = [text.encoded(tokenizer) for text in texts], dict[int, float]()
 

@@ -46,7 +46,7 @@ def split_batches(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         )
     chosen, config = list[int](), RepairConfig(held_out=SHARE)
     for of_source in numbers.values():
-        for number in config.chooses(len(of_source)):
+        for number in config.held_out_batches(len(of_source)):
             chosen.append(of_source[number])
     chosen.sort()
     limited = dict(zip(chosen, limit_tokens([batches[number] for number in chosen]), strict=True))

@@ -14,12 +14,12 @@ from billhook.arguments import check_fraction, check_number, check_types
 from billhook.model.layers import size_of
 from billhook.sparsity.criteria import Wanda
 from billhook.sparsity.masks import check_amount
-from billhook.sparsity.visitor import PruningVisitor, Walks
+from billhook.sparsity.visitor import PruningVisitor, WalkSettings
 
 HIGHEST = 0.99
 """Maximum sparsity of a linear layer, unless that of the model is higher."""
 
-Block = Mapping[str, int]
+LayerSizes = Mapping[str, int]
 """Number of weights of each linear layer of a block, by name."""
 
 
@@ -41,7 +41,7 @@ class Allocation(ABC):
         return 0.0
 
     @abstractmethod
-    def allocate(self, blocks: Sequence[Block], sparsity: float, measured: Sequence[float] = ()) -> dict[str, float]:
+    def allocate(self, blocks: Sequence[LayerSizes], sparsity: float, measured: Sequence[float] = ()) -> dict[str, float]:
         """Returns the sparsity of each linear layer by name, in [0, 1).
 
         Args:
@@ -58,7 +58,7 @@ class Allocation(ABC):
 class Uniform(Allocation):
     """Gives each linear layer the same sparsity."""
 
-    def allocate(self, blocks: Sequence[Block], sparsity: float, measured: Sequence[float] = ()) -> dict[str, float]:
+    def allocate(self, blocks: Sequence[LayerSizes], sparsity: float, measured: Sequence[float] = ()) -> dict[str, float]:
         """Returns the sparsity of the model for each layer. See `Allocation.allocate`."""
         return dict.fromkeys((name for block in blocks for name in block), check_amount(sparsity))
 
@@ -91,7 +91,7 @@ class ByPattern(Allocation):
             except ValueError as error:
                 raise ValueError(f"sparsities[{pattern!r}]: {error}") from None
 
-    def allocate(self, blocks: Sequence[Block], sparsity: float, measured: Sequence[float] = ()) -> dict[str, float]:
+    def allocate(self, blocks: Sequence[LayerSizes], sparsity: float, measured: Sequence[float] = ()) -> dict[str, float]:
         """Returns the sparsity of the first pattern that matches. See `Allocation.allocate`.
 
         Raises:
@@ -150,8 +150,12 @@ class OWL(Allocation):
         bound = self.multiple * sum(float(layer.sum()) for layer in scores) / size
         return 100 * sum(int((layer > bound).sum()) for layer in scores) / size
 
-    def allocate(self, blocks: Sequence[Block], sparsity: float, measured: Sequence[float] = ()) -> dict[str, float]:
-        """Lowers the sparsity of blocks with more outliers. See `Allocation.allocate`."""
+    def allocate(self, blocks: Sequence[LayerSizes], sparsity: float, measured: Sequence[float] = ()) -> dict[str, float]:
+        """Lowers the sparsity of blocks with more outliers. See `Allocation.allocate`.
+
+        Raises:
+            ValueError: If the sparsity is not legal, or a block was not measured.
+        """
         sparsity = check_amount(sparsity)
         if len(measured) != len(blocks):
             raise ValueError(f"measured must have a value for each of the {len(blocks)} blocks, got {len(measured)}.")
@@ -178,24 +182,24 @@ def _center(values: Sequence[float], sizes: Sequence[int], mean: float) -> list[
     return shifted
 
 
-def allocate_sparsities(walks: Walks, amount: float, allocation: Allocation) -> dict[str, float]:
+def allocate_sparsities(settings: WalkSettings, amount: float, allocation: Allocation) -> dict[str, float]:
     """Returns the sparsity of each linear layer; layers that no batch reaches get the average."""
-    blocks, measured = walks.blocks, dict[int, float]()
+    blocks, measured = settings.blocks, dict[int, float]()
     if allocation.measures:
-        visitor = walks("none", partial(_MeasuringVisitor, allocation))
-        measured = walks.comm.decide(lambda: visitor.measured)  # ranks may round floats differently
+        visitor = settings.walk("none", partial(_MeasuringVisitor, allocation))
+        measured = settings.comm.decide(lambda: visitor.measured)  # ranks may round floats differently
     numbers = measured if allocation.measures else range(len(blocks))
     sizes = [{name: math.prod(size_of(linear)) for name, linear in blocks[number].linears.items()} for number in numbers]
     allocated = allocation.allocate(sizes, amount, list(measured.values())) if sizes else {}
-    return dict.fromkeys(walks.layers, amount) | allocated
+    return dict.fromkeys(settings.layers, amount) | allocated
 
 
 class _MeasuringVisitor(PruningVisitor):
     """A visitor that measures each block by Wanda's scores, and prunes nothing."""
 
-    def __init__(self, allocation: Allocation, walks: Walks, shared: bool) -> None:
-        super().__init__(Wanda(), {}, "unstructured", None, walks, shared)
-        self.allocation, self.measured, self.blocks = allocation, dict[int, float](), walks.blocks
+    def __init__(self, allocation: Allocation, settings: WalkSettings, shared: bool) -> None:
+        super().__init__(Wanda(), {}, "unstructured", None, settings, shared)
+        self.allocation, self.measured, self.blocks = allocation, dict[int, float](), settings.blocks
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
         """Measures the blocks of these linear layers."""

@@ -72,7 +72,14 @@ def admm(dense: Tensor, h: Tensor, keep_of: Keep, penalty: float, steps: int) ->
 def refit_(solution: Tensor, residual: Tensor, h: Tensor, keep: Tensor, steps: int) -> None:
     """Moves V on its support toward the minimum of tr((W - V) H (W - V)^T), in place.
 
-    Algorithm 2; `residual` is (W - V) H and is overwritten.
+    Algorithm 2.
+
+    Args:
+        solution: V, `[out_features, in_features]`, zero outside the support.
+        residual: (W - V) H, `[out_features, in_features]`, which is overwritten.
+        h: H, `[in_features, in_features]`.
+        keep: The support, bool, in the shape of V.
+        steps: Number of steps of conjugate gradients.
     """
     conjugate_gradients(solution, residual.mul_(keep), h, keep, steps)
 
@@ -122,7 +129,7 @@ class ALPS(Criterion):
         check_int("refits", self.refits, 0)
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """Computes |W_ij| ||X_j||, including the ridge penalty: the start of ADMM."""
+        """Computes |W_ij| ||X_j|| with the ridge penalty. See `Criterion.score`."""
         gram = self._of_inputs(statistics, weight, InputGram)
         return (weight.detach().float().abs() * self._scaled(gram)[1]).masked_fill(gram.squares == 0, 0)
 
@@ -194,7 +201,7 @@ class Refit(Criterion):
         object.__setattr__(self, "compares", self.criterion.compares)
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """Computes the scores of the criterion that chooses the mask."""
+        """Computes the scores of the criterion that chooses the mask. See `Criterion.score`."""
         return self.criterion.score(weight, statistics)
 
     def prune(

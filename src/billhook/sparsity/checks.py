@@ -48,7 +48,17 @@ def check_pruning(
     pattern: str,
     options: PruneOptions,
 ) -> dict[str, nn.Module]:
-    """Checks the arguments of `prune` that need no data; returns the linear layers to prune."""
+    """Checks the arguments of `prune` that need no data; returns the linear layers to prune.
+
+    Args:
+        model: The model.
+        criterion: The criterion.
+        pattern: The pattern.
+        options: The options.
+
+    Raises:
+        ValueError: If an argument is not legal, two cannot be combined, or a layer does not fit the pattern.
+    """
     if not isinstance(criterion, Criterion):
         raise ValueError(f"criterion={criterion!r} must be a Criterion, such as Wanda().")
     linears = _linears(model, options)
@@ -90,15 +100,25 @@ def _linears(model: nn.Module, options: PruneOptions) -> dict[str, nn.Module]:
 
 
 def find_countable_adapters(
-    model: nn.Module, criterion: Criterion, linears: Iterable[str], argument: str = "count_adapters=True"
+    model: nn.Module, criterion: Criterion, names: Iterable[str], argument: str = "count_adapters=True"
 ) -> dict[str, nn.Module]:
-    """Finds the LoRA layers on these linear layers; errors name the argument that counts them."""
+    """Finds the LoRA layers on these linear layers.
+
+    Args:
+        model: The model.
+        criterion: The criterion.
+        names: Names of the linear layers.
+        argument: Argument that errors name.
+
+    Raises:
+        ValueError: If the criterion changes kept weights, or no plain adapter is active.
+    """
     if criterion.updates:
         raise ValueError(
             f"{argument} needs a criterion that does not change kept weights, such as Wanda, unlike "
             f"{type(criterion).__name__}. Merge the adapters first (bh.training.merge), or omit {argument}."
         )
-    layers = require_plain_adapters(model, linears, argument)
+    layers = require_plain_adapters(model, names, argument)
     if not any(active_in(layer) for layer in layers.values()):
         raise ValueError(f"{argument}: no adapter is active, for example on {next(iter(layers))}. Enable an adapter.")
     return layers
@@ -112,7 +132,19 @@ def make_runs(
     allocation: Allocation | None = None,
     match: BlockMatching | None = None,
 ) -> list[Run]:
-    """Makes a run of each batch if data is needed; raises on all ranks if there is none."""
+    """Makes a run of each batch if data is needed.
+
+    Args:
+        model: The model.
+        batches: See `prune`.
+        comm: The ranks.
+        criterion: The criterion.
+        allocation: The allocation, if any.
+        match: Settings of block-wise reconstruction, if any.
+
+    Raises:
+        ValueError: If data is needed and any rank has too few batches.
+    """
     user = criterion if needs_data(criterion) else allocation if allocation is not None and allocation.measures else match
     if user is None:
         return []
@@ -131,20 +163,20 @@ def make_runs(
 
 
 def expected_tokens(
-    criterion: Criterion, linears: Mapping[str, nn.Module], runs: Sequence[Run], comm: Comm
+    criterion: Criterion, layers: Mapping[str, nn.Module], runs: Sequence[Run], comm: Comm
 ) -> dict[str, tuple[int, int]]:
     """Returns the numbers of tokens and inputs of each layer, if known before any run.
 
-    Empty if the criterion does not solve for weights, which needs as many tokens as inputs.
+    Empty if they are unknown, or the criterion does not solve for weights, which needs as many tokens as inputs.
+
+    Args:
+        criterion: The criterion.
+        layers: The linear layers by name.
+        runs: The batches.
+        comm: The ranks.
     """
-    total = count_tokens(runs, comm) if solves_for_weights(criterion) else None
-    if total is None:
+    if not solves_for_weights(criterion):
         return {}
-    return {name: (total, adjacent_inputs(linear)) for name, linear in linears.items() if not is_convolution(linear)}
-
-
-def count_tokens(runs: Sequence[Run], comm: Comm) -> int | None:
-    """Counts the non-padding tokens on all ranks before any run; None if it is unknown."""
     total = unknown = 0
     for run in runs:
         ids = run.batch.get("input_ids") if isinstance(run.batch, Mapping) else None
@@ -154,7 +186,9 @@ def count_tokens(runs: Sequence[Run], comm: Comm) -> int | None:
         mask = run.tokens.get("attention_mask")
         total += ids.numel() if mask is None else int(mask.sum())
     total, unknown = comm(torch.tensor([total, unknown], device=comm.device)).tolist()
-    return None if unknown else total
+    if unknown:
+        return {}
+    return {name: (total, adjacent_inputs(linear)) for name, linear in layers.items() if not is_convolution(linear)}
 
 
 def too_few_tokens(criterion: Criterion, tokens_and_inputs: Mapping[str, tuple[int, int]]) -> str:
@@ -197,7 +231,15 @@ def check_matching(criterion: Criterion, sequential: Sequential, count_adapters:
 
 
 def check_sharded(model: nn.Module, criterion: Criterion, options: PruneOptions, comm: Comm, offload: object) -> None:
-    """Raises if an argument is not supported for a sharded model."""
+    """Raises if an argument is not supported for a sharded model.
+
+    Args:
+        model: The model.
+        criterion: The criterion.
+        options: The options.
+        comm: The ranks.
+        offload: See `prune`.
+    """
     if offload is not None:
         raise ValueError(
             f"offload={str(offload)!r} is not supported for a sharded model. Omit it: blocks are gathered one at a time."

@@ -80,14 +80,25 @@ class Criterion(ABC):
     def solve(
         self, weight: Tensor, statistics: Statistics | None, sparsity: float, kept: tuple[int, int] | None
     ) -> tuple[Tensor, Tensor]:
-        """Does the work of `prune` after its checks. By default the kept weights do not change."""
+        """Does the work of `prune` after its checks. By default the kept weights do not change.
+
+        Args:
+            weight: The weight, `[out_features, in_features]`.
+            statistics: Statistics of its inputs, if the criterion needs them.
+            sparsity: Fraction of weights to zero.
+            kept: (N, M) of an N:M pattern. None for unstructured.
+        """
         keep = self.keep(self.score(weight, statistics), sparsity, kept)
         return where_kept(weight, keep), keep
 
     def keep(self, scores: Tensor, sparsity: float, kept: tuple[int, int] | None, check: bool = True) -> Tensor:
-        """Returns the mask of the highest scores, per comparison group or N of every M = `kept`.
+        """Returns the mask of the highest scores, per comparison group or N of every M.
 
-        NaN raises an error, unless `check=False`, which avoids a host sync.
+        Args:
+            scores: The scores, `[out_features, in_features]`.
+            sparsity: Fraction of weights to zero.
+            kept: (N, M) of an N:M pattern. None for unstructured.
+            check: Whether NaN raises an error, which needs a host sync.
         """
         if kept is not None:
             return keep_n_of_m(scores, *kept, check)
@@ -117,7 +128,7 @@ class Random(Criterion):
     compares: Comparison = "layer"
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """Returns scores uniform in (0, 1], and 0 for zero weights."""
+        """Returns scores uniform in (0, 1], and 0 for zero weights. See `Criterion.score`."""
         # the weight is part of the seed: layers of equal size must get different masks
         first_row = weight.detach()[0].float().contiguous().view(torch.int32)
         seed = (self.seed * 1_000_003 + int(first_row.sum(dtype=torch.int64))) % 2**63
@@ -141,7 +152,7 @@ class Magnitude(Criterion):
     compares: Comparison = "layer"
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """Computes |W_ij|."""
+        """Computes |W_ij|. See `Criterion.score`."""
         return weight.detach().abs().float()
 
 
@@ -167,7 +178,7 @@ class Wanda(Criterion):
     needs: ClassVar[type[Statistics] | None] = InputNorms
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """Computes |W_ij| ||X_j||."""
+        """Computes |W_ij| ||X_j||. See `Criterion.score`."""
         norms = self._of_inputs(statistics, weight, Statistics).squares.sqrt()
         return weight.detach().abs().float().mul_(norms)
 
@@ -234,6 +245,6 @@ class RIA(Criterion):
 
 
 def check_finite(values: Tensor, name: str) -> None:
-    """Raises if values contain NaN or inf."""
+    """Raises if values, `[...]`, contain NaN or inf."""
     if not torch.stack(values.detach().aminmax()).isfinite().all():
         raise ValueError(f"{name} contains NaN or inf.")

@@ -54,24 +54,25 @@ class EnforcedMasks:
         self._models, self._adapted, self._optimizers = [model, *copies], adapted, optimizers
         for masked in self._models if adapted else ():
             unmask_adapters(masked, adapted)
-        self.hold(self._masks or self._restored())
-        self._saved = {}
-        self._hooks = [optimizer.register_step_post_hook(self._step) for optimizer in optimizers]
-
-    def _restored(self) -> dict[str, Tensor]:
-        """Unpacks saved masks in sequence, each sharded like its weight."""
-        linears = _linears(self._models[0]) if self._saved else {}
-        masks = {}
+        # saved masks are unpacked one after the other, each sharded like its weight
+        linears, restored = _linears(model) if self._saved else {}, dict[str, Tensor]()
         for name, saved in self._saved.items():
             weight = linears[name].get_parameter("weight") if name in linears else None
             mask = _unpacked(saved, torch.device("cpu") if weight is None else weight.device)
-            masks[name] = mask if weight is None or weight.shape != mask.shape else sharded_as(mask, weight)
-        return masks
+            restored[name] = mask if weight is None or weight.shape != mask.shape else sharded_as(mask, weight)
+        self.hold(self._masks or restored)
+        self._saved = {}
+        self._hooks = [optimizer.register_step_post_hook(self._step) for optimizer in optimizers]
 
     def hold(self, masks: Mapping[str, Tensor], change: Callable[[], None] | None = None) -> None:
         """Replaces the masks and applies them; if `change` fails, the old masks stay.
 
-        `change` changes the weights that the masks are for.
+        Args:
+            masks: Masks by parameter name, bool, `[*shape]` of the parameter.
+            change: Changes the weights that the masks are for.
+
+        Raises:
+            ValueError: If a mask does not fit the model.
         """
         linears = list(map(_linears, self._models))
         first = linears[0]

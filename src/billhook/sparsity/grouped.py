@@ -71,7 +71,11 @@ def _groups(weight: Tensor, statistics: GroupedStatistics) -> Iterator[tuple[Ten
 
 @contextmanager
 def prefix_errors(name: str) -> Iterator[None]:
-    """Prefixes the errors of a criterion with the name of the layer."""
+    """Prefixes the errors of a criterion with the name of the layer.
+
+    Raises:
+        ValueError: If the criterion raises it.
+    """
     try:
         yield
     except ValueError as error:

@@ -32,6 +32,9 @@ MAX_PAIRED = 8
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
     """Parses `"N:M"` to (N, M), and `"unstructured"` to None.
 
+    Raises:
+        ValueError: If it is neither.
+
     >>> parse_pattern("2:4"), parse_pattern("unstructured")
     ((2, 4), None)
     """
@@ -49,6 +52,9 @@ def check_amount(sparsity: float | None, pattern: str = "unstructured") -> float
     Args:
         sparsity: Fraction in [0, 1). With an N:M pattern, None or the sparsity of the pattern.
         pattern: `"unstructured"` or `"N:M"`.
+
+    Raises:
+        ValueError: If the sparsity is not legal, missing, or contradicts the pattern.
 
     >>> check_amount(0.7), check_amount(None, "2:4")
     (0.7, 0.5)
@@ -140,7 +146,7 @@ class RemovalThreshold:
     def of(cls, scores: Callable[[], Iterable[Tensor]], count: int) -> "RemovalThreshold":
         """Finds the threshold for `count` scores by radix selection, 16 bits at a time.
 
-        Calls `scores` twice.
+        Calls `scores` twice, which yields matrices `[out_features, in_features]`.
         """
         if not count:
             return cls(-math.inf, 0)
@@ -151,7 +157,7 @@ class RemovalThreshold:
         return cls(float(_flip(key).view(torch.float32)), count - lower - lower_within)
 
     def keep(self, scores: Tensor) -> Tensor:
-        """Returns the mask of the next matrix."""
+        """Returns the mask of the next matrix, `[out_features, in_features]`."""
         kept = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
         for rows, block in _blocks(scores):
             keep = torch.ge(block, self.kept, out=kept[rows])
@@ -164,6 +170,12 @@ class RemovalThreshold:
 
 def keep_n_of_m(scores: Tensor, n: int, m: int, check: bool = True) -> Tensor:
     """Keeps the n highest of every m consecutive scores along the last dimension.
+
+    Args:
+        scores: The scores, `[..., columns]`.
+        n: Number of kept scores.
+        m: Size of a group, which divides the columns.
+        check: Whether NaN raises an error, which needs a host sync.
 
     >>> keep_n_of_m(torch.tensor([[1.0, 4.0, 3.0, 2.0, 5.0, 5.0, 5.0, 5.0]]), 2, 4).int()
     tensor([[0, 1, 1, 0, 0, 0, 1, 1]], dtype=torch.int32)

@@ -23,14 +23,14 @@ class MatchingVisitor(PruningVisitor):
 
     def __init__(self, matching: BlockMatching, *args: Any) -> None:  # noqa: ANN401 - the arguments of `PruningVisitor`
         super().__init__(*args)
-        self.matching, self._batches = matching, len(self.walks.runs)
+        self.matching, self._batches = matching, len(self.settings.runs)
         self.dense = range(self._batches, 2 * self._batches)
         self._outputs: dict[int, tuple[Arguments, Tensor]] = {}  # by run
 
     def check_runs(self) -> None:
         """Raises if linear layers share a weight, which would be pruned before its second use."""
-        if self.walks.tied:
-            raise_block_called_again(self.walks.tied[0][0])
+        if self.settings.tied:
+            raise_block_called_again(self.settings.tied[0][0])
 
     def on_exit(self, run: int, arguments: Arguments, output: object) -> None:
         """Records the input and output of a block."""
@@ -56,7 +56,7 @@ class MatchingVisitor(PruningVisitor):
                 (inputs, output), (_, goal) = outputs[run], outputs[dense]
                 if output.shape == goal.shape:
                     counts = self._counting(goal.shape[:-1], goal, run)
-                    samples.append(BlockSample(inputs, goal, counts, self.walks.runs[run].source))
+                    samples.append(BlockSample(inputs, goal, counts, self.settings.runs[run].source))
         if linears:
             # each rank needs samples to tune on and samples to hold out
             too_few = torch.tensor([float(len(samples) < 2)], device=weight_of(next(iter(linears.values()))).device)

@@ -40,7 +40,7 @@ from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.masks import check_amount
 from billhook.sparsity.matching import MatchingVisitor
 from billhook.sparsity.options import PruneOptions
-from billhook.sparsity.visitor import GlobalPruningVisitor, PruningVisitor, Walks
+from billhook.sparsity.visitor import GlobalPruningVisitor, PruningVisitor, WalkSettings
 from billhook.sparsity.weight_plan import WeightPlan
 
 
@@ -131,17 +131,19 @@ def prune(
             expected = expected_tokens(criterion, linears, runs, comm)
             if message := too_few_tokens(criterion, expected):  # before the work, if the number is known
                 log_once(message)
-            walks = Walks(model, linears, runs, comm, device, folder, adapters)
+            settings = WalkSettings(model, linears, runs, comm, device, folder, adapters)
             sparsities = dict.fromkeys(linears, amount)
             if allocation is not None:
-                sparsities = allocate_sparsities(walks, amount, allocation)
+                sparsities = allocate_sparsities(settings, amount, allocation)
             key = f"{criterion} {pattern} {options.sequential} {sparsities}" + (f" {match}" if match else "")
-            kind: Callable[..., PruningVisitor] = GlobalPruningVisitor if criterion.compares == "global" else PruningVisitor
+            make_visitor: Callable[..., PruningVisitor] = PruningVisitor
             if match is not None:
-                kind = partial(MatchingVisitor, match)
-            visitor = walks(
+                make_visitor = partial(MatchingVisitor, match)
+            elif criterion.compares == "global":
+                make_visitor = GlobalPruningVisitor
+            visitor = settings.walk(
                 options.sequential if needs_data(criterion) or match else None,
-                partial(kind, criterion, sparsities, pattern, progress),
+                partial(make_visitor, criterion, sparsities, pattern, progress),
                 None if dry_run else key,
             )
             pruned = {name: visitor.pruned[name] for name in linears if name in visitor.pruned}

@@ -72,7 +72,10 @@ def _invert(upper: Tensor) -> Tensor:
 
 
 def saliency(weight: Tensor, factor: Tensor) -> Tensor:
-    """Computes W_ij^2 / U_jj^2: the error of pruning a weight after the columns to its left."""
+    """Computes W_ij^2 / U_jj^2: the error of pruning a weight after the columns to its left.
+
+    Shapes are `[out_features, in_features]` and `[in_features, in_features]`.
+    """
     return (weight / factor.diagonal()).square()
 
 
@@ -82,8 +85,15 @@ def solve(
     """Prunes and updates a weight, in blocks of columns.
 
     Unstructured: the int(rows * columns * sparsity) lowest saliencies of a block are removed when the block is reached. N:M: the
-    lowest M - N of each row's group of M, with (N, M) = `kept`, are removed when the group is reached. The input is unchanged.
+    lowest M - N of each row's group of M are removed when the group is reached. The input is unchanged.
     Returns the new weight, float32, and the mask, both `[out_features, in_features]`.
+
+    Args:
+        weight: The weight, `[out_features, in_features]`.
+        factor: U, `[in_features, in_features]`.
+        sparsity: Fraction of weights to zero.
+        kept: (N, M) of an N:M pattern. None for unstructured.
+        block_size: Number of columns of a block.
     """
     work = weight.t().clone(memory_format=torch.contiguous_format)
     keep = torch.empty(work.shape, dtype=torch.bool, device=work.device)
@@ -151,14 +161,18 @@ class SparseGPT(Criterion):
         check_int("block_size", self.block_size)
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """Computes W_ij^2 / U_jj^2 of the current weight, before any update."""
+        """Computes W_ij^2 / U_jj^2 before any update. See `Criterion.score`."""
         gram = self._of_inputs(statistics, weight, InputGram)
         return saliency(_without_dead(weight, gram), inverse_factor(gram.products, self.damping))
 
     def solve(
         self, weight: Tensor, statistics: Statistics | None, sparsity: float, kept: tuple[int, int] | None
     ) -> tuple[Tensor, Tensor]:
-        """Zeroes the lowest saliencies and updates the kept weights. See `Criterion.prune`."""
+        """Zeroes the lowest saliencies and updates the kept weights. See `Criterion.prune`.
+
+        Raises:
+            ValueError: If the block size is not a multiple of M.
+        """
         if kept is not None and self.block_size % kept[1]:
             raise ValueError(f"block_size={self.block_size} must be a multiple of {kept[1]} for pattern='{kept[0]}:{kept[1]}'.")
         gram = self._of_inputs(statistics, weight, InputGram)

@@ -1,4 +1,16 @@
-"""Walks over a model in pruning: input statistics of each layer, and pruned layers."""
+"""Walks over a model in pruning: input statistics of each layer, and pruned layers.
+
+`WalkSettings.walk` makes a `PruningVisitor`, and a `Walk` calls it for one block (or layer) after the other:
+
+1. `resume` restores blocks that an earlier process has staged, whose layers are not pruned again;
+2. `enter` stages the block that all runs have left, and loads the next one;
+3. `observe` adds the inputs of each linear layer, in each run;
+4. `complete` sums statistics over ranks (`_sum`) and calls `finish`, which prunes each layer;
+5. `parameters` returns the new weights, with which all runs then compute the inputs of the next block;
+6. after the last block, `close` prunes what needs all statistics, and `stage` stages the rest.
+
+The model does not change: `WeightPlan.apply` puts the new weights into it.
+"""
 
 import math
 from collections import Counter
@@ -51,8 +63,8 @@ class InputsDiffer(Exception):
 
 
 @dataclass(frozen=True, eq=False)
-class Walks:
-    """Walks over a model, all with the same runs.
+class WalkSettings:
+    """Settings of walks over a model, all with the same runs.
 
     Attributes:
         model: The model.
@@ -87,16 +99,16 @@ class Walks:
         """The blocks, and the linear layers outside of blocks."""
         return find_sites(self.model, self.layers, "block")
 
-    def __call__(self, sequential: Sequential | None, make: Callable[["Walks", bool], V], key: str | None = None) -> V:
+    def walk(self, sequential: Sequential | None, make_visitor: Callable[["WalkSettings", bool], V], key: str | None = None) -> V:
         """Walks with a visitor and returns it, repeating the walk if necessary.
-
-        It repeats without shared statistics if inputs are shared in some runs only. It also repeats if a run has called layers
-        again later, with these layers first, so that every call counts.
 
         Args:
             sequential: Where runs stop; None if the visitor needs no data.
-            make: Makes the visitor from these walks, and from whether layers with the same input share statistics.
+            make_visitor: Makes the visitor from these settings, and from whether layers with the same input share statistics.
             key: Identifies this work, so that staged blocks of an earlier process are reused for files.
+
+        Raises:
+            ValueError: If blocks are loaded one at a time and layers share a weight, or a block is called again.
         """
         shared, called_again = True, {name for name, _ in self.tied}
         if called_again and not self.store.holds_all:
@@ -104,8 +116,10 @@ class Walks:
             raise ValueError(
                 f"model: {name} shares its weight with another layer. Prune the model in memory, not block by block."
             )
+        # Only a walk shows how layers are called. It is repeated without sharing if inputs are shared in some runs only, and with
+        # layers pruned first that a run has called again later, so that every call counts. Both can happen finitely often.
         while True:
-            visitor = make(self, shared)
+            visitor = make_visitor(self, shared)
             step = self.store.step(f"{key} {shared}", partial(runs_fingerprint, self.runs)) if key else nullcontext()
             try:
                 with self._ready(sequential), step:
@@ -180,7 +194,7 @@ class PruningVisitor(Visitor):
         sparsities: Sparsity of each linear layer.
         pattern: `"unstructured"` or `"N:M"`.
         progress: Callback with the number of pruned layers and the total.
-        walks: The model, its linear layers, and all settings of the walks.
+        settings: The model, its linear layers, and its runs.
         shared: If True, layers with the same input tensor share statistics. Raises `InputsDiffer` if they do so in some runs
             only.
 
@@ -196,11 +210,11 @@ class PruningVisitor(Visitor):
         sparsities: Mapping[str, float],
         pattern: str,
         progress: OnProgress | None,
-        walks: Walks,
+        settings: WalkSettings,
         shared: bool,
     ) -> None:
         self.criterion, self.sparsities, self.pattern, self.progress = criterion, sparsities, pattern, progress
-        self.walks, self.store, self.comm, self.shared = walks, walks.store, walks.comm, shared
+        self.settings, self.store, self.comm, self.shared = settings, settings.store, settings.comm, shared
         self.pruned: dict[str, PrunedLayer] = {}
         self.tokens: dict[str, tuple[int, int]] = {}
         self.statistics: dict[str, Statistics | GroupedStatistics] = {}
@@ -222,7 +236,7 @@ class PruningVisitor(Visitor):
         """Restores the blocks that an earlier process has staged, and returns them."""
         blocks = []
         for block in self.store.blocks.values():
-            if (known := self.store.staged(block)) is not None:
+            if (known := self.store.read_staged(block)) is not None:
                 tensors, kept = known
                 self._take(kept, tensors)
                 blocks.append(block)
@@ -230,7 +244,7 @@ class PruningVisitor(Visitor):
 
     def _take(self, kept: Mapping[str, int], tensors: LazyTensors) -> None:
         """Adds layers that a store has staged, with the number of weights that each keeps."""
-        self.pruned |= {name: PrunedLayer.staged(kept[name], self._weight(name), tensors) for name in kept}
+        self.pruned |= {name: PrunedLayer.from_staged(kept[name], self._weight(name), tensors) for name in kept}
         self._staged |= kept.keys()
 
     def enter(self, module: nn.Module) -> None:
@@ -244,7 +258,7 @@ class PruningVisitor(Visitor):
     @torch.no_grad()
     def stage(self) -> None:
         """Stages the pruned layers of the current block, or of the layers outside all blocks."""
-        linears, new = self.walks.layers, dict[str, PrunedLayer]()
+        linears, new = self.settings.layers, dict[str, PrunedLayer]()
         for name, pruned in self.pruned.items():
             # a layer outside the store's model stays in memory
             if self.store.owner.get(linears[name]) is self._block and linears[name] in self._names:
@@ -257,7 +271,7 @@ class PruningVisitor(Visitor):
 
     def _weight(self, name: str) -> str:
         """Returns the name of a layer's weight in the store."""
-        return f"{self._names[self.walks.layers[name]]}.weight"
+        return f"{self._names[self.settings.layers[name]]}.weight"
 
     def on_reentry(self, site: Site) -> None:
         """Raises if a block that is loaded on demand is called again after its layers were pruned."""
@@ -265,10 +279,12 @@ class PruningVisitor(Visitor):
             raise_called_again(self._names[site.module])
 
     def observe(self, name: str, linear: nn.Module, inputs: Tensor, run: int) -> None:
-        """Adds the inputs of a linear layer in a run.
+        """Adds the inputs of a linear layer in a run. See `Visitor.observe`.
 
         Statistics are never shared with a convolution, whose patches depend on its settings.
         """
+        # Layers that read one tensor, such as Q, K, and V, have equal statistics. Its address does not tell: a freed tensor's is
+        # used again. A weak reference does, without keeping the tensor in memory; its version shows changes in place.
         last, source_name = self._last.get(run), name
         if self.shared and not is_convolution(linear) and last and last[0]() is inputs and last[1] == _version(inputs):
             source_name = last[2]
@@ -293,7 +309,7 @@ class PruningVisitor(Visitor):
 
     def _counting(self, shape: torch.Size, inputs: Tensor, run: int) -> Tensor | None:
         """Returns the mask of non-padding tokens that fits a shape, if there is any."""
-        for keep in self.walks.runs[run].tokens.values():
+        for keep in self.settings.runs[run].tokens.values():
             if keep.shape == shape or (len(shape) == 1 and keep.numel() == shape[0]):
                 return keep.reshape(shape).to(inputs.device)
         return None
@@ -340,7 +356,11 @@ class PruningVisitor(Visitor):
         self.comm.sum_(*sums)
 
     def finish(self, linears: Mapping[str, nn.Module]) -> None:
-        """Prunes linear layers whose statistics are complete, or are not needed."""
+        """Prunes linear layers whose statistics are complete, or are not needed.
+
+        Raises:
+            ValueError: If a weight or statistics are not finite, or the criterion changes weights that it must keep.
+        """
         divided = self.criterion.updates and self.comm.size > 1  # solving for weights takes longer than sending them
         solved = self._solve_own(linears) if divided else {}
         for name, linear in linears.items():
@@ -353,7 +373,7 @@ class PruningVisitor(Visitor):
                 new, keep = self.comm(new.float()).to(new.dtype), self.comm(keep.byte()).bool()
             else:
                 new, keep = self._prune(name, scored)
-            if name in self.walks.adapters:
+            if name in self.settings.adapters:
                 if not torch.equal(new, where_kept(scored, keep)):
                     kind = type(self.criterion).__name__
                     raise ValueError(
@@ -377,7 +397,7 @@ class PruningVisitor(Visitor):
 
     def scored(self, name: str) -> Tensor:
         """Returns the weight that the criterion scores, including LoRA if it counts."""
-        weight, adapter = weight_of(self.walks.layers[name]), self.walks.adapters.get(name)
+        weight, adapter = weight_of(self.settings.layers[name]), self.settings.adapters.get(name)
         return weight if adapter is None else effective_weight(weight, adapter)
 
     def scores(self, name: str, statistics: Statistics | GroupedStatistics | None) -> Tensor:
@@ -409,8 +429,8 @@ class PruningVisitor(Visitor):
         for name, linear in site.linears.items():
             if name in self.pruned:
                 weight = self.pruned[name].weight(weight_of(linear))
-                if name in self.walks.adapters:  # without LoRA's contribution to pruned weights, as after merging
-                    added = where_kept(lora_product(self.walks.adapters[name]), ~self.pruned[name].keep(weight))
+                if name in self.settings.adapters:  # without LoRA's contribution to pruned weights, as after merging
+                    added = where_kept(lora_product(self.settings.adapters[name]), ~self.pruned[name].keep(weight))
                     weight = weight - added.to(weight.dtype)
                 new[name] = {"weight": to_layout(linear, weight)}
         return new
@@ -436,11 +456,11 @@ class GlobalPruningVisitor(PruningVisitor):
 
     def close(self) -> None:
         """Finds the threshold over all scores, and prunes by it."""
-        seen = {name: linear for name, linear in self.walks.layers.items() if name in self._seen}
+        seen = {name: linear for name, linear in self.settings.layers.items() if name in self._seen}
         sparsity = next(iter(self.sparsities.values()))
         count = pruned_count(sum(math.prod(size_of(linear)) for linear in seen.values()), sparsity)
         lowest = RemovalThreshold.of(lambda: map(self._scores, seen), count)
-        for site in self.walks.blocks:
+        for site in self.settings.blocks:
             for name in filter(seen.__contains__, site.linears):
                 keep = lowest.keep(self._scores(name))
                 weight = weight_of(seen[name])
@@ -448,7 +468,7 @@ class GlobalPruningVisitor(PruningVisitor):
             self.report()
 
     def _scores(self, name: str) -> Tensor:
-        self.enter(self.walks.layers[name])
+        self.enter(self.settings.layers[name])
         return self.scores(name, self._seen[name])
 
 

@@ -61,11 +61,11 @@ class PrunedLayer:
 
     @classmethod
     def of_bits(cls, bits: np.ndarray, values: Tensor | None = None) -> Self:
-        """Makes a layer from a packed mask, and from the kept weights if they change."""
+        """Makes a layer from a packed mask, and from the kept weights `[kept]` if they change."""
         return cls(count_kept(bits), torch.from_numpy(bits).detach, None if values is None else values.detach)
 
     @classmethod
-    def staged(cls, kept: int, weight: str, tensors: LazyTensors) -> Self:
+    def from_staged(cls, kept: int, weight: str, tensors: LazyTensors) -> Self:
         """Makes a layer from staged tensors, as named by `to_stage`."""
         return cls(kept, tensors.reads[f"bits {weight}"], tensors.reads.get(f"values {weight}"))
 
@@ -98,7 +98,7 @@ class PrunedLayer:
         return unpack_mask(self.bits, like.numel(), like.device).view(like.shape)
 
     def weight(self, old: Tensor) -> Tensor:
-        """Returns the weight after pruning; for a sharded weight, this rank's part."""
+        """Returns the pruned weight, `[out_features, in_features]`, or this rank's shard."""
         keep, values = self.keep(old), self.values
         if values is None:
             return where_kept(local(old), local(sharded_as(keep, old))) if isinstance(old, DTensor) else where_kept(old, keep)
@@ -108,7 +108,7 @@ class PrunedLayer:
     @fresh_autocast_cache()
     @torch.no_grad()
     def put_into(self, weight: Tensor) -> None:
-        """Applies mask and new values to a weight, in place.
+        """Applies mask and new values to a weight `[out_features, in_features]`, in place.
 
         Works on groups of rows whose bits fill whole bytes, which limits extra memory. After an interrupt earlier rows are new
         and later rows old; another call completes all.
@@ -138,7 +138,11 @@ class PrunedLayer:
 
     @classmethod
     def from_json(cls, plain: Mapping[str, Any], size: int) -> Self:
-        """Makes a layer of `size` weights from the output of `to_json`."""
+        """Makes a layer of `size` weights from the output of `to_json`.
+
+        Raises:
+            ValueError: If the lengths do not fit.
+        """
         bits = np.frombuffer(bytearray(b64decode(plain["bits"], validate=True)), dtype=np.uint8)
         if len(bits) != -(-size // 8):
             raise ValueError(f"{len(bits)} bytes of bits for {size} weights")

@@ -130,7 +130,11 @@ class TextDataModule(TokenizedModule):
         super().check(model)
 
     def encode(self, rows: Rows, split: str) -> Rows:
-        """Tokenizes rows of text into examples of (at most) `length` tokens."""
+        """Tokenizes rows of text into examples of (at most) `length` tokens.
+
+        Raises:
+            ValueError: If there are no rows, or no example is long enough.
+        """
         columns, documents = find_text_columns(rows, split, self.column), not is_line_text(rows)
         if not (documents or self.packing):
             raise ValueError("packing=False requires rows, but a .txt file is one continuous text. Use a .jsonl file.")
@@ -157,7 +161,11 @@ class TextDataModule(TokenizedModule):
         return examples
 
     def collate(self) -> Callable[[list[Batch]], Batch]:
-        """Returns the collate function for blocks or padded rows, masked with `mlm_probability`."""
+        """Returns the collate function for blocks or padded rows, masked with `mlm_probability`.
+
+        Raises:
+            ValueError: If tokens are masked and the tokenizer has no mask token.
+        """
         if not self.mlm_probability:
             return collate_packed if self.packing else PaddingCollator(self.tokenizer)
         if self.tokenizer.mask_token is None:

@@ -106,7 +106,11 @@ class DatasetModule(pl.LightningDataModule):
         self._resume: dict[str, int] = {}
 
     def model_name(self, argument: str) -> str:
-        """Returns the name or folder of the model in training, for its tokenizer or processor."""
+        """Returns the name or folder of the model in training, for its tokenizer or processor.
+
+        Raises:
+            ValueError: If it has none.
+        """
         module = getattr(self.trainer, "lightning_module", None)
         name = None if module is None else find_transformer(module).config.name_or_path
         if not name:
@@ -129,7 +133,11 @@ class DatasetModule(pl.LightningDataModule):
         self.read(model)
 
     def read(self, model: PreTrainedModel | None = None) -> None:
-        """Prepares the splits for a model."""
+        """Prepares the splits for a model.
+
+        Raises:
+            ValueError: If data cannot be read, or a weighted source has no split `train`.
+        """
         if model is not None:
             self.check(model)
         if self.splits:
@@ -142,7 +150,11 @@ class DatasetModule(pl.LightningDataModule):
         self.prepare(loaded, model)
         splits_train = self.validation > 0 and num_train > 0 and num_validation == 0
         encode = self._encode_with_validation if splits_train else self._encode_all
-        self.splits = self._join(list(map(encode, loaded)))
+        encoded, joined = list(map(encode, loaded)), {}
+        for split in SPLITS:
+            if parts := [splits[split] for splits in encoded if split in splits]:
+                joined[split] = join(parts, self.weights if split == "train" else None, self.seed)
+        self.splits = joined
         if splits_train:
             examples: Any = self.splits.get("validation", ())
             log_validation_split(self.validation, self.seed, len(examples))
@@ -150,14 +162,6 @@ class DatasetModule(pl.LightningDataModule):
     def _load(self, source: Data | Table) -> dict[str, Rows]:
         splits = load_splits(source, self.streaming)
         return {split: rows for split, rows in splits.items() if split in SPLITS}
-
-    def _join(self, sources: Sequence[dict[str, Rows]]) -> dict[str, Rows]:
-        joined = {}
-        for split in SPLITS:
-            parts = [splits[split] for splits in sources if split in splits]
-            if parts:
-                joined[split] = join(parts, self.weights if split == "train" else None, self.seed)
-        return joined
 
     def _encode_all(self, splits: dict[str, Rows]) -> dict[str, Rows]:
         return {split: self.encode(rows, split) for split, rows in splits.items()}
@@ -182,7 +186,11 @@ class DatasetModule(pl.LightningDataModule):
         """Returns the collate function."""
 
     def train_dataloader(self) -> ResumableLoader:
-        """Returns training batches, reshuffled every epoch; an incomplete last batch is dropped."""
+        """Returns training batches, reshuffled every epoch; an incomplete last batch is dropped.
+
+        Raises:
+            ValueError: If there is no split `train`.
+        """
         if "train" not in self.splits:
             raise ValueError(f"data has no split 'train'. Splits: {', '.join(sorted(self.splits)) or 'none'}.")
         begin = self._resume or {"epoch": 0 if self.trainer is None else self.trainer.current_epoch}

@@ -78,7 +78,7 @@ class Teacher:
     def __init__(self, model: PreTrainedModel, settings: Distillation, causal: bool) -> None:
         self.model = model.requires_grad_(False).train(False)
         self.settings, self.causal = settings, causal
-        self.fingerprint = fingerprint(model)
+        self.fingerprint = weights_checksum(model)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         return self
@@ -127,9 +127,18 @@ def loss_mask(labels: Tensor, logits: Tensor, causal: bool) -> Tensor:
 def kl_divergence(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float) -> Tensor:
     """Computes the mean KL(softmax(teacher / T) || softmax(student / T)) in at least float32.
 
-    Logits are `[..., classes]`, and `mask` is bool, `[...]`. The gradient is computed with the value and overwrites the teacher's
+    The gradient is computed with the value and overwrites the teacher's
     logits, so that the forward pass allocates no other tensor of that size, and the backward pass only the gradient. Temporary
     tensors hold at most 4 million logits.
+
+    Args:
+        student: Logits, `[..., classes]`.
+        teacher: Logits, `[..., classes]`, which are overwritten.
+        mask: Mask of positions that count, bool, `[...]`.
+        temperature: T.
+
+    Raises:
+        ValueError: If the logits differ in shape.
     """
     if student.shape != teacher.shape:
         raise ValueError(
@@ -174,7 +183,11 @@ def _chunks(rows: Tensor, logits: Tensor) -> tuple[Tensor, ...]:
 
 
 def hidden_error(student: Any, teacher: Any, batch: Mapping[str, Tensor]) -> Tensor:  # noqa: ANN401
-    """Computes the mean squared error between hidden states after blocks, except at padding."""
+    """Computes the mean squared error between hidden states after blocks, except at padding.
+
+    Raises:
+        ValueError: If the model returns no hidden states.
+    """
     mask = batch.get("attention_mask")
     masks = {"hidden_states": mask, "encoder_hidden_states": mask, "decoder_hidden_states": batch["labels"] != -100}
     errors = []
@@ -198,7 +211,14 @@ def _squared_error(ours: Tensor, theirs: Tensor, keep: Tensor | None) -> Tensor:
 
 
 def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, settings: Distillation, classifies: bool) -> None:
-    """Raises an error unless teacher and student have the same classes, vocabulary, and sizes."""
+    """Raises an error unless teacher and student have the same classes, vocabulary, and sizes.
+
+    Args:
+        student: The student.
+        teacher: The teacher.
+        settings: Settings of distillation.
+        classifies: Whether the task is classification.
+    """
     student_config, teacher_config = text_config(student.config), text_config(teacher.config)
     name = f"distillation: teacher={settings.teacher!r}"
     fields = ["num_labels"] * classifies + ["vocab_size"] + ["hidden_size"] * bool(settings.hidden)
@@ -220,7 +240,7 @@ def _vocabulary(config: PretrainedConfig) -> dict[str, int] | None:
     return vocabulary
 
 
-def fingerprint(model: nn.Module) -> int:
+def weights_checksum(model: nn.Module) -> int:
     """Computes a checksum (CRC-32) of all weights and buffers."""
     checksum = 0
     for tensor in [*model.parameters(), *model.buffers()]:

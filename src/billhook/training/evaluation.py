@@ -125,12 +125,26 @@ def evaluate(
 def encoded(
     questions: Iterable[list[Question]], tokenizer: PreTrainedTokenizerBase, length: int, argument: str = "questions"
 ) -> dict[str, Asked]:
-    """Tokenizes questions, by file; errors name `argument`."""
+    """Tokenizes questions, by file.
+
+    Args:
+        questions: Questions of each file.
+        tokenizer: The tokenizer.
+        length: Maximum number of tokens.
+        argument: Argument that errors name.
+    """
     return {file[0].file: list(zip(file, encode(file, tokenizer, length, argument), strict=True)) for file in questions}
 
 
 def blocks(text: str, tokenizer: str, length: int, column: str) -> Rows:
-    """Splits a text into blocks of `length` tokens."""
+    """Splits a text into blocks of `length` tokens.
+
+    Args:
+        text: File, folder, or Hub name.
+        tokenizer: Name of the tokenizer.
+        length: Number of tokens.
+        column: Column of the text.
+    """
     file = text_files(text).get("validation", text)
     data = TextDataModule({"test": file}, tokenizer, length=length, column=column, loss_on="all")
     data.setup("test")
@@ -140,12 +154,23 @@ def blocks(text: str, tokenizer: str, length: int, column: str) -> Rows:
 def answered(
     model: PreTrainedModel, who: str, sets: dict[str, Asked], batch_size: int, progress: OnProgress | None = None
 ) -> dict[str, Answers]:
-    """Returns the log-likelihoods of all choices, by file; `progress` counts tokens."""
+    """Returns the log-likelihoods of all choices, by file.
+
+    Args:
+        model: The model.
+        who: Its name in errors.
+        sets: Questions by file.
+        batch_size: Number of choices in a batch.
+        progress: Callback with the number of tokens and the total.
+
+    Raises:
+        ValueError: If logits are not finite.
+    """
     rows = []
     for _, choices in chain.from_iterable(sets.values()):
         rows += choices
     parts = batches(rows, batch_size)
-    tokens = list(map(count_tokens, parts))  # the first batches are the longest
+    tokens = [sum(len(row.ids) for row in part) for part in parts]  # the first batches are the longest
     likelihoods = dict[EncodedChoice, float]()
     for number, batch in enumerate(parts, 1):
         likelihoods |= zip(batch, log_likelihoods(model, batch), strict=True)
@@ -159,15 +184,18 @@ def answered(
     return answers
 
 
-def count_tokens(batch: Iterable[EncodedChoice]) -> int:
-    """Returns the number of tokens in a batch of choices."""
-    return sum(len(row.ids) for row in batch)
-
-
 def on_text(
     model: PreTrainedModel, text: Rows | None, length: int, examples: int, progress: OnProgress | None = None
 ) -> list[Figure]:
-    """Measures perplexity on the first blocks of a text, if any."""
+    """Measures perplexity on the first blocks of a text, if any.
+
+    Args:
+        model: The model.
+        text: Blocks of text, if any.
+        length: Number of tokens of a block.
+        examples: Number of blocks.
+        progress: Callback with the number of finished blocks and the total.
+    """
     value = None if text is None else perplexity(model, text, examples, progress)
     if text is None or value is None:
         return []

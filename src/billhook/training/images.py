@@ -64,7 +64,11 @@ class ImageDataModule(LabeledModule):
 
     @property
     def image_processor(self) -> BaseImageProcessor:
-        """The image processor, loaded on first use."""
+        """The image processor, loaded on first use.
+
+        Raises:
+            ValueError: If the processor is not for images.
+        """
         if self._processor is None:
             name = self.processor_name or self.model_name("processor")
             loaded = load_preprocessor(name, AutoImageProcessor)
@@ -82,7 +86,11 @@ class ImageDataModule(LabeledModule):
             )
 
     def encode(self, rows: Rows, split: str) -> Rows:
-        """Returns rows whose images and labels are converted to tensors on access."""
+        """Returns rows whose images and labels are converted to tensors on access.
+
+        Raises:
+            ValueError: If data is streamed, or the column has no images.
+        """
         check_columns(rows, split, self.image_column, self.label_column)
         if not isinstance(rows, datasets.Dataset):
             raise ValueError("data: streaming is not supported for images. Pass a folder, files, or a Dataset.")

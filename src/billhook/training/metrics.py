@@ -23,7 +23,7 @@ class TokenPerplexity(Metric):
         self.add_state("tokens", torch.tensor(0.0), dist_reduce_fx="sum")
 
     def update(self, loss: Tensor, tokens: Tensor) -> None:
-        """Adds a batch's mean loss and its number of tokens."""
+        """Adds a batch's mean loss and its number of tokens, both `[]`."""
         # not in place: after trainer.validate the states are inference tensors, which training must not modify
         self.total = self.total + loss.detach().float() * tokens
         self.tokens = self.tokens + tokens
@@ -71,7 +71,14 @@ def count_targets(batch: Mapping[str, Any], causal: bool) -> Tensor:
 
 
 def metric_inputs(metric: Metric, output: Any, batch: Mapping[str, Any], weight: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN401
-    """Returns the arguments of `metric.update` for a batch and its output."""
+    """Returns the arguments of `metric.update` for a batch and its output.
+
+    Args:
+        metric: The metric.
+        output: The output of the model.
+        batch: The batch.
+        weight: Number of tokens or examples, `[]`.
+    """
     if isinstance(metric, TokenPerplexity):
         return output.loss, weight
     if isinstance(metric, MeanMetric):

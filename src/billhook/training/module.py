@@ -77,7 +77,11 @@ def freeze_others(model: PreTrainedModel, trainable: Trainable, classifies: bool
 
 
 def matching_parameters(parameters: Sequence[tuple[str, nn.Parameter]], pattern: str) -> set[nn.Parameter]:
-    """Returns the named parameters that match a glob pattern."""
+    """Returns the named parameters that match a glob pattern.
+
+    Raises:
+        ValueError: If none matches.
+    """
     matching = {parameter for name, parameter in parameters if fnmatchcase(name, pattern)}
     if not matching:
         names = [name for name, _ in parameters[:3]]
@@ -91,6 +95,9 @@ def attention_parameters(model: nn.Module, structure: Structure | None = None) -
     An attention module is the innermost module with the query, key, value, and output projections. `trace` identifies them by
     operations, not by names, so equivalent modules are included (state-space layers of Mamba-2). If the module also contains an
     MLP, only projections and parameters with heads, or dimensions of heads, are returned.
+
+    Raises:
+        ValueError: If there is no attention module.
     """
     subject = find_transformer(model)
     structure = structure or trace(subject)
@@ -272,7 +279,11 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
             checkpoint[TEACHER] = self.teacher.fingerprint
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Checks the teacher, and restores the shape before weights are loaded."""
+        """Checks the teacher, and restores the shape before weights are loaded.
+
+        Raises:
+            ValueError: If the teacher's weights differ.
+        """
         resuming = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         if resuming and self.teacher is not None and checkpoint.get(TEACHER) not in (None, self.teacher.fingerprint):
             raise ValueError(
@@ -316,7 +327,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         return generated
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Returns the model's loss, or with a teacher the distillation loss."""
+        """Returns the model's loss, or with a teacher the distillation loss, `[]`."""
         random_state: AbstractContextManager[None] = nullcontext()
         if self._trainer:  # dropout depends on the batch number, so that a resumed run repeats it
             random_state = self.step_random.drawn(self.device, batches_seen(self.trainer), self.global_rank)
@@ -331,7 +342,11 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         return loss
 
     def on_train_start(self) -> None:
-        """Draws the seed of dropout and checks that all ranks have the same teacher."""
+        """Draws the seed of dropout and checks that all ranks have the same teacher.
+
+        Raises:
+            ValueError: If the teacher's weights differ between ranks.
+        """
         if self.teacher is not None:
             checksum = torch.tensor(self.teacher.fingerprint, device=self.device)
             if (cast(Tensor, self.all_gather(checksum)) != checksum).any():
@@ -367,7 +382,11 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
             self.log(f"{stage}_{name}", metric, prog_bar=True, batch_size=int(weight))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:
-        """Creates AdamW (fused if possible), with warm-up and decay by optimizer step."""
+        """Creates AdamW (fused if possible), with warm-up and decay by optimizer step.
+
+        Raises:
+            ValueError: If warm-up or decay depend on the length of training, which has no end.
+        """
         groups: list[dict[str, Any]] = [{"params": [], "weight_decay": decay} for decay in (self.weight_decay, 0.0)]
         fused = self.trainer.precision != "16-mixed"  # gradient scaling of float16 and clipping cannot both act on a fused step
         for parameter in self.parameters():
@@ -375,7 +394,14 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
                 groups[parameter.ndim <= 1]["params"].append(parameter)
                 fused = fused and parameter.device.type in ("cpu", "cuda")
         optimizer = torch.optim.AdamW([group for group in groups if group["params"]], lr=self.lr, fused=fused)
-        total = self._schedule_steps()
+        total = training_steps(self.trainer)
+        if total is None:  # training has no end, so the schedule is that of warm-up
+            if self.decay != "constant" or (isinstance(self.warmup, float) and self.warmup > 0):
+                raise ValueError(
+                    f"decay={self.decay!r} and warmup={self.warmup} require a known training length. Set Trainer(max_steps=...), "
+                    "or use decay='constant' with warmup in steps."
+                )
+            total = int(self.warmup)
         depends_on_length = self.decay != "constant" or isinstance(self.warmup, float)
         if self.trainer.ckpt_path and self._steps not in (None, total) and depends_on_length:
             rank_zero_info(
@@ -387,15 +413,3 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         warmup = self.warmup if isinstance(self.warmup, int) else resolve_step(self.warmup, total, "warmup")
         scheduler = transformers.get_scheduler(kind, optimizer, num_warmup_steps=warmup, num_training_steps=total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "lr"}}
-
-    def _schedule_steps(self) -> int:
-        """Returns the length of training, or of warm-up if training has no end."""
-        total = training_steps(self.trainer)
-        if total is None:
-            if self.decay != "constant" or (isinstance(self.warmup, float) and self.warmup > 0):
-                raise ValueError(
-                    f"decay={self.decay!r} and warmup={self.warmup} require a known training length. Set Trainer(max_steps=...), "
-                    "or use decay='constant' with warmup in steps."
-                )
-            total = int(self.warmup)
-        return total

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from billhook.engine.batches import Batch, Run, inputs_of, logits_of, runs_of, source_of
+from billhook.engine.batches import Batch, Run, inputs_of, runs_of, source_of, token_logits
 from billhook.engine.comm import SINGLE_PROCESS, Comm
 from billhook.engine.passes import run_side_by_side
 from billhook.engine.state import evaluating_without_grad
@@ -84,7 +84,7 @@ def predicted_shares(model: PreTrainedModel, size: int, batches: Sequence[Any], 
     sums = torch.zeros(size, dtype=torch.float64)
 
     def read(run: Run) -> None:
-        logits = logits_of(run)
+        logits = token_logits(run)
         if logits is None or logits.shape[-1] != size:
             return
         for part in torch.split(logits, max(ELEMENTS // size, 1)):

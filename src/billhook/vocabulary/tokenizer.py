@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from billhook.linalg import Indices
-from billhook.model.preprocessors import TRIMMED, fingerprint
+from billhook.model.preprocessors import TRIMMED, vocabulary_fingerprint
 
 MODELS = ("BPE", "Unigram", "WordPiece")
 """Kinds of tokenizers that can lose tokens."""
@@ -145,7 +145,7 @@ class Vocabulary:
             spec[part] = _with_numbers(spec[part], new.__getitem__)
         (folder / FILE).write_text(json.dumps(spec, ensure_ascii=False), encoding="utf-8")
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        config[TRIMMED] = fingerprint(np.array([*new]), self.tokenizer.init_kwargs.get(TRIMMED, 0))
+        config[TRIMMED] = vocabulary_fingerprint(np.array([*new]), self.tokenizer.init_kwargs.get(TRIMMED, 0))
         if decoder := config.get("added_tokens_decoder"):
             config["added_tokens_decoder"] = {str(new[int(old)]): added for old, added in decoder.items() if int(old) in new}
         (folder / CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")

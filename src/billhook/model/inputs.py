@@ -1,7 +1,8 @@
 """Small example inputs for a forward pass, and outputs for comparing two computations."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -164,19 +165,18 @@ def small_inputs(model: nn.Module, batch: int = 2, length: int = 7) -> dict[str,
 
 
 @torch.no_grad()
-def run_outputs(model: PreTrainedModel) -> list[Tensor]:
-    """Returns the floating-point outputs of a model: float64, on the CPU."""
-    with full_precision(), evaluating(model):
-        return _real(model(**small_inputs(model), return_dict=True))
+def run_outputs(model: PreTrainedModel, ids: Mapping[str, Tensor] = {}, layers: Iterable[str] = ()) -> list[Tensor]:
+    """Returns the floating-point outputs of layers and of a model: float64, on the CPU.
 
-
-@torch.no_grad()
-def logits_of(model: PreTrainedModel) -> list[Tensor]:
-    """Returns the logits of a model, or all outputs without logits: float64, on the CPU."""
-    with full_precision(), evaluating(model):
-        output = model(**small_inputs(model), return_dict=True)
-    logits = {name: value for name, value in output.items() if "logits" in name}
-    return _real(logits if {"logits", "prediction_logits"} & logits.keys() else output)
+    Inputs are random, except for these token ids.
+    """
+    outputs: list[Any] = []
+    with ExitStack() as hooks, full_precision(), evaluating(model):
+        for layer in sorted(layers):
+            hook = model.get_submodule(layer).register_forward_hook(lambda *call: outputs.append(call[-1]))
+            hooks.callback(hook.remove)
+        outputs += model(**small_inputs(model) | ids, return_dict=True).values()
+    return _real(outputs)
 
 
 @torch.no_grad()
@@ -190,19 +190,19 @@ def cached_outputs(model: PreTrainedModel) -> tuple[list[Tensor], Exception | No
             for config in configs:
                 config.use_cache = True
             output = model(**inputs, return_dict=True)
-            numbers += _real(output)
+            numbers += _real(output.values())
             ids = next(filter(inputs.__contains__, ("decoder_input_ids", "input_ids")), None)
             cache = next((name for name in ("cache", "past_key_values") if output.get(name) is not None), None)
             if ids is not None and cache is not None:
                 inputs |= {ids: inputs[ids][:, -1:], cache: output[cache]}
-                numbers += _real(model(**inputs, return_dict=True))
+                numbers += _real(model(**inputs, return_dict=True).values())
     except Exception as error:  # any error of a model
         return numbers, error
     return numbers, None
 
 
-def _real(output: Any) -> list[Tensor]:  # noqa: ANN401 - a dictionary of anything
-    values = [value for value in output.values() if isinstance(value, Tensor) and value.is_floating_point()]
+def _real(outputs: Iterable[object]) -> list[Tensor]:
+    values = [value for value in outputs if isinstance(value, Tensor) and value.is_floating_point()]
     return [value.cpu().double() for value in values]
 
 

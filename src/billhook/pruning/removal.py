@@ -2,10 +2,9 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.engine.state import evaluating, full_precision
 from billhook.engine.store import store_of
-from billhook.engine.trees import tree_leaves
 from billhook.linalg import in_float64
 from billhook.model.config_fields import Fields, build_on_meta, set_fields
 from billhook.model.constants import set_constants
-from billhook.model.inputs import outputs_match, small_inputs, tolerance
+from billhook.model.inputs import outputs_match, run_outputs, small_inputs, tolerance
 from billhook.model.meta import to_meta
 from billhook.model.preprocessors import LOST_TOKENS, fingerprint
 from billhook.model.repeat_kv import Indices
@@ -277,7 +274,7 @@ def _zeroed_answer(
         with store.altered(zero):
             for weight, dim, positions in columns:
                 weight.index_fill_(dim, positions, 0)
-            return _answer(model, readers, ids)
+            return run_outputs(model, ids, readers)
     finally:
         # reversed, because two units may share columns
         for (weight, dim, positions), old in reversed(list(zip(columns, values, strict=True))):
@@ -288,25 +285,9 @@ def _parameter_ids(modules: Iterable[nn.Module]) -> set[int]:
     return {id(parameter) for module in modules for parameter in module.parameters()}
 
 
-@torch.no_grad()
-def _answer(model: PreTrainedModel, readers: Iterable[str], ids: Mapping[str, Tensor]) -> list[Tensor]:
-    """Returns the outputs of the consumer layers and of the model for small inputs.
-
-    They are random, except for these token ids.
-    """
-    outputs: list[Any] = []
-    with ExitStack() as hooks, full_precision(), evaluating(model):
-        for reader in sorted(readers):
-            hook = model.get_submodule(reader).register_forward_hook(lambda *call: outputs.append(call[-1]))
-            hooks.callback(hook.remove)
-        outputs.append(model(**{**small_inputs(model), **ids}))
-    values = [value for value in tree_leaves(outputs) if isinstance(value, Tensor) and value.is_floating_point()]
-    return [value.detach().cpu().double() for value in values]
-
-
 def _answer_or_differ(model: PreTrainedModel, readers: Iterable[str], ids: Mapping[str, Tensor]) -> list[Tensor]:
     try:
-        return _answer(model, readers, ids)
+        return run_outputs(model, ids, readers)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # such as a kernel with an alignment

@@ -220,15 +220,6 @@ def windows(tape: Tape, out: Tensor, x: Tensor, kernel: Sequence[int], *args: An
     record(out, [*axes[:-3], product([axes[-3], *window]), Axis(out.shape[-1], notes=_data(axes[-1]))], [x])
 
 
-def unwindows(tape: Tape, out: Tensor, x: Tensor, image_size: Sequence[int], kernel: Sequence[int], *args: Any) -> None:  # noqa: ANN401
-    """Folds windows back into images (col2im)."""
-    axes = axes_of(x)
-    channels, window = split(axes[-2], out.shape[-3])
-    mark(product(window), "fixed", "the window of col2im")
-    keep_order(axes[-1:], f"its order matters to {tape.op}")
-    record(out, [*axes[:-2], product(channels), *(Axis(n, notes=_data(axes[-1])) for n in image_size)], [x])
-
-
 def unfold(tape: Tape, out: Tensor, x: Tensor, dim: int, size: int, step: int) -> None:
     """Splits a dimension into windows and positions within them."""
     axes, dim = list(axes_of(x)), dim % x.dim()
@@ -276,7 +267,6 @@ RULES: dict[str, Callable[..., None]] = {
     ),
     "convolution": convolution,
     "im2col": windows,
-    "col2im": unwindows,
     "unfold": unfold,
     "glu": glu,
     **dict.fromkeys(("grid_sampler_2d", "grid_sampler_3d", "grid_sampler"), grid_sampler),

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from billhook.model.surgery import Change, replace_parameters
+from billhook.model.surgery import Change, change_values, update_optimizers
 from kit.families import llama, tokens
 
 HALF = Change(lambda w: w[: len(w) // 2], lambda _, v: v[: len(v) // 2])

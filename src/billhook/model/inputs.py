@@ -175,7 +175,7 @@ def run_outputs(model: PreTrainedModel, ids: Mapping[str, Tensor] = {}, layers: 
         for layer in sorted(layers):
             hook = model.get_submodule(layer).register_forward_hook(lambda *call: outputs.append(call[-1]))
             hooks.callback(hook.remove)
-        outputs += model(**small_inputs(model) | ids, return_dict=True).values()
+        outputs += model(**{**small_inputs(model), **ids}, return_dict=True).values()
     return _real(outputs)
 
 
@@ -210,7 +210,13 @@ def outputs_match(expected: Sequence[Tensor], other: Sequence[Tensor], tolerance
     """Returns whether outputs are equal up to rounding."""
     if len(expected) != len(other):
         return False
-    return all(a.shape == b.shape and _near(a, b, tolerance) for a, b in zip(expected, other, strict=True))
+    for a, b in zip(expected, other, strict=True):
+        if a.shape != b.shape:
+            return False
+        same = torch.isclose(a, b, rtol=0, atol=0, equal_nan=True)  # also what is not finite
+        if not torch.where(same, 0, a - b).norm() <= tolerance * a[a.isfinite()].norm():
+            return False
+    return True
 
 
 def tolerance(model: PreTrainedModel) -> float:
@@ -219,8 +225,3 @@ def tolerance(model: PreTrainedModel) -> float:
     It is at least that of float32, in which parts of most models run.
     """
     return min(1000 * max(torch.finfo(dtype).eps for dtype in (model.dtype, torch.float32)), 0.05)
-
-
-def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    same = torch.isclose(a, b, rtol=0, atol=0, equal_nan=True)  # also what is not finite
-    return bool(torch.where(same, 0, a - b).norm() <= tolerance * a[a.isfinite()].norm())

@@ -47,12 +47,17 @@ def remove(model: PreTrainedModel, cut: Cut, key: Callable[[], str] = str) -> li
     """
     if not cut.units:
         return []
-    _check_ungated(model, cut)
     _check_tokens(model, cut)
-    readers = set()
+    readers = set()  # consumer layers that do not lose output rows, too
     for layer in cut.all_units.values():
-        if layer.kind in ("head", "channel"):
-            readers |= {reader for reader in layer.readers if not _makes_units(model, reader, cut)}
+        for reader in layer.readers:
+            module = model.get_submodule(reader)
+            if any(isinstance(hook, Gate) for hook in module._forward_pre_hooks.values()):
+                raise ValueError(f"units: {reader} has a mask or gates. Remove them first with mask.remove().")
+            dim = 1 if isinstance(module, Conv1D) else 0
+            rows = {(f"{reader}.weight", dim), (f"{reader}.base_layer.weight", dim)}
+            if layer.kind in ("head", "channel") and cut.cuts.keys().isdisjoint(rows):
+                readers.add(reader)
     computes = model.device.type != "meta"
     ids = _drawn_ids(model, cut) if computes else _Ids()
     masked = _masked_answer(model, cut, readers, ids) if computes else None
@@ -117,18 +122,6 @@ def try_removal(model: PreTrainedModel, cut: Cut) -> PreTrainedModel:
 def _unit_names(cut: Cut) -> str:
     """Returns the kinds of units to remove, in words."""
     return " or ".join(dict.fromkeys(PLURAL[cut.kinds[name]] for name in cut.units))
-
-
-def _check_ungated(model: PreTrainedModel, cut: Cut) -> None:
-    for name in {reader for layer in cut.all_units.values() for reader in layer.readers}:
-        if any(isinstance(hook, Gate) for hook in model.get_submodule(name)._forward_pre_hooks.values()):
-            raise ValueError(f"units: {name} has a mask or gates. Remove them first with mask.remove().")
-
-
-def _makes_units(model: nn.Module, reader: str, cut: Cut) -> bool:
-    """Returns whether a consumer layer also loses output rows."""
-    dim = 1 if isinstance(model.get_submodule(reader), Conv1D) else 0
-    return not cut.cuts.keys().isdisjoint({(f"{reader}.weight", dim), (f"{reader}.base_layer.weight", dim)})
 
 
 def _cut_tensors(model: PreTrainedModel, cut: Cut, shape: Shape, key: Callable[[], str]) -> list[Swap]:
@@ -239,12 +232,10 @@ def _masked_answer(model: PreTrainedModel, cut: Cut, readers: Iterable[str], ids
     finally:
         if back is not None:
             back()
-    return [_logits_of_kept(output, *cut.tokens) for output in answer] if cut.tokens else answer
-
-
-def _logits_of_kept(output: Tensor, kept: Indices, size: int) -> Tensor:
-    """Returns logits of the tokens that remain; other outputs as they are."""
-    return output[..., torch.from_numpy(kept)] if output.dim() and output.shape[-1] == size else output
+    if cut.tokens is not None:  # of the logits, those of the tokens that remain
+        kept, size = cut.tokens
+        answer = [o[..., torch.from_numpy(kept)] if o.dim() and o.shape[-1] == size else o for o in answer]
+    return answer
 
 
 @torch.no_grad()

@@ -8,6 +8,10 @@ from kit.families import llama, tokens
 HALF = Change(lambda w: w[: len(w) // 2], lambda _, v: v[: len(v) // 2])
 
 
+def replace_parameters(model, changes, optimizers=()):
+    update_optimizers(change_values(model, changes), optimizers)
+
+
 def trained(optimizer_class=torch.optim.AdamW):
     model = llama(tie_word_embeddings=True).train()
     optimizer = optimizer_class(model.parameters(), lr=1e-2)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.engine.state import evaluating, full_precision
-from billhook.engine.trees import tree_map_only
+from billhook.engine.trees import tree_leaves, tree_map_only
 from billhook.model.config_fields import configs_of, nested_configs, text_config
 
 
@@ -175,8 +175,8 @@ def run_outputs(model: PreTrainedModel, ids: Mapping[str, Tensor] = {}, layers: 
         for layer in sorted(layers):
             hook = model.get_submodule(layer).register_forward_hook(lambda *call: outputs.append(call[-1]))
             hooks.callback(hook.remove)
-        outputs += model(**{**small_inputs(model), **ids}, return_dict=True).values()
-    return _real(outputs)
+        output = model(**{**small_inputs(model), **ids})
+    return _real([*outputs, *(output.values() if isinstance(output, Mapping) else tree_leaves(output))])
 
 
 @torch.no_grad()

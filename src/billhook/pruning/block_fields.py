@@ -106,12 +106,15 @@ class _Finder:
         """Returns the fewest fields that give the number of blocks, or the first side effect."""
         left = {stack: count - len(self.removed.get(stack, ())) for stack, count in self.stacks.items()}
         counts = dict.fromkeys((self.stacks[stack], left[stack]) for stack in self.removed)
+        stages = {int(part): stack for stack in self.stacks for part in stack.split(".") if part.isdigit()}
         options: list[tuple[str, Any]] = []
         for name, value in self.fields.items():
             if _is_number(value):
                 options += [(name, after) for before, after in counts if before == value]
-            elif isinstance(value, list | tuple) and list(value) == list(self.stacks.values()):  # the depths of stages
-                options.append((name, type(value)(left.values())))
+            elif isinstance(value, list | tuple) and 0 <= max(stages, default=-1) < len(value):  # the depths of stages
+                depths = [left[stages[stage]] if stage in stages else depth for stage, depth in enumerate(value)]
+                fits = all(value[stage] == self.stacks[stack] for stage, stack in stages.items())
+                options += [(name, type(value)(depths))] if fits else []
         reason = ""
         for number in range(TOGETHER + 1):
             if number == 2:  # pairs are many

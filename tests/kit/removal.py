@@ -104,7 +104,7 @@ class TestNothingIsHalfDone:
 
     CHOSEN = {"llama": {0: [0, 1], 1: [2, 3]}, "gpt2": {1: [0]}}
 
-    @pytest.mark.parametrize(("where", "call"), [("change_values", 1), ("set_shape", 1), ("set_fields", 1), ("_answer", 2)])
+    @pytest.mark.parametrize(("where", "call"), [("change_values", 1), ("set_shape", 1), ("set_fields", 1), ("run_outputs", 2)])
     def test_an_error_in_the_middle(self, where, call, monkeypatch):
         model, optimizer = self.trained(llama())
         before = self.everything(model, optimizer)

@@ -2,10 +2,14 @@ import pytest
 import torch
 from torch import nn
 
-from billhook.model.surgery import Change, replace_parameters
+from billhook.model.surgery import Change, change_values, update_optimizers
 from kit.families import llama, tokens
 
 HALF = Change(lambda w: w[: len(w) // 2], lambda _, v: v[: len(v) // 2])
+
+
+def replace_parameters(model, changes, optimizers=()):
+    update_optimizers(change_values(model, changes), optimizers)
 
 
 def trained(optimizer_class=torch.optim.AdamW):

@@ -499,7 +499,7 @@ class TestTraining:
 class TestNothingIsHalfDone:
     everything, trained = staticmethod(_OfHeads.everything), staticmethod(_OfHeads.trained)
 
-    @pytest.mark.parametrize("where", ["change_values", "set_shape", "set_fields", "_answer"])
+    @pytest.mark.parametrize("where", ["change_values", "set_shape", "set_fields", "run_outputs"])
     @pytest.mark.parametrize(("name", "kinds"), [
         ("llama", {"heads": 0.5, "channels": 0.5, "residual": 0.25}), ("gpt2", {"residual": 0.25}), ("llama", {"channels": 0.25}),
     ])  # fmt: skip
@@ -509,7 +509,7 @@ class TestNothingIsHalfDone:
         before = self.everything(model, optimizer)
         place = surgery if where == "change_values" else removal
         real, calls = getattr(place, where), []
-        last = 2 if where == "_answer" and "residual" not in kinds else 1
+        last = 2 if where == "run_outputs" and "residual" not in kinds else 1
 
         def fails(*args):
             calls.append(args)
@@ -533,7 +533,7 @@ class TestNothingIsHalfDone:
         def fails(*_):
             raise RuntimeError("strange strides\nand more")
 
-        monkeypatch.setattr(removal, "_answer", fails)
+        monkeypatch.setattr(removal, "run_outputs", fails)
         with pytest.raises(
             ValueError, match=r"hidden dimensions cannot be removed from GPT2LMHeadModel: .* \(strange strides\)$"
         ):

@@ -344,6 +344,12 @@ class TestPlan:
         assert bh.pruning.plan_units(model, {2: [0]}, "block").fields == {"depths": (2, 2, 1, 2)}
         assert len(built) < 100
 
+    @pytest.mark.parametrize("name", ["Wav2Vec2ForCTC", "HubertForCTC"])
+    def test_strides_that_equal_the_number_of_blocks_stay(self, name):
+        model = other(name)
+        assert model.config.conv_stride == (2, 2)
+        assert bh.pruning.plan_units(model, [1], "block").fields == {"num_hidden_layers": 1}
+
     def test_a_model_that_then_cannot_generate_is_refused_beforehand(self):
         model = other("GraniteMoeHybridForCausalLM")  # its cache asks the attention layer how long it is
         before = everything(model)

@@ -241,7 +241,12 @@ class CachedShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def once(self, func: OpOverload, args: Any, kwargs: Any) -> Any:  # noqa: ANN401
         """Runs an operation, unless its result is cached."""
         if (repeats := self.repeats.get(func)) is None:
-            repeats = self.repeats[func] = _repeats(func)
+            # the shape of the result depends only on the arguments
+            schema = func._schema
+            plain = not any(part.alias_info for part in (*schema.arguments, *schema.returns))
+            returns_tensor = [str(part.type) for part in schema.returns] == ["Tensor"]
+            random = torch.Tag.nondeterministic_seeded in func.tags or schema.name in ("aten::_to_copy", "aten::empty")
+            repeats = self.repeats[func] = plain and returns_tensor and not random
         key = _key(func, args, kwargs) if repeats else None
         if key is not None and (known := self.results.get(key)) is not None:
             shape, stride, dtype = known
@@ -250,15 +255,6 @@ class CachedShapes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if key is not None and out.is_meta:
             self.results[key] = (out.shape, out.stride(), out.dtype)
         return out
-
-
-def _repeats(func: OpOverload) -> bool:
-    """Returns whether the shape of an operation's result depends only on its arguments."""
-    schema = func._schema
-    plain = not any(part.alias_info for part in (*schema.arguments, *schema.returns))
-    returns_tensor = [str(part.type) for part in schema.returns] == ["Tensor"]
-    random = torch.Tag.nondeterministic_seeded in func.tags
-    return plain and returns_tensor and not random and schema.name not in ("aten::_to_copy", "aten::empty")
 
 
 def _key(func: OpOverload, args: Any, kwargs: Any) -> object:  # noqa: ANN401

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGHTS_INDEX_NAME, WEIGHTS_NAME
 
@@ -106,10 +105,12 @@ def _added(model: PreTrainedModel, missing: list[str]) -> list[str]:
     names: object = model.config.architectures
     name, prefix = names[0] if isinstance(names, list) and names else None, f"{model.base_model_prefix}."
     base, outside, poolers = model.base_model, set[str](), set[str]()
+    builds = [vars(kind).get("__init__") for kind in type(base).__mro__]
+    may_lack_pooler = any(build is not None and "add_pooling_layer" in signature(build).parameters for build in builds)
     for key in missing:
         if base is not model and not key.startswith(prefix):
             outside.add(key)
-        if key.removeprefix(prefix).startswith("pooler.") and _may_lack_pooler(base):
+        if key.removeprefix(prefix).startswith("pooler.") and may_lack_pooler:
             poolers.add(key)
     saved: PreTrainedModel | None = model
     if name != type(model).__name__:
@@ -124,9 +125,3 @@ def _added(model: PreTrainedModel, missing: list[str]) -> list[str]:
     in_saved = set() if saved.base_model is saved else poolers & names
     in_saved |= {key for key in outside if names & {key, prefix + key}}
     return sorted((outside | poolers) - in_saved)
-
-
-def _may_lack_pooler(base: nn.Module) -> bool:
-    """Returns whether the base class can be built without a pooler."""
-    builds = [vars(kind).get("__init__") for kind in type(base).__mro__]
-    return any(build is not None and "add_pooling_layer" in signature(build).parameters for build in builds)

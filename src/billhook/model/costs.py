@@ -76,13 +76,10 @@ def kv_cache_bytes(model: PreTrainedModel) -> int | None:
 
     It is the growth by a second token: fixed-size states are excluded, and sliding windows included.
     """
-    return cached(partial(_cache_on_meta, model), model, "kv_cache_bytes")
-
-
-def _cache_on_meta(model: PreTrainedModel) -> int | None:
     if model.main_input_name != "input_ids":
         return None
-    return _on_meta(model, lambda meta_model: _forward(meta_model, 2) - _forward(meta_model, 1) or None)
+    grown = partial(_on_meta, model, lambda meta_model: _forward(meta_model, 2) - _forward(meta_model, 1) or None)
+    return cached(grown, model, "kv_cache_bytes")
 
 
 def _flops_on_meta(model: PreTrainedModel, context: int) -> int | None:
@@ -138,12 +135,7 @@ def _forward(meta_model: PreTrainedModel, length: int) -> int:
             inputs["decoder_attention_mask"] = torch.zeros(1, 1, length, length, dtype=meta_model.dtype, device="meta")
     if hasattr(meta_model.config.get_text_config(decoder=True), "use_cache"):
         inputs["use_cache"] = True
-    return sum(tensor.nbytes for tensor in _cached(meta_model(**inputs)))
-
-
-def _cached(output: Any) -> list[Tensor]:  # noqa: ANN401 - a ModelOutput whose class depends on the model
-    """Returns the tensors of a decoder's KV cache, without encoder states."""
-    fields = dict(output.items())  # attribute access on an old name would log a deprecation
+    fields = dict(meta_model(**inputs).items())  # attribute access on an old name would log a deprecation
     cache = fields.get("cache", fields.get("past_key_values"))
-    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", [])
-    return list({id(t): t for layer in layers for t in vars(layer).values() if isinstance(t, Tensor)}.values())
+    layers = getattr(getattr(cache, "self_attention_cache", cache), "layers", [])  # without encoder states
+    return sum({id(t): t.nbytes for layer in layers for t in vars(layer).values() if isinstance(t, Tensor)}.values())

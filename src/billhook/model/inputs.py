@@ -1,7 +1,8 @@
 """Small example inputs for a forward pass, and outputs for comparing two computations."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.engine.state import evaluating, full_precision
-from billhook.engine.trees import tree_map_only
+from billhook.engine.trees import tree_leaves, tree_map_only
 from billhook.model.config_fields import configs_of, nested_configs, text_config
 
 
@@ -164,10 +165,18 @@ def small_inputs(model: nn.Module, batch: int = 2, length: int = 7) -> dict[str,
 
 
 @torch.no_grad()
-def run_outputs(model: PreTrainedModel) -> list[Tensor]:
-    """Returns the floating-point outputs of a model: float64, on the CPU."""
-    with full_precision(), evaluating(model):
-        return _real(model(**small_inputs(model), return_dict=True))
+def run_outputs(model: PreTrainedModel, ids: Mapping[str, Tensor] = {}, layers: Iterable[str] = ()) -> list[Tensor]:
+    """Returns the floating-point outputs of layers and of a model: float64, on the CPU.
+
+    Inputs are random, except for these token ids.
+    """
+    outputs: list[Any] = []
+    with ExitStack() as hooks, full_precision(), evaluating(model):
+        for layer in sorted(layers):
+            hook = model.get_submodule(layer).register_forward_hook(lambda *call: outputs.append(call[-1]))
+            hooks.callback(hook.remove)
+        output = model(**{**small_inputs(model), **ids})
+    return _real([*outputs, *(output.values() if isinstance(output, Mapping) else tree_leaves(output))])
 
 
 @torch.no_grad()
@@ -181,19 +190,19 @@ def cached_outputs(model: PreTrainedModel) -> tuple[list[Tensor], Exception | No
             for config in configs:
                 config.use_cache = True
             output = model(**inputs, return_dict=True)
-            numbers += _real(output)
+            numbers += _real(output.values())
             ids = next(filter(inputs.__contains__, ("decoder_input_ids", "input_ids")), None)
             cache = next((name for name in ("cache", "past_key_values") if output.get(name) is not None), None)
             if ids is not None and cache is not None:
                 inputs |= {ids: inputs[ids][:, -1:], cache: output[cache]}
-                numbers += _real(model(**inputs, return_dict=True))
+                numbers += _real(model(**inputs, return_dict=True).values())
     except Exception as error:  # any error of a model
         return numbers, error
     return numbers, None
 
 
-def _real(output: Any) -> list[Tensor]:  # noqa: ANN401 - a dictionary of anything
-    values = [value for value in output.values() if isinstance(value, Tensor) and value.is_floating_point()]
+def _real(outputs: Iterable[object]) -> list[Tensor]:
+    values = [value for value in outputs if isinstance(value, Tensor) and value.is_floating_point()]
     return [value.cpu().double() for value in values]
 
 
@@ -201,7 +210,13 @@ def outputs_match(expected: Sequence[Tensor], other: Sequence[Tensor], tolerance
     """Returns whether outputs are equal up to rounding."""
     if len(expected) != len(other):
         return False
-    return all(a.shape == b.shape and _near(a, b, tolerance) for a, b in zip(expected, other, strict=True))
+    for a, b in zip(expected, other, strict=True):
+        if a.shape != b.shape:
+            return False
+        same = torch.isclose(a, b, rtol=0, atol=0, equal_nan=True)  # also what is not finite
+        if not torch.where(same, 0, a - b).norm() <= tolerance * a[a.isfinite()].norm():
+            return False
+    return True
 
 
 def tolerance(model: PreTrainedModel) -> float:
@@ -210,8 +225,3 @@ def tolerance(model: PreTrainedModel) -> float:
     It is at least that of float32, in which parts of most models run.
     """
     return min(1000 * max(torch.finfo(dtype).eps for dtype in (model.dtype, torch.float32)), 0.05)
-
-
-def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    same = torch.isclose(a, b, rtol=0, atol=0, equal_nan=True)  # also what is not finite
-    return bool(torch.where(same, 0, a - b).norm() <= tolerance * a[a.isfinite()].norm())

@@ -103,13 +103,6 @@ def longrope(model: nn.Module, frequencies: Tensor, scaling: float = 1.0) -> dic
     }
 
 
-def frequencies_of(parameters: RopeParameters) -> Tensor:
-    """Returns the frequencies that `longrope` states: radians per token, `[d / 2]`, float64."""
-    factors = torch.tensor(parameters["short_factor"], dtype=torch.float64)
-    usual = parameters["rope_theta"] ** (-torch.arange(len(factors), dtype=torch.float64) / len(factors))
-    return torch.where(factors < POSITIONLESS, usual / factors, 0.0)
-
-
 @contextmanager
 def rotating(model: nn.Module, parameters: RopeParameters | None) -> Iterator[None]:
     """Computes with other rotary parameters in a `with` block; None changes nothing."""

@@ -111,15 +111,6 @@ UpdateOptimizers = Callable[[Iterable[Optimizer]], None]
 """Updates optimizers after a change. It cannot be undone, so it comes last."""
 
 
-def replace_parameters(model: nn.Module, changes: Mapping[str, Change], optimizers: Optimizer | Iterable[Optimizer] = ()) -> None:
-    """Replaces parameters by name in the model, param groups, optimizer state, and gradients.
-
-    An error, such as for new values that are not finite, leaves model and optimizers unchanged. The order in param groups stays,
-    so optimizer state in a checkpoint still matches. A tied parameter changes under all of its names.
-    """
-    update_optimizers(change_values(model, changes), [optimizers] if isinstance(optimizers, Optimizer) else optimizers)
-
-
 @torch.no_grad()
 def change_values(model: nn.Module, changes: Mapping[str, Change], keep_on_device: bool = False) -> list[Swap]:
     """Replaces parameters by name in the model. `update_optimizers` then updates optimizers.

@@ -3,16 +3,15 @@
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.arguments import check_fraction, check_int, check_one_of, check_types, percentage_hint
 from billhook.units.units import PLURAL, Per, UnitKind, Units
 
+KERNEL_BYTES = 16  # torch's grouped kernel of experts reads rows in pieces of this size
 RoundTo = int | Literal["auto"]
 MULTIPLES = (256, 128, 64, 32)
 """Preferred divisors of a row's length, best first.
@@ -203,23 +202,9 @@ def kernel_multiple(model: nn.Module, units: Units) -> int:
     for member in units.members:
         module, weight = model.get_submodule(member.name.rpartition(".")[0]), model.get_parameter(member.name)
         if weight.dim() == 3 and {"has_gate", "is_transposed"} <= vars(module).keys():
-            step = max(_kernel_bytes() // weight.element_size(), 1)
+            step = KERNEL_BYTES // weight.element_size()
             grouped = model.get_correct_experts_implementation(None) == "grouped_mm"
             return step if grouped and not units.count() % step else 1
-    return 1
-
-
-@cache
-def _kernel_bytes() -> int:
-    """Probes torch's grouped kernel on meta tensors for its row alignment in bytes."""
-    for width in range(1, 65):
-        rows, weights = (torch.empty(*size, width, dtype=torch.bfloat16, device="meta") for size in ((2,), (2, 64)))
-        try:
-            ends = torch.empty(2, dtype=torch.int32, device="meta")
-            torch.nn.functional.grouped_mm(rows, weights.transpose(-2, -1), offs=ends)
-        except RuntimeError:
-            continue
-        return 2 * width
     return 1
 
 

@@ -13,7 +13,6 @@ from billhook.model.config_fields import Fields, build_on_meta, fields_of, read_
 from billhook.units.blocks import block_of
 from billhook.units.fields import TOGETHER
 
-STAGES = 6  # most numbers in one field that may all change
 BlockNumbers = dict[str, tuple[int, int]]
 """Integer attributes by new name: values before and after."""
 
@@ -105,8 +104,17 @@ class _Finder:
 
     def counts(self, lists: Fields) -> tuple[list[Fields], str]:
         """Returns the fewest fields that give the number of blocks, or the first side effect."""
-        fewer = list(dict.fromkeys((self.stacks[stack], len(removed)) for stack, removed in self.removed.items()))
-        options = [(name, lower) for name, value in self.fields.items() for lower in _lowered(value, fewer, len(self.removed))]
+        left = {stack: count - len(self.removed.get(stack, ())) for stack, count in self.stacks.items()}
+        counts = dict.fromkeys((self.stacks[stack], left[stack]) for stack in self.removed)
+        stages = {int(part): stack for stack in self.stacks for part in stack.split(".") if part.isdigit()}
+        options: list[tuple[str, Any]] = []
+        for name, value in self.fields.items():
+            if _is_number(value):
+                options += [(name, after) for before, after in counts if before == value]
+            elif isinstance(value, list | tuple) and 0 <= max(stages, default=-1) < len(value):  # the depths of stages
+                depths = [left[stages[stage]] if stage in stages else depth for stage, depth in enumerate(value)]
+                fits = all(value[stage] == self.stacks[stack] for stage, stack in stages.items())
+                options += [(name, type(value)(depths))] if fits else []
         reason = ""
         for number in range(TOGETHER + 1):
             if number == 2:  # pairs are many
@@ -204,32 +212,6 @@ def _as_built(meta_model: PreTrainedModel) -> Built:
                 if plain and not attribute.startswith("_") and attribute != "training":
                     attributes[f"{name}.{attribute}"] = value
     return Built({name: tuple(tensor.shape) for name, tensor in meta_model.state_dict().items()}, attributes)
-
-
-def _lowered(value: Any, fewer: Sequence[tuple[int, int]], stacks: int) -> list[Any]:  # noqa: ANN401 - any field of a config
-    """Returns values lowered by the removed blocks; in a list, at most a change per stack.
-
-    >>> _lowered([2, 2, 6], [(2, 1)], 2)
-    [[1, 1, 6], [1, 2, 6], [2, 1, 6]]
-    """
-    if _is_number(value):
-        return [value - by for count, by in fewer if count == value]
-    if not isinstance(value, list | tuple) or not all(map(_is_number, value)):
-        return []
-    changes = []  # by entry that may change: its position, and the new numbers
-    for at, number in enumerate(value):
-        options = [(at, number - by) for count, by in fewer if count == number]
-        if options:
-            changes.append(options)
-    values = []
-    for num_changed in range(min(stacks, len(changes)) if len(changes) <= STAGES else 1, 0, -1):
-        for entries in itertools.combinations(changes, num_changed):
-            for new in itertools.product(*entries):
-                numbers = list(value)
-                for at, number in new:
-                    numbers[at] = number
-                values.append(type(value)(numbers))
-    return values
 
 
 def _count(built: Built, stack: str) -> int:

@@ -276,7 +276,12 @@ def _choose_kind(
     ends = (amount.first, amount.last) if kind == "block" else (0, 0)
     take = partial(choose, scores=scores, min_units=amount.min_units, per=per, ends=ends, name=name)
     num_first = {layer: first.get(layer, of_layer.count(per)) for layer, of_layer in layers.items()}
-    parts = _parts_left(layers, ratio, num_first, per, amount.ranking) if name in amount.ratios else {ratio: list(layers)}
+    parts: dict[float, list[str]] = {}  # modules by the fraction of their remaining units to remove
+    for names in [list(layers)] if amount.ranking == "global" else [[layer] for layer in layers]:
+        total, now = sum(num_first[layer] for layer in names), sum(layers[layer].count(per) for layer in names)
+        unchanged = total == now or name not in amount.ratios
+        part = ratio if unchanged else max(0.0, ratio * total - (total - now)) / now
+        parts.setdefault(part, []).extend(names)
     chosen: dict[str, list[int]] = {}
     for part, names in parts.items():
         chosen |= take(_subset(layers, names), ratio=part, ranking=amount.ranking)
@@ -293,18 +298,6 @@ def _choose_kind(
 
 def _subset(units: Mapping[str, Units], names: Iterable[str]) -> dict[str, Units]:
     return {name: units[name] for name in names}
-
-
-def _parts_left(
-    layers: Mapping[str, Units], ratio: float, num_first: Mapping[str, int], per: Per, ranking: Ranking
-) -> dict[float, list[str]]:
-    """Groups modules by the fraction of their remaining units to remove."""
-    parts: dict[float, list[str]] = {}
-    for names in [tuple(layers)] if ranking == "global" else zip(layers, strict=True):
-        first, num_now = sum(num_first[name] for name in names), sum(layers[name].count(per) for name in names)
-        part = ratio if first == num_now else max(0.0, ratio * first - (first - num_now)) / num_now
-        parts.setdefault(part, []).extend(names)
-    return parts
 
 
 def _rounded(units: Units, num_kept: int, num_first: int, step: int, per: Per, amount: Amount, at_most: bool) -> int:

@@ -76,8 +76,8 @@ class UnitPlan(Cut, ShapePlan):
         if not all(part in plain for part in parts):
             raise ValueError(f"plan must be a mapping with {', '.join(parts)}. Pass the output of to_json.")
         for part in parts[1:]:
-            is_legal = _is_kind if part == "kinds" else _is_list
-            if not isinstance(plain[part], Mapping) or not all(map(is_legal, plain[part].values())):
+            values = plain[part].values() if isinstance(plain[part], Mapping) else [None]
+            if not all(value in get_args(UnitKind) if part == "kinds" else _is_list(value) for value in values):
                 raise ValueError(f"plan: {part}={str(plain[part])[:80]!r} is malformed. Pass the output of to_json.")
         before = {name: tuple(numbers) for name, numbers in plain["before"].items()}
         rows = row_lengths_from_json(plain.get("rows", []))
@@ -137,7 +137,13 @@ class UnitPlan(Cut, ShapePlan):
                 where = f" in each of {len(names)}{numbers}"
             rows.append((layer, f"{change}{where}"))
         first, *costs = self._costs()
-        notes = [Padding.indent(Text(line), 2) for line in (*costs, *self._notes())]
+        kv_heads = set()
+        for name in self.units:
+            if self.kinds[name] == "head" and self.after[name][1] < self.before[name][1]:
+                kv_heads.add(self.after[name][1])
+        uneven = sorted(number for number in kv_heads if not divides_among_devices(number))
+        lines = [*costs, *map(str, self.rows), *map(uneven_devices_note, uneven)]
+        notes = [Padding.indent(Text(line), 2) for line in lines]
         return [first, *notes[: len(costs)], text_table(rows, aligns="<", indent=2), *notes[len(costs) :]]
 
     def _change(self, name: str) -> str:
@@ -166,22 +172,9 @@ class UnitPlan(Cut, ShapePlan):
         ]
         return [f"{self.model}: {lines[0]}", *lines[1:]]
 
-    def _notes(self) -> list[str]:
-        """Describes uneven row lengths and numbers of KV heads."""
-        numbers = set()
-        for name in self.units:
-            if self.kinds[name] == "head" and self.after[name][1] < self.before[name][1]:
-                numbers.add(self.after[name][1])
-        uneven = sorted(number for number in numbers if not divides_among_devices(number))
-        return [*map(str, self.rows), *map(uneven_devices_note, uneven)]
-
 
 def _as_lists(numbers_of: Mapping[str, Collection[int]]) -> dict[str, list[int]]:
     return {name: list(numbers) for name, numbers in numbers_of.items()}
-
-
-def _is_kind(value: object) -> bool:
-    return value in get_args(UnitKind)
 
 
 def _is_list(value: object) -> bool:

@@ -2,10 +2,9 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,13 +12,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.engine.state import evaluating, full_precision
 from billhook.engine.store import store_of
-from billhook.engine.trees import tree_leaves
 from billhook.linalg import Indices, in_float64
 from billhook.model.config_fields import Fields, build_on_meta, set_fields
 from billhook.model.constants import set_constants
-from billhook.model.inputs import outputs_match, small_inputs, tolerance
+from billhook.model.inputs import outputs_match, run_outputs, small_inputs, tolerance
 from billhook.model.meta import to_meta
 from billhook.model.preprocessors import LOST_TOKENS, vocabulary_fingerprint
 from billhook.model.shape import Shape, changed_constants, record_shape, set_shape, shape_beyond_config, shape_of
@@ -49,12 +46,17 @@ def remove(model: PreTrainedModel, cut: Cut, key: Callable[[], str] = str) -> li
     """
     if not cut.units:
         return []
-    _check_ungated(model, cut)
     _check_tokens(model, cut)
-    readers = set()
+    readers = set()  # consumer layers that do not lose output rows, too
     for layer in cut.all_units.values():
-        if layer.kind in ("head", "channel"):
-            readers |= {reader for reader in layer.readers if not _makes_units(model, reader, cut)}
+        for reader in layer.readers:
+            module = model.get_submodule(reader)
+            if any(isinstance(hook, Gate) for hook in module._forward_pre_hooks.values()):
+                raise ValueError(f"units: {reader} has a mask or gates. Remove them first with mask.remove().")
+            dim = 1 if isinstance(module, Conv1D) else 0
+            rows = {(f"{reader}.weight", dim), (f"{reader}.base_layer.weight", dim)}
+            if layer.kind in ("head", "channel") and cut.cuts.keys().isdisjoint(rows):
+                readers.add(reader)
     computes = model.device.type != "meta"
     ids = _drawn_ids(model, cut) if computes else _Ids()
     masked = _masked_answer(model, cut, readers, ids) if computes else None
@@ -119,18 +121,6 @@ def try_removal(model: PreTrainedModel, cut: Cut) -> PreTrainedModel:
 def _unit_names(cut: Cut) -> str:
     """Returns the kinds of units to remove, in words."""
     return " or ".join(dict.fromkeys(PLURAL[cut.kinds[name]] for name in cut.units))
-
-
-def _check_ungated(model: PreTrainedModel, cut: Cut) -> None:
-    for name in {reader for layer in cut.all_units.values() for reader in layer.readers}:
-        if any(isinstance(hook, Gate) for hook in model.get_submodule(name)._forward_pre_hooks.values()):
-            raise ValueError(f"units: {name} has a mask or gates. Remove them first with mask.remove().")
-
-
-def _makes_units(model: nn.Module, reader: str, cut: Cut) -> bool:
-    """Returns whether a consumer layer also loses output rows."""
-    dim = 1 if isinstance(model.get_submodule(reader), Conv1D) else 0
-    return not cut.cuts.keys().isdisjoint({(f"{reader}.weight", dim), (f"{reader}.base_layer.weight", dim)})
 
 
 def _cut_tensors(model: PreTrainedModel, cut: Cut, shape: Shape, key: Callable[[], str]) -> list[Swap]:
@@ -241,12 +231,10 @@ def _masked_answer(model: PreTrainedModel, cut: Cut, readers: Iterable[str], ids
     finally:
         if back is not None:
             back()
-    return [_logits_of_kept(output, *cut.tokens) for output in answer] if cut.tokens else answer
-
-
-def _logits_of_kept(output: Tensor, kept: Indices, size: int) -> Tensor:
-    """Returns logits of the tokens that remain; other outputs as they are."""
-    return output[..., torch.from_numpy(kept)] if output.dim() and output.shape[-1] == size else output
+    if cut.tokens is not None:  # of the logits, those of the tokens that remain
+        kept, size = cut.tokens
+        answer = [o[..., torch.from_numpy(kept)] if o.dim() and o.shape[-1] == size else o for o in answer]
+    return answer
 
 
 @torch.no_grad()
@@ -276,7 +264,7 @@ def _zeroed_answer(
         with store.altered(zero):
             for weight, dim, positions in columns:
                 weight.index_fill_(dim, positions, 0)
-            return _answer(model, readers, ids)
+            return run_outputs(model, ids, readers)
     finally:
         # reversed, because two units may share columns
         for (weight, dim, positions), old in reversed(list(zip(columns, values, strict=True))):
@@ -287,25 +275,9 @@ def _parameter_ids(modules: Iterable[nn.Module]) -> set[int]:
     return {id(parameter) for module in modules for parameter in module.parameters()}
 
 
-@torch.no_grad()
-def _answer(model: PreTrainedModel, readers: Iterable[str], ids: Mapping[str, Tensor]) -> list[Tensor]:
-    """Returns the outputs of the consumer layers and of the model for small inputs.
-
-    They are random, except for these token ids.
-    """
-    outputs: list[Any] = []
-    with ExitStack() as hooks, full_precision(), evaluating(model):
-        for reader in sorted(readers):
-            hook = model.get_submodule(reader).register_forward_hook(lambda *call: outputs.append(call[-1]))
-            hooks.callback(hook.remove)
-        outputs.append(model(**{**small_inputs(model), **ids}))
-    values = [value for value in tree_leaves(outputs) if isinstance(value, Tensor) and value.is_floating_point()]
-    return [value.detach().cpu().double() for value in values]
-
-
 def _answer_or_differ(model: PreTrainedModel, readers: Iterable[str], ids: Mapping[str, Tensor]) -> list[Tensor]:
     try:
-        return _answer(model, readers, ids)
+        return run_outputs(model, ids, readers)
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # such as a kernel with an alignment

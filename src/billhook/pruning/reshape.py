@@ -34,7 +34,10 @@ Sizes = dict[str, tuple[int, ...]]
 
 def candidate_shapes(model: PreTrainedModel, cut: Cut) -> Iterator[tuple[Shape, Fields]]:
     """Yields possible shapes, the likeliest first: as the class builds it, then by trial."""
-    shape_before, built_before, tensors = shape_of(model), _build_shape(model, {}), _sizes_then(model, cut)
+    shape_before, built_before = shape_of(model), _build_shape(model, {})
+    first = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    state = model.state_dict(keep_vars=True)  # tied names included
+    tensors = {name: size_after(cut.cuts, first.get(id(tensor), name), tensor.shape) for name, tensor in state.items()}
     yield from _built(model, cut, built_before, shape_before, tensors)
     eager = all(
         built_before.attributes.get(name) == value
@@ -87,13 +90,6 @@ def _build_shape(model: PreTrainedModel, fields: Fields) -> Shape:
     config = with_fields(model.config, fields)
     read_back(config)  # raises if the config class does not allow the values
     return built_shape(type(model), config)
-
-
-def _sizes_then(model: PreTrainedModel, cut: Cut) -> Sizes:
-    """Returns the sizes of all tensors after the cut, tied names included."""
-    first = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    state = model.state_dict(keep_vars=True)
-    return {name: size_after(cut.cuts, first.get(id(tensor), name), tensor.shape) for name, tensor in state.items()}
 
 
 def _kinds(cut: Cut) -> list[UnitKind]:

@@ -59,7 +59,7 @@ class Structure(Printable, StructureFields):
         return render(*show.table(self, groups))
 
 
-def build_structure(model: nn.Module, tape: Tape, outside: Mapping[str, tuple[int, ...]] | None = None) -> Structure:
+def build_structure(model: nn.Module, tape: Tape, outside: Mapping[str, tuple[int, ...]]) -> Structure:
     """Builds the structure of a traced model.
 
     `outside` has shapes of parameters outside the model that may belong to its groups.
@@ -87,8 +87,7 @@ def build_structure(model: nn.Module, tape: Tape, outside: Mapping[str, tuple[in
         reasons = [flags.get("opaque"), data, NEVER.get(group.kind), *(flags.get(flag) for flag in ("fixed", "const", "output"))]
         group.reason = next((reason for reason in reasons if reason), "")
         measure_units(group, axes, sizes)
-    exclude_untouched(groups, untouched)
-    exclude_outside(groups, outside or {})
+    exclude_unseen(groups, untouched, outside)
     find_contexts(groups, axes)
     find_idle(groups, attention, axes)
     return Structure(
@@ -222,18 +221,16 @@ def find_contexts(groups: Sequence[Group], axes: Mapping[str, Sequence[Axis]]) -
         group.context = tuple(sorted(numbers[leaf] for leaf in shared or () if leaf in numbers and leaf is not group.leaf))
 
 
-def exclude_untouched(groups: Sequence[Group], untouched: Mapping[str, tuple[int, ...]]) -> None:
-    """Marks groups as not prunable if an unused parameter of the same size may belong to them."""
+def exclude_unseen(
+    groups: Sequence[Group], untouched: Mapping[str, tuple[int, ...]], outside: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Marks groups as not prunable if a parameter of the same size that was not traced may belong to them."""
     for group in groups:
-        plain = any(member.axis is group.leaf for member in group.members)
-        name = next((name for name, shape in untouched.items() if group.size in shape), None)
-        if plain and name is not None and not group.reason:
-            group.reason = f"{name}, which the run never used, may have it too; pass example_inputs that make use of it"
-
-
-def exclude_outside(groups: Sequence[Group], outside: Mapping[str, tuple[int, ...]]) -> None:
-    """Marks hidden dimensions as not prunable if a parameter outside the model may share them."""
-    for group in groups:
-        name = next((name for name, shape in outside.items() if group.size in shape), None)
-        if group.kind == "residual" and name is not None and not group.reason:
-            group.reason = f"{name}, outside of the model that was traced, may have it too; pass example_inputs for the whole"
+        unused = next((name for name, shape in untouched.items() if group.size in shape), None)
+        other = next((name for name, shape in outside.items() if group.size in shape), None)
+        if group.reason:
+            continue
+        if unused is not None and any(member.axis is group.leaf for member in group.members):
+            group.reason = f"{unused}, which the run never used, may have it too; pass example_inputs that make use of it"
+        elif other is not None and group.kind == "residual":
+            group.reason = f"{other}, outside of the model that was traced, may have it too; pass example_inputs for the whole"

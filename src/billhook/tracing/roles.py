@@ -32,7 +32,12 @@ class Part:
     size: int
 
     def __repr__(self) -> str:
-        return self.name if len(self.positions) == self.size else f"{self.name}[{_ranges(self.positions)} of {self.size}]"
+        if len(self.positions) == self.size:
+            return self.name
+        every = consecutive_ranges(self.positions)
+        ranges = [f"{first}-{last}" if first != last else f"{first}" for first, last in every[:3]]
+        more = f", ... ({len(every)} stretches)" if len(every) > 3 else ""
+        return f"{self.name}[{', '.join(ranges)}{more} of {self.size}]"
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -104,14 +109,10 @@ def find_attention(tape: Tape, groups: Sequence[Group]) -> list[Attention]:
         values = _find_values(scores, contractions[i + 1 : i + 1 + NEAR])
         if values is not None:
             layer = _attention_of(tape, scores, *values, by_leaf)
-            rows = tuple(map(_key_of, (*layer.q, *layer.k, *layer.v)))
+            rows = tuple((part.name, part.dim, len(part.positions)) for part in (*layer.q, *layer.k, *layer.v))
             if layer.q and layer.k and layer.v and layer.o:
                 layers.setdefault(rows, layer)
     return list(layers.values())
-
-
-def _key_of(part: Part) -> tuple[str, int, int]:
-    return part.name, part.dim, len(part.positions)
 
 
 def _find_values(scores: ActivationProduct, later: Iterable[ActivationProduct]) -> tuple[Sources, list[Axis]] | None:
@@ -136,27 +137,20 @@ def _attention_of(
     value = tuple(leaf for leaf in _units(axes[-2:]) if leaf not in heads)
     producers = set(map(attrgetter("name"), (*q, *k, *v)))
     over = tuple(_units([scores.over])) if scores.over is not None else ()
-    return Attention(q, k, v, _readers(by_leaf, value, heads, producers), heads, over, value)
-
-
-def _units(axes: Iterable[Axis]) -> list[Axis]:
-    return [leaf for axis in axes for leaf in leaves(axis) if leaf.size > 1 and "data" not in leaf.notes]
-
-
-def _readers(
-    by_leaf: Mapping[Axis, Group], value: Iterable[Axis], heads: Sequence[Axis], producers: set[str]
-) -> tuple[Part, ...]:
-    """Returns the parameters that consume a value axis of these heads."""
-    readers = {}
+    readers = {}  # parameters that consume a value axis of these heads
     for leaf in filter(by_leaf.__contains__, value):
         for member in by_leaf[leaf].members:
             has_heads = not heads or not set(heads).isdisjoint(leaves(member.axis))
             if member.reads and member.name not in producers and has_heads:
                 readers[member.name, member.dim] = _whole_dimension(member)
     parents = {name.rsplit(".", 2)[0] for name in producers}
-    neighbors = [part for part in readers.values() if part.name.rsplit(".", 2)[0] in parents]
     # if all layers share a value axis, take the consumers next to the values
-    return tuple(neighbors or readers.values())
+    neighbors = [part for part in readers.values() if part.name.rsplit(".", 2)[0] in parents]
+    return Attention(q, k, v, tuple(neighbors or readers.values()), heads, over, value)
+
+
+def _units(axes: Iterable[Axis]) -> list[Axis]:
+    return [leaf for axis in axes for leaf in leaves(axis) if leaf.size > 1 and "data" not in leaf.notes]
 
 
 def _whole_dimension(member: Member) -> Part:
@@ -200,13 +194,6 @@ def find_feed_forward(tape: Tape, groups: Iterable[Group]) -> list[FeedForward]:
             if producers:
                 layers.append(FeedForward((), tuple(map(_whole_dimension, producers)), down, group.leaf))
     return layers
-
-
-def _ranges(positions: Indices) -> str:
-    """Formats ascending numbers as ranges: 0-47, 96-143."""
-    every = consecutive_ranges(positions)
-    ranges = [f"{first}-{last}" if first != last else f"{first}" for first, last in every[:3]]
-    return ", ".join(ranges) + (f", ... ({len(every)} stretches)" if len(every) > 3 else "")
 
 
 def consecutive_ranges(positions: Indices) -> list[tuple[int, int]]:

@@ -81,11 +81,15 @@ def _notes(structure: StructureFields, groups: Sequence[Group]) -> list[tuple[st
         first = similar[0]
         if first.reason:
             notes.append(("not pruned", f"{kind_name(first)} ({_amount(similar)}, {_where(first, 2)}): {first.reason}"))
-    return [*_roles(structure), *notes, *_warnings(structure)] if len(groups) == len(structure.groups) else notes
-
-
-def _warnings(structure: StructureFields) -> list[tuple[str, str]]:
-    notes = [("tied", f"{alias} is {name}") for alias, name in structure.tied.items()]
+    if len(groups) < len(structure.groups):
+        return notes
+    lines = Counter[tuple[str, str]]()  # similar layers share a line
+    for layer in structure.attention:
+        lines["attention", _role_line(layer.roles)] += 1
+    for mlp in structure.feed_forward:
+        lines["MLP", _role_line(mlp.roles)] += 1
+    notes = [*((label, f"{line} ({times}x)") for (label, line), times in lines.items()), *notes]
+    notes += [("tied", f"{alias} is {name}") for alias, name in structure.tied.items()]
     if structure.untouched:
         notes.append(("never used", _some(structure.untouched)))
     for label, counts in (("opaque", structure.opaque), ("assumed", structure.assumed)):
@@ -140,16 +144,6 @@ def _endings(names: Sequence[str]) -> list[str]:
             length += 1
         ends.append(".".join(name[-length:]))
     return ends
-
-
-def _roles(structure: StructureFields) -> list[tuple[str, str]]:
-    """Formats attention and MLP roles, similar layers on the same line."""
-    lines = Counter[tuple[str, str]]()
-    for layer in structure.attention:
-        lines["attention", _role_line(layer.roles)] += 1
-    for mlp in structure.feed_forward:
-        lines["MLP", _role_line(mlp.roles)] += 1
-    return [(label, f"{line} ({times}x)") for (label, line), times in lines.items()]
 
 
 def _role_line(roles: dict[str, tuple[Part, ...]]) -> str:

@@ -34,10 +34,6 @@ class Rows:
     exact: bool = False
     more: tuple[Tensor, ...] = ()
 
-    def as_set(self) -> "Rows":
-        """Returns the same rows as a set."""
-        return Rows(self.positions, more=self.more) if self.exact else self
-
     def union(self, other: "Rows") -> "Rows":
         """Returns the union of both rows."""
         if self.positions is None or other.positions is None:
@@ -215,7 +211,7 @@ def record(
 
 def as_sets(sources: Sources) -> Sources:
     """Returns sources whose rows are sets."""
-    return {key: rows.as_set() for key, rows in sources.items()}
+    return {key: Rows(rows.positions, more=rows.more) if rows.exact else rows for key, rows in sources.items()}
 
 
 def merge_sources(into: Sources, more: Sources) -> None:

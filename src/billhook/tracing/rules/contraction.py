@@ -12,7 +12,6 @@ from billhook.tracing.tape import (
     ActivationProduct,
     Note,
     Rows,
-    Sources,
     Tape,
     as_sets,
     axes_of,
@@ -45,7 +44,11 @@ def contract(tape: Tape, out: Tensor, axes: list[Axis], x: Tensor, i: int, y: Te
         weight, dim, kept = (y, j, 2 * y.dim() - 3 - j) if nx.active else (x, i, i - 1)
         for name, d, _ in parameter_rows(tape, weight, dim):
             tape.read(name, d)
-        new.sources, new.bent = _sources(tape, out, weight, kept, out.dim() - (1 if nx.active else 2)), False
+        new.sources, new.bent = {}, False
+        shape = [1] * out.dim()
+        shape[-1 if nx.active else -2] = -1  # the rows lie along this dimension of the result
+        for name, d, rows in parameter_rows(tape, weight, kept):
+            new.sources[name, d] = Rows(None) if rows is None else Rows(rows.view(shape).expand(out.shape), exact=True)
         for name, d in new.sources:
             tape.write(name, d)
 
@@ -69,15 +72,6 @@ def _in_storage(parameter: Tensor, weight: Tensor, dim: int) -> tuple[int, Tenso
             start = weight.storage_offset() // unit % parameter.shape[d]
             return d, start + stride // unit * torch.arange(size, dtype=torch.int32)
     return None
-
-
-def _sources(tape: Tape, out: Tensor, weight: Tensor, kept: int, at: int) -> Sources:
-    """Returns the weight rows that a result comes from, along its dimension `at`."""
-    shape = [out.shape[d] if d == at else 1 for d in range(out.dim())]
-    return {
-        (name, dim): Rows(None) if positions is None else Rows(positions.view(shape).expand(out.shape), exact=True)
-        for name, dim, positions in parameter_rows(tape, weight, kept)
-    }
 
 
 def mm(tape: Tape, out: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - dtype
@@ -220,15 +214,6 @@ def windows(tape: Tape, out: Tensor, x: Tensor, kernel: Sequence[int], *args: An
     record(out, [*axes[:-3], product([axes[-3], *window]), Axis(out.shape[-1], notes=_data(axes[-1]))], [x])
 
 
-def unwindows(tape: Tape, out: Tensor, x: Tensor, image_size: Sequence[int], kernel: Sequence[int], *args: Any) -> None:  # noqa: ANN401
-    """Folds windows back into images (col2im)."""
-    axes = axes_of(x)
-    channels, window = split(axes[-2], out.shape[-3])
-    mark(product(window), "fixed", "the window of col2im")
-    keep_order(axes[-1:], f"its order matters to {tape.op}")
-    record(out, [*axes[:-2], product(channels), *(Axis(n, notes=_data(axes[-1])) for n in image_size)], [x])
-
-
 def unfold(tape: Tape, out: Tensor, x: Tensor, dim: int, size: int, step: int) -> None:
     """Splits a dimension into windows and positions within them."""
     axes, dim = list(axes_of(x)), dim % x.dim()
@@ -276,7 +261,6 @@ RULES: dict[str, Callable[..., None]] = {
     ),
     "convolution": convolution,
     "im2col": windows,
-    "col2im": unwindows,
     "unfold": unfold,
     "glu": glu,
     **dict.fromkeys(("grid_sampler_2d", "grid_sampler_3d", "grid_sampler"), grid_sampler),

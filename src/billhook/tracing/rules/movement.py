@@ -1,6 +1,5 @@
 """Rules of operations that move entries: views, permutations, slices, concatenations."""
 
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from operator import attrgetter
@@ -211,29 +210,11 @@ def reorder(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> No
 
 
 def as_strided(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - sizes, strides, offset
-    """Views memory with other strides, if only the order of data positions changes.
-
-    Leading dimensions with unchanged sizes and strides keep their axes.
-    """
-    axes, old, new = axes_of(x), _sizes_and_strides(x), _sizes_and_strides(out)
-    same = 0
-    while same < min(len(old), len(new)) and old[same] == new[same]:
-        same += 1
-    shift = out.storage_offset() - x.storage_offset()
-    if old == new and shift == 0:
-        record_move(out, axes, x, lambda t: t)
-        return
-    reach = shift
-    for n, stride in new[same:]:
-        reach += (n - 1) * stride
-    if reach >= min((stride for n, stride in old[:same] if n > 1), default=math.inf) or not all(map(is_data, axes[same:])):
+    """Views memory as it is."""
+    strides = [[(n, stride) for n, stride in zip(t.shape, t.stride(), strict=True) if n > 1] for t in (x, out)]
+    if out.shape != x.shape or strides[0] != strides[1] or out.storage_offset() != x.storage_offset():
         raise Irregular("memory is viewed with other strides")
-    record(out, [*axes[:same], *(Axis(n, notes={"data": "rearranged positions"}) for n in out.shape[same:])], [x])
-
-
-def _sizes_and_strides(tensor: Tensor) -> list[tuple[int, int]]:
-    """Returns the size and stride of each dimension; strides of size 1, which vary, are 0."""
-    return [(n, stride if n > 1 else 0) for n, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    record_move(out, axes_of(x), x, lambda t: t)
 
 
 RULES: dict[str, Callable[..., None]] = {

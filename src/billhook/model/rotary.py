@@ -1,8 +1,8 @@
 """Rotary embeddings: their parameters in a config, and runs with other frequencies."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
@@ -108,15 +108,6 @@ def frequencies_of(parameters: RopeParameters) -> Tensor:
     factors = torch.tensor(parameters["short_factor"], dtype=torch.float64)
     usual = parameters["rope_theta"] ** (-torch.arange(len(factors), dtype=torch.float64) / len(factors))
     return torch.where(factors < POSITIONLESS, usual / factors, 0.0)
-
-
-@contextmanager
-def rotating(model: nn.Module, parameters: RopeParameters | None) -> Iterator[None]:
-    """Computes with other rotary parameters in a `with` block; None changes nothing."""
-    with ExitStack() as stack:
-        for module, other in with_rope_parameters(model, parameters or {}).items() if parameters else ():
-            stack.enter_context(overridden(module, forward=other))
-        yield
 
 
 def rotating_with(model: nn.Module, parameters: RopeParameters | None, runs: Sequence[Run]) -> list[Run]:

@@ -21,7 +21,7 @@ from billhook.model.costs import Costs
 from billhook.model.find import find_transformer
 from billhook.model.plan import ShapePlan, Weights, with_weights
 from billhook.model.surgery import UpdateOptimizers, update_optimizers
-from billhook.pruning.amount import RowLength, divides_among_devices, row_lengths_from_json, uneven_devices_note
+from billhook.pruning.amount import divides_among_devices, uneven_devices_note
 from billhook.pruning.cut import Cut, find_cut
 from billhook.pruning.removal import remove
 from billhook.tracing.show import name_pattern
@@ -37,12 +37,12 @@ class UnitPlan(Cut, ShapePlan):
 
     kind: ClassVar[str] = "units"
     costs: tuple[Costs, Costs] | None = None
-    rows: tuple[RowLength, ...] = ()
+    widths: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, cut: Cut, costs: tuple[Costs, Costs] | None = None, rows: tuple[RowLength, ...] = ()) -> Self:
-        """Returns the plan of a cut."""
-        return cls(**vars(cut), costs=costs, rows=rows)
+    def of(cls, cut: Cut, costs: tuple[Costs, Costs] | None = None, widths: tuple[str, ...] = ()) -> Self:
+        """Returns the plan of a cut, with notes on its widths."""
+        return cls(**vars(cut), costs=costs, widths=widths)
 
     @property
     def words(self) -> str:
@@ -67,7 +67,6 @@ class UnitPlan(Cut, ShapePlan):
             "kinds": dict(self.kinds),
             "units": _as_lists(self.units),
             "before": _as_lists(self.before),
-            "rows": [row.to_json() for row in self.rows],
         }
 
     @classmethod
@@ -80,8 +79,7 @@ class UnitPlan(Cut, ShapePlan):
             if not isinstance(plain[part], Mapping) or not all(map(is_legal, plain[part].values())):
                 raise ValueError(f"plan: {part}={str(plain[part])[:80]!r} is malformed. Pass the output of to_json.")
         before = {name: tuple(numbers) for name, numbers in plain["before"].items()}
-        rows = row_lengths_from_json(plain.get("rows", []))
-        return cls.of(_find_again(plain["model"], plain["kinds"], before, plain["units"], find_transformer(model)), rows=rows)
+        return cls.of(_find_again(plain["model"], plain["kinds"], before, plain["units"], find_transformer(model)))
 
     def check_made_for(self, model: nn.Module) -> None:
         """Raises if the plan was made for another model; see `ModelPlan.check_made_for`."""
@@ -167,13 +165,13 @@ class UnitPlan(Cut, ShapePlan):
         return [f"{self.model}: {lines[0]}", *lines[1:]]
 
     def _notes(self) -> list[str]:
-        """Describes uneven row lengths and numbers of KV heads."""
+        """Describes widths and uneven numbers of KV heads."""
         numbers = set()
         for name in self.units:
             if self.kinds[name] == "head" and self.after[name][1] < self.before[name][1]:
                 numbers.add(self.after[name][1])
         uneven = sorted(number for number in numbers if not divides_among_devices(number))
-        return [*map(str, self.rows), *map(uneven_devices_note, uneven)]
+        return [*self.widths, *map(uneven_devices_note, uneven)]
 
 
 def _as_lists(numbers_of: Mapping[str, Collection[int]]) -> dict[str, list[int]]:

@@ -36,9 +36,8 @@ EVENTS = {
     "KV heads, with data": lambda: bh.KVHeadConversion(2, at=1, method="svd", **FEW),
     "blocks": lambda: bh.DepthPruning(2, at=1, **FEW),
     "a smaller model": lambda: shrinks.Shrinking(params=0.8, **SEARCH),
-    "a smaller cache": lambda: shrinks.Shrinking(kv_cache_bytes=0.5, **SEARCH),
 }
-ASIDE = {"channels, repaired": 1, "KV heads, with data": 3, "a smaller cache": 1}
+ASIDE = {"channels, repaired": 1, "KV heads, with data": 3}
 """Of how many weights of WIDTH x WIDTH in each block new values wait, as shards, until tensors are cut."""
 VARIANTS = {"a smaller model": 4}
 """Weights of WIDTH x WIDTH that are whole while a model is measured: two of a block in variants, and what gathers them."""
@@ -62,7 +61,7 @@ SOLVED = "zeros, SparseGPT", "zeros, Refit", "zeros, ALPS", "zeros, matched"
 HEADS, SHARED, HEAD = 4, 2, 32
 """KV heads, how many become one, and how wide each is."""
 OF_HEADS = 2 * 8 * (2 * HEADS // SHARED * (SHARED * HEAD) ** 2 + HEADS * HEAD**2) + 8 * 3 * WIDTH**2
-MOMENTS = {"KV heads, with data": OF_HEADS, "a smaller cache": OF_HEADS}
+MOMENTS = {"KV heads, with data": OF_HEADS}
 MOMENTS |= dict.fromkeys(SOLVED, 4 * 4 * WIDTH**2) | {"zeros, ALPS": 4 * (4 + bh.criteria.ALPS.copies) * WIDTH**2}
 """Bytes of second moments: of the heads of an attention, as sums and as means, and its weights in float64; of what one linear
 reads, or all of a block, and of what is computed of them."""

@@ -291,7 +291,7 @@ def first_within(count: int, cost: Callable[[int], int], limit: int) -> int | No
 
 
 def width_notes(cut: Cut, requested: Mapping[str, int]) -> list[tuple[UnitKind, str]]:
-    """Returns a note on each new width of rows that had at least 256 entries, with the kind of its units.
+    """Returns the unit kind and a note for each new width of rows of at least 256 entries.
 
     Args:
         cut: Cut of the units to remove.

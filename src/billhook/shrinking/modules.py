@@ -142,7 +142,7 @@ def _refusal(search: RatioSearch, modules: Sequence[PrunableModule]) -> str:
 
 
 def _unit_cost(search: RatioSearch, names: Sequence[str], target: str) -> int:
-    """Returns the parameters, or bytes, that the removal of a unit of coupled modules saves; 0 if it is not prunable."""
+    """Returns the cost of a unit of coupled modules; 0 if it is not prunable."""
     try:
         cut = find_cut(search.model, search.structure, search.units, dict.fromkeys(names, [0]), "kv_head")
     except ValueError:  # as under a norm that spans all heads

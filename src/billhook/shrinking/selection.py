@@ -226,7 +226,7 @@ def smallest(
     search: Search,
     seed: int,
 ) -> SearchResult:
-    """Finds the smallest size at which the repaired model meets a perplexity ratio; see `select_for_budget`.
+    """Finds the smallest size at which the repaired model meets a perplexity ratio.
 
     Bisection on assembled variants finds the size to start from. From there, smaller sizes are searched and repaired while they
     are good enough, or else larger ones until one is.

@@ -196,7 +196,7 @@ def uniform_points(space: Space, modules: Sequence[PrunableModule], losses: Loss
 
 
 def single_kind_points(modules: Sequence[PrunableModule], losses: Losses, more: int) -> list[Point]:
-    """Returns the best points of the uniform space without removed blocks that prune a single kind of unit.
+    """Returns the best uniform points that prune a single kind of unit, and no block.
 
     Args:
         modules: The modules.

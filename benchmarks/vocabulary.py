@@ -3,8 +3,8 @@
 `OMP_NUM_THREADS=1 python benchmarks/vocabulary.py MODEL DATA WORK --out vocabulary.md` writes the table; `measured.py` says what
 is in DATA. Tokens are counted in FOLDOC's training text, WikiText-2's validation text, and, unless a row says otherwise, packaged
 text. "tokens first" is what `billhook prune-structure` does. "channels" is `shrink` on the windows of `--texts`. Bits per byte
-are those of the first 12 windows of 512 tokens of each test text, and of Python's own library (the modules of its `asyncio`), which nothing
-has seen, in float32, each as a text, so that every tokenizer has the same. What WORK holds is not measured again.
+are those of the first 12 windows of 512 tokens of each test text, and of Python's own library (the modules of its `asyncio`),
+which nothing has seen, in float32, each as a text, so that every tokenizer has the same. What WORK holds is not measured again.
 """
 
 import argparse

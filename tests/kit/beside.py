@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import billhook as bh
-from billhook.engine.lazy import LazyTensors
-from billhook.shrinking import pooled_consumers, pooling, variants
+from billhook.shrinking.variants import VariantCache
 from kit import prunes, shrinks
 from kit.families import llama
 from kit.fits import trainer
@@ -103,17 +102,15 @@ def size(parameters):
     return sum(one.numel() * one.element_size() for one in parameters)
 
 
-def searched(patch, make=variants.staged):
+def searched(patch, add=VariantCache.add):
     """Bytes of each variant that a search holds, of which ranks have shards; it has second moments of one block at a time."""
     found = []
 
-    def counted(model, weights):
-        found.extend([] if isinstance(weights, LazyTensors) else [size([value]) for value in weights.values()])
-        return make(model, weights)
+    def counted(cache, module, kept, error, weights):
+        found.extend(size([value]) for value in weights.values())
+        add(cache, module, kept, error, weights)
 
-    for module in (variants, pooling, pooled_consumers):
-        patch.setattr(module, "staged", counted)
-    patch.setattr(pooling, "memory_to_hold", lambda _: 1)
+    patch.setattr(VariantCache, "add", counted)
     return found
 
 

@@ -116,7 +116,7 @@ def test_the_smallest_that_can_be_reached_is():
     _, smallest = measure_result(params=least, layers="free", generations=0)
     assert smallest.left == least
     assert {now for _, now in smallest.kept.values()} == {0, 1, 6}  # of all blocks but the first nothing
-    with pytest.raises(ValueError, match=f"params={least - 1}: .* cannot be reached; .* {least:,} to"):
+    with pytest.raises(ValueError, match=f"params={least - 1} .* is out of reach. Reachable: {least:,} to"):
         measure_result(params=least - 1, layers="free")
 
 

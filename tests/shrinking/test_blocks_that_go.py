@@ -171,7 +171,7 @@ def blocks_of(model, **amount):
     return find_blocks(search, search.amount.target, find_modules(search, search.amount.target))
 
 
-@pytest.mark.daily("llama-params", "gemma2-kv_cache_bytes")
+@pytest.mark.daily("llama-params", "gemma2-bytes")
 @pytest.mark.parametrize("target", ["params", "bytes"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "olmo2", "gemma2"])
 def test_a_block_costs_what_its_removal_saves(family, target):

@@ -176,8 +176,6 @@ def blocks_of(model, **amount):
 @pytest.mark.parametrize("family", ["llama", "qwen2", "olmo2", "gemma2"])
 def test_a_block_costs_what_its_removal_saves(family, target):
     model = build(family, num_hidden_layers=3)
-    if (family, target) == ("olmo2", "kv_cache_bytes"):
-        pytest.skip("its heads stay")
     blocks = blocks_of(model, **{target: 0.5})
     now, two = getattr(bh.summary(model), target), blocks.removable[1]
     bh.pruning.prune_units(model, {LAYERS: [two.number]}, kind="block")

@@ -40,8 +40,6 @@ SHRINKS = {
         "layers": "free",
         "search": bh.Search(generations=0, round_to=1),
     },
-    "cache a third, uniform": {"budget": bh.Budget(kv_cache_bytes=1 / 3)},
-    "cache a third, free": {"budget": bh.Budget(kv_cache_bytes=1 / 3), "layers": "free"},
 }
 CONVERTED = "1 of 3 KV heads by svd"
 STEPS, OWN = 300, {"generated": 40, "generated, 128": 128}

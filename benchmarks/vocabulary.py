@@ -2,10 +2,9 @@
 
 `OMP_NUM_THREADS=1 python benchmarks/vocabulary.py MODEL DATA WORK --out vocabulary.md` writes the table; `measured.py` says what
 is in DATA. Tokens are counted in FOLDOC's training text, WikiText-2's validation text, and, unless a row says otherwise, packaged
-text. "tokens first" is what `billhook prune-structure` does. "jointly" is `shrink` with `Search(tokens=True)`, on the windows of
-`--texts`; "channels" is the same without tokens, and "matched" the same with block-wise reconstruction. Bits per byte are those
-of the first 12 windows of 512 tokens of each test text, and of Python's own library (the modules of its `asyncio`), which nothing
-has seen, in float32, each as a text, so that every tokenizer has the same. What WORK holds is not measured again.
+text. "tokens first" is what `billhook prune-structure` does. "channels" is `shrink` on the windows of `--texts`. Bits per byte
+are those of the first 12 windows of 512 tokens of each test text, and of Python's own library (the modules of its `asyncio`),
+which nothing has seen, in float32, each as a text, so that every tokenizer has the same. What WORK holds is not measured again.
 """
 
 import argparse
@@ -20,18 +19,14 @@ from transformers import AutoTokenizer
 
 import billhook as bh
 from billhook.engine.batches import Batch
-from billhook.repairs.matching import BlockMatching
 from billhook.report.texts import ExampleText, bits_per_byte
-from billhook.shrinking.vocabulary import VocabularyText
-from billhook.vocabulary.respelling import Respelling
 
 COUNTED = 6_000_000
 ROWS = {
     "nothing": None,
     **{f"tokens, {share:.0%}": share for share in (0.95, 0.9, 0.85, 0.8)},
     **{f"tokens, {share:.0%}, without packaged text": share for share in (0.95, 0.9, 0.85)},
-    **{f"{how}, {share:.0%}": share for share in (0.9, 0.85, 0.8, 0.75) for how in ("jointly", "channels")},
-    **{f"jointly, {share:.0%}, matched": share for share in (0.85, 0.75)},
+    **{f"channels, {share:.0%}": share for share in (0.9, 0.85, 0.8, 0.75)},
 }
 """Share of the parameters that is left."""
 FIRST = {"tokens first, 85%": (0.33, 0.85), "tokens first, 75%": (0.5, 0.75)}
@@ -49,9 +44,10 @@ def tokens_first(options, tokens, share, model, tokenizer):
     """Tokens removed, then channels, which see text in the tokens that are left, as by `billhook prune-structure`."""
     left, seen = int(share * model.num_parameters()), shown(options)
     plan = bh.plan(model, batches=counted(options, model, True), tokens=tokens, tokenizer=tokenizer)
-    fewer, respelled = plan.trim_tokenizer(tokenizer), Respelling(tokenizer, plan.tokens[0].tolist())
+    fewer = plan.trim_tokenizer(tokenizer)
     bh.apply(model, plan)
-    seen = [Batch(respelled(batch), batch.source) for batch in seen]
+    examples = [(batch.source, ids) for batch in seen for ids in batch["input_ids"]]
+    seen = [Batch({"input_ids": ExampleText.of(ids, tokenizer).encoded(fewer).ids[None]}, name) for name, ids in examples]
     plan = bh.plan(model, bh.OutputNorm(), seen, amount=bh.Amount(params=left, round_to=1))
     print(plan, flush=True)
     bh.apply(model, plan, weights=bh.repair(model, plan, seen))
@@ -69,14 +65,11 @@ def smaller(options, name, model, tokenizer):
         plan = bh.plan(model, batches=text, amount=bh.Amount(tokens=fewer), tokenizer=tokenizer)
         bh.apply(model, plan)
         return plan.trim_tokenizer(tokenizer)
-    text = VocabularyText(tokenizer, counted(options, model, True)) if how == "jointly" else None
-    match = BlockMatching() if "matched" in name else None
-    search = bh.Search(generations=0, tokens=text is not None, repair=bh.RepairConfig(match=match))
-    cache = options.work / "variant_cache"
-    shrunk = bh.shrink(model, bh.Budget(params=share), shown(options), search=search, variant_cache=cache, text=text)
+    search, cache = bh.Search(generations=0, repair=bh.RepairConfig()), options.work / "variant_cache"
+    shrunk = bh.shrink(model, bh.Budget(params=share), shown(options), search=search, variant_cache=cache)
     (options.work / f"{name} found.json").write_text(json.dumps(shrunk.to_json()))
     print(shrunk, flush=True)
-    return tokenizer if shrunk.tokens is None else shrunk.tokens.trim_tokenizer(tokenizer)
+    return tokenizer
 
 
 def measured(options, name):

@@ -56,7 +56,7 @@ def shown():
         "WeightPlan": bh.prune(model, bh.Magnitude(), sparsity=0.5, dry_run=True),
         "Summary": bh.summary(model),
         "HeadAblation": HeadAblation("without", 1.0, heads),
-        "Shrunk": Shrunk(plan, "params", 9, 8, {}, 0.5, {WORDS: 0.5}, choices, choices, {}),
+        "Shrunk": Shrunk(plan, "params", 9, 8, {}, 0.5, {WORDS: 0.5}, choices, choices),
         "Merged": Merged(model, errors, tuple(errors)),
         "Saved": Saved("out/" * 50, "plain", 0.0, 1.0, str(errors)),
     }
@@ -122,9 +122,7 @@ def small():
         "WeightPlan": bh.prune(model, bh.Magnitude(), sparsity=0.5, dry_run=True),
         "Structure": bh.trace(model),
         "Summary": bh.summary(model),
-        "Shrunk": Shrunk(
-            units, "params", 10_000, 9_876, {}, 0.5, {"": 0.375}, choices, choices, {"channels": (8_888, 0.625)}, blocks=blocks
-        ),
+        "Shrunk": Shrunk(units, "params", 10_000, 9_876, {}, 0.5, {"": 0.375}, choices, choices, blocks=blocks),
     }
 
 

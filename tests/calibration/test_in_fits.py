@@ -18,7 +18,7 @@ CALLBACKS = {
     "wanda": lambda **given: prunes.WeightPruning(sparsity=0.5, **given),
     "heads": lambda **given: bh.HeadPruning(0.5, **given),
     "structure": lambda **given: bh.StructuredPruning(bh.Amount(channels=0.5), repair=bh.RepairConfig(), **given),
-    "shrink": lambda **given: shrinks.Shrinking(kv_cache_bytes=0.5, generations=0, **given),
+    "shrink": lambda **given: shrinks.Shrinking(params=0.97, generations=0, **given),
     "depth": lambda **given: bh.DepthPruning(1, **given),
     "svd": lambda **given: bh.KVHeadConversion(2, method="svd", **given),
 }

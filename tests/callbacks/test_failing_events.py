@@ -70,7 +70,7 @@ KINDS = {
     "repaired": lambda at: bh.StructuredPruning(
         bh.Amount(channels=0.5), repair=bh.RepairConfig(), **seen(at=at.schedule or at.moment)
     ),
-    "shrink": lambda at: shrinks.Shrinking(kv_cache_bytes=0.5, generations=0, **seen(at=at.moment, calibration=batches(4))),
+    "shrink": lambda at: shrinks.Shrinking(params=0.9, generations=0, **seen(at=at.moment, calibration=batches(4))),
     "depth": lambda at: bh.DepthPruning(1, **seen(at=at.moment)),
     "mean": lambda at: bh.KVHeadConversion(*at.stages, measure_batches=1),
     "svd": lambda at: bh.KVHeadConversion(*at.stages, method="svd", **seen()),

@@ -110,30 +110,3 @@ def test_speed_and_losses_of_the_same_text(small, files, tmp_path, capsys):
     assert first > second > 1
     assert f"out: {second:.2f} bytes per token of packaged text, {first / second:.3f}x the tokens of {small.name}" in said
     assert "bytes/s" in said
-
-
-def test_a_search_in_which_tokens_compete(files, tmp_path, capsys):
-    out = tmp_path / "out"
-    asked = [
-        "--params",
-        "0.9",
-        "--tokens",
-        "true",
-        "--generations",
-        "0",
-        "--repair",
-        "null",
-        "--examples",
-        "8",
-        "--supplement",
-        "0",
-    ]
-    main(["shrink", "tiny", str(out), *asked, *SHORT, *option(files)])
-    said, record = capsys.readouterr().out, record_of(out)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(out)
-    model = transformers.AutoModelForCausalLM.from_pretrained(out)
-    assert model.num_parameters() <= 0.9 * bh.load("tiny").num_parameters()
-    assert len(tokenizer) == model.config.vocab_size == next(iter(record["shrink"]["tokens"].values()))[0] < 2048
-    assert "bits per byte of" in said
-    with pytest.raises(SystemExit, match="recover=2 and tokens=True cannot be combined"):
-        main(["shrink", "tiny", str(tmp_path / "other"), *asked, "--recover", "2", *SHORT, *option(files)])

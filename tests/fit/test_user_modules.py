@@ -268,7 +268,7 @@ CALIBRATED = {
     "wanda": lambda calibration=None: prunes.WeightPruning(bh.Wanda(), 0.5, calibration=calibration, **NOW),
     "taylor": lambda calibration=None: bh.HeadPruning(0.5, importance=bh.Taylor(), calibration=calibration, **NOW),
     "structure": lambda calibration=None: bh.StructuredPruning(bh.Amount(channels=0.5), calibration=calibration, **NOW),
-    "shrink": lambda calibration=None: shrinks.Shrinking(kv_cache_bytes=0.5, generations=0, calibration=calibration, **NOW),
+    "shrink": lambda calibration=None: shrinks.Shrinking(params=0.9, generations=0, calibration=calibration, **NOW),
     "depth": lambda calibration=None: bh.DepthPruning(1, calibration=calibration, **NOW),
     "svd": lambda calibration=None: bh.KVHeadConversion(2, method="svd", calibration=calibration, **NOW),
 }

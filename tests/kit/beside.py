@@ -10,8 +10,7 @@ import pytest
 import torch
 
 import billhook as bh
-from billhook.engine.lazy import LazyTensors
-from billhook.shrinking import pooled_consumers, pooling, variants
+from billhook.shrinking.variants import VariantCache
 from kit import prunes, shrinks
 from kit.families import llama
 from kit.fits import trainer
@@ -36,9 +35,8 @@ EVENTS = {
     "KV heads, with data": lambda: bh.KVHeadConversion(2, at=1, method="svd", **FEW),
     "blocks": lambda: bh.DepthPruning(2, at=1, **FEW),
     "a smaller model": lambda: shrinks.Shrinking(params=0.8, **SEARCH),
-    "a smaller cache": lambda: shrinks.Shrinking(kv_cache_bytes=0.5, **SEARCH),
 }
-ASIDE = {"channels, repaired": 1, "KV heads, with data": 3, "a smaller cache": 1}
+ASIDE = {"channels, repaired": 1, "KV heads, with data": 3}
 """Of how many weights of WIDTH x WIDTH in each block new values wait, as shards, until tensors are cut."""
 VARIANTS = {"a smaller model": 4}
 """Weights of WIDTH x WIDTH that are whole while a model is measured: two of a block in variants, and what gathers them."""
@@ -62,7 +60,7 @@ SOLVED = "zeros, SparseGPT", "zeros, Refit", "zeros, ALPS", "zeros, matched"
 HEADS, SHARED, HEAD = 4, 2, 32
 """KV heads, how many become one, and how wide each is."""
 OF_HEADS = 2 * 8 * (2 * HEADS // SHARED * (SHARED * HEAD) ** 2 + HEADS * HEAD**2) + 8 * 3 * WIDTH**2
-MOMENTS = {"KV heads, with data": OF_HEADS, "a smaller cache": OF_HEADS}
+MOMENTS = {"KV heads, with data": OF_HEADS}
 MOMENTS |= dict.fromkeys(SOLVED, 4 * 4 * WIDTH**2) | {"zeros, ALPS": 4 * (4 + bh.criteria.ALPS.copies) * WIDTH**2}
 """Bytes of second moments: of the heads of an attention, as sums and as means, and its weights in float64; of what one linear
 reads, or all of a block, and of what is computed of them."""
@@ -104,17 +102,15 @@ def size(parameters):
     return sum(one.numel() * one.element_size() for one in parameters)
 
 
-def searched(patch, make=variants.staged):
+def searched(patch, add=VariantCache.add):
     """Bytes of each variant that a search holds, of which ranks have shards; it has second moments of one block at a time."""
     found = []
 
-    def counted(model, weights):
-        found.extend([] if isinstance(weights, LazyTensors) else [size([value]) for value in weights.values()])
-        return make(model, weights)
+    def counted(cache, module, kept, error, weights):
+        found.extend(size([value]) for value in weights.values())
+        add(cache, module, kept, error, weights)
 
-    for module in (variants, pooling, pooled_consumers):
-        patch.setattr(module, "staged", counted)
-    patch.setattr(pooling, "memory_to_hold", lambda _: 1)
+    patch.setattr(VariantCache, "add", counted)
     return found
 
 

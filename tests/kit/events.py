@@ -20,7 +20,7 @@ EVENTS = {
     "heads": lambda at: bh.HeadPruning(0.5, at=at, **FEW),
     "masked": lambda at: bh.HeadPruning(0.5, at=at, remove="never", **FEW),
     "structure": lambda at: bh.StructuredPruning(bh.Amount(channels=0.5, kv_heads=0.5), at=at, **FEW),
-    "shrink": lambda at: shrinks.Shrinking(kv_cache_bytes=0.5, generations=1, candidates=2, repair=None, at=at, **FEW),
+    "shrink": lambda at: shrinks.Shrinking(params=0.83, round_to=12, generations=1, candidates=2, repair=None, at=at, **FEW),
     "depth": lambda at: bh.DepthPruning(1, at=at, **FEW),
     "mean": lambda at: bh.KVHeadConversion(2, at=at, measure_batches=FEW["measure_batches"]),
     "svd": lambda at: bh.KVHeadConversion(2, at=at, method="svd", **FEW),
@@ -44,8 +44,8 @@ class OneOf:
 
 # blocks; rows of query, key and up projections; gated attentions; share of zeros
 DENSE = (2, 16, 16, 24, 0, 0.0)
-# of shrink, by what its event says: KV heads merge, a block goes, or KV heads go with their query heads
-WAYS = {"pooled": (2, 16, 8, 24, 0, 0.0), "blocks": (1, 16, 16, 24, 0, 0.0), "heads": (2, 8, 8, 24, 0, 0.0)}
+# of shrink, by what its event says: half of the channels go, a block, or three of four heads
+WAYS = {"channels": (2, 16, 16, 12, 0, 0.0), "blocks": (1, 16, 16, 24, 0, 0.0), "heads": (2, 4, 4, 24, 0, 0.0)}
 AFTER = {
     "wanda": (2, 16, 16, 24, 0, 0.5),
     "heads": (2, 8, 8, 24, 0, 0.0),

@@ -39,7 +39,7 @@ MODULES = {"whole at first": Own, "made late": MadeLate}
 
 
 SEARCHES = {
-    "whole at first": {"kv_cache_bytes": 0.5, "at": 1},
+    "whole at first": {"params": 0.8, "at": 1},
     "made late": {"params": 0.9, "layers": "free", "at": "start"},
 }
 

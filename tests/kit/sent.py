@@ -191,7 +191,7 @@ SENT = {
     "shrink": Event(
         lambda: shrinks.Shrinking(params=0.8, repair=None, generations=0, **FEW),
         lambda _: 0,
-        lambda _, a, b: 2 * a + (8 + 4 * 3) * b,
+        lambda _, a, b: 2 * a + (8 + 3 * 3) * b,
         ("o_proj", "down_proj"),
     ),
 }

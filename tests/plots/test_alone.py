@@ -12,7 +12,7 @@ from billhook.shrinking.result import Shrunk
 
 DRAWN = {
     "heads": lambda: plots.heads({"layers.0": torch.rand(4)}, {"layers.0": [1]}, [(0.0, 1.0), (0.25, 1.5)], "val_loss"),
-    "pareto": lambda: plots.pareto(Shrunk(None, "bytes", 2, 1, {}, 0.0, {"": 0.0}, (), (), {})),
+    "pareto": lambda: plots.pareto(Shrunk(None, "bytes", 2, 1, {}, 0.0, {"": 0.0}, (), ())),
     "speed": lambda: plots.speed([Timing(0, "decode", 1, 512, (1.0,), (1.0,), 1, 1, 1, 1, None, None)], ["dense"]),
     "validation": lambda: plots.validation([(0, 3.0), (9, 2.0)], [(4, "event", 2.5, 2.8)], "val_loss"),
 }

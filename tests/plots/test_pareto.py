@@ -8,14 +8,14 @@ from billhook.shrinking.result import Candidate, Shrunk
 
 def test_measured_predicted_and_chosen(tmp_path):
     curve = Candidate({"a": 1}, 50, 1.2, 1.0), Candidate({"a": 4}, 100, 0.0, 0.0)
-    shrunk = Shrunk(None, "params", 75, 70, {"a": (4, 2)}, 0.4, {"a": 0.2, "b": 0.4}, curve, curve, {"channels": (70, 0.5)})
+    shrunk = Shrunk(None, "params", 75, 70, {"a": (4, 2)}, 0.4, {"a": 0.2, "b": 0.4}, curve, curve)
     figure = plots.pareto(shrunk)
     (axes,) = figure.axes
-    assert [list(line.get_xdata()) for line in axes.lines] == [[50, 100], [50, 100], [70], [100], [75, 75], [70]]
+    assert [list(line.get_xdata()) for line in axes.lines] == [[50, 100], [50, 100], [100], [75, 75], [70]]
     losses = [list(line.get_ydata()) for line in axes.lines]
-    assert losses == [[1.0, 0.0], [1.2, 0.0], [0.5], [0.0], [0, 1], [pytest.approx(0.3)]]
+    assert losses == [[1.0, 0.0], [1.2, 0.0], [0.0], [0, 1], [pytest.approx(0.3)]]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
-    assert labels[2:5] == ["channels only, before the repair", "dense model", "budget"]
+    assert labels[2:4] == ["dense model", "budget"]
     assert axes.get_xlabel() == "parameters"
     figure.savefig(tmp_path / "curve.png")
 

@@ -70,7 +70,7 @@ class TestRule:
     def test_small_models_are_cut_as_asked(self, width):
         plan = bh.plan(llama(intermediate_size=width), bh.importance.WeightNorm(), channels=0.25)
         assert all(plan.after[name] == (width - width // 4,) for name in MLPS)
-        assert plan.rows == ()
+        assert plan.widths == ()
 
 
 class TestSmolLM2:
@@ -80,30 +80,18 @@ class TestSmolLM2:
     def test_channels(self, ratio, kept, multiple):
         plan = planned(smollm2(), Amount(channels=ratio))
         assert all(plan.after[name] == (kept,) for name in MLPS)
-        (row,) = plan.rows
-        assert (row.kind, row.places, row.each, row.kept, row.multiple) == ("channel", 2, 1, kept, multiple)
-        assert row.requested == 1536 - int(ratio * 1536)
-        assert planned(smollm2(), Amount(channels=ratio, round_to=1)).after[MLPS[0]] == (row.requested,)
+        requested = 1536 - int(ratio * 1536)
+        rounded = "" if requested == kept else f"rounded from {requested:,} to "
+        assert plan.widths == (f"channels: {kept:,} ({rounded}a multiple of {multiple})",)
+        assert planned(smollm2(), Amount(channels=ratio, round_to=1)).after[MLPS[0]] == (requested,)
 
-    def test_what_is_told(self):
+    def test_each_width_is_a_line_of_the_plan(self):
         plan = planned(smollm2(), Amount(channels=0.2))
-        more = 2 * 3 * 576 * (1280 - 1216)
-        line = "channels: 1,216 (rounded from 1,229 to a multiple of 64); alternative: 1,280 (a multiple of 256,"
-        assert str(plan).splitlines()[-1] == f"  {line} {more:,} more parameters)"
-        again = bh.ModelPlan.from_json(json.loads(json.dumps(plan.to_json())), smollm2())
-        assert again.rows == plan.rows
-        assert plan.to_json()["rows"] == [{
-            "kind": "channel", "places": 2, "each": 1, "requested": 1229, "kept": 1216, "multiple": 64,
-            "others": [{"units": 1280, "multiple": 256, "more_parameters": more}],
-        }]  # fmt: skip
-        with pytest.raises(ValueError, match="plan: rows="):
-            bh.ModelPlan.from_json(plan.to_json() | {"rows": [{"kind": "channel"}]}, smollm2())
+        assert str(plan).splitlines()[-1] == "  channels: 1,216 (rounded from 1,229 to a multiple of 64)"
 
     def test_hidden_size_and_heads(self):
         plan = planned(smollm2(), Amount(residual=0.1, kv_heads=1 / 3))
-        assert [(row.kind, row.requested, row.kept, row.each, row.multiple) for row in plan.rows] == [
-            ("head", 6, 6, 64, 128), ("residual", 519, 512, 1, 256),
-        ]  # fmt: skip
+        assert plan.widths[1] == "hidden dimensions: 512 (rounded from 519 to a multiple of 256)"
         assert "  heads: 6 (head dimension 64, rows of 384, a multiple of 128)" in str(plan).splitlines()
 
     def test_of_many_heads(self):
@@ -123,7 +111,6 @@ class TestTargets:
             for name in MLPS:
                 left, asked = plan.after[name][0], exact.after[name][0]
                 assert left == (asked if asked == 1536 else by_trial(asked, 1536, more=False))
-            assert all(row.kept <= row.requested for row in plan.rows)
 
     def test_beside_a_ratio_that_is_rounded(self):
         model = wide()

@@ -63,14 +63,14 @@ def losing_a_block(**options):
     )
 
 
-@pytest.mark.daily("params-free", "kv_cache_bytes-uniform")
+@pytest.mark.daily("params-free", "bytes-uniform")
 @pytest.mark.parametrize("layers", ["uniform", "free"])
-@pytest.mark.parametrize("target", ["params", "bytes", "kv_cache_bytes"])
+@pytest.mark.parametrize("target", ["params", "bytes"])
 def test_a_block_that_computes_nothing_goes_first_and_nothing_is_lost(target, layers):
     model, ids = uneven(idle=[2]), tokens()
     with torch.no_grad():
         before, now = model(ids).logits, getattr(bh.summary(model), target)
-    one = {"params": size_of_block(model), "bytes": 4 * size_of_block(model), "kv_cache_bytes": now // 4}[target]
+    one = {"params": size_of_block(model), "bytes": 4 * size_of_block(model)}[target]
     shrunk = shrinks.shrink(model, texts(), **{target: now - one}, layers=layers, **QUICK)
     assert shrunk.blocks.units == {LAYERS: [2]}
     assert not shrunk.plan.units
@@ -110,7 +110,7 @@ def searched(model, layers, params, repair=None):
     fitted, held_out = split_batches(texts())
     candidates = SearchScope.find(model, Amount(params=params), layers == "uniform")
     measured = measure(candidates, fitted, held_out, bh.importance.WeightNorm(), repair)
-    return measured, search_within(measured, fitted, repair, bh.Search(generations=1, candidates=2), 0, candidates.limit)
+    return measured, search_within(measured, candidates.limit, fitted, repair, bh.Search(generations=1, candidates=2), 0)
 
 
 MATCHED = RepairConfig(match=BlockMatching(steps=20))
@@ -144,7 +144,7 @@ def test_the_blocks_behind_make_up_for_one_that_goes(repair):
     fitted, held_out = split_batches(texts())
     candidates = SearchScope.find(model, Amount(params=model.num_parameters() - size_of_block(model)), uniform=False)
     kept = {layer.name: 0 if ".1." in layer.name else layer.count for layer in candidates.modules} | {f"{LAYERS}.1 block": 0}
-    measured = Measurement(candidates, {}, None, None, {}, None, Progress())
+    measured = Measurement(candidates, {}, None, None, {}, Progress())
     planned, lost = plan(measured, candidates.limit, kept, fitted, repair), []
     assert not planned.units.units
     assert {int(name.split(".")[2]) for name in planned.weights} == {2, 3}
@@ -171,13 +171,11 @@ def blocks_of(model, **amount):
     return find_blocks(search, search.amount.target, find_modules(search, search.amount.target))
 
 
-@pytest.mark.daily("llama-params", "gemma2-kv_cache_bytes")
-@pytest.mark.parametrize("target", ["params", "bytes", "kv_cache_bytes"])
+@pytest.mark.daily("llama-params", "gemma2-bytes")
+@pytest.mark.parametrize("target", ["params", "bytes"])
 @pytest.mark.parametrize("family", ["llama", "qwen2", "olmo2", "gemma2"])
 def test_a_block_costs_what_its_removal_saves(family, target):
     model = build(family, num_hidden_layers=3)
-    if (family, target) == ("olmo2", "kv_cache_bytes"):
-        pytest.skip("its heads stay")
     blocks = blocks_of(model, **{target: 0.5})
     now, two = getattr(bh.summary(model), target), blocks.removable[1]
     bh.pruning.prune_units(model, {LAYERS: [two.number]}, kind="block")
@@ -225,7 +223,7 @@ def test_a_choice_whose_blocks_cannot_go_together_is_passed_over(monkeypatch):
     blocks = work.scope.blocks
     first = blocks.removed(found.tried[0].kept)
     monkeypatch.setattr(type(blocks), "refusal", lambda _, removed: "no" if removed == first else "")
-    other = search_within(work, [], None, bh.Search(generations=1, candidates=2), 0, work.scope.limit)
+    other = search_within(work, work.scope.limit, [], None, bh.Search(generations=1, candidates=2), 0)
     assert found.planned.blocks is not None
     assert blocks.removed(other.kept) != first
     assert blocks.removed(found.kept) == first

@@ -17,19 +17,19 @@ def layers_of(model, **amount):
     return search, find_modules(search, search.amount.target)
 
 
-@pytest.mark.daily("llama-params", "gemma2-kv_cache_bytes")
-@pytest.mark.parametrize("target", ["params", "bytes", "kv_cache_bytes"])
+@pytest.mark.daily("llama-params", "gemma2-bytes")
+@pytest.mark.parametrize("target", ["params", "bytes"])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "phi", "gemma2"])
 def test_units_cost_what_their_removal_saves(family, target):
     model = build(family)
     search, layers = layers_of(model, **{target: 0.5})
-    assert {layer.kind for layer in layers} == ({"head"} if target == "kv_cache_bytes" else {"head", "channel"})
+    assert {layer.kind for layer in layers} == {"head", "channel"}
     flat = {name: torch.arange(own.count("kv_head")) for name, own in search.units.items()}
     kept = {layer.name: layer.count - number % 3 for number, layer in enumerate(layers, 1)}
     numbers = dict[str, list[int]]()
     for layer in layers:
         numbers |= removed_units(layer, search.units, flat, kept[layer.name])
-    plan = bh.pruning.plan_units(model, numbers, ["head", "channel"] if target != "kv_cache_bytes" else "head")
+    plan = bh.pruning.plan_units(model, numbers, ["head", "channel"])
     now, saved = getattr(search.now, target), sum(layer.saves(kept[layer.name]) for layer in layers)
     bh.apply(model, plan)
     assert now - saved == getattr(bh.summary(model), target)
@@ -81,5 +81,5 @@ def test_attentions_with_one_position_bias_lose_the_same_heads():
 def test_heads_under_a_norm_that_spans_them_stay_whole():
     _, layers = layers_of(build("olmo2"), params=0.9)
     assert {layer.kind for layer in layers} == {"channel"}
-    with pytest.raises(ValueError, match="kv_cache_bytes cannot be met: Olmo2ForCausalLM has no channels or KV heads"):
-        layers_of(build("olmo2"), kv_cache_bytes=0.5)
+    with pytest.raises(ValueError, match="params cannot be met: Olmo2ForCausalLM has no channels or KV heads"):
+        layers_of(build("olmo2"), params=0.9, first=1, last=1)

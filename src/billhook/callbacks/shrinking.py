@@ -35,8 +35,8 @@ from billhook.shrinking.planning import ShrinkPlan, apply_plans
 from billhook.shrinking.result import Shrunk
 from billhook.shrinking.scope import SearchScope
 from billhook.shrinking.search import Budget, Search
-from billhook.shrinking.selection import SearchResult
-from billhook.shrinking.shrink import Layers, measure_result, resolve_repair, select_for_budget
+from billhook.shrinking.selection import SearchResult, select_for_budget
+from billhook.shrinking.shrink import Layers, measure_result, resolve_repair
 from billhook.shrinking.variants import cache_key
 
 
@@ -50,9 +50,7 @@ class Shrinking(ShapeCallback):
     measurements; under FSDP2, one block is gathered at a time.
 
     Args:
-        budget: Budget, such as `Budget(params=0.8)`; `latency` is not supported, because timings differ between ranks. For
-            `kv_cache_bytes`, merged KV heads restart their optimizer state; with LoRA, heads are removed instead. For `max_loss`,
-            perplexity comes from the model's own loss.
+        budget: Budget, such as `Budget(params=0.8)`. For `max_loss`, perplexity comes from the model's own loss.
         layers: `"uniform"` keeps the same number of channels and heads in all blocks; `"free"` chooses per block. Both may remove
             blocks.
         at: When to apply it: a step (int), a fraction of training (float), or `"start"` (before the first step).
@@ -84,15 +82,8 @@ class Shrinking(ShapeCallback):
     ) -> None:
         check_types(Shrinking, locals())
         check_at(at)
-        if budget.latency is not None:
-            raise ValueError(
-                f"budget={budget.words}: Shrinking does not support latency, because timings differ between ranks. Call "
-                "bh.shrink before training."
-            )
-        if search is not None and search.tokens:
-            raise ValueError("search: tokens=True is not supported in training. Call bh.shrink before, or tokens=False.")
         self.budget, self.layers, self.at, self.search = budget, layers, at, search or Search()
-        self.amount = self.search.amount(budget)
+        self.amount = budget.amount(self.search)
         super().__init__(FitCalibration.of(calibration), measure_batches)
 
     def reset(self) -> None:
@@ -134,10 +125,10 @@ class Shrinking(ShapeCallback):
         """Searches, then removes units and repairs the rest."""
         metrics, model = self.validate(fit), fit.model
         with fail_together(fit, "Shrinking"), blockwise(fit.module):
-            scope, pool_heads = self._candidates(model), not adapter_layers(model)
+            scope = self._candidates(model)
             self._known.clear()
             with adapters_removed(model):
-                measurement, chosen = self._search(fit, scope, pool_heads)
+                measurement, chosen = self._search(fit, scope)
             check_identical(fit, "Shrinking", "the plan", lambda: [plan.to_json() for plan in chosen.planned.plans])
         event = self.reshape(fit, metrics, partial(self._remove, model, chosen.planned))
         record_not_refitted(event, chosen.planned.not_refitted)
@@ -172,8 +163,8 @@ class Shrinking(ShapeCallback):
         self._known = {seen: scope} if seen is not None else {}
         return scope
 
-    def _search(self, fit: Fit, scope: SearchScope, pool_heads: bool) -> tuple[Measurement, SearchResult]:
-        """Searches on the same batches on each rank; `pool_heads` allows pooling KV heads."""
+    def _search(self, fit: Fit, scope: SearchScope) -> tuple[Measurement, SearchResult]:
+        """Searches on the same batches on each rank."""
         model = scope.model
         with self.calibration.undisturbed(fit), fit.gradient_context():
             batches = list(self.calibration.read(fit, same_on_ranks=True))
@@ -181,24 +172,23 @@ class Shrinking(ShapeCallback):
             check_identical(fit, "Shrinking", "the batches", [leaf for leaf in tree_leaves(batches) if isinstance(leaf, Tensor)])
             check_close(fit, "Shrinking", "the model", model, dict(model.named_parameters()))
             broadcast = partial(from_first_rank, fit, "Shrinking", "the measurements")
-            fitted, held_out = split_batches(batches)
-            runs, searched = (_runs(fit, model, some) for some in (fitted, search_batches(fitted, scope.widest)))
+            repair_batches, held_out = split_batches(batches)
+            runs, search_runs = (
+                _runs(fit, model, some) for some in (repair_batches, search_batches(repair_batches, scope.widest))
+            )
             repair, not_repaired = resolve_repair(scope, runs, self.search.repair)
             if not_repaired:
                 rank_zero_warn(f"Shrinking: {not_repaired}")
-            predicting = fit.runs(model, held_out)
-            measurement = measure(
-                scope, searched, predicting, self.search.importance or OBS(), repair, pool_heads=pool_heads, broadcast=broadcast
-            )
-            how = self.search, self.calibration.seed
-            chosen = select_for_budget(measurement, self.budget, searched, runs, held_out, repair, *how)
-            left = chosen.planned.not_refitted or not_repaired
-            return measurement, replace(chosen, planned=replace(chosen.planned, not_refitted=left))
+            importance, held_out_runs = self.search.importance or OBS(), fit.runs(model, held_out)
+            measurement = measure(scope, search_runs, held_out_runs, importance, repair, broadcast=broadcast)
+            seed = self.calibration.seed
+            chosen = select_for_budget(measurement, self.budget, runs, held_out, repair, self.search, seed)
+            not_refitted = chosen.planned.not_refitted or not_repaired
+            return measurement, replace(chosen, planned=replace(chosen.planned, not_refitted=not_refitted))
 
     def label(self, event: Event) -> str:
-        """Returns the change in size of the model or its KV cache."""
-        cache = self.amount.target == "kv_cache_bytes"
-        return f"shrink, KV cache {percent_change(event, 'kv_cache_bytes')}" if cache else f"shrink, {percent_change(event)}"
+        """Returns the change in size of the model."""
+        return f"shrink, {percent_change(event)}"
 
     def _remove(self, model: PreTrainedModel, planned: ShrinkPlan, optimizers: list[Optimizer]) -> str:
         """Applies the plans, also to adapters, and returns a description."""
@@ -217,7 +207,7 @@ def _seen(model: PreTrainedModel) -> Hashable | None:
 
 def _above(model: PreTrainedModel, planned: ShrinkPlan) -> Iterator[UnitPlan | BlockPlan]:
     """Yields the plans for the model with adapters; each needs the plans before it applied."""
-    for plan in planned.cuts:
+    for plan in planned.plans:
         if plan.units:
             yield plan_units(model, plan.units, dict.fromkeys(plan.kinds.values()))
 

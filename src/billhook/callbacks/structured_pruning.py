@@ -156,7 +156,7 @@ class StructuredPruning(ShapeCallback):
         """Applies the plan and returns a description."""
         before = parameter_count(model)
         apply_plan(model, plan, optimizers, weights)
-        words = "; ".join([f"without {plan.words}", how, *(f"left in each: {row}" for row in plan.rows)])
+        words = "; ".join([f"without {plan.words}", how, *(f"left in each: {width}" for width in plan.widths)])
         return f"{before:,} -> {parameter_count(model):,} parameters ({words})"
 
     def state_dict(self) -> dict[str, Any]:

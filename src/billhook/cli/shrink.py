@@ -23,17 +23,14 @@ from billhook.engine.batches import Batch
 from billhook.progress import progress_bar
 from billhook.repairs.matching import LEAST_STEPS
 from billhook.report.generation import generates
-from billhook.report.speed import Phase
 from billhook.shrinking.divergence import split_batches
-from billhook.shrinking.latency import Workload, make_clock
-from billhook.shrinking.measurement import KIND_NAMES
 from billhook.shrinking.modules import PrunableModule
 from billhook.shrinking.scope import Progress, SearchScope
 from billhook.shrinking.search import Budget, Search
 from billhook.shrinking.shrink import Layers, check_variant_cache, resolve_repair, run_shrink
 from billhook.shrinking.variants import tokens_needed
-from billhook.shrinking.vocabulary import SmallerVocabularies, VocabularyText
 from billhook.tracing.show import name_pattern
+from billhook.units.units import PLURAL
 
 
 @dataclass(frozen=True)
@@ -78,30 +75,28 @@ class Recovery:
         return "causal-lm"
 
 
-def search_space(scope: SearchScope, steps: int, budget: str | None = None, token_savings: int = 0) -> str:
+def search_space(scope: SearchScope, steps: int, budget: str | None = None) -> str:
     """Returns a description of the removable units, and the maximum number of steps.
 
     Args:
         scope: The search space.
         steps: Maximum number of search steps.
-        budget: A budget of loss or latency, as text. Defaults to the size limit of the candidates.
-        token_savings: What the vocabulary can save.
+        budget: A budget of loss, as text. Defaults to the size limit of the candidates.
     """
     budget = f"{scope.limit:,}" if budget is None else budget
-    sizes = f"{scope.target} now {scope.now:,}, budget {budget}, smallest reachable {scope.least - token_savings:,}"
+    sizes = f"{scope.target} now {scope.now:,}, budget {budget}, smallest reachable {scope.least:,}"
     lines = [f"{type(scope.model).__name__}: {sizes}"]
     modules = Counter((name_pattern(layer.name), _levels(layer)) for layer in scope.modules)
     lines += [f"  {name}: keep {levels} (in each of {count})" for (name, levels), count in modules.items()]
     blocks = len(scope.blocks.removable)
     lines.append(f"  blocks that may be removed: {blocks}{'' if blocks else f' ({scope.blocks.why})'}")
-    lines += [f"  tokens: save at most {token_savings:,}, less with scripts and words of the data"] if token_savings else []
     return "\n".join([*lines, f"  at most {steps:,} search steps"])
 
 
 def _levels(layer: PrunableModule) -> str:
     """Returns the numbers of units that a module may keep, the largest first."""
     *others, last = map(str, layer.levels)
-    unit = "KV heads" if layer.kind == "head" else KIND_NAMES[layer.kind]
+    unit = "KV heads" if layer.kind == "head" else PLURAL[layer.kind]
     return f"{', '.join(others)} or {last} {unit}" if others else f"{last} {unit}"
 
 
@@ -159,13 +154,10 @@ def shrink(
     search: Search,
     layers: Layers = "uniform",
     variant_cache: str | None = None,
-    time_phase: Phase | None = None,
-    time_batch_size: int = 1,
-    time_context: int | None = None,
     plot: str | None = None,
     dry_run: bool = False,
 ) -> None:
-    """Searches for the best model within a budget of size, cache, time, or loss, and saves it.
+    """Searches for the best model within a budget of size or loss, and saves it.
 
     Each MLP and attention module is pruned to several levels and refitted. The command measures how each variant, and the removal
     of each block, changes the model's predictions, and searches for the best combination. The selected model is repaired from
@@ -182,9 +174,6 @@ def shrink(
         layers: "uniform" keeps the same number of units in every block, for a standard checkpoint; "free" lets blocks differ.
         variant_cache: Folder for pruned variants of all modules, which later searches on the same examples reuse. Defaults to
             `.OUT.variants` next to `out`, deleted after the save, so that the same command continues if it is interrupted.
-        time_phase: What `latency` times: "decode" (decoding, the default), or "prefill".
-        time_batch_size: Sequences per batch while timing.
-        time_context: Tokens per prompt while timing. Defaults to 512.
         plot: PNG file for a plot of the loss at other sizes.
         dry_run: If true, prints what the search may remove and its maximum number of steps, and writes nothing.
 
@@ -195,29 +184,15 @@ def shrink(
     folder = VariantFolder(out, variant_cache)
     check_int("seed", examples.seed, 0)
     check_file("plot", plot, ".png")
-    check_int("time_batch_size", time_batch_size)
-    check_int("time_context", 2 if time_context is None else time_context, 2)
-    workload = Workload(time_phase, time_batch_size, time_context)
-    refits = search.repair is not None
-    work = OneShot(model, out, examples, refits=refits, repair=search.repair, as_text=search.tokens)
-    if recovery.recover and search.tokens:
-        raise ValueError(
-            f"recover={recovery.recover} and tokens=True cannot be combined, because the teacher would have other tokens. Train "
-            "the result with `billhook fit`."
-        )
+    work = OneShot(model, out, examples, refits=search.repair is not None, repair=search.repair)
     if recovery.recover:
         recovery.task_of(work.model)
-    clock = None if budget.latency is None else (budget.latency, make_clock(work.model, workload))
-    amount, most_saved = search.amount(budget), 0
-    if search.tokens:  # as if no text used any
-        text = VocabularyText(work.tokenizer, ())
-        most_saved = SmallerVocabularies.find(work.model, amount.target or "", text).most_saved
-    scope = SearchScope.find(work.model, amount, layers == "uniform", most_saved)
-    fitted, _ = split_batches(meta_batches(work))
+    scope = SearchScope.find(work.model, budget.amount(search), layers == "uniform")
+    repair_batches, _ = split_batches(meta_batches(work))
     limits, steps = "", [f"search for the best model within {budget.words}"]
     if search.repair is not None:
         needed = tokens_needed(scope.search, scope.modules)
-        limits = repair_limits(work, needed, fitted, search.repair != "auto")
+        limits = repair_limits(work, needed, repair_batches, search.repair != "auto")
         steps += [limits] * bool(limits)
         if (matching := matching_of(search.repair)) is not None:
             steps.append(work.matching_step(matching, LEAST_STEPS))
@@ -225,35 +200,23 @@ def shrink(
         steps.append(f"train for {recovery.recover:,} recovery steps")
     work.print_plan(*steps, work.calibration_step)
     if dry_run:
-        by_size = budget.max_loss is None and budget.latency is None
         most_steps = scope.most_steps(search.generations, search.candidates)
-        work.print_dry_run(search_space(scope, most_steps, None if by_size else budget.words, most_saved))
+        work.print_dry_run(search_space(scope, most_steps, None if budget.max_loss is None else budget.words))
         return
     batches = work.batches()
-    fitted, held_out = split_batches(batches)
-    repair, not_repaired = resolve_repair(scope, fitted, search.repair)
+    repair_batches, held_out = split_batches(batches)
+    repair, not_repaired = resolve_repair(scope, repair_batches, search.repair)
     if not_repaired and not limits.startswith("no repair:"):
         print(not_repaired)  # a text is shorter than requested
     before = work.measure()
-    vocabularies = None
-    if search.tokens:
-        text = VocabularyText(work.tokenizer, work.read_tokens(before))
-        vocabularies = SmallerVocabularies.find(work.model, scope.target, text, held_out)
-        scope.check_reach(getattr(amount, scope.target), vocabularies.most_saved)
     with folder.created():
         phases = [""]
         with progress_bar("shrinking", "steps", lambda: phases[-1], steady=False) as report:
             progress, seed = Progress(report, phases.append, folder.report_reused), examples.seed
-            shrunk = run_shrink(
-                scope, budget, clock, fitted, held_out, repair, search, seed, folder.folder, progress, vocabularies
-            )
-        removed = ""
-        if shrunk.tokens is not None:
-            work.use_tokenizer(shrunk.tokens.trim_tokenizer(work.tokenizer))
-            removed = f" ({work.removed_share(shrunk.tokens)})"
+            shrunk = run_shrink(scope, budget, repair_batches, held_out, repair, search, seed, folder.folder, progress)
         shrunk = replace(shrunk, not_refitted=shrunk.not_refitted or not_repaired)
         settings = {"layers": layers, "importance": str(search.importance or "OBS()"), "repair": str(repair) if repair else None}
-        what = f"{shrunk.what}{removed}: {shrunk.budget}"
+        what = f"without {shrunk.words}: {shrunk.budget}"
         what += f"; {recovery.recover:,} recovery steps" if recovery.recover else ""
         recovered, *lines = _recover(work, recovery, batches, before) if recovery.recover else ({},)
         record = {"shrink": shrunk.to_json() | settings} | recovered

@@ -46,11 +46,6 @@ def to_meta(model: Module) -> Module:
     return _copied(model, memo)
 
 
-def copy_sharing_parameters(model: Module) -> Module:
-    """Copies a module in eval mode. Parameters are shared, buffers and configs copied."""
-    return _copied(model, {id(p): p for p in model.parameters()} | stand_ins(model))
-
-
 def _copied(model: Module, memo: dict[int, Any]) -> Module:
     """Copies a module in eval mode, with replacements for some parts by id."""
     try:

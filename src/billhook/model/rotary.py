@@ -1,8 +1,8 @@
 """Rotary embeddings: their parameters in a config, and runs with other frequencies."""
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
@@ -101,15 +101,6 @@ def longrope(model: nn.Module, frequencies: Tensor, scaling: float = 1.0) -> dic
         "attention_factor": scaling,
         "original_max_position_embeddings": getattr(config, "max_position_embeddings", None),
     }
-
-
-@contextmanager
-def rotating(model: nn.Module, parameters: RopeParameters | None) -> Iterator[None]:
-    """Computes with other rotary parameters in a `with` block; None changes nothing."""
-    with ExitStack() as stack:
-        for module, other in with_rope_parameters(model, parameters or {}).items() if parameters else ():
-            stack.enter_context(overridden(module, forward=other))
-        yield
 
 
 def rotating_with(model: nn.Module, parameters: RopeParameters | None, runs: Sequence[Run]) -> list[Run]:

@@ -1,15 +1,14 @@
 """Pruning amounts: a ratio for each kind of unit, or a budget."""
 
 import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.arguments import check_fraction, check_int, check_one_of, check_types, percentage_hint
-from billhook.units.units import PLURAL, Per, UnitKind, Units
+from billhook.units.units import Per, UnitKind, Units
 
 KERNEL_BYTES = 16  # torch's grouped kernel of experts reads rows in pieces of this size
 RoundTo = int | Literal["auto"]
@@ -87,16 +86,6 @@ def multiple_of(length: int) -> int:
     return next((multiple for multiple in MULTIPLES if length % multiple == 0), 1)
 
 
-def nearby_counts(requested: int, kept: int, num_before: int, minimum: int = 1) -> dict[int, int]:
-    """Returns nearby unit counts that were not chosen, each with its largest multiple.
-
-    >>> nearby_counts(1229, 1216, 1536)
-    {1280: 256}
-    """
-    candidates = [nearest_multiple(requested, multiple, minimum, num_before - 1) for multiple in MULTIPLES]
-    return {number: multiple_of(number) for number in candidates if number is not None and number != kept}
-
-
 def rounding_multiple(count: int) -> int:
     """Returns the largest of `MULTIPLES` that any count can be rounded down to, or 1.
 
@@ -111,62 +100,6 @@ def unit_length(units: Units, per: Per = "head") -> int:
     if units.kind in ("channel", "residual", "token"):
         return 1
     return int((units.index >= 0).sum()) // units.count(per) if units.kind == "head" else 0
-
-
-OTHER = ("units", "multiple", "more_parameters")
-"""Keys of an alternative count in plain data."""
-
-
-@dataclass(frozen=True)
-class RowLength:
-    """Row lengths after pruning and nearby alternatives; `print` shows a line.
-
-    Attributes:
-        kind: Kind of the units.
-        places: Number of modules.
-        each: Entries of one unit in a row, such as the head dimension.
-        requested: Number of units that were requested.
-        kept: Number of units that remain.
-        multiple: Largest of 256, 128, 64, and 32 that divides the row length; 1 if none does.
-        others: Alternative unit counts, each with its largest multiple and the change in the number of parameters.
-    """
-
-    kind: UnitKind
-    places: int
-    each: int
-    requested: int
-    kept: int
-    multiple: int
-    others: tuple[tuple[int, int, int], ...] = ()
-
-    def to_json(self) -> dict[str, Any]:
-        """Returns the row lengths as plain data."""
-        return vars(self) | {"others": [dict(zip(OTHER, other, strict=True)) for other in self.others]}
-
-    def __str__(self) -> str:
-        multiple = f"a multiple of {self.multiple}" if self.multiple > 1 else "no multiple of 32 is near enough"
-        if self.requested != self.kept and self.multiple > 1:
-            multiple = f"rounded from {self.requested:,} to {multiple}"
-        elif self.requested != self.kept:
-            multiple = f"requested {self.requested:,}; {multiple}"
-        rows = "" if self.each == 1 else f"head dimension {self.each}, rows of {self.kept * self.each:,}, "
-        parts = [f"{PLURAL[self.kind]}: {self.kept:,} ({rows}{multiple})"]
-        for units, other_multiple, more in self.others:
-            parameters = f"{abs(more):,} {'more' if more > 0 else 'fewer'} parameters"
-            parts.append(f"alternative: {units:,} (a multiple of {other_multiple}, {parameters})")
-        return "; ".join(parts)
-
-
-def row_lengths_from_json(data: Iterable[Mapping[str, Any]]) -> tuple[RowLength, ...]:
-    """Restores row lengths from plain data, and raises if it is malformed."""
-    try:
-        rows = []
-        for row in data:
-            others = [(other["units"], other["multiple"], other["more_parameters"]) for other in row["others"]]
-            rows.append(RowLength(**{**row, "others": tuple(others)}))
-        return tuple(rows)
-    except (AttributeError, KeyError, TypeError) as error:
-        raise ValueError(f"plan: rows={str(data)[:80]!r} is malformed. Pass the output of to_json.") from error
 
 
 def divides_among_devices(kv_heads: int) -> bool:

@@ -21,7 +21,7 @@ from billhook.model.costs import Costs
 from billhook.model.find import find_transformer
 from billhook.model.plan import ShapePlan, Weights, with_weights
 from billhook.model.surgery import UpdateOptimizers, update_optimizers
-from billhook.pruning.amount import RowLength, divides_among_devices, row_lengths_from_json, uneven_devices_note
+from billhook.pruning.amount import divides_among_devices, uneven_devices_note
 from billhook.pruning.cut import Cut, find_cut
 from billhook.pruning.removal import remove
 from billhook.tracing.show import name_pattern
@@ -37,12 +37,12 @@ class UnitPlan(Cut, ShapePlan):
 
     kind: ClassVar[str] = "units"
     costs: tuple[Costs, Costs] | None = None
-    rows: tuple[RowLength, ...] = ()
+    widths: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, cut: Cut, costs: tuple[Costs, Costs] | None = None, rows: tuple[RowLength, ...] = ()) -> Self:
-        """Returns the plan of a cut."""
-        return cls(**vars(cut), costs=costs, rows=rows)
+    def of(cls, cut: Cut, costs: tuple[Costs, Costs] | None = None, widths: tuple[str, ...] = ()) -> Self:
+        """Returns the plan of a cut, with notes on its widths."""
+        return cls(**vars(cut), costs=costs, widths=widths)
 
     @property
     def words(self) -> str:
@@ -67,7 +67,6 @@ class UnitPlan(Cut, ShapePlan):
             "kinds": dict(self.kinds),
             "units": _as_lists(self.units),
             "before": _as_lists(self.before),
-            "rows": [row.to_json() for row in self.rows],
         }
 
     @classmethod
@@ -80,8 +79,7 @@ class UnitPlan(Cut, ShapePlan):
             if not all(value in get_args(UnitKind) if part == "kinds" else _is_list(value) for value in values):
                 raise ValueError(f"plan: {part}={str(plain[part])[:80]!r} is malformed. Pass the output of to_json.")
         before = {name: tuple(numbers) for name, numbers in plain["before"].items()}
-        rows = row_lengths_from_json(plain.get("rows", []))
-        return cls.of(_find_again(plain["model"], plain["kinds"], before, plain["units"], find_transformer(model)), rows=rows)
+        return cls.of(_find_again(plain["model"], plain["kinds"], before, plain["units"], find_transformer(model)))
 
     def check_made_for(self, model: nn.Module) -> None:
         """Raises if the plan was made for another model; see `ModelPlan.check_made_for`."""
@@ -142,7 +140,7 @@ class UnitPlan(Cut, ShapePlan):
             if self.kinds[name] == "head" and self.after[name][1] < self.before[name][1]:
                 kv_heads.add(self.after[name][1])
         uneven = sorted(number for number in kv_heads if not divides_among_devices(number))
-        lines = [*costs, *map(str, self.rows), *map(uneven_devices_note, uneven)]
+        lines = [*costs, *self.widths, *map(uneven_devices_note, uneven)]
         notes = [Padding.indent(Text(line), 2) for line in lines]
         return [first, *notes[: len(costs)], text_table(rows, aligns="<", indent=2), *notes[len(costs) :]]
 

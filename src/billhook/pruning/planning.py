@@ -176,7 +176,7 @@ def plan_from_search(
             importance = importance or default_importance(others)
             scores |= score_units(model, others, importance, batches, loss, amount.normalize, amount.per, comm, progress)
     cut = search.cut(scores)
-    return UnitPlan.of(cut, search.costs(cut), search.row_lengths(scores, cut))
+    return UnitPlan.of(cut, search.costs(cut), search.width_notes(scores, cut))
 
 
 @cpu_by_default()

@@ -17,12 +17,10 @@ from billhook.engine.state import cpu_by_default
 from billhook.model.find import check_stored, check_values, find_transformer
 from billhook.model.layers import is_adapter, is_linear, size_of
 from billhook.model.plan import ModelPlan, Weights
-from billhook.model.rotary import RopeParameters, rotating_with
 from billhook.progress import OnProgress
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.block_writers import block_writers, why_not_zeros, writers_behind, zero_weights
 from billhook.pruning.plan import UnitPlan
-from billhook.repairs.matching import Tie
 from billhook.repairs.repair import RepairConfig, repair_linears
 from billhook.repairs.residuals import NoRepair, not_refitted_message, strip_argument
 from billhook.tracing.trace import trace
@@ -167,8 +165,6 @@ def repair_with(
     also: Collection[str] = (),
     progress: OnProgress | None = None,
     not_repaired: list[str] | None = None,
-    rope: RopeParameters | None = None,
-    ties: Mapping[str, Tie] | None = None,
 ) -> LazyTensors:
     """Refits consumer layers as `repair` does, while other layers have new parameters.
 
@@ -184,8 +180,6 @@ def repair_with(
         also: Layers to refit even if the plan keeps all of their inputs.
         progress: Callback with the number of refitted layers and the total.
         not_repaired: Filled with the names of layers that too few tokens reach.
-        rope: New rotary parameters of the model.
-        ties: Changes of gradients by parameter name, for `RepairConfig.match`.
     """
     check_values(model, streamed=True)
     check_stored(model)
@@ -206,8 +200,7 @@ def repair_with(
     for reader, is_kept in kept_inputs.items():
         modules[reader], keep[_stored(subject, reader)] = subject.get_submodule(reader), is_kept
     runs = _runs(subject, modules, batches)
-    changed = rotating_with(subject, rope, runs)
-    return repair_linears(subject, keep, changed, how, comm, new_params or None, progress, not_repaired, runs, ties)
+    return repair_linears(subject, keep, runs, how, comm, new_params or None, progress, not_repaired)
 
 
 def _stored(model: nn.Module, reader: str) -> str:

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.arguments import percentage_hint
@@ -18,10 +18,8 @@ from billhook.pruning.amount import (
     MULTIPLES,
     RATIOS,
     Amount,
-    RowLength,
     kernel_multiple,
     multiple_of,
-    nearby_counts,
     round_kv_heads,
     rounding_multiple,
     unit_length,
@@ -31,7 +29,7 @@ from billhook.pruning.cut import Cut, find_cut, size_after
 from billhook.pruning.removal import try_removal
 from billhook.tracing.trace import trace
 from billhook.units.find import of_kind, units_of, why_none
-from billhook.units.units import Units
+from billhook.units.units import PLURAL, UnitKind, Units
 
 MAX_CHANNEL_RATIO = 0.52
 """Largest channel ratio at which a budget is met by channels only: beyond it, SmolLM2 loses less if KV heads are removed, too
@@ -116,13 +114,13 @@ class RatioSearch:
             raise ValueError(f"{target}={requested} is met already: the model has {current:,}. Use a smaller value.")
         return limit
 
-    def row_lengths(self, scores: Mapping[str, Tensor], cut: Cut) -> tuple[RowLength, ...]:
-        """Returns the row lengths after a cut, if `round_to` is `"auto"`."""
+    def width_notes(self, scores: Mapping[str, Tensor], cut: Cut) -> tuple[str, ...]:
+        """Returns notes on the widths after a cut, if `round_to` is `"auto"`."""
         if self.amount.round_to != "auto" or self._ratios is None:
             return ()
         exact = self._choose(scores, self._ratios, replace(self.amount, round_to=1))
-        num_asked = {name: layer.count() - len(exact.get(name, [])) for name, layer in self.units.items()}
-        return row_lengths(self.model, cut, num_asked, self.amount.min_units)
+        requested = {name: layer.count() - len(exact.get(name, [])) for name, layer in self.units.items()}
+        return tuple(note for _, note in width_notes(cut, requested))
 
     def _choose(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float], amount: Amount) -> dict[str, list[int]]:
         return choose_units(self.units, scores, amount, ratios, self.protected, self._steps, self.first)
@@ -292,29 +290,22 @@ def first_within(count: int, cost: Callable[[int], int], limit: int) -> int | No
     return high
 
 
-def row_lengths(model: nn.Module, cut: Cut, num_asked: Mapping[str, int], least: int = 1) -> tuple[RowLength, ...]:
-    """Returns the lengths of shortened rows that had at least 256 entries.
+def width_notes(cut: Cut, requested: Mapping[str, int]) -> list[tuple[UnitKind, str]]:
+    """Returns the unit kind and a note for each new width of rows of at least 256 entries.
 
     Args:
-        model: The model.
         cut: Cut of the units to remove.
-        num_asked: Number of units to keep by module, before width rounding.
-        least: Fewest units to keep.
+        requested: Number of units to keep by module, before width rounding.
     """
-    modules_of: dict[RowLength, list[str]] = {}
+    notes = dict[tuple[UnitKind, str], None]()
     for name in cut.units:
-        layer, num_kept, length = cut.all_units[name], cut.after[name][0], unit_length(cut.all_units[name])
-        if layer.count() * length >= MULTIPLES[0]:
-            row = RowLength(layer.kind, 1, length, num_asked[name], num_kept, multiple_of(num_kept * length))
-            modules_of.setdefault(row, []).append(name)
-    rows = []
-    for row, names in modules_of.items():
-        counts = {name: cut.all_units[name].count() for name in names}
-        options = {} if row.kind == "head" else nearby_counts(row.requested, row.kept, max(counts.values()), least)
-        alternatives = []
-        for num_kept, multiple in options.items():
-            chosen = cut.units | {name: list(range(num_kept, count)) for name, count in counts.items()}
-            alternative = find_cut(model, cut.structure, cut.all_units, chosen)
-            alternatives.append((num_kept, multiple, alternative.parameters[1] - cut.parameters[1]))
-        rows.append(replace(row, places=len(names), others=tuple(alternatives)))
-    return tuple(rows)
+        units, kept, length = cut.all_units[name], cut.after[name][0], unit_length(cut.all_units[name])
+        if units.count() * length >= MULTIPLES[0]:
+            note = "no multiple of 32 is near enough"
+            if (multiple := multiple_of(kept * length)) > 1:
+                note = f"a multiple of {multiple}"
+            if requested[name] != kept:
+                note = f"rounded from {requested[name]:,} to {note}" if multiple > 1 else f"requested {requested[name]:,}; {note}"
+            rows = "" if length == 1 else f"head dimension {length}, rows of {kept * length:,}, "
+            notes[units.kind, f"{PLURAL[units.kind]}: {kept:,} ({rows}{note})"] = None
+    return list(notes)

@@ -52,17 +52,11 @@ class ExampleText:
         return len(self.rest.encode())
 
 
-def example_loss(model: PreTrainedModel, example: Example, kept: Tensor | None = None) -> float:
-    """Returns the loss of an example's predicted tokens, in nats.
-
-    Args:
-        model: The model, in eval mode.
-        example: The example.
-        kept: Ids of the model that the example's ids number, if only these may be predicted: int64, ascending. Defaults to all.
-    """
+def example_loss(model: PreTrainedModel, example: Example) -> float:
+    """Returns the loss of an example's predicted tokens, in nats; the model is in eval mode."""
     ids = example.ids.to(model.device)
-    logits = model(input_ids=(ids if kept is None else kept[ids])[None], use_cache=False).logits[0, example.first - 1 : -1]
-    return mean_loss(logits if kept is None else logits[:, kept], ids[example.first :]) * example.predicted
+    logits = model(input_ids=ids[None], use_cache=False).logits[0, example.first - 1 : -1]
+    return mean_loss(logits, ids[example.first :]) * example.predicted
 
 
 @torch.no_grad()

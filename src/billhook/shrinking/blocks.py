@@ -5,7 +5,7 @@ With zeroed output layers they add nothing to the residual stream.
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -55,13 +55,6 @@ class Blocks:
     writers: dict[int, list[str]] = field(default_factory=dict)
     why: str = ""
     _refusals: dict[tuple[int, ...], str] = field(default_factory=dict)
-
-    def with_cost(self, price: int, modules: Sequence[PrunableModule]) -> "Blocks":
-        """Returns the blocks at a common cost, or more if the modules inside cost more."""
-        costs, removable = {module.name: module.cost(module.count) for module in modules}, list[Block]()
-        for block in self.removable:
-            removable.append(replace(block, cost=max(price, sum(costs[name] for name in block.modules))))
-        return replace(self, removable=removable)
 
     def removed(self, kept: Mapping[str, int]) -> list[Block]:
         """Returns the blocks that a candidate removes."""

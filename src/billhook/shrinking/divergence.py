@@ -26,7 +26,7 @@ PER_INPUT = 10
 
 
 def split_batches(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """Splits batches into fitted and held-out batches, evenly over each source.
+    """Splits batches into batches to fit to and held-out batches, evenly over each source.
 
     Held-out batches are cut to the number of tokens that is evaluated. If there are too few batches, they are split into
     examples first.
@@ -50,14 +50,14 @@ def split_batches(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
             chosen.append(of_source[number])
     chosen.sort()
     limited = dict(zip(chosen, limit_tokens([batches[number] for number in chosen]), strict=True))
-    fitted, held_out = list[Any](), list[Any]()
+    repair_batches, held_out = list[Any](), list[Any]()
     for number, batch in enumerate(batches):
         rows = limited.get(number)
         if rows is None:
-            fitted.append(batch)
+            repair_batches.append(batch)
         else:
             held_out.append(rows)
-    return fitted, held_out
+    return repair_batches, held_out
 
 
 def split_examples(batches: Sequence[Any]) -> list[Any]:

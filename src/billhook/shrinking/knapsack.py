@@ -8,11 +8,10 @@ is exact.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from random import Random
-from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -246,45 +245,8 @@ def sizes_at_limit(kept: Sequence[Sequence[int]], costs: Sequence[Mapping[int, i
     return {finest: met}
 
 
-Choice = TypeVar("Choice", bound=tuple[Any, ...])
 MOVES = 3
 """Maximum number of slots whose level is raised in one mutation."""
-TRIES = 20
-"""Attempts per new candidate before a generation ends early."""
-
-
-def evolve(
-    start: Sequence[Choice],
-    move: Callable[[Choice, Random], Choice | None],
-    measure: Callable[[Choice], float],
-    generations: int,
-    candidates: int,
-    seed: int,
-) -> dict[Choice, float]:
-    """Runs an evolutionary search and returns all measured choices with their losses.
-
-    As in Týr-the-Pruner (Li et al., 2025, https://arxiv.org/abs/2503.09657): each mutation trades units between modules within
-    the budget, and the best measured choice is the parent of the next generation.
-
-    Args:
-        start: Choices within the limit to start from.
-        move: Returns a choice near another one and within the limit, or None.
-        measure: Returns the loss of a choice.
-        generations: Number of generations; 0 measures only the start.
-        candidates: Number of new choices per generation.
-        seed: Seed for the mutations.
-    """
-    random, losses = Random(seed), {choice: measure(choice) for choice in dict.fromkeys(start)}
-    for _ in range(generations):
-        best, new = min(losses, key=lambda choice: losses[choice]), set[Choice]()
-        for _ in range(TRIES * candidates):
-            other = move(best, random)
-            if len(new) < candidates and other is not None and other not in losses:
-                new.add(other)
-        if not new:
-            break
-        losses |= {choice: measure(choice) for choice in sorted(new)}
-    return losses
 
 
 def mutate(slots: Sequence[Slot | JointSlot], levels: Levels, limit: int, random: Random) -> Levels | None:

@@ -4,19 +4,17 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.model.costs import kv_cache_bytes
 from billhook.model.layers import is_linear
 from billhook.pruning.amount import divides_among_devices
 from billhook.pruning.choice import rank_units
-from billhook.pruning.cut import Cut, coupled_modules, find_cut, size_after
+from billhook.pruning.cut import coupled_modules, find_cut, size_after
 from billhook.pruning.removal import try_removal
 from billhook.pruning.target import RatioSearch
-from billhook.units.units import Per, UnitKind, Units
+from billhook.units.units import UnitKind, Units
 
 PARTS = 8
 """Levels keep multiples of one part in this many of a module."""
@@ -31,10 +29,8 @@ class PrunableModule:
         kind: Kind of its units.
         count: Current number of units.
         allowed: Numbers of units that it may keep, decreasing, starting with all.
-        unit_cost: Cost of one unit (KV heads include their query heads): parameters, bytes, or KV cache bytes per token.
+        unit_cost: Cost of one unit (KV heads include their query heads): parameters or bytes.
         levels: Numbers of units that the search considers, decreasing, starting with all.
-        times: Pairs of a number of units and its measured cost, increasing, for a latency budget.
-        pool_sizes: Numbers of KV heads that it may be pooled to, for a KV cache budget.
     """
 
     names: tuple[str, ...]
@@ -43,8 +39,6 @@ class PrunableModule:
     allowed: tuple[int, ...]
     unit_cost: int
     levels: tuple[int, ...] = ()
-    times: tuple[tuple[int, int], ...] = ()
-    pool_sizes: tuple[int, ...] = ()
 
     @property
     def name(self) -> str:
@@ -53,22 +47,18 @@ class PrunableModule:
 
     def cost(self, kept: int) -> int:
         """Returns the cost of this module at a number of kept units."""
-        if not self.times:
-            return kept * self.unit_cost
-        numbers, times = zip(*self.times, strict=True)
-        return round(float(np.interp(kept, numbers, times)))
+        return kept * self.unit_cost
 
     def saves(self, kept: int) -> int:
         """Returns the cost saved by keeping this number of units instead of all."""
         return self.cost(self.count) - self.cost(kept)
 
     def grid(self) -> tuple[int, ...]:
-        """Returns the levels for any budget: the numbers nearest to eighths, and the pool sizes."""
-        numbers = set(self.allowed)
-        if len(numbers) > PARTS:
-            sizes = [self.count * part / PARTS for part in range(1, PARTS + 1)]
-            numbers = {min(self.allowed, key=lambda kept: abs(kept - size)) for size in sizes}
-        return tuple(sorted({*numbers, *self.pool_sizes}, reverse=True))
+        """Returns the levels for any budget: the numbers nearest to eighths."""
+        if len(self.allowed) <= PARTS:
+            return self.allowed
+        sizes = [self.count * part / PARTS for part in range(1, PARTS + 1)]
+        return tuple(sorted({min(self.allowed, key=lambda kept: abs(kept - size)) for size in sizes}, reverse=True))
 
 
 def find_modules(search: RatioSearch, target: str, uniform: bool = False) -> list[PrunableModule]:
@@ -86,13 +76,12 @@ def find_modules(search: RatioSearch, target: str, uniform: bool = False) -> lis
     Raises:
         ValueError: If no module may keep fewer units.
     """
-    model, modules = search.model, list[PrunableModule]()
-    groups, consumed = list[list[str]](), set[str]()
-    for names in coupled_modules(free := search.removable()):
-        if all(has_linear_consumers(model, free[name]) for name in names):
-            groups.append(names)
-    for names, cost in zip(groups, _unit_costs(search, groups, target), strict=True):
-        module = _prunable_module(search, free[names[0]], names, cost, target, uniform)
+    model, free, modules, consumed = search.model, search.removable(), list[PrunableModule](), set[str]()
+    for names in coupled_modules(free):
+        if not all(has_linear_consumers(model, free[name]) for name in names):
+            continue
+        cost = _unit_cost(search, names, target)
+        module = _prunable_module(search, free[names[0]], names, cost, uniform)
         consumers = set(consumers_of(module, free))
         if len(module.allowed) > 1 and cost > 0 and not consumers & consumed:
             modules.append(module)
@@ -111,21 +100,17 @@ def find_modules(search: RatioSearch, target: str, uniform: bool = False) -> lis
     )
 
 
-def _prunable_module(
-    search: RatioSearch, units: Units, names: list[str], cost: int, target: str, uniform: bool
-) -> PrunableModule:
+def _prunable_module(search: RatioSearch, units: Units, names: list[str], cost: int, uniform: bool) -> PrunableModule:
     """Returns coupled modules as a prunable module."""
     amount = search.amount
     count, step = units.count("kv_head"), search.step(names[0]) if units.kind == "channel" else 1
-    cached = target == "kv_cache_bytes"
-    divided = uniform and amount.round_to == "auto" and units.kind == "head" and not cached
+    divided = uniform and amount.round_to == "auto" and units.kind == "head"
     allowed = tuple(
         n
         for n in range(count, 0, -1)
         if n == count or (n % step == 0 and n >= amount.min_units and (not divided or divides_among_devices(n)))
     )
-    pool_sizes = tuple(kept for kept in allowed[1:] if count % kept == 0) if cached else ()
-    module = PrunableModule(tuple(names), units.kind, count, allowed, cost, pool_sizes=pool_sizes)
+    module = PrunableModule(tuple(names), units.kind, count, allowed, cost)
     return replace(module, levels=module.grid())
 
 
@@ -150,51 +135,22 @@ def _refusal(search: RatioSearch, modules: Sequence[PrunableModule]) -> str:
     for module in modules:
         removed |= any_removed(module, search.units, module.allowed[-1])
     try:
-        try_removal(search.model, cut_of(search, removed, "head"))
+        try_removal(search.model, find_cut(search.model, search.structure, search.units, removed))
     except ValueError as error:
         return str(error)
     return ""
 
 
-def cut_of(search: RatioSearch, numbers: Mapping[str, list[int]], per: Per = "kv_head") -> Cut:
-    """Returns the removal of channels and KV heads, or query heads."""
-    return find_cut(search.model, search.structure, search.units, numbers, per)
-
-
-def _unit_costs(search: RatioSearch, groups: Sequence[list[str]], target: str) -> list[int]:
-    """Returns the cost of a unit for each group of modules; 0 if it is not prunable."""
-    cached = target == "kv_cache_bytes"
-
-    def cut(names: list[str]) -> Cut | None:
-        try:
-            return None if cached and search.units[names[0]].kind != "head" else cut_of(search, dict.fromkeys(names, [0]))
-        except ValueError:  # as under a norm that spans all heads
-            return None
-
-    if cached:
-        return _cache_saved(search, groups, list(map(cut, groups)))
-    return [_parameters_saved(search.model, cut(names), target) for names in groups]
-
-
-def _cache_saved(search: RatioSearch, groups: Sequence[list[str]], cuts: Sequence[Cut | None]) -> list[int]:
-    """Returns the KV cache bytes per token that the removal of each group's units saves."""
-    cache, costs = kv_cache_bytes(search.model) or 0, list[int]()
-    heads = sum(units.count("kv_head") for units in search.units.values() if units.kind == "head")
-    # asking the class what each attention saves takes long; where the first has an equal share of the cache, all have
-    first = next(filter(None, cuts), None)
-    for names, cut in zip(groups, cuts, strict=True):
-        costs.append(0 if cut is None else cache - (kv_cache_bytes(try_removal(search.model, cut)) or 0))
-        if cut is first and costs[-1] * heads == cache * len(names):
-            return [0 if cut is None else cache * len(names) // heads for names, cut in zip(groups, cuts, strict=True)]
-    return costs
-
-
-def _parameters_saved(model: PreTrainedModel, cut: Cut | None, target: str) -> int:
-    """Returns the number of parameters, or bytes, that a removal saves."""
-    parameters, cuts, total = dict(model.named_parameters()), {} if cut is None else cut.cuts, 0
-    for name in {name for name, _ in cuts if name in parameters}:
+def _unit_cost(search: RatioSearch, names: Sequence[str], target: str) -> int:
+    """Returns the cost of a unit of coupled modules; 0 if it is not prunable."""
+    try:
+        cut = find_cut(search.model, search.structure, search.units, dict.fromkeys(names, [0]), "kv_head")
+    except ValueError:  # as under a norm that spans all heads
+        return 0
+    parameters, total = dict(search.model.named_parameters()), 0
+    for name in {name for name, _ in cut.cuts if name in parameters}:
         parameter = parameters[name]
-        left = math.prod(size_after(cuts, name, parameter.shape))
+        left = math.prod(size_after(cut.cuts, name, parameter.shape))
         total += (parameter.numel() - left) * (parameter.element_size() if target == "bytes" else 1)
     return total
 

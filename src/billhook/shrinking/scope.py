@@ -11,7 +11,6 @@ from billhook.pruning.amount import Amount
 from billhook.pruning.target import RatioSearch
 from billhook.shrinking.blocks import Blocks, find_blocks
 from billhook.shrinking.modules import PrunableModule, find_modules, units_by_name
-from billhook.shrinking.result import format_amount
 from billhook.shrinking.space import SEVERAL, budget_sizes, round_channels
 
 CURVE = 9
@@ -24,22 +23,22 @@ class Progress:
 
     Attributes:
         report: Callback with the number of finished steps and the total.
-        entered: Callback with the name of the phase that starts.
-        reused: Callback with the number of variants that the variant cache already holds.
+        report_phase: Callback with the name of the phase that starts.
+        report_cached: Callback with the number of variants that the variant cache already holds.
         steps: Total number of steps, an upper bound.
         done: Number of finished steps.
     """
 
     report: Callable[[int, int], None] | None = None
-    entered: Callable[[str], None] | None = None
-    reused: Callable[[int], None] | None = None
+    report_phase: Callable[[str], None] | None = None
+    report_cached: Callable[[int], None] | None = None
     steps: int = 0
     done: int = 0
 
     def enter(self, phase: str) -> None:
         """Starts a phase."""
-        if self.entered is not None:
-            self.entered(phase)
+        if self.report_phase is not None:
+            self.report_phase(phase)
         self.advance(0)
 
     def advance(self, steps: int = 1) -> None:
@@ -55,7 +54,7 @@ class SearchScope:
 
     Attributes:
         search: The model, its units, and their costs.
-        target: Name of the budget, such as `"params"`.
+        target: Unit of the budget: `"params"` or `"bytes"`.
         now: Current cost of the model in units of the target.
         limit: Largest allowed cost.
         uniform: If True, all modules of one kind and size keep the same number of units.
@@ -72,43 +71,27 @@ class SearchScope:
     blocks: Blocks
 
     @classmethod
-    def find(cls, model: PreTrainedModel, amount: Amount, uniform: bool, token_savings: int = 0) -> "SearchScope":
+    def find(cls, model: PreTrainedModel, amount: Amount, uniform: bool) -> "SearchScope":
         """Finds the prunable modules and blocks for a budget.
 
-        `token_savings` is what the vocabulary can save. Raises a ValueError if the budget is out of reach.
+        Raises a ValueError if the budget is out of reach.
         """
         search, target = RatioSearch(model, amount), amount.target or ""
         limit, now = search.limit(target), int(getattr(search.now, target))
         modules = find_modules(search, target, uniform)
         scope = cls(search, target, now, limit, uniform, modules, find_blocks(search, target, modules))
-        return scope.with_levels(getattr(amount, target), token_savings)
-
-    def with_levels(self, budget: float, token_savings: int = 0) -> "SearchScope":
-        """Returns the scope with levels that suit the limit.
-
-        Raises a ValueError if it is out of reach.
-        """
-        scope = replace(self, modules=[replace(module, levels=module.grid()) for module in self.modules])
-        scope.check_reach(budget, token_savings)
-        met = budget_sizes(scope.modules, self.blocks.removable, self.now, self.limit) if self.uniform else {}
-        modules = []
-        for module in scope.modules:
-            levels = set(module.levels)
-            for number in met.get(module.name, ()):
-                levels.add(self.rounded({module.name: number})[module.name])
-            modules.append(replace(module, levels=tuple(sorted(levels, reverse=True))))
-        return replace(self, modules=modules)
-
-    def check_reach(self, budget: float, token_savings: int = 0) -> None:
-        """Raises a ValueError if the limit is out of reach."""
-        if self.least - token_savings > self.limit:
-            numbers = (self.limit, self.least - token_savings, self.now)
-            limit, least, now = (format_amount(self.target, number) for number in numbers)
-            limit += " ms" * (self.target == "latency")
+        if scope.least > limit:
+            budget = getattr(amount, target)
             raise ValueError(
-                f"{self.target}={budget} ({limit}) is out of reach. Reachable: {least} to {now}. "
+                f"{target}={budget} ({limit:,}) is out of reach. Reachable: {scope.least:,} to {now:,}. "
                 f"Raise the budget, or protect fewer blocks{percentage_hint(budget)}"
             )
+        met = budget_sizes(modules, scope.blocks.removable, now, limit) if uniform else {}
+        with_levels = []
+        for module in modules:
+            levels = {*module.levels, *(scope.rounded({module.name: number})[module.name] for number in met.get(module.name, ()))}
+            with_levels.append(replace(module, levels=tuple(sorted(levels, reverse=True))))
+        return replace(scope, modules=with_levels)
 
     @property
     def model(self) -> PreTrainedModel:
@@ -132,7 +115,7 @@ class SearchScope:
 
     def most_steps(self, generations: int, children: int) -> int:
         """Returns an upper bound on the number of search steps."""
-        measured = sum(2 + bool(module.pool_sizes) for module in self.modules) + len(self.blocks.removable)
+        measured = 2 * len(self.modules) + len(self.blocks.removable)
         return measured + len(SEVERAL) + 2 + generations * children + CURVE
 
     def rounded(self, kept: Mapping[str, int], spare: int = 0) -> dict[str, int]:

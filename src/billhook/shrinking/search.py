@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass, fields
 
-from billhook.arguments import check_fraction, check_int, check_number, check_types
+from billhook.arguments import check_int, check_number, check_types
 from billhook.importance.score import Importance
-from billhook.pruning.amount import TARGETS, Amount, RoundTo
+from billhook.pruning.amount import Amount, RoundTo
 from billhook.pruning.repair import RepairOption
 
 ANY = 1 - 1e-9
@@ -13,22 +13,15 @@ ANY = 1 - 1e-9
 
 @dataclass(frozen=True)
 class Budget:
-    """The limit on a smaller model: its size, KV cache, quality loss, or latency.
+    """The limit on a smaller model: its size or its quality loss.
 
     Exactly one field is set.
 
     Args:
         params: Maximum number (int) or fraction (float) of parameters.
-        kv_cache_bytes: Maximum bytes of the KV cache per token, as a number (int) or fraction (float). KV heads are removed with
-            their query heads, or pooled by SVD with all query heads kept (see `convert_kv_heads`), whichever loses less. The
-            choice is made for each attention module, or jointly if modules are uniform. Pooling needs a number of KV heads that
-            divides the old one and a model that can be converted. Blocks may be removed, channels may not.
         bytes: Maximum bytes of all parameters, as a number (int) or fraction (float).
         max_loss: Quality budget: finds the fewest parameters at which perplexity on held-out batches (geometric mean over
             sources) is at most this many times the dense model's, such as 1.1.
-        latency: Maximum fraction of the dense model's time, measured on this machine and the model's device. A latency table of
-            all levels guides the search. The selected model is timed before anything is removed, and the search is repeated with
-            a tighter limit if it is too slow.
 
     Raises:
         ValueError: If not exactly one budget is set, or its value is out of range.
@@ -39,10 +32,8 @@ class Budget:
     """
 
     params: int | float | None = None
-    kv_cache_bytes: int | float | None = None
     bytes: int | float | None = None
     max_loss: float | None = None
-    latency: float | None = None
 
     def __post_init__(self) -> None:
         check_types(Budget, vars(self))
@@ -51,14 +42,12 @@ class Budget:
             raise ValueError(f"Budget requires exactly one of {', '.join(vars(self))}; got {' and '.join(names) or 'none'}.")
         if self.max_loss is not None:
             check_number("max_loss", self.max_loss, above=1)
-        if self.latency is not None:
-            check_fraction("latency", self.latency, "(0, 1)", of="the dense model's time")
-        self.amount(0, 0, "auto")
+        self.amount(Search())
 
-    def amount(self, first: int, last: int, round_to: RoundTo) -> Amount:
-        """Returns the budget as an `Amount`; `max_loss` and `latency` allow any smaller model."""
-        targets = {name: getattr(self, name) for name in TARGETS if getattr(self, name, None) is not None}
-        return Amount(**targets or {"params": ANY}, first=first, last=last, round_to=round_to)
+    def amount(self, search: "Search") -> Amount:
+        """Returns the budget as an `Amount`; `max_loss` allows any smaller model."""
+        params = self.params if self.max_loss is None else ANY
+        return Amount(params=params, bytes=self.bytes, first=search.first, last=search.last, round_to=search.round_to)
 
     @property
     def words(self) -> str:
@@ -78,11 +67,9 @@ class Search:
         last: Number of blocks to protect at the end of each stack.
         round_to: Width rounding: numbers of channels are rounded down to multiples of this. `"auto"` uses the largest of 256,
             128, 64, and 32 that removes at most 3% more channels. With uniform modules it also keeps 1, 2, 4, a multiple of 8, or
-            all KV heads, except for `kv_cache_bytes`. 1 allows any number.
+            all KV heads. 1 allows any number.
         generations: Rounds of evolutionary search. 0 uses the best knapsack solution.
         candidates: Number of candidates per round.
-        tokens: If True, tokens of the vocabulary may be removed too, from the model and its tokenizer, for a budget of parameters
-            or bytes.
 
     Raises:
         ValueError: If a number is out of range.
@@ -98,7 +85,6 @@ class Search:
     round_to: RoundTo = "auto"
     generations: int = 8
     candidates: int = 8
-    tokens: bool = False
 
     def __post_init__(self) -> None:
         check_types(Search, vars(self))
@@ -106,12 +92,3 @@ class Search:
             check_int(name, getattr(self, name), least)
         if self.round_to != "auto":
             check_int("round_to", self.round_to)
-
-    def amount(self, budget: Budget) -> Amount:
-        """Returns a budget as an `Amount` with the protected blocks of this search.
-
-        Raises a ValueError if tokens cannot be removed for this budget.
-        """
-        if self.tokens and budget.params is None and budget.bytes is None:
-            raise ValueError(f"tokens=True does not support {budget.words}. Set a budget of params or bytes, or tokens=False.")
-        return budget.amount(self.first, self.last, self.round_to)

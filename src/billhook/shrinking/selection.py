@@ -1,23 +1,23 @@
 """Third stage of a search: selects, plans, and repairs the best candidates."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from random import Random
 from typing import Any
 
 import numpy as np
 
 from billhook.importance.score import make_run
 from billhook.repairs.repair import RepairConfig
-from billhook.shrinking.divergence import Perplexity, mean_over_sources
-from billhook.shrinking.knapsack import cost, evolve, fill_budget
-from billhook.shrinking.measurement import Measurement, single_kind_levels
+from billhook.shrinking.divergence import Perplexity
+from billhook.shrinking.knapsack import cost, fill_budget
+from billhook.shrinking.measurement import Measurement
 from billhook.shrinking.modules import unit_counts
 from billhook.shrinking.planning import ShrinkPlan, plan, simulated
-from billhook.shrinking.result import Candidate, Times
+from billhook.shrinking.result import Candidate
 from billhook.shrinking.scope import CURVE
-from billhook.shrinking.search import Search
+from billhook.shrinking.search import Budget, Search
 from billhook.shrinking.space import (
     Point,
     best_point,
@@ -26,13 +26,15 @@ from billhook.shrinking.space import (
     initial_points,
     make_slots,
     neighbor,
+    single_kind_points,
     size_costs,
     uniform_points,
 )
-from billhook.shrinking.vocabulary import SmallerVocabularies, VocabularyLevel
 
 SIZES = 64
 """Number of sizes that a search for a quality budget considers."""
+TRIES = 20
+"""Attempts per new candidate before a generation ends early."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,6 @@ class SearchResult:
         curve: Candidates of other sizes.
         tried: Candidates that were measured within the limit.
         ratio: Perplexity relative to the dense model, for a quality budget.
-        times: Measured times, for a latency budget.
-        alone: By kind of unit, the remaining cost and the loss of pruning only this kind.
     """
 
     kept: dict[str, int]
@@ -56,38 +56,46 @@ class SearchResult:
     curve: list[Candidate]
     tried: list[Candidate]
     ratio: float | None = None
-    times: Times | None = None
-    alone: dict[str, tuple[int, float]] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class TokensChoice:
-    """A vocabulary, and the units that a search selected beside it.
+def select_for_budget(
+    measurement: Measurement,
+    budget: Budget,
+    repair_batches: Sequence[Any],
+    held_out: Sequence[Any],
+    repair: RepairConfig | None,
+    search: Search,
+    seed: int,
+) -> SearchResult:
+    """Selects the best repaired candidate within a budget.
 
-    Attributes:
-        levels: All vocabularies, the largest first.
-        level: The chosen vocabulary.
-        measurement: Losses of variants on batches in its tokens.
-        result: The units, and candidates with their losses in bits per byte.
+    Args:
+        measurement: Losses of the variants.
+        budget: The budget.
+        repair_batches: Batches for repairing candidates.
+        held_out: Batches for measuring perplexity, as dictionaries; their loss is the model's own.
+        repair: Settings of the refits; None keeps the old weights.
+        search: Search settings.
+        seed: Seed of the evolutionary search.
+
+    Raises:
+        ValueError: If no model meets a quality budget.
     """
-
-    levels: Sequence[VocabularyLevel]
-    level: VocabularyLevel
-    measurement: Measurement
-    result: SearchResult
-
-
-Within = Callable[[int], SearchResult]
-"""Searches within a limit."""
+    if budget.max_loss is None:
+        chosen = search_within(measurement, measurement.scope.limit, repair_batches, repair, search, seed)
+    else:
+        chosen = smallest(measurement, budget.max_loss, repair_batches, held_out, repair, search, seed)
+    measurement.cache.forget()
+    return chosen
 
 
 def search_within(
     measurement: Measurement,
-    fitted: Sequence[Any],
+    limit: int,
+    repair_batches: Sequence[Any],
     repair: RepairConfig | None,
     search: Search,
     seed: int,
-    limit: int,
 ) -> SearchResult:
     """Searches within a limit and repairs the best candidates.
 
@@ -96,80 +104,14 @@ def search_within(
     """
     choices, curve, tried = choose(measurement, search, seed, limit)
     if repair is None or len(choices) == 1:
-        return SearchResult(choices[0], plan(measurement, limit, choices[0], fitted, repair), limit, curve, tried)
+        return SearchResult(choices[0], plan(measurement, limit, choices[0], repair_batches, repair), limit, curve, tried)
     refit, losses = replace(repair, match=None), list[float]()
-    chosen = [SearchResult(kept, plan(measurement, limit, kept, fitted, refit), limit, curve, tried) for kept in choices]
-    for result in chosen:
+    results = [SearchResult(kept, plan(measurement, limit, kept, repair_batches, refit), limit, curve, tried) for kept in choices]
+    for result in results:
         with simulated(measurement.scope.model, result.planned):
             losses.append(measurement.divergence.mean())
-    return matched(measurement, fitted, repair, chosen[losses.index(min(losses))])
-
-
-def matched(measurement: Measurement, fitted: Sequence[Any], repair: RepairConfig | None, result: SearchResult) -> SearchResult:
-    """Repairs a candidate again with `RepairConfig.match`, if it is set."""
-    if repair is None or repair.match is None:
-        return result
-    return replace(result, planned=plan(measurement, result.limit, result.kept, fitted, repair))
-
-
-def search_with_tokens(
-    measurement: Measurement,
-    vocabularies: SmallerVocabularies,
-    fitted: Sequence[Any],
-    held_out: Sequence[Any],
-    repair: RepairConfig | None,
-    search: Search,
-    seed: int,
-) -> TokensChoice:
-    """Searches for a vocabulary and for units beside it.
-
-    Units are repaired on batches in the remaining tokens. Their estimated losses are those of variants, of which a repair leaves
-    a part. This part is known once a candidate is repaired. The vocabulary is then chosen again by what would be left, until the
-    choice stays the same. What the chosen units leave of the budget is filled with tokens, and only these units are reconstructed
-    block-wise.
-    """
-    scope, progress, refit = measurement.scope, measurement.progress, repair and replace(repair, match=None)
-    progress.enter("measuring smaller vocabularies")
-    levels = vocabularies.measure(scope.model, held_out, scope.now - scope.limit)
-    unrepaired, tried, losses = 1.0, dict[int, TokensChoice](), dict[int, float]()
-    while (number := choose_level(measurement, levels, unrepaired)) not in tried:
-        level = levels[number]
-        limit = scope.limit + level.saved
-        spelled = measurement.on(vocabularies.respell(held_out, level), limit)
-        result = search_within(spelled, vocabularies.respell(fitted, level), refit, search, seed, limit)
-        with simulated(scope.model, result.planned):
-            divergence = spelled.divergence.by_source()
-        losses[number] = mean_over_sources(level.with_units(divergence))
-        result = replace(result, curve=[*map(level.beside, result.curve)], tried=[*map(level.beside, result.tried)])
-        tried[number] = TokensChoice(levels, level, spelled, result)
-        estimated = units_loss(measurement, limit)
-        unrepaired = mean_over_sources(divergence) / estimated if estimated else unrepaired
-    chosen = tried[min(losses, key=losses.__getitem__)]
-    result, spelled = chosen.result, chosen.measurement
-    level = vocabularies.filled(scope.model, held_out, chosen.level, result.limit - result.planned.left)
-    if level is not chosen.level:
-        spelled = measurement.on(vocabularies.respell(held_out, level), result.limit)
-    result = matched(spelled, vocabularies.respell(fitted, level), repair, result)
-    return replace(chosen, level=level, measurement=spelled, result=result)
-
-
-def choose_level(measurement: Measurement, levels: Sequence[VocabularyLevel], unrepaired: float) -> int:
-    """Returns the number of the vocabulary that loses least with the best units beside it.
-
-    `unrepaired` is the part of the units' loss that remains after a repair.
-    """
-    limit = measurement.scope.limit
-    losses = [level.loss + unrepaired * level.bits * units_loss(measurement, limit + level.saved) for level in levels]
-    return losses.index(min(losses))
-
-
-def units_loss(measurement: Measurement, limit: int) -> float:
-    """Returns the estimated KL divergence of the best units within a limit, in nats.
-
-    It is infinite if the limit is out of reach.
-    """
-    point = best_point(measurement.spaces, limit)
-    return math.inf if point is None else measurement.spaces[point[0]].predicted(point[1])
+    best = results[losses.index(min(losses))]
+    return best if repair.match is None else replace(best, planned=plan(measurement, limit, best.kept, repair_batches, repair))
 
 
 def choose(
@@ -182,22 +124,42 @@ def choose(
     scope, losses, spaces, progress = measurement.scope, measurement.losses, measurement.spaces, measurement.progress
     progress.enter("searching")
     start = initial_points(spaces, limit, sorted(scope.blocks.removable, key=lambda block: losses[block.name][-1]))
+    more = limit - scope.now
     if scope.uniform:
-        for _, levels in single_kind_levels(measurement, limit).values():
-            start.append((0, levels))
+        start += single_kind_points(scope.modules, losses, more)
     else:
-        start += uniform_points(spaces[0], scope.modules, losses, limit - scope.now)
-
-    def lost(point: Point) -> float:
-        return measurement.lost(spaces[point[0]].kept(point[1]))
-
-    move = partial(neighbor, spaces, limit)
-    measured = evolve(start, move, lost, search.generations, search.candidates, seed)
-    measured = dict(sorted(measured.items(), key=lambda item: item[1]))
+        start += uniform_points(spaces[0], scope.modules, losses, more)
+    measured = dict(sorted(evolve(measurement, start, limit, search, seed).items(), key=lambda item: item[1]))
     kept = [_filled(measurement, point, limit) for point in _finalists(measurement, measured)]
     progress.steps = progress.done + CURVE
-    curve = {point: lost(point) for point in evenly_sized(spaces, CURVE)}
+    curve = {point: measurement.lost(point) for point in evenly_sized(spaces, CURVE)}
     return kept, _candidates(measurement, curve), _candidates(measurement, measured)
+
+
+def evolve(measurement: Measurement, start: Sequence[Point], limit: int, search: Search, seed: int) -> dict[Point, float]:
+    """Runs an evolutionary search and returns all measured points with their losses.
+
+    As in Týr-the-Pruner (Li et al., 2025, https://arxiv.org/abs/2503.09657): each mutation trades units between modules within
+    the budget, and the best measured point is the parent of the next generation.
+
+    Args:
+        measurement: Measures the points.
+        start: Points within the limit to start from.
+        limit: Largest allowed cost.
+        search: Numbers of generations and of new points per generation.
+        seed: Seed for the mutations.
+    """
+    random, losses = Random(seed), {point: measurement.lost(point) for point in dict.fromkeys(start)}
+    for _ in range(search.generations):
+        best, new = min(losses, key=losses.__getitem__), set[Point]()
+        for _ in range(TRIES * search.candidates):
+            other = neighbor(measurement.spaces, limit, best, random)
+            if len(new) < search.candidates and other is not None and other not in losses:
+                new.add(other)
+        if not new:
+            break
+        losses |= {point: measurement.lost(point) for point in sorted(new)}
+    return losses
 
 
 def _finalists(measurement: Measurement, measured: Mapping[Point, float]) -> list[Point]:
@@ -205,32 +167,24 @@ def _finalists(measurement: Measurement, measured: Mapping[Point, float]) -> lis
 
     Measured points are sorted by loss. Raises a ValueError if there are none.
     """
-    scope, spaces, order = measurement.scope, measurement.spaces, list(measured)
+    scope, order = measurement.scope, list(measured)
     first = next((number for number, point in enumerate(order) if not _refusal(measurement, point)), None)
     if first is None:
         raise ValueError(_refusal(measurement, order[-1]))
-    if not scope.uniform or measurement.pooling is not None:
+    if not scope.uniform:
         return [order[first]]
-
-    def kinds_cut(point: Point) -> frozenset[str]:
-        kept = spaces[point[0]].kept(point[1])
-        blocks = {"block"} if spaces[point[0]].removed else set()
-        return frozenset(blocks | {module.kind for module in scope.modules if 0 < kept[module.name] < module.count})
-
-    return [point for point in finalists(order[first:], measured, kinds_cut) if not _refusal(measurement, point)]
-
-
-def knapsack_solution(measurement: Measurement, limit: int) -> dict[str, int]:
-    """Returns the kept units with the lowest estimated loss, or of the smallest model."""
-    point = best_point(measurement.spaces, limit) or best_point(measurement.spaces, measurement.scope.least)
-    assert point is not None
-    return _filled(measurement, point, limit)
+    kinds = {}
+    for point in order[first:]:
+        kept = measurement.kept(point)
+        blocks = {"block"} if measurement.spaces[point[0]].removed else set()
+        kinds[point] = frozenset(blocks | {module.kind for module in scope.modules if 0 < kept[module.name] < module.count})
+    return [point for point in finalists(measured, kinds) if not _refusal(measurement, point)]
 
 
 def _refusal(measurement: Measurement, point: Point) -> str:
     """Returns why the blocks of a point cannot be removed together; empty if they can."""
     blocks = measurement.scope.blocks
-    removed = blocks.removed(measurement.spaces[point[0]].kept(point[1]))
+    removed = blocks.removed(measurement.kept(point))
     return blocks.refusal(removed) if removed else ""
 
 
@@ -239,8 +193,8 @@ def _filled(measurement: Measurement, point: Point, limit: int) -> dict[str, int
 
     Removed blocks stay removed.
     """
-    scope, space, levels = measurement.scope, measurement.spaces[point[0]], point[1]
-    kept, spare = space.kept(levels), limit - space.left(levels)
+    scope, kept = measurement.scope, measurement.kept(point)
+    spare = limit - measurement.spaces[point[0]].left(point[1])
     present = [module for module in scope.modules if kept[module.name]]
     slots = make_slots(present, measurement.losses, scope.uniform)
     chosen = tuple(slot.kept.index(kept[slot.names[0]]) for slot in slots)
@@ -256,40 +210,38 @@ def _filled(measurement: Measurement, point: Point, limit: int) -> dict[str, int
 def _candidates(measurement: Measurement, losses: Mapping[Point, float]) -> list[Candidate]:
     """Returns measured points as candidates."""
     candidates = []
-    for (number, levels), lost in losses.items():
-        space = measurement.spaces[number]
-        kept = space.kept(levels)
+    for point, lost in losses.items():
+        space, kept = measurement.spaces[point[0]], measurement.kept(point)
         by_module = {name: stay for name, (_, stay) in unit_counts(measurement.scope.modules, kept).items()}
-        candidates.append(Candidate(kept | by_module, space.left(levels), space.predicted(levels), lost))
+        candidates.append(Candidate(kept | by_module, space.left(point[1]), space.predicted(point[1]), lost))
     return candidates
 
 
-def smallest(measurement: Measurement, most: float, held_out: Sequence[Any], within: Within) -> SearchResult:
+def smallest(
+    measurement: Measurement,
+    max_loss: float,
+    repair_batches: Sequence[Any],
+    held_out: Sequence[Any],
+    repair: RepairConfig | None,
+    search: Search,
+    seed: int,
+) -> SearchResult:
     """Finds the smallest size at which the repaired model meets a perplexity ratio.
 
     Bisection on assembled variants finds the size to start from. From there, smaller sizes are searched and repaired while they
     are good enough, or else larger ones until one is.
-
-    Args:
-        measurement: Losses of the variants.
-        most: Largest allowed perplexity relative to the dense model.
-        held_out: Batches for measuring, as dictionaries; their loss is the model's own.
-        within: Searches within a limit.
-
-    Raises:
-        ValueError: If not even the largest size is good enough.
     """
     scope = measurement.scope
     model, sizes = scope.model, sorted({*np.linspace(scope.least, scope.now, SIZES + 1)[:-1].astype(int).tolist()})
     perplexity = Perplexity(model, [make_run(model, {}, batch) for batch in held_out], measurement.divergence.broadcast)
 
     def good(number: int) -> SearchResult | None:
-        chosen = within(sizes[number])
+        chosen = search_within(measurement, sizes[number], repair_batches, repair, search, seed)
         with simulated(model, chosen.planned):
             ratio = perplexity.ratio()
-        return replace(chosen, ratio=ratio) if ratio <= most else None
+        return replace(chosen, ratio=ratio) if ratio <= max_loss else None
 
-    number = first_within_loss(measurement, sizes, most, perplexity)
+    number = first_within_loss(measurement, sizes, max_loss, perplexity)
     best = good(number)
     while best is not None and number > 0 and (smaller := good(number - 1)) is not None:
         best, number = smaller, number - 1
@@ -297,19 +249,19 @@ def smallest(measurement: Measurement, most: float, held_out: Sequence[Any], wit
         best, number = good(number + 1), number + 1
     if best is None:
         raise ValueError(
-            f"max_loss={most} is out of reach: a model of {sizes[-1]:,} parameters already exceeds it. Raise max_loss."
+            f"max_loss={max_loss} is out of reach: a model of {sizes[-1]:,} parameters already exceeds it. Raise max_loss."
         )
     return best
 
 
-def first_within_loss(measurement: Measurement, sizes: Sequence[int], most: float, perplexity: Perplexity) -> int:
+def first_within_loss(measurement: Measurement, sizes: Sequence[int], max_loss: float, perplexity: Perplexity) -> int:
     """Returns the index of the smallest size at which assembled variants meet the ratio."""
     low, high = 0, len(sizes) - 1
     while low < high:
         middle = (low + high) // 2
         point, ratio = best_point(measurement.spaces, sizes[middle]), math.inf
         if point is not None:
-            with measurement.cache.assembled(measurement.spaces[point[0]].kept(point[1])):
+            with measurement.cache.assembled(measurement.kept(point)):
                 ratio = perplexity.ratio()
-        low, high = (low, middle) if ratio <= most else (middle + 1, high)
+        low, high = (low, middle) if ratio <= max_loss else (middle + 1, high)
     return low

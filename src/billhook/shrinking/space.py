@@ -1,6 +1,6 @@
 """Search spaces: slots with levels to choose, for a fixed set of removed blocks."""
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from random import Random
@@ -195,6 +195,25 @@ def uniform_points(space: Space, modules: Sequence[PrunableModule], losses: Loss
     return [(0, space.nearest({module.name: module.saves(kept[module.name]) for module in modules}))]
 
 
+def single_kind_points(modules: Sequence[PrunableModule], losses: Losses, more: int) -> list[Point]:
+    """Returns the best uniform points that prune a single kind of unit, and no block.
+
+    Args:
+        modules: The modules.
+        losses: Losses by module and level.
+        more: Allowed cost minus the current cost, usually negative.
+    """
+    kinds, slots, points = {module.name: module.kind for module in modules}, make_slots(modules, losses, True), list[Point]()
+    for kind in dict.fromkeys(kinds.values()):
+        of_kind = []
+        for slot in slots:
+            count = len(slot.kept) if kinds[slot.names[0]] == kind else 1
+            of_kind.append(Slot(slot.names, slot.kept[:count], slot.costs[:count], slot.losses[:count]))
+        levels = Frontier(of_kind).within(more + full_cost(slots))
+        points += [] if levels is None else [(0, levels)]
+    return points
+
+
 def best_point(spaces: Sequence[Space], limit: int) -> Point | None:
     """Returns the point within a limit with the lowest estimated loss; None if there is none."""
     points = [(number, levels) for number, space in enumerate(spaces) if (levels := space.best(limit)) is not None]
@@ -290,20 +309,20 @@ MOST = 2
 """Maximum number of candidates to repair."""
 
 
-def finalists(order: Sequence[Point], measured: Mapping[Point, float], cut: Callable[[Point], frozenset[str]]) -> list[Point]:
+def finalists(measured: Mapping[Point, float], kinds: Mapping[Point, frozenset[str]]) -> list[Point]:
     """Returns the best point, and the best that prunes other kinds at a similar loss.
 
     Args:
-        order: Points by increasing loss.
         measured: Measured loss of each point.
-        cut: Returns the kinds of units that a point prunes.
+        kinds: The kinds of units that each point prunes, by increasing loss.
 
-    >>> finalists([(0, (1, 1)), (0, (1, 0)), (0, (0, 1))], {(0, (1, 1)): 1.0, (0, (1, 0)): 1.1, (0, (0, 1)): 1.5},
-    ...     lambda point: frozenset(kind for kind, level in zip(("channel", "head"), point[1]) if level))
+    >>> heads, channels, both = (0, (1, 0)), (0, (0, 1)), (0, (1, 1))
+    >>> finalists({both: 1.0, heads: 1.1, channels: 1.5},
+    ...     {both: frozenset({"head", "channel"}), heads: frozenset({"head"}), channels: frozenset({"channel"})})
     [(0, (1, 1)), (0, (1, 0))]
     """
     best: dict[frozenset[str], Point] = {}
-    for point in order:
-        best.setdefault(cut(point), point)
+    for point, of_point in kinds.items():
+        best.setdefault(of_point, point)
     first, *others = best.values()
     return [first, *(point for point in others if measured[point] <= NEAR * measured[first])][:MOST]

@@ -9,7 +9,7 @@ import json
 import math
 import os
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.engine.batches import Run, source_of
@@ -36,13 +36,13 @@ from billhook.pruning.target import RatioSearch
 from billhook.repairs.least_squares import bias_shift, choose_ridge, error_without_refit, residual_error, solve_ridge
 from billhook.repairs.repair import RepairConfig
 from billhook.repairs.residuals import ResidualStatistics, check_tokens
+from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.modules import PrunableModule, any_removed, consumers_of, removed_units, units_by_name
+from billhook.shrinking.scope import Progress
 from billhook.units.units import Units
 
 FORMAT = 4
 MEASURED = "measured.json"
-UNFITTED = " unfitted"
-"""Suffix of a variant name: the consumer layer of pooled heads before its refit."""
 
 
 class VariantCache:
@@ -57,7 +57,6 @@ class VariantCache:
     Attributes:
         errors: By module and number of kept units, E |W x - W' x|^2 on batches that W' was not fitted to, relative to E |W x|^2.
         measured: By module and number of kept units, the measured loss of the whole model.
-        substitutes: By module and number of kept units, the name of another variant to use.
     """
 
     def __init__(
@@ -66,7 +65,6 @@ class VariantCache:
         self.model, self._folder, self._writers = model, folder, writers or {}
         self.errors: dict[tuple[str, int], float] = {}
         self.measured: dict[tuple[str, int], float] = {}
-        self.substitutes: dict[tuple[str, int], str] = {}
         self._weights: dict[tuple[str, int], LazyTensors] = {}
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
@@ -88,8 +86,8 @@ class VariantCache:
                 damaged.append(file)
         for file in damaged:
             module, _, kept = file.stem.rpartition(".")
-            if kept.isdecimal():  # what belongs to a candidate of merged heads is made with it
-                self.errors.pop((module.removesuffix(UNFITTED), int(kept)), None)
+            if kept.isdecimal():
+                self.errors.pop((module, int(kept)), None)
             file.unlink(missing_ok=True)
         if damaged:
             names = ", ".join(file.name for file in damaged[:3]) + (f" and {len(damaged) - 3} more" if damaged[3:] else "")
@@ -99,24 +97,24 @@ class VariantCache:
         """Adds a variant."""
         self.errors[module, kept] = error
         if self._folder is None:
-            self._weights[module, kept] = staged(self.model, weights)
+            self._weights[module, kept] = store_of(self.model).stage(None, weights, device=torch.device("cpu"))
             return
         tensors = {name: value.cpu() for name, value in weights.items()}
         unfinished = self._folder / f"unfinished-{os.getpid()}"
         save_file(tensors, unfinished, {"errors": _to_json({(module, kept): error})})
         replace_file(unfinished, self._folder / f"{module}.{kept}.safetensors")
 
-    def lost(self, module: str, kept: int, measure: Callable[[Collection[str]], float]) -> float:
+    def lost(self, module: str, kept: int, divergence: Divergence) -> float:
         """Returns the measured loss of a variant, or of removing a block (0), with all else dense.
 
         Args:
             module: Name of a module, or of a block.
             kept: Number of kept units.
-            measure: Measures the current model, given the names of the changed parameters.
+            divergence: Measures the model.
         """
         if (module, kept) not in self.measured:
             with self.assembled({module: kept}):
-                self.measured[module, kept] = max(measure(self.weights(module, kept)), 0.0)
+                self.measured[module, kept] = max(divergence.mean(self.weights(module, kept)), 0.0)
             if self._folder is not None:
                 unfinished = self._folder / f"unfinished-{os.getpid()}"
                 unfinished.write_text(_to_json(self.measured))
@@ -127,7 +125,6 @@ class VariantCache:
         """Returns the parameters of a variant; empty if the module keeps all units."""
         if not kept:
             return zero_weights(self.model, self._writers.get(module, ()))
-        module = self.substitutes.get((module, kept), module)
         if self._folder is None or (module, kept) not in self.errors:
             return self._weights.get((module, kept), LazyTensors({}))
         tensors = load_file(self._folder / f"{module}.{kept}.safetensors")
@@ -147,13 +144,6 @@ class VariantCache:
         for module, number in kept.items():
             values |= self.weights(module, number)
         return store_of(self.model).computing_with(values)
-
-
-def staged(model: nn.Module, weights: Mapping[str, Tensor]) -> LazyTensors:
-    """Returns new parameters in memory, or each rank's shards of them on the CPU."""
-    if isinstance(weights, LazyTensors):  # which rest
-        return weights
-    return store_of(model).stage(None, weights, device=torch.device("cpu"))
 
 
 def cache_key(model: PreTrainedModel, settings: object, scores: Mapping[str, Tensor], batches: Sequence[Any]) -> str:
@@ -177,7 +167,7 @@ def fill_cache(
     scores: Mapping[str, Tensor],
     runs: Sequence[Run],
     repair: RepairConfig | None,
-    done: Callable[[], None],
+    progress: Progress,
 ) -> None:
     """Prunes and refits each module at each of its levels, except for cached variants.
 
@@ -191,7 +181,7 @@ def fill_cache(
         scores: Scores of the units; the lowest are removed.
         runs: Batches, at least two, some of which are held out.
         repair: Ridge penalties and held-out fraction of the refits; None keeps the old weights.
-        done: Callback after each module.
+        progress: Counts the modules.
     """
     model, how = cache.model, repair or RepairConfig()
     parts = how.parts(len(runs))
@@ -218,7 +208,7 @@ def fill_cache(
             refits = {name: ConsumerRefit(model, name, moments.pop(name, ())) for name in linears}
             _add_variants(cache, module, missing[module], units, scores, refits, how.ridges if repair else ())
             del refits  # before the Gram matrices of the next module exist
-            done()
+            progress.advance()
 
     with evaluating_without_grad(model):
         try:

@@ -26,7 +26,7 @@ def main(steps: int, folder: str) -> None:
     data = Dataset.from_list([{"prompt": line, "completion": f"\n{following}"} for line, following in pairs])
     callbacks = Callbacks(
         [
-            bh.WeightPruning(bh.Wanda(), sparsity=0.5, adapters="mask", calibration=64),
+            bh.WeightPruning(bh.Wanda(), sparsity=0.5, mask_adapters=True, calibration=64),
             bh.Export(f"{folder}/model", tokenizer=tokenizer),
         ]
     )

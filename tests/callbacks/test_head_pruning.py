@@ -376,7 +376,7 @@ def test_a_classifier(table, tmp_path, remove):
     exported = bh.load(tmp_path / "out").eval()
     assert type(exported) is transformers.BertForSequenceClassification
     assert acting(exported) == (8 if remove == "never" else 4)
-    batch = next(iter([given._loader("validation")] if "validation" in given.splits else [][0]))
+    batch = next(iter(given.val_dataloader()[0]))
     with torch.no_grad():
         torch.testing.assert_close(exported(**batch).logits, lit.model.eval()(**batch).logits)
     assert all("val_accuracy" in event["after"] for event in callback.events)

@@ -233,7 +233,7 @@ class TestRefused:
 
     def test_shapes_that_masks_of_lora_cannot_follow(self, files, tmp_path):
         units = bh.StructuredPruning(bh.Amount(channels=0.25), at=5, measure_batches=0, importance=bh.importance.WeightNorm())
-        callbacks = [units, pruning(sparsity=0.5, at=2, adapters="mask")]
+        callbacks = [units, pruning(sparsity=0.5, at=2, mask_adapters=True)]
         lit = module()
         attach(lit.model, bh.training.LoRA(r=2))
         match = "changes shapes at step 5, after WeightPruning has made masks at step 2, and.*masks LoRA in its shape"
@@ -300,10 +300,6 @@ class TestRefused:
             (
                 {"sparsity": 0.5, "match": bh.criteria.BlockMatching(), "sequential": "none"},
                 "match cannot be combined with sequential='none'",
-            ),
-            (
-                {"sparsity": 0.5, "match": bh.criteria.BlockMatching(), "adapters": "count"},
-                "adapters='count' cannot be combined with match",
             ),
             ({"sparsity": 0.5, "match": "yes"}, "match='yes' must be a BlockMatching or None"),
             ({"sparsity": 0.5, "criterion": "Wanda"}, "criterion='Wanda' must be a Criterion"),

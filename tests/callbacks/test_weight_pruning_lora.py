@@ -71,7 +71,7 @@ class Watch(pl.Callback):
 
 @pytest.mark.parametrize("build", [llama, gpt2])
 def test_masks_grow_and_merging_is_exact(tmp_path, build):
-    lit, callback = wrapped(build, lora_dropout=0.1), pruning(bh.Magnitude(), RAMP, adapters="mask")
+    lit, callback = wrapped(build, lora_dropout=0.1), pruning(bh.Magnitude(), RAMP, mask_adapters=True)
     before, watch = weights(lit), Watch(callback)
     trainer(tmp_path, [callback, watch]).fit(lit, loader())
     assert watch.seen[:3] == [0, 0, 0]
@@ -101,7 +101,7 @@ class ByHand(pl.Callback):
 
 def test_it_is_what_masking_by_hand_is(tmp_path):
     one, other, third = wrapped(), wrapped(), wrapped()
-    trainer(tmp_path, [pruning(bh.Magnitude(), 0.5, at=3, adapters="mask")]).fit(one, loader())
+    trainer(tmp_path, [pruning(bh.Magnitude(), 0.5, at=3, mask_adapters=True)]).fit(one, loader())
     trainer(tmp_path, [ByHand()]).fit(other, loader())
     trainer(tmp_path, [pruning(bh.Magnitude(), 0.5, at=3)]).fit(third, loader())
     expected = weights(other)
@@ -110,7 +110,7 @@ def test_it_is_what_masking_by_hand_is(tmp_path):
 
 
 KINDS = {
-    "rounds": {"sparsity": RAMP, "adapters": "both"},
+    "rounds": {"sparsity": RAMP, "mask_adapters": True},
     "start": {"pattern": "2:4"},
 }
 
@@ -119,13 +119,13 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_resumed_equals_straight_through(files, tmp_path, kind):
     """Stopped before, at, between and after rounds; in a new module, or in one whose adapters are masked already."""
-    straight, whole = injected(), pruning(**{"adapters": "mask"} | KINDS[kind])
+    straight, whole = injected(), pruning(**{"mask_adapters": True} | KINDS[kind])
     watch = Watch(whole)
     trainer(tmp_path, [whole, watch, checkpoints(tmp_path)]).fit(straight, data(files))
     assert watch.seen == ([0.5] * 8 if kind == "start" else ROUNDS)
     used = copy.deepcopy(straight)
     for stop, resumed in ((2, used), (3, injected(seed=1)), (4, used), (6, injected(seed=1))):
-        callback = pruning(**{"adapters": "mask"} | KINDS[kind])
+        callback = pruning(**{"mask_adapters": True} | KINDS[kind])
         watch = Watch(callback)
         trainer(tmp_path, [callback, watch]).fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
         assert watch.seen == ([0.5] * 8 if kind == "start" else ROUNDS)[stop:]
@@ -135,29 +135,8 @@ def test_resumed_equals_straight_through(files, tmp_path, kind):
     merges_exactly(resumed, callback)
 
 
-def test_counted_masks_are_those_of_the_merged_model(files, tmp_path):
-    class Merged(pl.Callback):
-        """What the merged model would get at that step, asked of a copy."""
-
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            if trainer.global_step == 4:
-                plain = bh.training.merge(copy.deepcopy(pl_module.model)).model
-                self.masks = bh.prune(plain, bh.Magnitude(), sparsity=0.5).masks(plain)
-
-    lit, callback, merged = injected(lora_alpha=64), pruning(bh.Magnitude(), 0.5, at=4, adapters="count"), Merged()
-    trainer(tmp_path, [merged, callback], max_steps=5).fit(lit, data(files))
-    uncounted = pruning(bh.Magnitude(), 0.5, at=4)
-    trainer(tmp_path, [uncounted], max_steps=5).fit(injected(lora_alpha=64), data(files))
-
-    def differing(masks):
-        return sum(int((masks[name] != mask).sum()) for name, mask in merged.masks.items())
-
-    assert differing(callback.masks) <= 20  # of 14,000: ties
-    assert differing(uncounted.masks) > 100
-
-
 def test_a_validation_alone_computes_as_the_fit_did(files, tmp_path):
-    lit, callback = injected(), pruning(bh.Magnitude(), RAMP, adapters="mask")
+    lit, callback = injected(), pruning(bh.Magnitude(), RAMP, mask_adapters=True)
     run = trainer(tmp_path, [callback, checkpoints(tmp_path)], val_check_interval=1, limit_val_batches=2)
     losses = {}
 
@@ -170,7 +149,7 @@ def test_a_validation_alone_computes_as_the_fit_did(files, tmp_path):
     seen = dict(losses)
     for step in (8, 2, 5):
         for model in (lit, injected(seed=1)):
-            alone = trainer(tmp_path, [pruning(bh.Magnitude(), RAMP, adapters="mask")], limit_val_batches=2)
+            alone = trainer(tmp_path, [pruning(bh.Magnitude(), RAMP, mask_adapters=True)], limit_val_batches=2)
             (found,) = alone.validate(model, data(files), ckpt_path=tmp_path / f"step={step}.ckpt", verbose=False)
             assert found["val_loss"] == pytest.approx(seen[step], abs=1e-6), step
     unmasked = trainer(tmp_path, [pruning(bh.Magnitude(), RAMP)], limit_val_batches=2)
@@ -188,7 +167,7 @@ def test_frozen_weights_are_not_multiplied(tmp_path, monkeypatch):
         return multiply(tensors, by)
 
     monkeypatch.setattr(torch, "_foreach_mul_", spy)
-    lit, callback = wrapped(), pruning(bh.Magnitude(), 0.5, adapters="mask")
+    lit, callback = wrapped(), pruning(bh.Magnitude(), 0.5, mask_adapters=True)
     trainer(tmp_path, [callback]).fit(lit, loader())
     merges_exactly(lit, callback)
     assert counts.count(14) == len(counts) <= 4  # when masks are made, and at the end
@@ -203,7 +182,7 @@ def test_frozen_weights_are_not_multiplied(tmp_path, monkeypatch):
 
 
 def test_averaged_weights(tmp_path):
-    lit, callback = wrapped(), pruning(bh.Magnitude(), 0.5, at=5, adapters="mask")
+    lit, callback = wrapped(), pruning(bh.Magnitude(), 0.5, at=5, mask_adapters=True)
     trainer(tmp_path, [callback, EMAWeightAveraging(decay=0.9)], **EPOCHS).fit(lit, loader())
     merges_exactly(lit, callback)
 
@@ -211,8 +190,8 @@ def test_averaged_weights(tmp_path):
 def test_two_callbacks_each_mask_their_own(files, tmp_path):
     def callbacks():
         return [
-            pruning(bh.Magnitude(), RAMP, skip=["*.mlp.*"], adapters="mask"),
-            pruning(pattern="2:4", skip=["*.self_attn.*"], at=2, adapters="mask"),
+            pruning(bh.Magnitude(), RAMP, skip=["*.mlp.*"], mask_adapters=True),
+            pruning(pattern="2:4", skip=["*.self_attn.*"], at=2, mask_adapters=True),
         ]
 
     straight, resumed = injected(), injected(seed=1)
@@ -224,7 +203,7 @@ def test_two_callbacks_each_mask_their_own(files, tmp_path):
 
 
 def test_the_result_is_exported_as_it_computes(files, tmp_path):
-    lit, callback, export = injected(), pruning(bh.Magnitude(), 0.5, at=2, adapters="mask"), bh.Export(str(tmp_path / "out"))
+    lit, callback, export = injected(), pruning(bh.Magnitude(), 0.5, at=2, mask_adapters=True), bh.Export(str(tmp_path / "out"))
     trainer(tmp_path, [callback, export]).fit(lit, data(files))
     assert export.saved.adapters == ("merged adapters of 14 layers in place, zeros kept; no update was lost")
     loaded = bh.load(tmp_path / "out")
@@ -243,9 +222,8 @@ class TestRefused:
             trainer(folder, [pruning(sparsity=0.5, **options)]).fit(lit, loader())
         assert same(weights(lit), before)
 
-    @pytest.mark.parametrize("option", ["mask", "count"])
-    def test_no_plain_lora(self, tmp_path, option):
-        on, name = {"adapters": option}, f"adapters='{option}'"
+    def test_no_plain_lora(self, tmp_path):
+        on, name = {"mask_adapters": True}, "mask_adapters=True"
         self.refused(tmp_path, Plain(), f"{name} requires LoRA adapters", **on)
         dora = wrapped(use_dora=True)
         self.refused(tmp_path, dora, rf"{name}: the adapter of .* must be plain LoRA .*, got LoRA with Dora", **on)
@@ -255,19 +233,10 @@ class TestRefused:
         merged.net.merge_adapter()
         self.refused(tmp_path, merged, f"{name}: the adapters of .* are merged", **on)
 
-    def test_criteria_that_update_weights(self, tmp_path):
-        self.refused(
-            tmp_path,
-            wrapped(),
-            "adapters=.count. needs a criterion .* unlike SparseGPT",
-            criterion=bh.SparseGPT(),
-            adapters="count",
-        )
-
 
 @pytest.mark.parametrize("masked", [True, False])
 def test_what_will_be_left_out_is_told_before_training(masked, tmp_path, caplog):
-    callback = pruning(bh.Magnitude(), 0.5, at=2, adapters="mask" if masked else None)
+    callback = pruning(bh.Magnitude(), 0.5, at=2, mask_adapters=masked)
     with caplog.at_level("WARNING", "billhook"):
         trainer(tmp_path, [callback], max_steps=3).fit(wrapped(), loader())
     told = [record.message for record in caplog.records if "drops the effect of adapters" in record.message]

@@ -207,7 +207,7 @@ def _width(value):
 
 
 HOSTILE = {
-    "entry is text": (_entry("text"), "the version is 'text', and 1 and 2 are those"),
+    "entry is text": (_entry("text"), "the version is 'text', and this billhook knows only 1"),
     "entry is a list": (_entry([1]), "the version is"),
     "entry is empty": (_entry({}), "the version is 'None'"),
     "version is later": (lambda config: config[KEY].update(version=3), "the version is '3'"),

@@ -16,7 +16,7 @@ def test_they_are_listed_each_with_its_first_sentence(capsys):
     said = capsys.readouterr().out
     names = [line.split()[0] for line in said.splitlines() if not line.startswith(" ")]
     assert names == sorted([path.stem for path in ROOT.glob("callbacks/*.yaml")] + ["base", "quickstart"])
-    assert "\nmagnitude         Magnitude pruning: sets the smallest half of each layer's weights to zero.\n" in said
+    assert "\nmagnitude        Magnitude pruning: sets the smallest half of each layer's weights to zero.\n" in said
     assert "yaml-language-server" not in said
 
 

@@ -44,16 +44,6 @@ def test_what_is_removed(amount, precisions):
     assert set(precisions) == {"highest"}
 
 
-def test_kv_heads_that_no_config_says(precisions):
-    model = transformers.OPTForCausalLM(
-        transformers.OPTConfig(
-            vocab_size=64, hidden_size=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=4, word_embed_proj_dim=32
-        )
-    )
-    bh.convert_kv_heads(model, 2)
-    assert set(precisions) == {"highest"}
-
-
 def test_what_is_saved(precisions, tmp_path):
     bh.save(llama(), tmp_path / "out")
     assert set(precisions) == {"highest"}

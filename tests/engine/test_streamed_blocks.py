@@ -81,7 +81,7 @@ def test_after_an_error_blocks_are_as_they_were(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     plan = bh.pruning.plan_units(model, [1], "block")
-    monkeypatch.setattr("billhook.pruning.block_plan._check_same_output", fails)
+    monkeypatch.setattr("billhook.pruning.block_plan.outputs_match", fails)
     with pytest.raises(KeyboardInterrupt):
         bh.apply(model, plan)
     batch = stopped.batches()[0]

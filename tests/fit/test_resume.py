@@ -67,7 +67,7 @@ def recorded(folder):
 
 
 def heads_then_weights(folder):
-    return [bh.HeadPruning(TWICE["heads"], **FEW), prunes.WeightPruning(bh.Wanda(), TWICE["late"], adapters="mask", **FEW)]
+    return [bh.HeadPruning(TWICE["heads"], **FEW), prunes.WeightPruning(bh.Wanda(), TWICE["late"], mask_adapters=True, **FEW)]
 
 
 def masked_heads_and_weights(folder):

@@ -127,8 +127,8 @@ ADAPTED = {
     "trained copies": lambda: lora(["q_proj"], modules_to_save=["lm_head"]),
 }
 OF_BASE = {name: EVENTS[name] for name in ("structure", "depth", "heads", "masked")} | {
-    "wanda": lambda at: prunes.WeightPruning(sparsity=0.5, at=at, adapters="mask", **FEW),
-    "sparsegpt": lambda at: prunes.WeightPruning(bh.SparseGPT(), sparsity=0.5, at=at, adapters="mask", **FEW),
+    "wanda": lambda at: prunes.WeightPruning(sparsity=0.5, at=at, mask_adapters=True, **FEW),
+    "sparsegpt": lambda at: prunes.WeightPruning(bh.SparseGPT(), sparsity=0.5, at=at, mask_adapters=True, **FEW),
 }
 
 
@@ -276,7 +276,7 @@ def test_settings_of_the_trainer(tmp_path, event, settings):
 def test_adapters(tmp_path):
     """LoRA by peft: pruned at the start, trained, merged, and masked in the end."""
     model = Own().net
-    callbacks = [prunes.WeightPruning(sparsity=0.5, adapters="mask", **FEW), bh.Export(str(tmp_path / "out"))]
+    callbacks = [prunes.WeightPruning(sparsity=0.5, mask_adapters=True, **FEW), bh.Export(str(tmp_path / "out"))]
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear"))
     before = {name: value.clone() for name, value in adapted.state_dict().items() if "lora_B" in name}
     train(tmp_path, callbacks, adapted)

@@ -41,10 +41,10 @@ CHANGES: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[PreTrainedMode
     "bert": (bert, without({0: [0, 3, 5], 1: [2]})),
     "experts": (partial(build, "qwen3_moe", num_hidden_layers=1), without({0: [0, 2, 4, 6]})),
     "t5": (partial(kv_zoo.build, "t5", num_layers=1), with_kv_heads(1)),
-    "gpt_neox": (partial(kv_zoo.build, "gpt_neox", num_hidden_layers=1), with_kv_heads(2)),
-    "bloom": (partial(kv_zoo.build, "bloom", n_layer=1), with_kv_heads(2)),
-    "opt": (partial(kv_zoo.build, "opt"), with_kv_heads(2, [0])),
-    "gpt2": (partial(gpt2, n_head=8), with_kv_heads(2, [0])),
+    "gpt_neox": (partial(kv_zoo.build, "gpt_neox", num_hidden_layers=1), without({0: [0]})),
+    "bloom": (partial(kv_zoo.build, "bloom", n_layer=1), without({0: [0]})),
+    "opt": (partial(kv_zoo.build, "opt"), without({0: [0]})),
+    "gpt2": (partial(gpt2, n_head=8), without({0: [0, 1]})),
 }
 
 

@@ -204,7 +204,7 @@ def distilled():
                 calibration=5,
                 measure_batches=1,
             ),
-            WeightPruning(bh.Magnitude(), sparsity=0.5, at=3, measure_batches=1, adapters="mask"),
+            WeightPruning(bh.Magnitude(), sparsity=0.5, at=3, measure_batches=1, mask_adapters=True),
         ],
         told,
         {"val_check_interval": 2, "check_val_every_n_epoch": None, "limit_val_batches": 2},
@@ -395,7 +395,7 @@ ZEROS = {"sparsity": 0.5, "at": 1, "measure_batches": 0}
 STEPS = {
     "plain": (FitOfTuples, lambda: []),
     "held masks": (FitOfTuples, lambda: [prunes.WeightPruning(bh.Magnitude(), **ZEROS)]),
-    "masked adapters": (Adapted, lambda: [prunes.WeightPruning(bh.Magnitude(), adapters="mask", **ZEROS)]),
+    "masked adapters": (Adapted, lambda: [prunes.WeightPruning(bh.Magnitude(), mask_adapters=True, **ZEROS)]),
 }
 """Fits whose steps ask the device for nothing once weights are zero."""
 

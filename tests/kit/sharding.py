@@ -284,7 +284,7 @@ def adapted():
 
 ADAPTED = Fit(
     adapted,
-    lambda: prunes.WeightPruning(sparsity=RAMP, adapters="both", **FEW),
+    lambda: prunes.WeightPruning(sparsity=RAMP, mask_adapters=True, **FEW),
     lambda one: [one.masks, one.events],
     steps=5,
 )

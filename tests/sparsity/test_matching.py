@@ -279,7 +279,6 @@ def test_bad_settings_are_refused(make, message):
     [
         ({"match": 3}, r"match=3 must be a BlockMatching or None"),
         ({"match": FEW, "sequential": "none"}, r"match cannot be combined with sequential='none'"),
-        ({"match": FEW, "count_adapters": True}, r"match changes kept weights and cannot be combined with count_adapters=True"),
         ({"match": FEW, "batches": [{"input_ids": tokens()}]}, r"batches: match needs at least two batches .* got 1"),
         (
             {"match": FEW, "criterion": bh.Magnitude(compares="global")},

@@ -260,7 +260,7 @@ class TestSaved:
 
     def test_masked_adapters_on_pruned_weights(self, files, tmp_path):
         lit = module()
-        pruning = bh.WeightPruning(bh.Magnitude(), 0.5, at=2, measure_batches=0, adapters="mask")
+        pruning = bh.WeightPruning(bh.Magnitude(), 0.5, at=2, measure_batches=0, mask_adapters=True)
         trainer(tmp_path, [pruning, every_step(tmp_path)]).fit(lit, data(files))
         model = exported(tmp_path / "step=8.ckpt")
         assert torch.equal(logits(model), logits(lit.model))

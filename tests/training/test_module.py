@@ -25,7 +25,7 @@ def test_validation_perplexity_is_torchmetrics_own(files, tmp_path):
     said = trainer(tmp_path, []).validate(lit, data(files), verbose=False)[0]
     metric, source = Perplexity(ignore_index=-100), data(files)
     source.setup("validate")
-    for batch in [source._loader("validation")] if "validation" in source.splits else [][0]:
+    for batch in source.val_dataloader()[0]:
         metric.update(lit.model(batch["input_ids"]).logits[:, :-1].detach(), batch["labels"][:, 1:])
     assert said["val_perplexity"] == pytest.approx(metric.compute().item(), rel=1e-4)
     assert said["val_loss"] == pytest.approx(math.log(said["val_perplexity"]), rel=1e-4)

@@ -9,7 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from billhook.arguments import check_types
 from billhook.engine.sharding import full_tensor, reshard
-from billhook.model.layers import active_in, base_of, is_adapter, is_pruned, prunable, weight_of
+from billhook.model.layers import base_of, is_adapter, is_pruned, prunable
 
 WRAPPED = "base_model.model."
 """PEFT's name prefix for the model that it wraps."""
@@ -173,27 +173,3 @@ def find_masks(layers: Mapping[str, Any], masks: Mapping[str, Tensor] | None) ->
     if not kept:
         raise ValueError(f"masks: no name matches an adapted layer, such as {next(iter(weights))}")
     return kept
-
-
-@torch.no_grad()
-def lora_product(layer: Any) -> Tensor:  # noqa: ANN401
-    """Computes scale B A of the active adapters: float32, `[out_features, in_features]`."""
-    from billhook.adapters.masked_layer import MaskedLora
-
-    weight = weight_of(layer.base_layer)
-    product = torch.zeros(weight.shape, device=weight.device)
-    for adapter in active_in(layer):
-        b, a = (full_tensor(part[adapter].weight).float().to(weight.device) for part in (layer.lora_B, layer.lora_A))
-        product.addmm_(b, a, alpha=layer.scaling[adapter])  # in place, so in float32 under autocast too
-    if isinstance(layer, MaskedLora):
-        keep = layer.keep.to(weight.device)
-        product.masked_fill_(~(keep.t() if layer.fan_in_fan_out else keep), 0)
-    return product
-
-
-def effective_weight(weight: Tensor, layer: Any | None) -> Tensor:  # noqa: ANN401
-    """Returns the weight that criteria score: W, or W + scale B A in float32.
-
-    It is zero where W is zero, because pruned weights stay zero.
-    """
-    return weight if layer is None else lora_product(layer).add_(weight).masked_fill_(weight == 0, 0)

@@ -5,14 +5,14 @@ import sys
 from collections.abc import Collection
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from billhook.adapters.masked import find_adapters, mask_nonzero, require_plain_adapters
 from billhook.adapters.merge import adapters_removed
-from billhook.arguments import check_one_of, check_types
+from billhook.arguments import check_types
 from billhook.engine.passes import blockwise
 from billhook.engine.sharding import full_tensor, reshard
 from billhook.engine.zeros import zeros_by_name
@@ -24,7 +24,7 @@ from billhook.fit.shape_event import ShapeCallback, check_no_shape_changes
 from billhook.fit.targets import At, check_at, round_targets
 from billhook.model.find import find_transformer
 from billhook.schedules import Schedule
-from billhook.sparsity.checks import check_matching, check_pruning, find_countable_adapters, needs_data, unsupported_weights
+from billhook.sparsity.checks import check_matching, check_pruning, needs_data, unsupported_weights
 from billhook.sparsity.criteria import Criterion, Wanda
 from billhook.sparsity.enforcement import EnforcedMasks
 from billhook.sparsity.masks import check_amount
@@ -39,11 +39,8 @@ def _warn_unmasked_adapters(adapted: Collection[str]) -> None:
     if adapted:
         logging.getLogger("billhook").warning(
             f"WeightPruning: {len(adapted)} of the pruned linear layers have adapters. Merging, as in Export, drops the "
-            "effect of adapters at pruned weights. Use adapters='mask' to restrict LoRA to unpruned weights."
+            "effect of adapters at pruned weights. Use mask_adapters=True to restrict LoRA to unpruned weights."
         )
-
-
-Adapters = Literal["count", "mask", "both"]
 
 
 class WeightPruning(EventCallback, ShapeFollower):
@@ -60,8 +57,8 @@ class WeightPruning(EventCallback, ShapeFollower):
         at: When to prune: a step (int), a fraction of training (float), `"start"`, or a schedule of progress from 0 to 1.
         calibration: Calibration data: batches, a `Calibration`, or a number of training examples. Defaults to 128 examples.
         options: Layers to prune and inputs to score them on, as in `prune`. Defaults to `PruneOptions()`.
-        adapters: LoRA on pruned layers: `"count"` scores weights as if LoRA were merged, `"mask"` restricts LoRA to unpruned
-            weights during and after training, `"both"` does both. Defaults to None (neither).
+        mask_adapters: If True, restricts LoRA on pruned layers to unpruned weights, during and after training, so that merging
+            loses no part of it.
         measure_batches: Validation batches to run before and after each event. Defaults to all; 0 disables it.
 
     Raises:
@@ -79,13 +76,11 @@ class WeightPruning(EventCallback, ShapeFollower):
         at: At | Schedule = "start",
         calibration: CalibrationLike = None,
         options: PruneOptions | None = None,
-        adapters: Adapters | None = None,
+        mask_adapters: bool = False,
         measure_batches: int | None = None,
     ) -> None:
         check_at(at, sparsity)
         check_types(WeightPruning, locals())
-        if adapters is not None:
-            check_one_of("adapters", adapters, Adapters)
         self.amount = sparsity if isinstance(sparsity, Schedule) else check_amount(sparsity, pattern)
         if pattern != "unstructured" and (isinstance(sparsity, Schedule) or isinstance(at, Schedule)):
             raise ValueError(
@@ -93,15 +88,9 @@ class WeightPruning(EventCallback, ShapeFollower):
                 "None as sparsity."
             )
         self.criterion, self.sparsity, self.pattern, self.at = criterion or Wanda(), sparsity, pattern, at
-        self.options, self.adapters = options or PruneOptions(), adapters
-        self._counts, self._masks_lora = adapters in ("count", "both"), adapters in ("mask", "both")
+        self.options, self.mask_adapters = options or PruneOptions(), mask_adapters
         if self.options.match is not None:
-            if self._counts:
-                raise ValueError(
-                    f"adapters={adapters!r} cannot be combined with match, which updates kept weights. Use adapters='mask' "
-                    "or None, or match=None."
-                )
-            check_matching(self.criterion, self.options.sequential, count_adapters=False)
+            check_matching(self.criterion, self.options.sequential)
         self._hold, self._adapted, self._weights = EnforcedMasks(), list[str](), list[str]()
         super().__init__(FitCalibration.of(calibration), measure_batches)
 
@@ -140,10 +129,8 @@ class WeightPruning(EventCallback, ShapeFollower):
         layers = check_pruning(model, self.criterion, self.pattern, self.options)
         with adapters_removed(model):
             self._weights = [*(f"{layer}.weight" for layer in layers), *unsupported_weights(model, layers)]
-        if self._counts:
-            find_countable_adapters(model, self.criterion, layers, f"adapters={self.adapters!r}")
-        self._adapted = list(require_plain_adapters(model, layers, f"adapters={self.adapters!r}")) if self._masks_lora else []
-        if self._steps and not self._masks_lora:
+        self._adapted = list(require_plain_adapters(model, layers, "mask_adapters=True")) if self.mask_adapters else []
+        if self._steps and not self.mask_adapters:
             _warn_unmasked_adapters(set(find_adapters(model)) & set(layers))
         if self._steps:
             check_no_shape_changes(fit, self, min(self._steps), sys.maxsize, "made masks", self._cannot_follow)
@@ -152,8 +139,8 @@ class WeightPruning(EventCallback, ShapeFollower):
         """Returns the reason why masks cannot follow a callback's shape changes; None if they can."""
         if self.pattern != "unstructured":
             return f", and pattern={self.pattern!r} needs consecutive inputs"
-        if self._masks_lora:
-            return f", and adapters={self.adapters!r} masks LoRA in its shape at that step"
+        if self.mask_adapters:
+            return ", and mask_adapters=True masks LoRA in its shape at that step"
         return None
 
     def follow(self) -> None:
@@ -173,7 +160,7 @@ class WeightPruning(EventCallback, ShapeFollower):
 
     def before_evaluation(self, fit: Fit) -> None:
         """Masks LoRA at zero weights in validation, testing, and prediction without training."""
-        if self._masks_lora:
+        if self.mask_adapters:
             mask_nonzero(fit.model)
 
     def apply_event(self, fit: Fit, step: int) -> None:
@@ -221,7 +208,6 @@ class WeightPruning(EventCallback, ShapeFollower):
                 sparsity,
                 self.pattern,
                 options=self.options,
-                count_adapters=self._counts,
                 reduce=comm_of(fit),
                 dry_run=True,
             )

@@ -50,7 +50,7 @@ def record_constants(model: nn.Module) -> dict[str, float]:
         if isinstance(value, Tensor):
             values = value.detach().flatten()[:: 1 + value.numel() // MOST].cpu()
             values = (torch.view_as_real(values).flatten() if values.is_complex() else values).double()
-            values *= torch.linspace(1, 2, len(values), dtype=torch.double)  # another order is another sum
+            values = values * torch.linspace(1, 2, len(values), dtype=torch.double)  # another order is another sum
             record[f"checksum of {name} {list(value.shape)}"] = torch.where(values < 0, -2 * values, values).sum().item()
         else:
             record[name] = math.nan if value is None else float(value)

@@ -34,10 +34,7 @@ Sizes = dict[str, tuple[int, ...]]
 
 def candidate_shapes(model: PreTrainedModel, cut: Cut) -> Iterator[tuple[Shape, Fields]]:
     """Yields possible shapes, the likeliest first: as the class builds it, then by trial."""
-    shape_before, built_before = shape_of(model), _build_shape(model, {})
-    first = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
-    state = model.state_dict(keep_vars=True)  # tied names included
-    tensors = {name: size_after(cut.cuts, first.get(id(tensor), name), tensor.shape) for name, tensor in state.items()}
+    shape_before, built_before, tensors = shape_of(model), _build_shape(model, {}), _sizes_then(model, cut)
     yield from _built(model, cut, built_before, shape_before, tensors)
     eager = all(
         built_before.attributes.get(name) == value
@@ -51,6 +48,16 @@ def candidate_shapes(model: PreTrainedModel, cut: Cut) -> Iterator[tuple[Shape, 
             shape = Shape(tensors, shape_before.attributes | attributes, shape_before.config)
             if _runs(model, cut, shape, fields, eager):
                 yield shape, fields
+
+
+def _sizes_then(model: PreTrainedModel, cut: Cut) -> Sizes:
+    """Returns the sizes of all tensors after the cut, tied names included.
+
+    Apart from `candidate_shapes`, which as a generator would keep these parameters in memory.
+    """
+    first = {id(tensor): name for name, tensor in [*model.named_parameters(), *model.named_buffers()]}
+    state = model.state_dict(keep_vars=True)
+    return {name: size_after(cut.cuts, first.get(id(tensor), name), tensor.shape) for name, tensor in state.items()}
 
 
 def _built(

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from billhook.adapters.masked import require_plain_adapters
 from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine.batches import Run, runs_of
 from billhook.engine.comm import SINGLE_PROCESS, Comm
@@ -20,7 +19,7 @@ from billhook.engine.statistics import InputGram
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_map_only
 from billhook.engine.walk import Sequential, find_sites
-from billhook.model.layers import active_in, adjacent_inputs, is_convolution, prunable
+from billhook.model.layers import adjacent_inputs, is_convolution, prunable
 from billhook.model.meta import to_meta
 from billhook.repairs.matching import BlockMatching, too_few_batches
 from billhook.sparsity.allocation import Allocation, Uniform
@@ -97,31 +96,6 @@ def _linears(model: nn.Module, options: PruneOptions) -> dict[str, nn.Module]:
     if not remaining:
         raise ValueError(f"skip={list(options.patterns)} excludes all {len(linears)} linear layers. Exclude fewer.")
     return remaining
-
-
-def find_countable_adapters(
-    model: nn.Module, criterion: Criterion, names: Iterable[str], argument: str = "count_adapters=True"
-) -> dict[str, nn.Module]:
-    """Finds the LoRA layers on these linear layers.
-
-    Args:
-        model: The model.
-        criterion: The criterion.
-        names: Names of the linear layers.
-        argument: Argument that errors name.
-
-    Raises:
-        ValueError: If the criterion changes kept weights, or no plain adapter is active.
-    """
-    if criterion.updates:
-        raise ValueError(
-            f"{argument} needs a criterion that does not change kept weights, such as Wanda, unlike "
-            f"{type(criterion).__name__}. Merge the adapters first (bh.training.merge), or omit {argument}."
-        )
-    layers = require_plain_adapters(model, names, argument)
-    if not any(active_in(layer) for layer in layers.values()):
-        raise ValueError(f"{argument}: no adapter is active, for example on {next(iter(layers))}. Enable an adapter.")
-    return layers
 
 
 def make_runs(
@@ -221,13 +195,11 @@ def check_called(linears: Iterable[str], pruned: Collection[str]) -> tuple[str, 
     return missing
 
 
-def check_matching(criterion: Criterion, sequential: Sequential, count_adapters: bool) -> None:
+def check_matching(criterion: Criterion, sequential: Sequential) -> None:
     """Raises if an argument cannot be combined with block-wise reconstruction."""
     if criterion.compares == "global" or sequential == "none":
         other = "sequential='none'" if sequential == "none" else f"criterion={criterion}"
         raise ValueError(f"match cannot be combined with {other}, which prunes all blocks at once. Use only one.")
-    if count_adapters:
-        raise ValueError("match changes kept weights and cannot be combined with count_adapters=True. Use only one.")
 
 
 def check_sharded(model: nn.Module, criterion: Criterion, options: PruneOptions, comm: Comm, offload: object) -> None:

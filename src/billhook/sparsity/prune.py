@@ -29,7 +29,6 @@ from billhook.sparsity.checks import (
     check_sharded,
     check_streamed,
     expected_tokens,
-    find_countable_adapters,
     make_runs,
     needs_data,
     too_few_tokens,
@@ -53,7 +52,6 @@ def prune(
     pattern: str = "unstructured",
     *,
     options: PruneOptions | None = None,
-    count_adapters: bool = False,
     reduce: Reduce | None = None,
     progress: OnProgress | None = None,
     offload: str | torch.device | None = None,
@@ -78,9 +76,6 @@ def prune(
         pattern: `"unstructured"`, or `"N:M"` to keep N of every M consecutive inputs; in a convolution, of M channels at a
             kernel position.
         options: Further options, such as `PruneOptions(sequential="layer")`.
-        count_adapters: If True, scores weights as if LoRA were merged: W + scale B A of the active adapters, in float32. W is
-            pruned, with zeros first, the adapters do not change, and `merge` keeps every zero. The criterion must not update
-            weights.
         reduce: Sums a statistic over ranks, in place. Required if each rank has its own batches.
         progress: Callback with the number of pruned layers and the total.
         offload: Device such as `"cuda"` on which blocks run one at a time, with copies of their parameters; the next block is
@@ -94,9 +89,8 @@ def prune(
 
     Raises:
         ValueError: If an argument is not legal, two cannot be combined, the criterion needs data and there is none, a layer is
-            quantized or M does not divide its width, or weights or statistics contain NaN or inf. With `count_adapters`, also if
-            the criterion updates weights, or there is no plain, active, unmerged LoRA. With `match`, also if all blocks are
-            pruned at once, there are fewer than two batches, or the model calls a block twice.
+            quantized or M does not divide its width, or weights or statistics contain NaN or inf. With `match`, also if all
+            blocks are pruned at once, there are fewer than two batches, or the model calls a block twice.
 
     Example:
         >>> import billhook as bh
@@ -122,8 +116,7 @@ def prune(
         with blockwise(model), nullcontext() if match is None else attention_for_all_dtypes(model):
             linears = check_pruning(model, criterion, pattern, options)
             if match is not None:
-                check_matching(criterion, options.sequential, count_adapters)
-            adapters = find_countable_adapters(model, criterion, linears) if count_adapters else {}
+                check_matching(criterion, options.sequential)
             runs = make_runs(model, batches, comm, criterion, allocation, match)
             check_called_once(model, runs)
             unsupported = unsupported_weights(model, linears)
@@ -131,7 +124,7 @@ def prune(
             expected = expected_tokens(criterion, linears, runs, comm)
             if message := too_few_tokens(criterion, expected):  # before the work, if the number is known
                 log_once(message)
-            settings = WalkSettings(model, linears, runs, comm, device, folder, adapters)
+            settings = WalkSettings(model, linears, runs, comm, device, folder)
             sparsities = dict.fromkeys(linears, amount)
             if allocation is not None:
                 sparsities = allocate_sparsities(settings, amount, allocation)

@@ -25,7 +25,6 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
-from billhook.adapters.masked import effective_weight, lora_product
 from billhook.engine.batches import Run, runs_fingerprint
 from billhook.engine.comm import Comm
 from billhook.engine.lazy import LazyTensors, by_parameter
@@ -73,7 +72,6 @@ class WalkSettings:
         comm: The ranks.
         offload: Device on which blocks run; None for the model's device.
         activations: Folder for module outputs; None for memory.
-        adapters: LoRA layers to count as merged, by linear layer.
     """
 
     model: nn.Module
@@ -82,7 +80,6 @@ class WalkSettings:
     comm: Comm
     offload: torch.device | None
     activations: str | None
-    adapters: Mapping[str, nn.Module]
 
     @cached_property
     def tied(self) -> list[tuple[str, nn.Module]]:
@@ -365,22 +362,14 @@ class PruningVisitor(Visitor):
         solved = self._solve_own(linears) if divided else {}
         for name, linear in linears.items():
             self.enter(linear)
-            weight, scored = weight_of(linear), self.scored(name)
+            weight = weight_of(linear)
             if divided:  # all other ranks add zeros, so the sum is bitwise identical to the solution
                 part = solved.pop(name, None)
-                new = torch.zeros_like(scored) if part is None else part.weight(scored)
-                keep = torch.zeros_like(scored, dtype=torch.bool) if part is None else part.keep(scored)
+                new = torch.zeros_like(weight) if part is None else part.weight(weight)
+                keep = torch.zeros_like(weight, dtype=torch.bool) if part is None else part.keep(weight)
                 new, keep = self.comm(new.float()).to(new.dtype), self.comm(keep.byte()).bool()
             else:
-                new, keep = self._prune(name, scored)
-            if name in self.settings.adapters:
-                if not torch.equal(new, where_kept(scored, keep)):
-                    kind = type(self.criterion).__name__
-                    raise ValueError(
-                        f"{name}: {kind} changes kept weights although its `updates` is False. Set it to True, and do not count "
-                        "adapters."
-                    )
-                new = where_kept(weight, keep)
+                new, keep = self._prune(name, weight)
             self.pruned[name] = PrunedLayer.of(weight, new, keep)
             self.report()
 
@@ -391,25 +380,20 @@ class PruningVisitor(Visitor):
         for (name, linear), is_own in zip(linears.items(), self.comm.owned_pieces(costs), strict=True):
             self.store.load(linear)
             if is_own:
-                scored = self.scored(name)
-                solved[name] = PrunedLayer.of(scored, *self._prune(name, scored))
+                weight = weight_of(linear)
+                solved[name] = PrunedLayer.of(weight, *self._prune(name, weight))
         return solved
-
-    def scored(self, name: str) -> Tensor:
-        """Returns the weight that the criterion scores, including LoRA if it counts."""
-        weight, adapter = weight_of(self.settings.layers[name]), self.settings.adapters.get(name)
-        return weight if adapter is None else effective_weight(weight, adapter)
 
     def scores(self, name: str, statistics: Statistics | GroupedStatistics | None) -> Tensor:
         """Scores the weight of a linear layer, whose block is in memory."""
         with prefix_errors(name):
-            weight = self.scored(name)
+            weight = weight_of(self.settings.layers[name])
             check_finite(weight, "the weight")
             return score_weight(self.criterion, weight, statistics)
 
-    def _prune(self, name: str, scored: Tensor) -> tuple[Tensor, Tensor]:
+    def _prune(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
         with prefix_errors(name):
-            return prune_weight(self.criterion, scored, self.statistics_of(name), self.sparsities[name], self.pattern)
+            return prune_weight(self.criterion, weight, self.statistics_of(name), self.sparsities[name], self.pattern)
 
     def statistics_of(self, name: str) -> Statistics | GroupedStatistics | None:
         """Returns the statistics of a layer's inputs; None if it was not called."""
@@ -429,9 +413,6 @@ class PruningVisitor(Visitor):
         for name, linear in site.linears.items():
             if name in self.pruned:
                 weight = self.pruned[name].weight(weight_of(linear))
-                if name in self.settings.adapters:  # without LoRA's contribution to pruned weights, as after merging
-                    added = where_kept(lora_product(self.settings.adapters[name]), ~self.pruned[name].keep(weight))
-                    weight = weight - added.to(weight.dtype)
                 new[name] = {"weight": to_layout(linear, weight)}
         return new
 

@@ -177,7 +177,8 @@ def test_docstrings_begin_with_a_verb_and_public_names_have_an_example(folder):
     wrong = [f"{path.name}: {line}" for path, node in nodes if isinstance(node, documented) for line in wrong_in(node)]
     place = "billhook.schedules" if folder == "billhook" else f"billhook.{folder}."
     public = {name: one for name, one in PUBLIC.items() if f"{getattr(one, '__module__', '')}.".startswith(place)}
-    wrong += [f"{name} has no example (>>>)" for name, one in public.items() if ">>>" not in (one.__doc__ or "")]
+    bare = [name for name, one in public.items() if ">>>" not in (one.__doc__ or "") and not inspect.isabstract(one)]
+    wrong += [f"{name} has no example (>>>)" for name in bare]
     assert not wrong, "\n".join(["", *wrong])
 
 

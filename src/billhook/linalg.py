@@ -1,4 +1,4 @@
-"""Linear algebra, in float64 if the device has it: damped factors, least squares with a ridge or on a support."""
+"""Linear algebra, in float64 if the device has it: damped factors and least squares."""
 
 import math
 from collections.abc import Callable

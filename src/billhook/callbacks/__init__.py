@@ -15,9 +15,11 @@ if TYPE_CHECKING:
     from billhook.callbacks.structured_pruning import StructuredPruning as StructuredPruning
     from billhook.callbacks.weight_pruning import WeightPruning as WeightPruning
     from billhook.fit.calibration import FitCalibration as FitCalibration
+    from billhook.fit.event import EventCallback as EventCallback
 
 else:  # imported on first use, because each callback needs other modules
     _MODULES = {
+        "EventCallback": "billhook.fit.event",
         "FitCalibration": "billhook.fit.calibration",
         "Degradation": "billhook.callbacks.degradation",
         "DepthPruning": "billhook.callbacks.depth_pruning",

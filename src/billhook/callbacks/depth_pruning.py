@@ -13,7 +13,7 @@ from billhook.fit.event import Event
 from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_identical, comm_of
 from billhook.fit.shape_event import ShapeCallback
-from billhook.fit.targets import At, check_at, round_targets
+from billhook.fit.targets import At, check_at
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import Importance, make_run
 from billhook.model.plan import Weights, apply_plan
@@ -95,10 +95,6 @@ class DepthPruning(ShapeCallback):
         """Raises `ValueError` if the model has no blocks."""
         find_units(fit.module, "block")
 
-    def steps(self, total: int | None, fit: Fit) -> dict[int, float]:
-        """Returns the step of the event."""
-        return round_targets(1.0, self.at, total, fit, "blocks")
-
     def resolve(self, fit: Fit) -> None:
         """Resolves the step and checks that the model has enough blocks."""
         super().resolve(fit)
@@ -107,19 +103,18 @@ class DepthPruning(ShapeCallback):
 
     def apply_event(self, fit: Fit, step: int) -> None:
         """Removes the blocks and logs the event."""
-        self.apply_change(fit, partial(self._remove, fit, step))
+        self.apply_change(fit, step, partial(self._remove, fit))
 
     def label(self, event: Event) -> str:
         """Returns the number of removed blocks."""
         assert self.plan is not None
         return f"depth, {self.plan.words}"
 
-    def _remove(self, fit: Fit, step: int, optimizers: list[Optimizer]) -> str:
+    def _remove(self, fit: Fit, optimizers: list[Optimizer]) -> str:
         """Ranks the blocks and removes the least important; returns a description."""
         self.plan, weights, how = self._plan(fit)
         plan = self.plan
         apply_plan(fit.module, plan, optimizers, weights)
-        self.last_event_step, self.last_target = step, 1.0
         before, after = _total(plan.before), _total(plan.after)
         removed = "; ".join(f"{', '.join(map(str, numbers))} of {name}" for name, numbers in plan.units.items()) or "none"
         return f"{before} -> {after} blocks ({type(self.importance).__name__}{how}): without {removed}"

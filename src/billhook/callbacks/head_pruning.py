@@ -270,7 +270,7 @@ class HeadPruning(HeadMasking):
                 self.best = self.stop.best(self.stop.value(after), self.best)
             change = partial(self._finish, fit, step, worse, what)
             if self.heads and (self.remove == "rounds" or (self.remove == "end" and (worse or step == max(self._steps)))):
-                event = self.reshape(fit, before, change)
+                event = self.run_change(fit, before, change)
             else:
                 event = self.record_event(fit, before, change)
         event["after"] |= after
@@ -287,7 +287,7 @@ class HeadPruning(HeadMasking):
         return str(event["what"]).partition(": ")[0]
 
     def _repaired(self, fit: Fit, plan: ModelPlan) -> tuple[Weights | None, str]:
-        """Returns weights that compensate for the heads that a plan removes, and a description of these."""
+        """Returns repaired weights for a plan of heads to remove, and their description."""
         if self.repair is None:
             return None, ""
         model = fit.model

@@ -228,7 +228,7 @@ class KVHeadConversion(ShapeCallback):
         return dict.fromkeys(self.shape_steps(total, fit), 1.0)
 
     def _check_together(self, fit: Fit, total: int | None) -> None:
-        """Raises `ValueError` if stages of all callbacks share a step, or heads do not decrease from stage to stage."""
+        """Raises `ValueError` if two stages share a step, or heads do not decrease."""
         stages = sorted(
             stage
             for callback in fit.callbacks(KVHeadConversion)
@@ -281,18 +281,20 @@ class KVHeadConversion(ShapeCallback):
         super().begin_training(fit)
 
     def due(self, model: nn.Module, step: int) -> list[int]:
-        """Returns the indices of stages that are due, in order."""
-        return [index for index, at in enumerate(self._stages) if at <= step and index not in self._done]
+        """Returns the steps of stages that are due, in order."""
+        return sorted({at for index, at in enumerate(self._stages) if at <= step and index not in self._done})
 
     def pending_steps(self, model: nn.Module, step: int) -> list[int]:
         """Returns the steps of the pending stages."""
         return [at for index, at in enumerate(self._stages) if at > step and index not in self._done]
 
-    def apply_event(self, fit: Fit, stage: int) -> None:
-        """Applies a stage, unless the model already has as few heads."""
-        if stage not in self._reached(fit.module):
-            self.apply_change(fit, partial(self._convert, fit, stage))
-        self._done.add(stage)
+    def apply_event(self, fit: Fit, step: int) -> None:
+        """Applies the stages of a step, unless the model already has as few heads."""
+        for stage, at in enumerate(self._stages):
+            if at == step and stage not in self._done:
+                if stage not in self._reached(fit.module):
+                    self.apply_change(fit, step, partial(self._convert, fit, stage))
+                self._done.add(stage)
 
     def label(self, event: Event) -> str:
         """Returns the number of heads before and after, and the method."""

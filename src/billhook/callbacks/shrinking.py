@@ -22,7 +22,7 @@ from billhook.fit.event import Event, describe_callback, log_event, percent_chan
 from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_close, check_identical, fail_together, from_first_rank
 from billhook.fit.shape_event import ShapeCallback
-from billhook.fit.targets import At, check_at, round_targets
+from billhook.fit.targets import At, check_at
 from billhook.importance.obs import OBS
 from billhook.model.cache import signature
 from billhook.model.layers import is_linear
@@ -117,10 +117,6 @@ class Shrinking(ShapeCallback):
         if not fit.resumes:
             self._candidates(subject)
 
-    def steps(self, total: int | None, fit: Fit) -> dict[int, float]:
-        """Returns the step of the event."""
-        return round_targets(1.0, self.at, total, fit, "at")
-
     def apply_event(self, fit: Fit, step: int) -> None:
         """Searches, then removes units and repairs the rest."""
         metrics, model = self.validate(fit), fit.model
@@ -130,7 +126,7 @@ class Shrinking(ShapeCallback):
             with adapters_removed(model):
                 measurement, chosen = self._search(fit, scope)
             check_identical(fit, "Shrinking", "the plan", lambda: [plan.to_json() for plan in chosen.planned.plans])
-        event = self.reshape(fit, metrics, partial(self._remove, model, chosen.planned))
+        event = self.run_change(fit, metrics, partial(self._remove, model, chosen.planned))
         record_not_refitted(event, chosen.planned.not_refitted)
         self.last_event_step, self.last_target = step, 1.0
         with (

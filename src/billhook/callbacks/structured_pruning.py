@@ -14,7 +14,7 @@ from billhook.fit.event import Event, log_event, percent_change, record_not_refi
 from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_identical, comm_of, fail_together
 from billhook.fit.shape_event import ShapeCallback
-from billhook.fit.targets import At, check_at, round_targets
+from billhook.fit.targets import At, check_at
 from billhook.importance.score import Importance, make_run
 from billhook.model.plan import Weights, apply_plan
 from billhook.pruning.amount import Amount
@@ -104,10 +104,6 @@ class StructuredPruning(ShapeCallback):
         if not fit.resumes:
             RatioSearch(fit.model, self.amount).check()
 
-    def steps(self, total: int | None, fit: Fit) -> dict[int, float]:
-        """Returns the target share of the amount by step."""
-        return round_targets(1.0, self.at, total, fit, "amount")
-
     def apply_event(self, fit: Fit, step: int) -> None:
         """Removes the amount that is due, in rounds with new scores each."""
         metrics, before, goal = self.validate(fit), len(self.events), self._steps[step]
@@ -118,7 +114,7 @@ class StructuredPruning(ShapeCallback):
             if plan is not None:
                 first = len(self.events) == before
                 change = partial(self._remove, fit.module, plan, weights, how)
-                event = self.reshape(fit, metrics if first else {}, change)
+                event = self.run_change(fit, metrics if first else {}, change)
                 record_not_refitted(event, left)
         self.last_event_step, self.last_target = step, goal
         for event in self.events[before:][-1:]:

@@ -114,10 +114,6 @@ class WeightPruning(EventCallback, ShapeFollower):
         """The enforced keep-masks (bool) by linear layer; sharded ranks must call it together."""
         return {name: full_tensor(mask) for name, mask in self._hold.masks.items()}
 
-    def check_fit(self, fit: Fit) -> None:
-        """Raises `ValueError` if the strategy does not support masks."""
-        fit.check_masking(type(self).__name__)
-
     def steps(self, total: int | None, fit: Fit) -> dict[int, float]:
         """Returns the target sparsity of each round by step."""
         return round_targets(self.amount, self.at, total, fit, "sparsity")

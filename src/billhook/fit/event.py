@@ -1,20 +1,33 @@
-"""Events during training: steps, validation, logging, and resuming."""
+"""Events during training: steps, validation, logging, and resuming.
+
+The lifecycle of an `EventCallback` in a run:
+
+1. `prepare` calls `check_fit`. A `ShapeCallback` also calls `begin` once the model exists, which calls `check`.
+2. `load_state_dict` restores the events of a run that resumes.
+3. `resolve` calls `steps`, and keeps those that are still to come.
+4. `begin_training` calls `check_data`, and then applies the events that are `due` before the first step.
+5. `after_batch` applies the events that are `due` after an optimizer step. For each, `apply_event` calls `apply_change`, which
+   validates, makes the change (`run_change`, `record_event`), validates again, and logs (`log_event`). Followers are called then.
+6. `state_dict` is saved with each checkpoint, and `end_training` warns of events that did not happen.
+"""
 
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
+from functools import partial
 from typing import Any
 
 from lightning_utilities.core.rank_zero import rank_zero_info, rank_zero_warn
 from torch import nn
+from torch.optim import Optimizer
 
 from billhook.arguments import check_int
 from billhook.calibration.calibration import Calibration
 from billhook.fit.calibration import FitCalibration
 from billhook.fit.callback import FitCallback, ShapeSavingCallback
 from billhook.fit.fit import Fit
-from billhook.fit.targets import remaining_rounds
+from billhook.fit.targets import remaining_rounds, round_targets
 from billhook.report.summary import summary
 from billhook.schedules import Schedule
 
@@ -52,10 +65,11 @@ class EventCallback(ShapeSavingCallback, ABC):
     Events are measured and logged, and are not repeated after a resume.
 
     Args:
-        calibration: Calibration data for the events.
+        calibration: Calibration data for the events. Defaults to 128 training examples.
         measure_batches: Validation batches to run before and after each event. Defaults to all; 0 disables it.
 
     Attributes:
+        at: When events happen: a step (int), a fraction of training (float), `"start"`, or a schedule.
         events: Events so far: number in the run, step, description, and metrics before and after.
         last_event_step: The step of the last event; -1 before the first event.
         last_target: The target amount of the last event.
@@ -64,11 +78,12 @@ class EventCallback(ShapeSavingCallback, ABC):
     """
 
     must_resume = True
+    at: Any = "start"  # a number, a schedule, or a list of these, as the subclass takes
 
-    def __init__(self, calibration: FitCalibration, measure_batches: int | None) -> None:
+    def __init__(self, calibration: FitCalibration | None = None, measure_batches: int | None = None) -> None:
         if measure_batches is not None:
             check_int("measure_batches", measure_batches, least=0)
-        self.calibration, self.measure_batches = calibration, measure_batches
+        self.calibration, self.measure_batches = calibration or FitCalibration.of(None), measure_batches
         self._steps: dict[int, float] = {}
         self._last_step = -1
         self.reset()
@@ -80,17 +95,35 @@ class EventCallback(ShapeSavingCallback, ABC):
         self.start: dict[str, float | None] = {}
         self._validated: dict[str, Any] = {}
 
-    @abstractmethod
     def check_fit(self, fit: Fit) -> None:
-        """Raises `ValueError` if the trainer's strategy or callbacks do not support the events."""
+        """Raises `ValueError` if the trainer's strategy does not support changes of weights."""
+        fit.check_masking(type(self).__name__)
 
-    @abstractmethod
     def steps(self, total: int | None, fit: Fit) -> dict[int, float]:
         """Returns the target amount by step; `total` is the training length, if known."""
+        return round_targets(1.0, self.at, total, fit, "at")
 
     @abstractmethod
     def apply_event(self, fit: Fit, step: int) -> None:
-        """Applies the event of a step, and updates `last_event_step` and `last_target`."""
+        """Applies the event of a step, and sets `last_event_step`, as `apply_change` does."""
+
+    def apply_change(self, fit: Fit, step: int, change: Callable[[list[Optimizer]], str]) -> Event:
+        """Applies a change as the event of a step, measured before and after, and logs it.
+
+        Args:
+            fit: The training run.
+            step: The step, as in `steps`.
+            change: Function that changes the model and the optimizers, and returns a description.
+        """
+        event = self.run_change(fit, self.validate(fit), change)
+        self.last_event_step, self.last_target = step, self._steps.get(step, 1.0)
+        event["after"] |= self.validate(fit)
+        log_event(fit, event)
+        return event
+
+    def run_change(self, fit: Fit, metrics: dict[str, float], change: Callable[[list[Optimizer]], str]) -> Event:
+        """Makes a change, and returns its event; see `record_event`."""
+        return self.record_event(fit, metrics, partial(change, fit.optimizers))
 
     @property
     def needs_data(self) -> bool:

@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from billhook.engine.batches import Run
 from billhook.engine.fsdp import WRAPPED, class_of
 from billhook.engine.sharding import sizes_only
-from billhook.fit.event import Event, EventCallback, ShapeFollower, log_event
+from billhook.fit.event import Event, EventCallback, ShapeFollower
 from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_close, comm_of, fail_together
 from billhook.model.plan import ModelPlan, Weights
@@ -79,17 +79,10 @@ class ShapeCallback(EventCallback):
         with sizes_only(fit.module):
             self.check(fit)
 
-    def apply_change(self, fit: Fit, change: Callable[[list[Optimizer]], str]) -> Event:
-        """Applies a change as an event, measured before and after, and logs it."""
-        event = self.reshape(fit, self.validate(fit), change)
-        event["after"] |= self.validate(fit)
-        log_event(fit, event)
-        return event
-
-    def reshape(self, fit: Fit, metrics: dict[str, float], change: Callable[[list[Optimizer]], str]) -> Event:
-        """Applies a change of model and optimizers, also under DDP and FSDP2; see `record_event`."""
+    def run_change(self, fit: Fit, metrics: dict[str, float], change: Callable[[list[Optimizer]], str]) -> Event:
+        """Changes model and optimizers, also under DDP and FSDP2; see `record_event`."""
         with fit.reshaping(self.blockwise), fail_together(fit, type(self).__name__):
-            event = self.record_event(fit, metrics, partial(change, fit.optimizers))
+            event = super().run_change(fit, metrics, change)
         for callback in fit.callbacks(ShapeFollower):
             callback.follow()
         torch.compiler.reset()  # torch stops compiling after several shapes

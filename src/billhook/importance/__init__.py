@@ -6,9 +6,10 @@ from billhook.importance.baselines import WeightNorm
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.gate_gradient import GateGradient
 from billhook.importance.obs import OBS
+from billhook.importance.score import Importance, Sums
 from billhook.importance.taylor import Taylor
 
 __all__ = [
-    "OBS", "Ablation", "ActivationNorm", "BlockInfluence", "GateGradient", "OutputNorm", "Taylor", "WeightNorm",
-    "ablate_heads",
+    "OBS", "Ablation", "ActivationNorm", "BlockInfluence", "GateGradient", "Importance", "OutputNorm", "Sums", "Taylor",
+    "WeightNorm", "ablate_heads",
 ]  # fmt: skip

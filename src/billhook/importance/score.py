@@ -30,6 +30,11 @@ class Sums:
     Attributes:
         totals: Sums by module, float64, `[units]`.
         counts: Number of summed tokens, examples, or batches of each unit, by module, float64, `[units]`.
+
+    >>> sums = Sums({"mlp": torch.zeros(2)}, {"mlp": torch.zeros(2)})
+    >>> sums.add("mlp", torch.tensor([1.0, 3.0]), 2)
+    >>> sums.totals["mlp"] / sums.counts["mlp"]
+    tensor([0.5000, 1.5000])
     """
 
     totals: dict[str, Tensor]

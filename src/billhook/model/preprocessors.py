@@ -95,7 +95,7 @@ def tokenizer_of(model: PreTrainedModel, name: str | None = None) -> PreTrainedT
 
 
 def vocabulary_fingerprint(kept: NDArray[np.int64], before: int) -> int:
-    """Returns a number for the ids kept by removals: the one before if those that stay keep their numbers.
+    """Returns a checksum of the ids that removals kept; unchanged if no id is renumbered.
 
     Args:
         kept: Ids that the last removal keeps, ascending: `[tokens]`.

@@ -224,7 +224,7 @@ def find_contexts(groups: Sequence[Group], axes: Mapping[str, Sequence[Axis]]) -
 def exclude_unseen(
     groups: Sequence[Group], untouched: Mapping[str, tuple[int, ...]], outside: Mapping[str, tuple[int, ...]]
 ) -> None:
-    """Marks groups as not prunable if a parameter of the same size that was not traced may belong to them."""
+    """Marks groups to which an untraced parameter of the same size may belong."""
     for group in groups:
         unused = next((name for name, shape in untouched.items() if group.size in shape), None)
         other = next((name for name, shape in outside.items() if group.size in shape), None)

@@ -55,7 +55,7 @@ def counted(flow: str) -> tuple[int, dict[str, int]]:
     """Returns how many functions a flow calls, and by file how often it is entered from another."""
     logging.disable(logging.WARNING)
     for module in pkgutil.walk_packages(billhook.__path__, "billhook."):  # or imports would be counted, too
-        if not module.name.startswith(("billhook.__main__", "billhook.serving.workers")):
+        if not module.name.startswith(("billhook.__main__", "billhook.serving.workers", "billhook.integrations.axolotl")):
             importlib.import_module(module.name)
     with tempfile.TemporaryDirectory() as folder:
         call = prepared(flow, Path(folder))

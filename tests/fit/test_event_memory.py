@@ -23,9 +23,9 @@ def beside(folder, name, layers):
     """Bytes at most beside what the fit had, and those of new parameters."""
     lit = Own(lambda: llama(hidden_size=128, intermediate_size=512, num_hidden_layers=layers, num_key_value_heads=4))
     callback, found = EVENTS[name](), []
-    happen = callback.reshape
+    happen = callback.run_change
 
-    def reshape(run, *rest):
+    def run_change(run, *rest):
         module = run.module
         there = set(module.parameters())
         with Held(kept(module, run) + [p.grad for p in module.parameters()]) as held:
@@ -34,7 +34,7 @@ def beside(folder, name, layers):
         found.extend([held.most - before, size(set(module.parameters()) - there)])
         return event
 
-    callback.reshape = reshape
+    callback.run_change = run_change
     trainer(folder, [callback], max_steps=2, limit_val_batches=0).fit(lit)
     return found
 

@@ -10,6 +10,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from billhook.arguments import check_int, check_types
+
 TOKENS = 1024
 """Number of tokens in a product."""
 ROWS = 1024
@@ -37,6 +39,8 @@ class Statistics(ABC):
     """Number of input values in float32 at a time, on the CPU and on other devices."""
 
     def __init__(self, in_features: int, device: torch.device | str = "cpu") -> None:
+        check_types(Statistics, {"in_features": in_features, "device": device})
+        check_int("in_features", in_features, least=1)
         self.in_features = in_features
         self.tokens = torch.zeros((), dtype=torch.int64, device=device)
         self._largest: Tensor | None = None  # of the first inputs: distinguishes zeros from squares that underflow

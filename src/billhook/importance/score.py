@@ -40,6 +40,9 @@ class Sums:
     totals: dict[str, Tensor]
     counts: dict[str, Tensor]
 
+    def __post_init__(self) -> None:
+        check_types(Sums, vars(self))
+
     @classmethod
     def zero(cls, units: Mapping[str, Units], per: Per) -> "Sums":
         """Returns empty sums."""

@@ -9,7 +9,7 @@ from torch import nn
 
 from billhook.fit.calibration import FitCalibration
 from billhook.fit.lightning import LightningFit
-from billhook.fit.measure import _validating
+from billhook.fit.measure import validating
 
 
 class Module(pl.LightningModule):
@@ -29,7 +29,7 @@ def test_who_is_asked_last_is_asked_first_no_longer(own):
     lines = type("Lines", (), {"metrics": {}, "__call__": lambda self, *given: logged.append(("lines", *given))})()
     with FitCalibration().undisturbed(LightningFit(trainer, module)):
         module.log("a", 1)
-        with _validating(trainer, module, lines):
+        with validating(trainer, module, lines):
             module.log("b", 2)
         module.log("c", 3)
     assert logged == [("lines", "b", 2)]

@@ -289,5 +289,5 @@ def test_each_of_two_ranks_loads_a_tensor_at_a_time(of_two, name):
 
 def test_tensor_parallel_is_refused(of_two):
     for message, name in zip(of_two("refused"), ("WeightPruning", "KVHeadConversion"), strict=True):
-        assert message.startswith(f"tensor_parallel_size=2 is not supported by {name}")
-        assert "ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)" in message
+        assert message.startswith(f"{name} does not support ModelParallelStrategy with these settings")
+        assert "FSDP2 (ModelParallelStrategy with tensor_parallel_size=1)" in message

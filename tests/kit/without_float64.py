@@ -12,7 +12,7 @@ import torch
 import billhook as bh
 from billhook.cli.machine import device_of
 from billhook.engine.state import random_state, seeded, set_random_state
-from billhook.fit.measure import _Logged
+from billhook.fit.measure import LoggedMetrics
 from billhook.fit.ranks import sum_over_ranks
 from billhook.model import surgery
 from kit import prunes
@@ -43,7 +43,7 @@ def scored(importance, kind):
 
 
 def validated(model, device):
-    logged = _Logged()
+    logged = LoggedMetrics()
     for value, size in ((1.0, 2), (2.5, 6)):
         logged("loss", value, batch_size=size)
         logged("least", torch.tensor(value, device=device), batch_size=size, reduce_fx=min)

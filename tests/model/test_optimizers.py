@@ -140,8 +140,8 @@ def test_parameters_with_hooks_of_their_own_are_refused(hook):
 
 
 BESIDE = {
-    "its own": "replaces parameters, but configure_optimizers does not return Chosen.extra .SGD.",
-    "an average": "changes shapes during training, which Chosen.extra, an AveragedModel, does not support",
+    "its own": "replaces parameters, but Chosen.extra .SGD. would keep the old ones",
+    "an average": "replaces parameters, but Chosen.extra .AveragedModel. would keep the old ones",
 }
 
 

@@ -10,7 +10,7 @@ from billhook.checkpoints.export import TRAINED
 from billhook.fit.checkpoint_hooks import ResumeState, add_resume_state, unwrap_hooks, wrap_hooks
 from billhook.fit.fit import Fit
 from billhook.fit.lightning import LightningFit
-from billhook.fit.run import drop_pending, training_record
+from billhook.fit.run import drop_pending
 
 
 class FitCallback(Callback):
@@ -128,7 +128,7 @@ class ShapeSavingCallback(FitCallback):
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the training record and, after training or an error, the shape."""
         add_resume_state(trainer, pl_module, checkpoint, self._resume)
-        checkpoint[TRAINED] = self._validated | training_record(trainer)
+        checkpoint[TRAINED] = self._validated | LightningFit(trainer, pl_module).record()
         checkpoint |= self.checkpoint_entries()
 
     def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -1,35 +1,46 @@
 """A run of Lightning's trainer as callbacks see it."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+import inspect
+import math
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
-from billhook.engine.batches import Run
+from billhook.engine.batches import Run, model_loss, runs_of
 from billhook.engine.state import overridden
 from billhook.fit.checkpoint_hooks import wrap_hooks
 from billhook.fit.fit import Fit, Loss, Reduction
-from billhook.fit.lightning_internals import averaging_callbacks, is_tuning, to_device
-from billhook.fit.measure import log_metrics, measure
-from billhook.fit.preprocessors import find_preprocessors
-from billhook.fit.run import once_model_exists, training_record, training_steps
-from billhook.fit.strategies import (
-    check_masking_strategy,
-    check_reshaping_strategy,
-    check_strategy,
-    check_takes_steps,
-    unwrapped,
+from billhook.fit.lightning_internals import (
+    averaging_callbacks,
+    communication_state,
+    forks_or_spawns,
+    is_sequential,
+    is_tuning,
+    logged_step,
+    to_device,
+    validation_loaders,
 )
-from billhook.fit.training_step import training_loss, training_runs
+from billhook.fit.measure import LoggedMetrics, validating
+from billhook.fit.preprocessors import find_preprocessors
+from billhook.fit.ranks import fail_together
+from billhook.fit.run import once_model_exists, training_steps
+from billhook.fit.shards import gathered
+from billhook.fit.training_step import bind_arguments, call_of_model, forward_arguments
 from billhook.model.preprocessors import Preprocessor
+from billhook.private_paths import without_folders
 
+FIRST = "prune or convert first on one device and train the result"
 T = TypeVar("T")
 
 
@@ -99,19 +110,41 @@ class LightningFit(Fit):
 
     def check_takes_steps(self, name: str) -> None:
         """Raises `ValueError` if training takes no step, so that callbacks have no effect."""
-        check_takes_steps(self.trainer, name)
+        for limit in ("max_steps", "max_epochs", "limit_train_batches"):
+            if getattr(self.trainer, limit) == 0:
+                raise ValueError(
+                    f"{limit}=0 takes no training step, so {name} has no effect. Train for at least one step, or use `billhook "
+                    "prune`, bh.prune, bh.convert_kv_heads, or bh.save without training."
+                )
 
     def check_strategy(self, name: str) -> None:
         """Raises `ValueError` if the model cannot be evaluated under the strategy."""
-        check_strategy(self.trainer, name)
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy):
+            supported = strategy.device_mesh["tensor_parallel"].size() == 1
+        else:  # DeepSpeed manages weights and optimizer state itself
+            supported = isinstance(strategy, SingleDeviceStrategy | DDPStrategy) and not isinstance(strategy, DeepSpeedStrategy)
+        if not supported:
+            raise ValueError(
+                f"{name} does not support {type(strategy).__name__} with these settings. Use one device, DDP, or FSDP2 "
+                f"(ModelParallelStrategy with tensor_parallel_size=1), or {FIRST}."
+            )
 
     def check_masking(self, name: str) -> None:
         """Raises `ValueError` if the strategy does not support masks."""
-        check_masking_strategy(self.trainer, name)
+        self.check_strategy(name)
+        if self.is_sharded and self.averages:
+            averaging = type(self.averages[0][0]).__name__
+            raise ValueError(f"{name} under ModelParallelStrategy cannot mask the copy of {averaging}. Remove {averaging}.")
 
     def check_reshaping(self, name: str) -> None:
         """Raises `ValueError` if the strategy does not support shape changes."""
-        check_reshaping_strategy(self.trainer, name)
+        self.check_strategy(name)
+        if forks_or_spawns(self.trainer):
+            raise ValueError(
+                f"{name} does not support ddp_notebook, ddp_fork, and ddp_spawn, whose processes return weights without shapes. "
+                f"Use strategy='ddp' in a script, or {FIRST}."
+            )
 
     def once_model_exists(self, work: Callable[[], None]) -> None:
         """Calls `work` now, or right after `configure_model`."""
@@ -121,9 +154,25 @@ class LightningFit(Fit):
         """Wraps the module's checkpoint hooks."""
         wrap_hooks(self.trainer, self.module)
 
-    def reshaping(self, blockwise: bool) -> AbstractContextManager[None]:
-        """Unwraps DDP and gathers shards while shapes change."""
-        return unwrapped(self.trainer, blockwise)
+    @contextmanager
+    def reshaping(self, blockwise: bool) -> Iterator[None]:
+        """Unwraps DDP and gathers shards while shapes change, because hooks are on the old parameters."""
+        strategy, automatic = self.trainer.strategy, self.module.automatic_optimization
+        wrapped = isinstance(strategy.model, DistributedDataParallel)
+        if wrapped:
+            strategy.model = self.module
+        if automatic:  # new gradients are computed before the next step
+            self.module.zero_grad()
+        with gathered(self.module, self.optimizers, gradients=not automatic, blockwise=blockwise):
+            yield
+        if wrapped:
+            assert isinstance(strategy, DDPStrategy)
+            strategy.configure_ddp()  # same settings, new buckets and hooks
+            if isinstance(state := communication_state(self.trainer), PowerSGDState):
+                # DDP's buckets change in the first two steps
+                state.iter = max(0, min(state.iter, state.start_powerSGD_iter - 2))
+                for value in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
+                    value.clear()
 
     @property
     def device(self) -> torch.device:
@@ -179,12 +228,39 @@ class LightningFit(Fit):
         return to_device(self.trainer, batch)
 
     def runs(self, model: nn.Module, batches: Iterable[Any]) -> list[Run]:
-        """Returns a run for each batch: the model on `training_step`'s arguments for it."""
-        return training_runs(self.module, model, batches)
+        """Returns a run for each batch: the model on `training_step`'s arguments for it.
+
+        A dictionary that contains only forward arguments goes to the model directly. For other batches, the step runs until it
+        calls the model. If it never calls the model as a whole, the step itself is the run. Under manual optimization, the step
+        would update weights, so all batches must be dictionaries for the model.
+        """
+        names, runs = list(inspect.signature(model.forward).parameters), list[Run]()
+        for number, batch in enumerate(batches):
+            step = bind_arguments(self.module.training_step, batch, number)
+            if self.updates_in_step:
+                runs += runs_of(model, [forward_arguments(self.module, batch)])
+            elif isinstance(batch, Mapping) and set(batch) <= set(names):
+                runs += runs_of(model, [batch])
+            elif call := call_of_model(model, step, f"{type(self.module).__name__} on batch {number}, a {type(batch).__name__}"):
+                runs += runs_of(model, [dict(zip(names, call[0], strict=False)) | call[1]])
+            else:
+                runs.append(Run(step))
+        return runs
 
     def loss(self, number: int) -> Loss:
         """Returns the loss of `training_step`, or the model's under manual optimization."""
-        return training_loss(self.module, number)
+
+        def loss(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
+            if self.updates_in_step:
+                return model_loss(model, forward_arguments(self.module, batch), hint="")
+            result: Any = bind_arguments(self.module.training_step, batch, number)()
+            value = result["loss"] if isinstance(result, Mapping) else result
+            if not isinstance(value, Tensor):
+                name = type(self.module).__name__
+                raise ValueError(f"training_step of {name} returned no loss for batch {number}: {value!r}")
+            return value
+
+        return loss
 
     def undisturbed(self) -> AbstractContextManager[object]:
         """Keeps the module from logging."""
@@ -202,8 +278,33 @@ class LightningFit(Fit):
         return float16_replaced(self.device, plugin.device)
 
     def validate(self, limit: int | None = None) -> dict[str, float]:
-        """Returns the metrics that `validation_step` logs; empty without validation."""
-        return measure(self, self.trainer, self.module, limit)
+        """Returns the averaged metrics that `validation_step` logs; empty without validation.
+
+        Loops, loggers, checkpoints, random state, and modes are restored.
+        """
+        if limit == 0:
+            return {}
+        trainer, module, logged = self.trainer, self.module, LoggedMetrics()
+        with fail_together(self, "validation"), validating(trainer, module, logged):
+            if (batches := validation_loaders(trainer)) is None:
+                return {}
+            most = [count if limit is None else min(count, limit) for count in trainer.num_val_batches]
+            several = len(most) > 1 and is_sequential(batches)
+            limits, batches.limits = batches.limits, most  # Lightning validates with the same loader
+            try:
+                module.on_validation_start()
+                module.on_validation_epoch_start()
+                for batch, index, loader in batches:
+                    logged.batch, logged.suffix = batch, f"/dataloader_idx_{loader}" if several else ""
+                    moved = to_device(trainer, batch, loader if several else 0)
+                    with trainer.precision_plugin.val_step_context():
+                        bind_arguments(module.validation_step, moved, index, *[loader] * several)()
+                logged.batch, logged.suffix = None, ""
+                module.on_validation_epoch_end()
+                module.on_validation_end()
+            finally:
+                batches.limits = limits
+            return logged.values(self)
 
     @property
     def validation_metrics(self) -> dict[str, float]:
@@ -212,11 +313,29 @@ class LightningFit(Fit):
 
     def record(self) -> dict[str, Any]:
         """Returns the run's settings as `training` and last validation metrics as `metrics`."""
-        return training_record(self.trainer)
+        data = getattr(getattr(self.trainer, "datamodule", None), "data", None)
+        seed = os.environ.get("PL_GLOBAL_SEED", "")  # set by `seed_everything`, also in a parent process
+        training = {
+            "data": without_folders(data) if _names(data) else None,
+            "seed": int(seed) if seed.isdigit() else None,
+            "precision": str(self.trainer.precision),
+            "devices": self.world_size,
+        }
+        metrics = {
+            name: value for name, value in self.validation_metrics.items() if name.startswith("val") and math.isfinite(value)
+        }
+        known = {name: value for name, value in training.items() if value is not None}
+        return {"training": known} | ({"metrics": metrics} if metrics else {})
 
     def log_metrics(self, metrics: Mapping[str, float | None]) -> None:
-        """Logs metrics to every logger."""
-        log_metrics(self.trainer, metrics)
+        """Logs metrics and the epoch to every logger, as Lightning does.
+
+        The step is Lightning's own, so that steps increase in each logger: after six optimizer steps it is 5, as for the sixth
+        training step and a validation after it.
+        """
+        numbers = {name: float(value) for name, value in metrics.items() if value is not None}
+        for logger in self.trainer.loggers if numbers else ():
+            logger.log_metrics(numbers | {"epoch": self.trainer.current_epoch}, step=logged_step(self.trainer))
 
 
 def float16_replaced(device: torch.device, device_type: str) -> AbstractContextManager[object]:
@@ -224,3 +343,9 @@ def float16_replaced(device: torch.device, device_type: str) -> AbstractContextM
     # emulated bfloat16 is slow
     has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device_type, torch.bfloat16, cache_enabled=False) if has_bfloat16 else nullcontext()
+
+
+def _names(data: object) -> bool:
+    """Returns whether data is given by name, not as an object of `datasets`."""
+    parts = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
+    return isinstance(data, str) or (bool(parts) and all(_names(part) for part in parts))

@@ -1,7 +1,7 @@
-"""Runs the module's validation between training steps, and logs results."""
+"""What the module's validation logs between training steps."""
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,50 +14,12 @@ from torchmetrics import Metric
 
 from billhook.engine.state import overridden
 from billhook.fit.fit import Fit
-from billhook.fit.lightning_internals import is_sequential, logged_step, to_device, validation_loaders
-from billhook.fit.ranks import check_identical, fail_together
+from billhook.fit.ranks import check_identical
 from billhook.fit.run import isolated_rng
-from billhook.fit.training_step import bind_arguments
 from billhook.linalg import widest_float
 
 
-def measure(fit: Fit, trainer: pl.Trainer, pl_module: pl.LightningModule, limit: int | None = None) -> dict[str, float]:
-    """Runs `validation_step` over the validation batches and returns averaged metrics.
-
-    Loops, loggers, checkpoints, random state, and modes are restored.
-
-    Args:
-        fit: The training run.
-        trainer: Its trainer, during training. Without validation, the result is empty.
-        pl_module: The module in training.
-        limit: Maximum number of batches per loader. Defaults to the Trainer's limit; 0 disables validation.
-    """
-    if limit == 0:
-        return {}
-    logged = _Logged()
-    with fail_together(fit, "validation"), _validating(trainer, pl_module, logged):
-        if (batches := validation_loaders(trainer)) is None:
-            return {}
-        most = [count if limit is None else min(count, limit) for count in trainer.num_val_batches]
-        several = len(most) > 1 and is_sequential(batches)
-        limits, batches.limits = batches.limits, most  # Lightning validates with the same loader
-        try:
-            pl_module.on_validation_start()
-            pl_module.on_validation_epoch_start()
-            for batch, index, loader in batches:
-                logged.batch, logged.suffix = batch, f"/dataloader_idx_{loader}" if several else ""
-                moved = to_device(trainer, batch, loader if several else 0)
-                with trainer.precision_plugin.val_step_context():
-                    bind_arguments(pl_module.validation_step, moved, index, *[loader] * several)()
-            logged.batch, logged.suffix = None, ""
-            pl_module.on_validation_epoch_end()
-            pl_module.on_validation_end()
-        finally:
-            batches.limits = limits
-        return logged.values(fit)
-
-
-class _Logged:
+class LoggedMetrics:
     """Replacement for `LightningModule.log`: averages values by batch size, as Lightning does."""
 
     def __init__(self) -> None:
@@ -77,6 +39,7 @@ class _Logged:
         add_dataloader_idx: bool = True,
         **__: object,
     ) -> None:
+        """Adds a value, weighted by the size of its batch."""
         name += self.suffix if add_dataloader_idx else ""
         if isinstance(value, Metric):
             self.metrics[name] = value
@@ -111,7 +74,8 @@ class _Logged:
 
 
 @contextmanager
-def _validating(trainer: pl.Trainer, pl_module: pl.LightningModule, logged: _Logged) -> Iterator[None]:
+def validating(trainer: pl.Trainer, pl_module: pl.LightningModule, logged: LoggedMetrics) -> Iterator[None]:
+    """Sets the validation stage and replaces `log` within; restores stage, modes, and random state."""
     stage, modes = trainer.state.stage, {name: m.training for name, m in pl_module.named_modules()}
     trainer.state.stage = RunningStage.VALIDATING  # modules and loaders read it
     pl_module.eval()
@@ -124,14 +88,3 @@ def _validating(trainer: pl.Trainer, pl_module: pl.LightningModule, logged: _Log
         for name, module in pl_module.named_modules():
             module.training = modes[name]
         trainer.state.stage = stage
-
-
-def log_metrics(trainer: pl.Trainer, metrics: Mapping[str, float | None]) -> None:
-    """Logs metrics and the epoch to every logger, as Lightning does.
-
-    The step is Lightning's own, so that steps increase in each logger: after six optimizer steps it is 5, as for the sixth
-    training step and a validation after it.
-    """
-    numbers = {name: float(value) for name, value in metrics.items() if value is not None}
-    for logger in trainer.loggers if numbers else ():
-        logger.log_metrics(numbers | {"epoch": trainer.current_epoch}, step=logged_step(trainer))

@@ -1,11 +1,8 @@
-"""Length, model creation, and record of a Lightning run."""
+"""Length, random state, and model creation of a Lightning run."""
 
-import math
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -13,7 +10,6 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from transformers import PreTrainedModel
 
 from billhook.engine.state import TorchState
-from billhook.private_paths import without_folders
 
 
 def training_steps(trainer: pl.Trainer) -> int | None:
@@ -72,27 +68,3 @@ def _configure(pl_module: pl.LightningModule, configure: Callable[[], None]) -> 
                 step()
     finally:
         before.restore()
-
-
-def training_record(trainer: pl.Trainer) -> dict[str, Any]:
-    """Returns the run's settings as `training` and last validation metrics as `metrics`."""
-    data = getattr(getattr(trainer, "datamodule", None), "data", None)
-    seed = os.environ.get("PL_GLOBAL_SEED", "")  # set by `seed_everything`, also in a parent process
-    training = {
-        "data": without_folders(data) if _names(data) else None,
-        "seed": int(seed) if seed.isdigit() else None,
-        "precision": str(trainer.precision),
-        "devices": trainer.world_size,
-    }
-    facts: dict[str, Any] = {"training": {name: value for name, value in training.items() if value is not None}}
-    metrics = {}
-    for name, value in trainer.callback_metrics.items():
-        if name.startswith("val") and math.isfinite(number := float(value)):
-            metrics[name] = number
-    return facts | ({"metrics": metrics} if metrics else {})
-
-
-def _names(data: object) -> bool:
-    """Returns whether data is given by name, not as an object of `datasets`."""
-    parts = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
-    return isinstance(data, str) or (bool(parts) and all(_names(part) for part in parts))

@@ -60,7 +60,7 @@ class ShapeCallback(EventCallback):
         """Checks wrappers and optimizers, and applies events that are due before the first step."""
         self._refuse_wrapped(fit.module)
         if not self.only_at_start:
-            check_no_hidden_state(fit, type(self).__name__)
+            self._refuse_hidden_state(fit)
             check_replaceable(fit.module, fit.optimizers, type(self).__name__)
             if self.cuts_tensors:
                 check_unhooked(dict(fit.module.named_parameters()))
@@ -71,8 +71,27 @@ class ShapeCallback(EventCallback):
         self.begin(fit)
 
     def _refuse_wrapped(self, module: nn.Module) -> None:
-        if self.cuts_tensors:
-            check_unwrapped(module, type(self).__name__)
+        """Raises `ValueError` if a torch wrapper renames weights that are cut by name."""
+        for where, part in module.named_modules() if self.cuts_tensors else ():
+            if WRAPPED in part._modules:
+                raise ValueError(
+                    f"{type(self).__name__}: {where} is wrapped by torch's {class_of(part).__name__}, which renames its weights. "
+                    "Use the model's own activation_checkpointing_enable(), formerly gradient_checkpointing_enable(), instead."
+                )
+
+    def _refuse_hidden_state(self, fit: Fit) -> None:
+        """Raises `ValueError` for optimizers and averaged models that the trainer does not know."""
+        known = {id(group["params"]) for optimizer in fit.optimizers for group in optimizer.param_groups}
+        for holder in [fit.module, *fit.all_callbacks]:
+            attributes = vars(holder) | (dict(fit.module.named_modules()) if holder is fit.module else {})
+            for attr, value in attributes.items():
+                unknown = isinstance(value, Optimizer) and any(id(group["params"]) not in known for group in value.param_groups)
+                if isinstance(value, AveragedModel) or (unknown and holder is fit.module):
+                    raise ValueError(
+                        f"{type(self).__name__} replaces parameters, but {type(holder).__name__}.{attr} ({type(value).__name__}) "
+                        "would keep the old ones. Return an optimizer from configure_optimizers, or prune or convert first and "
+                        "train the result."
+                    )
 
     def begin(self, fit: Fit) -> None:
         """Checks the model once it exists."""
@@ -93,35 +112,6 @@ class ShapeCallback(EventCallback):
         weights, why = repair_if_requested(fit.model, plan, runs, repair, comm_of(fit, self.calibration.shared(fit)))
         check_close(fit, type(self).__name__, "the repaired weights", fit.model, weights or {})
         return weights, why
-
-
-def check_no_hidden_state(fit: Fit, name: str) -> None:
-    """Raises `ValueError` for optimizers and averaged models that the trainer does not know."""
-    for holder in [fit.module, *fit.all_callbacks]:
-        attributes = vars(holder) | (dict(fit.module.named_modules()) if holder is fit.module else {})
-        for attr, value in attributes.items():
-            if isinstance(value, AveragedModel):
-                raise ValueError(
-                    f"{name} changes shapes during training, which {type(holder).__name__}.{attr}, an AveragedModel, does not "
-                    "support. Prune or convert first and train the result."
-                )
-    known = {id(group["params"]) for optimizer in fit.optimizers for group in optimizer.param_groups}
-    for attr, value in vars(fit.module).items():
-        if isinstance(value, Optimizer) and any(id(group["params"]) not in known for group in value.param_groups):
-            raise ValueError(
-                f"{name} replaces parameters, but configure_optimizers does not return {type(fit.module).__name__}.{attr} "
-                f"({type(value).__name__}), so it would keep the old ones. Return it from configure_optimizers."
-            )
-
-
-def check_unwrapped(module: nn.Module, name: str) -> None:
-    """Raises `ValueError` if a torch wrapper renames weights."""
-    for where, part in module.named_modules():
-        if WRAPPED in part._modules:
-            raise ValueError(
-                f"{name}: {where} is wrapped by torch's {class_of(part).__name__}, which renames its weights. Use the model's "
-                "own activation_checkpointing_enable(), formerly gradient_checkpointing_enable(), instead."
-            )
 
 
 def check_no_shape_changes(

@@ -11,7 +11,7 @@ from kit.cli import pytestmark as quiet
 from kit.pages import LANGUAGES, ROOT, Block, blocks_in, needed_by, printed, run_page, unknown_in
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-RUN = [page for page in PAGES if blocks_in(page) and page.name != "export.md"]  # which test_onnx.py runs, on several models
+RUN = [page for page in PAGES if blocks_in(page) and page.name != "export.md"]  # which test_docs_onnx.py runs, on several models
 pytestmark = [*quiet, pytest.mark.filterwarnings("ignore:::lightning.*")]
 
 

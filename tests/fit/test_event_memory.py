@@ -1,4 +1,4 @@
-"""How much memory an event takes on one device beside what the fit has; that of FSDP2 is in test_model_parallel_memory.py."""
+"""How much memory an event takes on one device beside what the fit has; that of FSDP2 is in test_shards_memory.py."""
 
 import pytest
 

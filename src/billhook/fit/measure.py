@@ -1,4 +1,4 @@
-"""What the module's validation logs between training steps."""
+"""Metrics that the module's validation logs between training steps."""
 
 import math
 from collections.abc import Iterator

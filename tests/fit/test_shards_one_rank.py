@@ -186,7 +186,9 @@ def test_other_ways_to_shard_are_refused(callback, kind):
         global_step, callbacks, max_steps, max_epochs, limit_train_batches = 0, (), 8, None, 1.0
 
     one, lit = callback(), Own()
-    with pytest.raises(ValueError, match=f"does not support {kind.__name__} with these settings. .*ModelParallelStrategy .*, or .* train"):
+    with pytest.raises(
+        ValueError, match=f"does not support {kind.__name__} with these settings. .*ModelParallelStrategy .*, or .* train"
+    ):
         one.setup(Trainer(), lit, "fit")
     assert "on_save_checkpoint" not in vars(lit)
 

@@ -1,7 +1,7 @@
 """The contract of every callback that changes a model in a fit; a new one is held to it by an entry in `kit.events.EVENTS`.
 
-Modules of a user's own, also with manual optimization, are in `tests/fit/test_user_modules.py`, number formats in
-`tests/fit/test_precision.py`, other features of a Trainer in `tests/fit/test_trainer_features.py`.
+Modules of a user's own, also with manual optimization, are in `tests/fit/test_lightning_user_modules.py`, number formats in
+`tests/fit/test_lightning_precision.py`, other features of a Trainer in `tests/fit/test_lightning_features.py`.
 """
 
 import csv

@@ -137,7 +137,7 @@ def test_whole_blocks_are_in_the_record_the_table_and_the_card(small, files, tmp
             ["--params", "0.9", "--max_loss", "1.1"],
             "Budget requires exactly one of params, bytes, max_loss; got params and max_loss",
         ),
-        (["--params", "0.9", "--variant_cache", __file__], "test_oneshot_shrink.py' is a file. Pass a folder."),
+        (["--params", "0.9", "--variant_cache", __file__], "test_shrink_command.py' is a file. Pass a folder."),
         (["--params", "0.9", "--seed", "-1"], "seed=-1 must be a whole number of at least 0"),
         (["--params", "0.9", "--plot", "curve.gif"], "plot='curve.gif' must be a .png file"),
     ],

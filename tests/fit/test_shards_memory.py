@@ -1,4 +1,4 @@
-"""FSDP2 in one process: how much memory events take beside what the fit has; that of two is in test_model_parallel.py."""
+"""FSDP2 in one process: how much memory events take beside what the fit has; that of two is in test_shards_two_ranks.py."""
 
 import pytest
 

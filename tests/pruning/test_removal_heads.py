@@ -22,7 +22,7 @@ from kit.shaped import bert, features, gpt2
 from kit.units import FAMILIES
 
 NONE = ("mamba", "recurrent_gemma", "convnext", "resnet")  # without attention
-REFUSED = ("bloom", "mpt", "olmo2", "mamba2", "codegen")  # in test_head_plan
+REFUSED = ("bloom", "mpt", "olmo2", "mamba2", "codegen")  # in test_cut_heads
 REMOVABLE = [family for family in FAMILIES if family not in (*NONE, *REFUSED)]
 REMOVABLE += ["T5ForConditionalGeneration", "BartForConditionalGeneration", "WhisperForConditionalGeneration"]
 GENERATE = ["llama", "gpt2", "opt", "gpt_neox", "phi3", "bart", "t5", "qwen2", "mixtral"]

@@ -176,7 +176,7 @@ def assert_permutation_exact(model, kinds, gone, inputs):
     bh.apply(model, plan)
     folded = (
         ("embed_tokens.weight", "embed_scale", "model.norm.weight") if "Gemma" in type(model).__name__ else ()
-    )  # see test_fold
+    )  # see test_removal_constants
     assert all(
         torch.equal(p, tensors[name])
         for name, p in [*model.named_parameters(), *model.named_buffers()]

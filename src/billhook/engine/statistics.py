@@ -128,7 +128,7 @@ class InputNorms(Statistics):
         return self._squares
 
     def tensors(self) -> list[Tensor]:
-        """Returns the sums of squares and the number of tokens."""
+        """Returns the sums of squares, `[in_features]`, and the number of tokens, `[]`."""
         return [self._squares, self.tokens]
 
     def _add(self, chunks: Iterator[Tensor]) -> None:
@@ -158,7 +158,7 @@ class InputGram(Statistics):
         return self.products.diagonal()
 
     def tensors(self) -> list[Tensor]:
-        """Returns the sums of products and the number of tokens."""
+        """Returns the sums of products, `[in_features, in_features]`, and the number of tokens, `[]`."""
         return [self.products, self.tokens]
 
     def _add(self, chunks: Iterator[Tensor]) -> None:

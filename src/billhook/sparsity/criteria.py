@@ -128,7 +128,7 @@ class Random(Criterion):
     compares: Comparison = "layer"
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """Returns scores uniform in (0, 1], and 0 for zero weights. See `Criterion.score`."""
+        """Returns scores `[out_features, in_features]`, uniform in (0, 1], and 0 for zero weights."""
         # the weight is part of the seed: layers of equal size must get different masks
         first_row = weight.detach()[0].float().contiguous().view(torch.int32)
         seed = (self.seed * 1_000_003 + int(first_row.sum(dtype=torch.int64))) % 2**63
@@ -152,7 +152,7 @@ class Magnitude(Criterion):
     compares: Comparison = "layer"
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """Computes |W_ij|. See `Criterion.score`."""
+        """Computes |W_ij|, float32, `[out_features, in_features]`."""
         return weight.detach().abs().float()
 
 
@@ -178,7 +178,7 @@ class Wanda(Criterion):
     needs: ClassVar[type[Statistics] | None] = InputNorms
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """Computes |W_ij| ||X_j||. See `Criterion.score`."""
+        """Computes |W_ij| ||X_j||, float32, `[out_features, in_features]`."""
         norms = self._of_inputs(statistics, weight, Statistics).squares.sqrt()
         return weight.detach().abs().float().mul_(norms)
 
@@ -237,7 +237,7 @@ class RIA(Criterion):
         check_number("exponent", self.exponent, least=0)
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """Computes (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) ||X_j||^a."""
+        """Computes (|W_ij| / sum_i |W_ij| + |W_ij| / sum_j |W_ij|) ||X_j||^a, `[out, in]`."""
         norms = self._of_inputs(statistics, weight, Statistics).squares.sqrt()
         size = weight.detach().abs().float()
         relative = size / safe_divisor(size.sum(0)) + size / safe_divisor(size.sum(1, keepdim=True))

@@ -322,7 +322,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         return self.model(**batch)
 
     def generate(self, **arguments: Any) -> Tensor:  # noqa: ANN401 - arguments of transformers
-        """Returns token ids from `model.generate` with these arguments."""
+        """Returns token ids `[batch, length]` from `model.generate` with these arguments."""
         generated: Tensor = self.model.generate(**arguments)  # type: ignore[operator]
         return generated
 

@@ -1,4 +1,5 @@
-"""FSDP2 on the CPU: two processes under ModelParallelStrategy, started as in test_lightning_ddp, which fit one trainer after another.
+"""FSDP2 on the CPU: two processes under ModelParallelStrategy, started as in test_lightning_ddp,
+which fit one trainer after another.
 
 What needs batches, of which a rank has none, is fitted under DDP, too.
 """

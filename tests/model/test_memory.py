@@ -5,7 +5,7 @@ import gc
 import threading
 import weakref
 from contextlib import nullcontext
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
 import peft
 import pytest
@@ -65,6 +65,7 @@ CHANGES = {
     "number": lambda m: setattr(first(m).self_attn, "scaling", 2.0),
     "whole number as a real one": lambda m: setattr(first(m).self_attn, "head_dim", float(first(m).self_attn.head_dim)),
     "list": lambda m: setattr(first(m), "sizes", [1, 2]),
+    "object": lambda m: setattr(first(m), "held", SimpleNamespace(size=1)),
     "function": lambda m: setattr(first(m).mlp, "bend", torch.relu),
     "config": lambda m: setattr(m.config, "rms_norm_eps", 0.5),
     "attention": lambda m: m.set_attn_implementation("eager"),
@@ -131,12 +132,7 @@ def replaced(model):
     mlp.forward = mlp.forward
 
 
-class Held:
-    pass
-
-
 UNSEEN = {
-    "object": lambda m: setattr(m, "held", Held()),
     "recurrent layer": lambda m: setattr(m, "own", nn.LSTM(2, 2)),
     "method": lambda m: setattr(first(m), "helper", MethodType(narrow, first(m))),
     "hook": lambda m: m.lm_head.register_forward_hook(lambda *_: None),
@@ -254,7 +250,7 @@ def test_what_a_class_builds_is_remembered_by_the_config(monkeypatch):
     torch.set_default_dtype(torch.float32)
     clear_cache()
     assert find(model.config) == {"found": 5}
-    other.own = Held()
+    other.own = threading.Lock()
     assert [find(other), find(other)] == [{"found": 6}, {"found": 7}]
     for number in range(cache.MOST + 1):
         other = copy.deepcopy(model.config)

@@ -222,22 +222,17 @@ def _write_weights(model: PreTrainedModel, draft: Path) -> None:
     try:
         store_of(model).write(draft)
     except RuntimeError as error:
-        shared = _shared_names(model) if "shared tensors" in str(error) else None
-        if shared is None:
+        names = defaultdict[int, list[str]](list)  # of each parameter that the class does not tie
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name not in model.all_tied_weights_keys:
+                names[id(parameter)].append(name)
+        shared = next((shared[:2] for shared in names.values() if len(shared) > 1), None)
+        if shared is None or "shared tensors" not in str(error):
             raise
         raise ValueError(
             f"model: {' and '.join(shared)} share a tensor that {type(model).__name__} does not tie. Copy it, for example with "
             "copy.deepcopy of a layer that is used twice."
         ) from error
-
-
-def _shared_names(model: PreTrainedModel) -> list[str] | None:
-    """Returns two names of a shared parameter that the class does not tie, or None."""
-    names = defaultdict[int, list[str]](list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name not in model.all_tied_weights_keys:
-            names[id(parameter)].append(name)
-    return next((shared[:2] for shared in names.values() if len(shared) > 1), None)
 
 
 def _check_no_prompts(module: nn.Module) -> None:

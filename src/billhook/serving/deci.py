@@ -87,7 +87,12 @@ def write_deci(model: PreTrainedModel, template: Path, out: Path, dtype: DType) 
     parts, read = _parts(model), GGUFReader(template)
     heads, kv_heads, widths, tensors = zip(*(_layer(layer, _width(model)) for layer in parts.layers), strict=True)
     writer = GGUFWriter(out, "deci", use_temp_file=True)
-    _copy_fields(read, writer)
+    skipped = ["general.architecture", "general.size_label", "general.file_type", *(f"llama.{name}" for name in SIZE_KEYS)]
+    for key, field in read.fields.items():
+        if not key.startswith("GGUF.") and key not in skipped:
+            inside = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+            name = f"deci.{key.removeprefix('llama.')}" if key.startswith("llama.") else key
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=inside)
     writer.add_file_type(TYPES[dtype][1])
     writer.add_embedding_length(parts.embed_tokens.weight.shape[1])
     writer.add_block_count(len(heads))
@@ -114,18 +119,6 @@ def _parts(model: PreTrainedModel) -> Any:  # noqa: ANN401 - a decoder of any fa
 def _width(model: PreTrainedModel) -> int:
     """Returns the head dimension."""
     return int(_parts(model).layers[0].self_attn.head_dim)
-
-
-def _copy_fields(read: GGUFReader, writer: GGUFWriter) -> None:
-    """Copies all fields of the template but its sizes."""
-    skipped = ["general.architecture", "general.size_label", "general.file_type", *(f"llama.{name}" for name in SIZE_KEYS)]
-    for key, field in read.fields.items():
-        if key.startswith("GGUF.") or key in skipped:
-            continue
-        kind = field.types[0]
-        inside = field.types[-1] if kind == GGUFValueType.ARRAY else None
-        name = f"deci.{key.removeprefix('llama.')}" if key.startswith("llama.") else key
-        writer.add_key_value(name, field.contents(), kind, sub_type=inside)
 
 
 def _all_tensors(model: PreTrainedModel, layers: Iterable[dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

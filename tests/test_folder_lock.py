@@ -104,23 +104,6 @@ def test_a_lock_belongs_to_all_threads_and_not_to_a_forked_process(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_forked_process_neither_shares_nor_releases_the_lock(tmp_path):
-    target = tmp_path / "out"
-    with lock_folder(target):
-        if not (number := os.fork()):
-            try:
-                FolderLock(target)
-            except ValueError:
-                os._exit(7)
-            os._exit(0)
-        assert os.waitstatus_to_exitcode(os.waitpid(number, 0)[1]) == 7
-        thread = threading.Thread(target=FolderLock, args=(target,))  # threads of the process do
-        thread.start()
-        thread.join()
-        assert (tmp_path / ".out.lock").exists()
-    assert not (tmp_path / ".out.lock").exists()
-
-
 def test_another_process_that_streams_is_kept_out_and_what_is_there_stays(tmp_path):
     target = tmp_path / "out"
 

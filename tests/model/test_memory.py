@@ -7,6 +7,7 @@ import weakref
 from contextlib import nullcontext
 from types import MethodType, SimpleNamespace
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -65,7 +66,6 @@ CHANGES = {
     "number": lambda m: setattr(first(m).self_attn, "scaling", 2.0),
     "whole number as a real one": lambda m: setattr(first(m).self_attn, "head_dim", float(first(m).self_attn.head_dim)),
     "list": lambda m: setattr(first(m), "sizes", [1, 2]),
-    "object": lambda m: setattr(first(m), "held", SimpleNamespace(size=1)),
     "function": lambda m: setattr(first(m).mlp, "bend", torch.relu),
     "config": lambda m: setattr(m.config, "rms_norm_eps", 0.5),
     "attention": lambda m: m.set_attn_implementation("eager"),
@@ -133,6 +133,8 @@ def replaced(model):
 
 
 UNSEEN = {
+    "object": lambda m: setattr(first(m), "held", SimpleNamespace(size=1)),
+    "array": lambda m: setattr(m, "held", np.zeros(3)),
     "recurrent layer": lambda m: setattr(m, "own", nn.LSTM(2, 2)),
     "method": lambda m: setattr(first(m), "helper", MethodType(narrow, first(m))),
     "hook": lambda m: m.lm_head.register_forward_hook(lambda *_: None),

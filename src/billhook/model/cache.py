@@ -6,6 +6,8 @@ import io
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from dataclasses import is_dataclass
+from enum import Enum
 from functools import partial
 from hashlib import blake2b
 from itertools import pairwise
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PretrainedConfig
 
 PARTS = ("torch.nn.utils.", "transformers.")  # weight masks and norms; transformers' output recorders
 
@@ -161,6 +163,9 @@ def signature(subject: nn.Module | tuple[object, ...]) -> Hashable | None:
 UNSEEN = {*vars(nn.Module()), "_compiled_call_impl"}
 """Attributes of a module that do not affect how it runs, or are handled separately."""
 
+PLAIN = PretrainedConfig, partial, Enum, complex, dict, torch.dtype, torch.device, torch.Size
+"""Classes whose pickles identify their values."""
+
 
 class _Signature(pickle.Pickler):
     """Pickles a model without tensor values. Raises an error for anything that cannot be identified."""
@@ -182,6 +187,12 @@ class _Signature(pickle.Pickler):
                 raise TypeError("its values may decide how the model runs")
             return self._tensor(value)
         return "unseen" if isinstance(value, GenerationConfig | RemovableHandle) else None
+
+    def reducer_override(self, value: Any) -> Any:  # noqa: ANN401 - of a class that is not built in
+        """Refuses classes that may be large, or may leave out of a pickle what decides how a model runs."""
+        if isinstance(value, PLAIN) or is_dataclass(value):
+            return NotImplemented
+        raise TypeError("whatever this holds may decide how the model runs")
 
     def _module(self, module: nn.Module) -> object:
         plain = {name: value for name, value in vars(module).items() if name not in UNSEEN and not _keeps_shapes(value)}

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from glob import has_magic
@@ -264,21 +265,15 @@ def read_batches(batches: Batches | None, model: nn.Module) -> Iterable[Any]:
             check_can_generate(find_transformer(model))
         except ValueError as error:
             raise ValueError(f"batches=None: {str(error).removesuffix('.')}. Pass batches.") from error
-        batches = _default(find_transformer(model))
+        # packaged and self-generated text, only the latter without a tokenizer
+        origin, tokenizer = str(find_transformer(model).config.name_or_path), None
+        with suppress(ValueError, OSError):
+            tokenizer = load_tokenizer(origin) if origin else None
+        batches = Calibration()
+        if tokenizer is not None:
+            check_tokenizer(find_transformer(model), tokenizer)
+            batches = Calibration([MIXED, GENERATED], tokens=2 * Calibration.tokens)
     return check_batches(batches.read(model) if isinstance(batches, Calibration) else batches)
-
-
-def _default(model: PreTrainedModel) -> Calibration:
-    """Returns packaged and self-generated text, only the latter without a tokenizer."""
-    origin = str(model.config.name_or_path)
-    try:
-        tokenizer = load_tokenizer(origin) if origin else None
-    except (ValueError, OSError):
-        tokenizer = None
-    if tokenizer is None:
-        return Calibration()
-    check_tokenizer(model, tokenizer)
-    return Calibration([MIXED, GENERATED], tokens=2 * Calibration.tokens)
 
 
 SINGLE_SOURCE = (

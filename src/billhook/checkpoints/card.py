@@ -184,11 +184,7 @@ def _changes(record: Mapping[str, Any]) -> list[str]:
     recorded = bool(lines) or any(name != "versions" for name, _ in used)
     parts = ["\n".join(lines)] * bool(lines) if recorded else [UNRECORDED]
     parts += [table(["by", "settings"], used, "---")] * bool(used)
-    return [*parts, *([COMPLETE] if used and recorded else []), *_size_table(record)]
-
-
-def _size_table(record: Mapping[str, Any]) -> list[str]:
-    """Returns a table of sizes and validation metrics before and after the events."""
+    parts += [COMPLETE] if used and recorded else []
     (before, after), last, start = _sizes(record), _mapping(record, "metrics"), _mapping(record, "start")
     if not any(key.startswith("val") and start[key] != before.get(key) for key in start):
         start = {}  # the same as `before`
@@ -198,7 +194,7 @@ def _size_table(record: Mapping[str, Any]) -> list[str]:
     for key in dict.fromkeys((*SIZES, *after, *last)):
         if (key in SIZES and after.get(key) is not None) or (key.startswith("val") and (key in before or key in last)):
             rows.append([SIZES.get(key) or plain(key), *(sizes.get(key) for sizes in columns.values())])
-    return [table(["", *columns], rows)] * bool(rows)
+    return parts + [table(["", *columns], rows)] * bool(rows)
 
 
 def _mapping(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:

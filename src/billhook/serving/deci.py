@@ -139,9 +139,9 @@ def _layer(layer: Any, width: int) -> Layer:  # noqa: ANN401 - a layer of any fa
     modules = {"attn_output": attention.o_proj, "ffn_down": mlp.down_proj}
     modules |= {"attn_norm": layer.input_layernorm, "ffn_norm": layer.post_attention_layernorm}
     if hasattr(attention, "qkv_proj"):  # Phi-3's
-        rows = attention.num_key_value_heads * width
+        size = attention.num_key_value_heads * width
         for part, values in _parameters(attention.qkv_proj).items():
-            sizes = [len(values) - 2 * rows, rows, rows]
+            sizes = [len(values) - 2 * size, size, size]
             tensors[f"attn_q.{part}"], tensors[f"attn_k.{part}"], tensors[f"attn_v.{part}"] = torch.split(values, sizes)
         for part, values in _parameters(mlp.gate_up_proj).items():
             tensors[f"ffn_gate.{part}"], tensors[f"ffn_up.{part}"] = values.chunk(2)
@@ -152,7 +152,8 @@ def _layer(layer: Any, width: int) -> Layer:  # noqa: ANN401 - a layer of any fa
         tensors |= {f"{name}.{part}": values for part, values in _parameters(module).items()}
     for name in tensors:
         if name.startswith(("attn_q.", "attn_k.")):
-            tensors[name] = _pairs(tensors[name], width)
+            rows = tensors[name]  # from transformers' to llama.cpp's rotary order
+            tensors[name] = rows.reshape(-1, 2, width // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
     queries, keys, up = tensors["attn_q.weight"], tensors["attn_k.weight"], tensors["ffn_up.weight"]
     return Layer(len(queries) // width, len(keys) // width, len(up), tensors)
 
@@ -160,8 +161,3 @@ def _layer(layer: Any, width: int) -> Layer:  # noqa: ANN401 - a layer of any fa
 def _parameters(module: nn.Module) -> dict[str, Tensor]:
     """Returns the weight and bias of a module."""
     return {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
-
-
-def _pairs(rows: Tensor, width: int) -> Tensor:
-    """Reorders query or key rows from transformers' to llama.cpp's rotary order."""
-    return rows.reshape(-1, 2, width // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)

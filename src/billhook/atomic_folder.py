@@ -34,12 +34,6 @@ def check_target(folder: str | Path) -> None:
     for parent in path.parents:
         if parent.exists() and not parent.is_dir():
             raise ValueError(f"'{folder}' cannot be created, because '{parent}' is a file. Choose another folder.")
-    backup = _draft_name(path, "old")
-    if backup.is_symlink() or backup.is_file():
-        raise ValueError(f"'{folder}' cannot be replaced, because its backup '{backup}' is not a folder. Move that file.")
-    foreign = _foreign(backup) if backup.is_dir() else None
-    if foreign:
-        raise ValueError(f"'{folder}' cannot be replaced, because '{backup}' was not written by billhook ({foreign}). Move it.")
     foreign = _foreign(path) if path.is_dir() else "a file" if path.exists() else None
     if foreign:
         raise ValueError(
@@ -78,15 +72,17 @@ def _foreign(folder: Path) -> str | None:
 
 @contextmanager
 def draft_folder(target: Path) -> Iterator[Path]:
-    """Yields an empty folder next to the target, and removes it and older drafts.
+    """Yields an empty folder next to the target, and removes it and what killed saves left.
 
-    The target must be locked, because drafts of other processes are removed too.
+    The target must be locked, because drafts of other processes are removed too. A renamed older checkpoint stays while there is
+    none at the target.
     """
-    drafts = re.compile(rf"\.{re.escape(target.name)}\.draft-[0-9a-f]{{8}}")
+    kinds = "draft|old" if (target / RECORD).exists() else "draft"
+    left = re.compile(rf"\.{re.escape(target.name)}\.({kinds})-[0-9a-f]{{8}}")
     for path in list(target.parent.iterdir()):
-        if drafts.fullmatch(path.name):
+        if left.fullmatch(path.name):
             shutil.rmtree(path, ignore_errors=True)
-    draft = _draft_name(target)
+    draft = target.with_name(f".{target.name}.draft-{secrets.token_hex(4)}")
     draft.mkdir()
     try:
         yield draft
@@ -94,12 +90,12 @@ def draft_folder(target: Path) -> Iterator[Path]:
         shutil.rmtree(draft, ignore_errors=True)
 
 
-def _draft_name(target: Path, suffix: str | None = None) -> Path:
-    return target.with_name(f".{target.name}.draft-{suffix or secrets.token_hex(4)}")
-
-
 def replace_folder(draft: Path, target: Path) -> None:
-    """Flushes the draft to disk and moves it to the target atomically."""
+    """Flushes the draft to disk and moves it to the target.
+
+    An existing target is renamed first, to `.NAME.old-` and the digits of the draft. It stays there if the process is killed
+    between the renames.
+    """
     mode = stat.S_IMODE(draft.stat().st_mode)
     for path in draft.rglob("*"):
         if path.is_file():
@@ -108,32 +104,21 @@ def replace_folder(draft: Path, target: Path) -> None:
     if target.is_dir():
         draft.chmod(stat.S_IMODE(target.stat().st_mode))
     _flush(draft)
-    empty = target.is_dir() and not any(target.iterdir())
+    old = draft.with_name(draft.name.replace(".draft-", ".old-"))
     try:
-        if target.is_dir() and not empty:
-            target.rename(_draft_name(target, "old"))
-        draft.rename(target)  # atomic, because the target is missing or empty
+        if target.is_dir():
+            target.rename(old)
+        draft.rename(target)
         try:
             _flush(target.parent)
         except OSError:
             target.rename(draft)
-            if empty:
-                target.mkdir()
             raise
     finally:
-        recover_folder(target)
-
-
-def recover_folder(target: Path) -> None:
-    """Completes an interrupted move: restores the old checkpoint, or removes it if replaced."""
-    old = _draft_name(target, "old")
-    if old.is_symlink() or not old.is_dir() or _foreign(old):
-        return
-    if target.is_dir() and any(target.iterdir()):
-        with suppress(OSError):  # the next save removes it
-            shutil.rmtree(old.rename(_draft_name(target)), ignore_errors=True)  # under the name of a draft it is never restored
-    elif not target.exists() or target.is_dir():
-        old.rename(target)
+        if old.exists() and not target.exists():
+            old.rename(target)
+    with suppress(OSError):
+        old.rename(draft)  # `draft_folder` removes it
 
 
 def _flush(path: Path) -> None:

@@ -8,7 +8,7 @@ import transformers
 
 import billhook as bh
 from billhook.cli import bench as command
-from billhook.cli.bench import table
+from billhook.cli.bench import timing_table
 from billhook.cli.main import main
 from billhook.cli.options import description
 from billhook.report.speed import Timing
@@ -56,8 +56,8 @@ mqa        16    2,048     10.00  (10.00-15.00)   1,600.0        -       2.0   1
 
 
 def test_the_table():
-    assert "\n".join(line.rstrip() for line in table(ROWS, ["dense", "mqa"]).splitlines()) == TABLE
-    assert "speed-up" not in table(ROWS[::2], ["dense"])
+    assert "\n".join(line.rstrip() for line in timing_table(ROWS, ["dense", "mqa"]).splitlines()) == TABLE
+    assert "speed-up" not in timing_table(ROWS[::2], ["dense"])
 
 
 def test_it_measures_configs_without_weights_and_says_by_how_much_the_cache_shrinks(folders, tmp_path, capsys):

@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, models, processors
 
 import billhook as bh
 from billhook.assets import model_path
-from billhook.cli.evaluate import difference, table
+from billhook.cli.evaluate import difference, metric_table
 from billhook.cli.main import main
 from billhook.report.choices import Question, batches, encode, log_likelihoods, read_questions
 from billhook.training.evaluation import Figure, accuracies, blocks, mean
@@ -107,7 +107,7 @@ def test_standard_errors_by_hand():
     assert difference(other, first) == (0.0, pytest.approx(math.sqrt(1 / 6)))  # differences 0, -1, 0, 1
     assert difference(Figure("x", "acc", 0.75, 0.25, (1, 1, 0, 1)), first) == (0.25, pytest.approx(0.25))
     assert mean([1]) == (1.0, None)
-    shown = table(["a", "b"], [[first, Figure("t", "perplexity", 20.0)], [other, Figure("t", "perplexity", 30.5)]])
+    shown = metric_table(["a", "b"], [[first, Figure("t", "perplexity", 20.0)], [other, Figure("t", "perplexity", 30.5)]])
     assert "0.500 ± 0.289  0.500 ± 0.289  (+0.000 ± 0.408)" in shown
     assert shown.splitlines()[3].split() == ["t", "perplexity", "20.000", "30.500", "(+10.500)"]
 

@@ -5,8 +5,9 @@ import gc
 import threading
 import weakref
 from contextlib import nullcontext
-from types import MethodType
+from types import MethodType, SimpleNamespace
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -131,12 +132,9 @@ def replaced(model):
     mlp.forward = mlp.forward
 
 
-class Held:
-    pass
-
-
 UNSEEN = {
-    "object": lambda m: setattr(m, "held", Held()),
+    "object": lambda m: setattr(first(m), "held", SimpleNamespace(size=1)),
+    "array": lambda m: setattr(m, "held", np.zeros(3)),
     "recurrent layer": lambda m: setattr(m, "own", nn.LSTM(2, 2)),
     "method": lambda m: setattr(first(m), "helper", MethodType(narrow, first(m))),
     "hook": lambda m: m.lm_head.register_forward_hook(lambda *_: None),
@@ -254,7 +252,7 @@ def test_what_a_class_builds_is_remembered_by_the_config(monkeypatch):
     torch.set_default_dtype(torch.float32)
     clear_cache()
     assert find(model.config) == {"found": 5}
-    other.own = Held()
+    other.own = threading.Lock()
     assert [find(other), find(other)] == [{"found": 6}, {"found": 7}]
     for number in range(cache.MOST + 1):
         other = copy.deepcopy(model.config)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 import billhook
 import billhook as bh
 from billhook.adapters.lora import attach
-from billhook.report.summary import Stage, stage_table, summary
+from billhook.report.summary import ReportRow, report_table, summary
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 50}
 
@@ -184,24 +184,24 @@ class Unfit:
 
 def test_table_says_what_is_known():
     stages = [
-        Stage("dense", 20, {"val_perplexity": 42.5, "val_loss": 3.7, "params": 1_000_000, "kv_cache_bytes": 4096}),
-        Stage("after 8 -> 1 KV heads (mean)", 20, {"val_perplexity": 1139.4, "params": 900_000, "kv_cache_bytes": 512}),
-        Stage("after training", 240, {"val_perplexity": math.inf, "params": 900_000, "kv_cache_bytes": None}),
+        ReportRow("dense", 20, {"val_perplexity": 42.5, "val_loss": 3.7, "params": 1_000_000, "kv_cache_bytes": 4096}),
+        ReportRow("after 8 -> 1 KV heads (mean)", 20, {"val_perplexity": 1139.4, "params": 900_000, "kv_cache_bytes": 512}),
+        ReportRow("after training", 240, {"val_perplexity": math.inf, "params": 900_000, "kv_cache_bytes": None}),
     ]
-    lines = stage_table(stages, [("plot", "a.png"), ("checkpoint", "b")]).splitlines()
+    lines = report_table(stages, [("plot", "a.png"), ("checkpoint", "b")]).splitlines()
     assert lines[0].split() == ["step", "perplexity", "parameters", "KV-cache", "bytes/token"]
     assert lines[2].split() == ["dense", "20", "42.50", "1,000,000", "4,096"]
     assert lines[3].split()[-3:] == ["1,139", "900,000", "512"]
     assert lines[4].split()[-3:] == ["inf", "900,000", "-"]
     assert len({len(line) for line in lines[:5]}) == 1
     assert lines[-2:] == ["plot        a.png", "checkpoint  b"]
-    assert stage_table(stages, dtype="float16").splitlines()[0].endswith("  KV-cache bytes/token in float16")
+    assert report_table(stages, dtype="float16").splitlines()[0].endswith("  KV-cache bytes/token in float16")
 
 
 def test_table_without_validation():
-    assert stage_table([Stage("at the end", 3, {})]).splitlines()[0].split() == ["step"]
-    assert stage_table([]).splitlines()[0].split() == ["step"]
-    assert "val_loss" in stage_table([Stage("at the end", 3, {"val_loss": math.nan})])
+    assert report_table([ReportRow("at the end", 3, {})]).splitlines()[0].split() == ["step"]
+    assert report_table([]).splitlines()[0].split() == ["step"]
+    assert "val_loss" in report_table([ReportRow("at the end", 3, {"val_loss": math.nan})])
 
 
 def test_adapters_are_not_the_models_parameters_or_zeros():

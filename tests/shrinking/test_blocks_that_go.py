@@ -22,7 +22,7 @@ from billhook.shrinking.divergence import Divergence, split_batches
 from billhook.shrinking.knapsack import Frontier, Slot, cost, loss
 from billhook.shrinking.measurement import Measurement, measure
 from billhook.shrinking.modules import PrunableModule, find_modules, uniform_groups
-from billhook.shrinking.planning import plan, simulated
+from billhook.shrinking.planning import plan_choice, simulated
 from billhook.shrinking.scope import Progress, SearchScope
 from billhook.shrinking.selection import search_within
 from billhook.shrinking.space import best_point, free_space, initial_points, uniform_spaces, with_removal
@@ -145,7 +145,7 @@ def test_the_blocks_behind_make_up_for_one_that_goes(repair):
     candidates = SearchScope.find(model, Amount(params=model.num_parameters() - size_of_block(model)), uniform=False)
     kept = {layer.name: 0 if ".1." in layer.name else layer.count for layer in candidates.modules} | {f"{LAYERS}.1 block": 0}
     measured = Measurement(candidates, {}, None, None, {}, Progress())
-    planned, lost = plan(measured, candidates.limit, kept, fitted, repair), []
+    planned, lost = plan_choice(measured, candidates.limit, kept, fitted, repair), []
     assert not planned.units.units
     assert {int(name.split(".")[2]) for name in planned.weights} == {2, 3}
     for weights in ({}, dict(planned.weights)):

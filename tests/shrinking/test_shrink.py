@@ -15,7 +15,7 @@ from billhook.shrinking import shrink, space
 from billhook.shrinking import variants as cache
 from billhook.shrinking.divergence import Divergence, split_batches
 from billhook.shrinking.measurement import measure
-from billhook.shrinking.planning import apply_plans, plan
+from billhook.shrinking.planning import apply_plans, plan_choice
 from billhook.shrinking.scope import SearchScope
 from kit import shrinks
 from kit.families import BERT, T5, build, llama, tokens
@@ -101,7 +101,7 @@ def test_where_layers_stay_alike_what_loses_least_once_repaired_is_taken(turn, m
         model = trained()
         candidates = SearchScope.find(model, bh.Amount(params=0.8, round_to="auto"), uniform=True)
         measured = measure(candidates, fitted, held_out, OBS(), bh.RepairConfig())
-        planned = plan(measured, candidates.limit, kept, fitted, bh.RepairConfig())
+        planned = plan_choice(measured, candidates.limit, kept, fitted, bh.RepairConfig())
         apply_plans(model, planned.plans, weights=planned.weights)
         lost.append(measured.divergence.mean())
     assert len(several) == space.MOST

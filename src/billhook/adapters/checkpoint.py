@@ -70,6 +70,8 @@ def restore_adapters(model: PreTrainedModel, checkpoint: Mapping[str, Any], name
     """Puts the adapters of a Lightning checkpoint on its base model, if it records them."""
     if not (recorded := checkpoint.get(ADAPTERS)):
         return
+    from peft import LoraConfig, inject_adapter_in_model
+
     prefix, modules = checkpoint[KEY]["prefix"], dict(model.named_modules())
     state = {key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items()}
     for key, entry in recorded.items():
@@ -80,7 +82,13 @@ def restore_adapters(model: PreTrainedModel, checkpoint: Mapping[str, Any], name
             tensor = state.get(f"{key}.{part}.{ADAPTER}.weight")
             if tensor is None or tensor.shape != size:
                 raise ValueError(f"'{name}' has adapters on {key} that do not fit its {type(model).__name__}")
-    _attach(model, recorded)
+    config = LoraConfig(
+        r=1,
+        rank_pattern={re.escape(key): entry["rank"] for key, entry in recorded.items()},
+        target_modules=list(recorded),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+    )
+    inject_adapter_in_model(config, model)
     layers, is_masked = find_adapters(model), False
     for key, entry in recorded.items():
         layers[key].scaling[ADAPTER] = entry["scaling"]
@@ -88,15 +96,3 @@ def restore_adapters(model: PreTrainedModel, checkpoint: Mapping[str, Any], name
     model.load_state_dict({key: state[key] for key in model.state_dict()})
     if is_masked:
         mask_nonzero(model)
-
-
-def _attach(model: PreTrainedModel, recorded: Mapping[str, Mapping[str, Any]]) -> None:
-    from peft import LoraConfig, inject_adapter_in_model
-
-    config = LoraConfig(
-        r=1,
-        rank_pattern={re.escape(name): entry["rank"] for name, entry in recorded.items()},
-        target_modules=list(recorded),
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-    )
-    inject_adapter_in_model(config, model)

@@ -68,7 +68,8 @@ def attach(model: PreTrainedModel, lora: LoRA | LoraConfig, classifies: bool = F
     """
     if has_adapters(model):
         raise ValueError("lora: the model already has adapters. Merge them first with bh.training.merge, or remove lora.")
-    head = _head(model) if classifies and isinstance(lora, LoRA) else {}
+    head = dict(model.named_children()) if classifies and isinstance(lora, LoRA) and model.base_model is not model else {}
+    head = {name: module for name, module in head.items() if module is not model.base_model}  # such as a classification head
     config = _config(model, lora, head) if isinstance(lora, LoRA) else lora
     try:
         inject_adapter_in_model(config, model)
@@ -79,12 +80,6 @@ def attach(model: PreTrainedModel, lora: LoRA | LoraConfig, classifies: bool = F
             parameter.data = parameter.data.float()
     for module in head.values():
         module.requires_grad_(True)
-
-
-def _head(model: PreTrainedModel) -> dict[str, nn.Module]:
-    """Returns the modules outside the base model, such as a classification head."""
-    children = dict(model.named_children())
-    return {name: module for name, module in children.items() if module is not model.base_model is not model}
 
 
 def _config(model: PreTrainedModel, lora: LoRA, head: Mapping[str, nn.Module]) -> LoraConfig:

@@ -261,7 +261,10 @@ def _removed(model: nn.Module, merges: bool = True) -> nn.Module:
         if getattr(module, "_hf_peft_config_loaded", False):
             module._hf_peft_config_loaded = False
         vars(module).pop("peft_config", None)
-    _untie(inner)
+    if getattr(getattr(inner, "config", None), "tie_word_embeddings", False):  # PEFT may have trained a copy of an embedding
+        inputs, outputs = (getattr(get(), "weight", None) for get in (inner.get_input_embeddings, inner.get_output_embeddings))
+        if inputs is not None and outputs is not None and inputs is not outputs:
+            inner.config.tie_word_embeddings = False
     return inner  # type: ignore[no-any-return]
 
 
@@ -282,12 +285,3 @@ def _merged_base(name: str, child: Any) -> nn.Module:  # noqa: ANN401
     if child.disable_adapters:
         return child.original_module  # type: ignore[no-any-return]
     return child.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-
-
-def _untie(model: Any) -> None:  # noqa: ANN401
-    """Clears `tie_word_embeddings` if PEFT trained a copy of an embedding."""
-    config = getattr(model, "config", None)
-    if getattr(config, "tie_word_embeddings", False):
-        inputs, outputs = (getattr(get(), "weight", None) for get in (model.get_input_embeddings, model.get_output_embeddings))
-        if inputs is not None and outputs is not None and inputs is not outputs:
-            model.config.tie_word_embeddings = False

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from glob import has_magic
@@ -51,7 +52,14 @@ def name_sources(sources: Sources, taken: Collection[str] = ()) -> dict[str, Sou
         _check(source)
     by_name = dict[str, Source | Table]()
     for source in listed:
-        name = _of_object(source, {*by_name, *taken}) if is_table(source) else _of_files(source)
+        if is_table(source):
+            table: Table = source
+            info = (table["train"] if isinstance(table, Mapping) else table).info
+            known = (info.dataset_name if info.dataset_name != info.builder_name else None) or "dataset"  # of files it is "json"
+            numbered = chain([known], (f"{known} {number}" for number in count(2)))
+            name = next(free for free in numbered if free not in {*by_name, *taken, GENERATED, MIXED})
+        else:
+            name = _of_files(source)
         if name in (GENERATED, MIXED) and source != name:
             raise ValueError(f"sources: '{source}' has the reserved name '{name}'. Rename the file.")
         if name in by_name or any(source is another for another in by_name.values()):
@@ -89,14 +97,6 @@ def _of_files(source: Source) -> str:
         shown = names if len(names) <= SHOWN else [*names[: SHOWN - 1], f"{len(names) - SHOWN + 1} more"]
         return " + ".join(shown)
     return Path(source).stem if Path(source).suffix and not has_magic(source) else source
-
-
-def _of_object(source: Table, taken: Collection[str]) -> str:
-    """Returns the name of the data set that an object was loaded from."""
-    info = (source["train"] if isinstance(source, Mapping) else source).info
-    name = (info.dataset_name if info.dataset_name != info.builder_name else None) or "dataset"  # of files it is "json"
-    numbered = chain([name], (f"{name} {number}" for number in count(2)))
-    return next(candidate for candidate in numbered if candidate not in {*taken, GENERATED, MIXED})
 
 
 @dataclass(frozen=True)
@@ -265,21 +265,15 @@ def read_batches(batches: Batches | None, model: nn.Module) -> Iterable[Any]:
             check_can_generate(find_transformer(model))
         except ValueError as error:
             raise ValueError(f"batches=None: {str(error).removesuffix('.')}. Pass batches.") from error
-        batches = _default(find_transformer(model))
+        # packaged and self-generated text, only the latter without a tokenizer
+        origin, tokenizer = str(find_transformer(model).config.name_or_path), None
+        with suppress(ValueError, OSError):
+            tokenizer = load_tokenizer(origin) if origin else None
+        batches = Calibration()
+        if tokenizer is not None:
+            check_tokenizer(find_transformer(model), tokenizer)
+            batches = Calibration([MIXED, GENERATED], tokens=2 * Calibration.tokens)
     return check_batches(batches.read(model) if isinstance(batches, Calibration) else batches)
-
-
-def _default(model: PreTrainedModel) -> Calibration:
-    """Returns packaged and self-generated text, only the latter without a tokenizer."""
-    origin = str(model.config.name_or_path)
-    try:
-        tokenizer = load_tokenizer(origin) if origin else None
-    except (ValueError, OSError):
-        tokenizer = None
-    if tokenizer is None:
-        return Calibration()
-    check_tokenizer(model, tokenizer)
-    return Calibration([MIXED, GENERATED], tokens=2 * Calibration.tokens)
 
 
 SINGLE_SOURCE = (

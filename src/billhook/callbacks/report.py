@@ -17,7 +17,7 @@ from billhook.fit.ranks import on_first_rank
 from billhook.plots.style import PLOT_SUFFIXES
 from billhook.plots.validation import validation
 from billhook.report.degradation import TextDegradation, degradation_table
-from billhook.report.summary import Stage, stage_table, summary
+from billhook.report.summary import ReportRow, report_table, summary
 
 
 class Report(FitCallback):
@@ -99,7 +99,7 @@ class Report(FitCallback):
 
     def _report(self, fit: Fit, last: dict[str, Any]) -> None:
         events = events_of(fit)
-        stages = self._stages(fit, events, Stage("end of training", fit.step, last))
+        rows = self._rows(fit, events, ReportRow("end of training", fit.step, last))
         notes = [(f"step {e['step']}", e["what"]) for e in events if e["label"] != e["what"]]
         for callback in fit.callbacks(Export):
             if callback.saved is not None:
@@ -107,10 +107,10 @@ class Report(FitCallback):
                 notes += [("verified", f"largest logit difference {callback.saved.difference:.3g}")]
         plots = []
         if name := self._name(last):
-            if stages[0].numbers.get(name) is None and fit.validate_first and self.measure_batches != 0:
-                notes.append((stages[0].name, f"not validated. {fit.validate_first}"))
+            if rows[0].numbers.get(name) is None and fit.validate_first and self.measure_batches != 0:
+                notes.append((rows[0].name, f"not validated. {fit.validate_first}"))
             marks = [(e["step"], e["label"], e["before"].get(name), e["after"].get(name)) for e in events]
-            dense = stages[0].numbers.get(name) if events else None
+            dense = rows[0].numbers.get(name) if events else None
             figure = validation(self._points(name, last, fit.step), marks, name, dense)
             plots.append(("plot", Path(self.plot_file), figure))
         elif self.metric:
@@ -127,7 +127,7 @@ class Report(FitCallback):
                 rank_zero_warn(f"Report: {path} was not written ({error}).")
             else:
                 notes.append((kind, str(path)))
-        print("\n".join(["", stage_table(stages, notes, name, self._dtype), "", *self._degradation(fit, events)]))
+        print("\n".join(["", report_table(rows, notes, name, self._dtype), "", *self._degradation(fit, events)]))
 
     def _degradation(self, fit: Fit, events: list[Event]) -> list[str]:
         """Returns a table of degradation after each event that was evaluated, and at the end."""
@@ -137,17 +137,17 @@ class Report(FitCallback):
                 results.append(("end of training", callback.last))
         return [f"{when}\n{degradation_table(list(map(TextDegradation.from_json, texts)))}\n" for when, texts in results]
 
-    def _stages(self, fit: Fit, events: list[Event], last: Stage) -> list[Stage]:
+    def _rows(self, fit: Fit, events: list[Event], last: ReportRow) -> list[ReportRow]:
         first = self.first or {"step": 0, "after": {}, "events": 0}
         if not events:
-            return [Stage("start of training", first["step"], first["after"]), last]
+            return [ReportRow("start of training", first["step"], first["after"]), last]
         # the first measurement is of the dense model, unless events came first
         num_events = first["events"]
         start = start_metrics(fit) | (events[0]["before"] if num_events else first["after"])
-        dense = Stage("dense", events[0]["step"] if num_events else first["step"], start)
-        after = [Stage(f"after {event['label']}", event["step"], event["after"]) for event in events]
+        dense = ReportRow("dense", events[0]["step"] if num_events else first["step"], start)
+        after = [ReportRow(f"after {event['label']}", event["step"], event["after"]) for event in events]
         if num_events:
-            after[num_events - 1] = Stage(
+            after[num_events - 1] = ReportRow(
                 after[num_events - 1].name, after[num_events - 1].step, first["after"] | after[num_events - 1].numbers
             )
         return [dense, *after, last]

@@ -115,11 +115,19 @@ def card(record: Mapping[str, Any], loading: str, config: PretrainedConfig) -> s
     """
     named = record.get("base_model")
     base = hub_name(named) if isinstance(named, str) else None
-    name = record["saved"]["folder"]
-    parts = [f"---\n{_metadata(record, base).to_yaml().strip()}\n---", *_title(record, base, config)]
+    license_fields = ("license", "license_name", "license_link")
+    fields: dict[str, Any] = {field: record[field] for field in license_fields if isinstance(record.get(field), str)}
+    fields |= {"base_model_relation": RELATION} if base else {}
+    library = "billhook" if record["saved"]["way"] == "shaped" else "transformers"
+    data = ModelCardData(base_model=base, **fields, library_name=library, tags=["billhook", *_tags(*_sizes(record))])
+    parts = [f"---\n{data.to_yaml().strip()}\n---", *_title(record, base, config)]
     for title, section in (("Changes", _changes(record)), ("Size and quality", _quality(record))):
         parts += [f"## {title}", *section] if section else []
-    parts += ["## Usage", f"{loading[0].upper()}{loading[1:]}.", _code(record, name, config)]
+    kind, quoted = (config.architectures or ["?"])[0], json.dumps(record["saved"]["folder"], ensure_ascii=False)
+    code = f"import billhook\n\nmodel = billhook.load({quoted})  # this folder, or its Hub name"
+    if library == "transformers" and hasattr(transformers, kind):
+        code = f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained({quoted})  # or its Hub name"
+    parts += ["## Usage", f"{loading[0].upper()}{loading[1:]}.", f"```python\n{code}\n```"]
     return "\n\n".join(parts) + "\n"
 
 
@@ -135,16 +143,6 @@ def _title(record: Mapping[str, Any], base: str | None, config: PretrainedConfig
     size = _sizes(record)[0].get("params")
     about = [plain(folder.get("class", kind)), *([f"{size:,} parameters"] if isinstance(size, int) else [])]
     return [title, *([f"Made from a local folder, {plain(folder['name'])} ({', '.join(about)})."] if folder.get("name") else [])]
-
-
-def _metadata(record: Mapping[str, Any], base: str | None) -> ModelCardData:
-    """Returns the Hub's metadata: base model, license, library, and tags."""
-    license_fields = {
-        name: record[name] for name in ("license", "license_name", "license_link") if isinstance(record.get(name), str)
-    }
-    fields: dict[str, Any] = license_fields | ({"base_model_relation": RELATION} if base else {})
-    library = "billhook" if record["saved"]["way"] == "shaped" else "transformers"
-    return ModelCardData(base_model=base, **fields, library_name=library, tags=["billhook", *_tags(*_sizes(record))])
 
 
 def _tags(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
@@ -170,22 +168,15 @@ def _measured(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return [event for event in events if isinstance(event["before"], Mapping) and isinstance(event["after"], Mapping)]
 
 
-def _code(record: Mapping[str, Any], name: str, config: PretrainedConfig) -> str:
-    """Returns code that loads the model with transformers if possible, else with billhook."""
-    kind = (config.architectures or ["?"])[0]
-    quoted = json.dumps(name, ensure_ascii=False)
-    lines = ["import billhook", "", f"model = billhook.load({quoted})  # this folder, or its Hub name"]
-    if record["saved"]["way"] != "shaped" and hasattr(transformers, kind):
-        lines = [f"from transformers import {kind}", "", f"model = {kind}.from_pretrained({quoted})  # or its Hub name"]
-    return "\n".join(["```python", *lines, "```"])
-
-
 def _changes(record: Mapping[str, Any]) -> list[str]:
     """Returns the list of events, the settings, and the sizes."""
     lines = []
     for event in _measured(record):
         step = f"step {plain(event['step'])}: " if "step" in event else ""
-        lines.append(f"- {step}{_event(event)}")
+        not_refitted = [plain(event["not_refitted"])] if event.get("not_refitted") else []
+        what = plain(event["what"])
+        label = plain(event.get("label", event["what"]))
+        lines.append("\n  - ".join([f"- {step}{label}", *([] if label == what else [what]), *not_refitted]))
     steps = record.get("steps")
     if isinstance(steps, int):
         lines.append(f"- {steps:,} training steps")
@@ -193,11 +184,7 @@ def _changes(record: Mapping[str, Any]) -> list[str]:
     recorded = bool(lines) or any(name != "versions" for name, _ in used)
     parts = ["\n".join(lines)] * bool(lines) if recorded else [UNRECORDED]
     parts += [table(["by", "settings"], used, "---")] * bool(used)
-    return [*parts, *([COMPLETE] if used and recorded else []), *_size_table(record)]
-
-
-def _size_table(record: Mapping[str, Any]) -> list[str]:
-    """Returns a table of sizes and validation metrics before and after the events."""
+    parts += [COMPLETE] if used and recorded else []
     (before, after), last, start = _sizes(record), _mapping(record, "metrics"), _mapping(record, "start")
     if not any(key.startswith("val") and start[key] != before.get(key) for key in start):
         start = {}  # the same as `before`
@@ -207,15 +194,7 @@ def _size_table(record: Mapping[str, Any]) -> list[str]:
     for key in dict.fromkeys((*SIZES, *after, *last)):
         if (key in SIZES and after.get(key) is not None) or (key.startswith("val") and (key in before or key in last)):
             rows.append([SIZES.get(key) or plain(key), *(sizes.get(key) for sizes in columns.values())])
-    return [table(["", *columns], rows)] * bool(rows)
-
-
-def _event(event: Mapping[str, Any]) -> str:
-    """Returns the label of an event, its description, and its layers without a refit."""
-    what = plain(event["what"])
-    label = plain(event.get("label", event["what"]))
-    not_refitted = [plain(event["not_refitted"])] if event.get("not_refitted") else []
-    return "\n  - ".join([label, *([] if label == what else [what]), *not_refitted])
+    return parts + [table(["", *columns], rows)] * bool(rows)
 
 
 def _mapping(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:

@@ -40,7 +40,9 @@ def origin_of(name: str, config: PretrainedConfig) -> dict[str, Any]:
     """
     origin: dict[str, Any] = {}
     recorded = _recorded(Path(name)) if name else {}
-    base = hub_name(name) or _in_cache(name) or recorded.get("base_model") if name else None
+    # huggingface_hub's cache names the folder of a model "models--user--name"
+    cached = next((part for part in Path(name).parts if part.startswith("models--")), "").split("--")[1:]
+    base = hub_name(name) or hub_name("/".join(cached)) or recorded.get("base_model") if name else None
     if base:
         origin["base_model"] = base
     elif name:
@@ -58,12 +60,6 @@ def origin_of(name: str, config: PretrainedConfig) -> dict[str, Any]:
     if _is_text(link) and str(link).startswith(("https://", "http://")):  # a link to a file would be broken
         origin["license_link"] = link
     return origin
-
-
-def _in_cache(name: str) -> str | None:
-    """Returns the Hub name of a model whose folder is in the cache of huggingface_hub."""
-    folder = next((part for part in Path(name).parts if part.startswith("models--")), "")
-    return hub_name("/".join(folder.split("--")[1:]))
 
 
 def _recorded(folder: Path) -> dict[str, Any]:

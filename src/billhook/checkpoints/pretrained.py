@@ -61,7 +61,13 @@ def load_model(
                 kind = _class_for(auto, config, task)
                 return load_shaped(kind, name, options.get("dtype", "auto"), options.get("attn_implementation"), num_labels)
         loaded = load_complete(auto, name, gguf_file=gguf_file, **options, **labels)
-    return loaded if gguf_file is None else _without_quantization(loaded)
+    if gguf_file is None:
+        return loaded
+    # a dequantized model with a quantization config could not be saved
+    del loaded.config.quantization_config
+    dequantized = build_class(type(loaded), loaded.config, loaded.dtype)
+    dequantized.load_state_dict(loaded.state_dict())
+    return dequantized
 
 
 def _built(auto: Any, config: PretrainedConfig, options: dict[str, Any], labels: dict[str, Any]) -> PreTrainedModel:  # noqa: ANN401
@@ -77,12 +83,3 @@ def _class_for(auto: Any, config: PretrainedConfig, task: str) -> type[PreTraine
     if not kinds:
         raise ValueError(f"task={task!r} is not supported: transformers has no such class for model type '{config.model_type}'")
     return next((kind for kind in kinds if kind.__name__ in (config.architectures or ())), kinds[0])
-
-
-def _without_quantization(loaded: PreTrainedModel) -> PreTrainedModel:
-    """Copies a dequantized model without its quantization config, so that it can be saved."""
-    config = loaded.config
-    del config.quantization_config
-    model = build_class(type(loaded), config, loaded.dtype)
-    model.load_state_dict(loaded.state_dict())
-    return model

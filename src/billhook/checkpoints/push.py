@@ -63,7 +63,14 @@ def push(folder: str | Path, name: str, private: bool = False, revision: str | N
     _check_saved(Path(folder))
     _check_paths(Path(folder))
     try:
-        return _pushed(HfApi(library_name="billhook"), str(folder), name, private, revision)
+        api = HfApi(library_name="billhook")
+        api.create_repo(name, private=private or None, exist_ok=True)
+        if private and not api.repo_info(name).private:
+            raise PermissionError("the repository exists and is public. Make it private, or choose another name")
+        if revision is not None:
+            api.create_branch(name, branch=revision, exist_ok=True)
+        message = "Saved by billhook"
+        return str(api.upload_folder(repo_id=name, folder_path=folder, revision=revision, commit_message=message).commit_url)
     except Exception as error:  # of the network, the Hub or its client
         reason = _describe(error)
         options = ["--private"] * private + (["--revision", revision] if revision else [])
@@ -76,16 +83,6 @@ def _describe(error: BaseException) -> str:
     message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     cause = error.__cause__
     return message if cause is None or str(cause) in str(error) else f"{message}: {_describe(cause)}"
-
-
-def _pushed(api: HfApi, folder: str, name: str, private: bool, revision: str | None) -> str:
-    api.create_repo(name, private=private or None, exist_ok=True)
-    if private and not api.repo_info(name).private:
-        raise PermissionError("the repository exists and is public. Make it private, or choose another name")
-    if revision is not None:
-        api.create_branch(name, branch=revision, exist_ok=True)
-    commit = api.upload_folder(repo_id=name, folder_path=folder, revision=revision, commit_message="Saved by billhook")
-    return str(commit.commit_url)
 
 
 def _check_saved(folder: Path) -> None:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from billhook.adapters.merge import has_adapters, temporarily_merged
 from billhook.arguments import check_types
 from billhook.assets import model_path
-from billhook.atomic_folder import RECORD, check_name, check_target, draft_folder, folder_size, recover_folder, replace_folder
+from billhook.atomic_folder import RECORD, check_name, check_target, draft_folder, folder_size, replace_folder
 from billhook.checkpoints.card import card
 from billhook.checkpoints.equivalent import equivalents, set_head_dim
 from billhook.checkpoints.origin import CARD, origin_of
@@ -90,9 +90,9 @@ def save(
 
     The save is atomic: `folder` is missing, empty, or a complete checkpoint at any time, even if the process is killed. If a
     save fails, nothing changes. An existing billhook checkpoint is replaced by two renames. If the process is killed between
-    them, the old checkpoint remains as `.NAME.draft-old` next to `folder`, and the next save restores it first. If `folder` is
-    a symbolic link, its target is replaced. Threads of a process save and load one after the other. The model is unchanged,
-    including modes, gradients, config, and torch's random state.
+    them, the old checkpoint remains next to `folder`, as `.NAME.old-` and eight hex digits, until a save replaces a newer one. If
+    `folder` is a symbolic link, its target is replaced. Threads of a process save and load one after the other. The model is
+    unchanged, including modes, gradients, config, and torch's random state.
 
     If the model's class would build different sizes from the config, the first possible format is used:
 
@@ -152,7 +152,6 @@ def save(
     probe = probe or make_probe(model)
     check_target(folder)
     with lock_folder(target):
-        recover_folder(target)
         check_target(folder)
         if not has_adapters(model):
             return _save(model, str(folder), target, preprocessors, plain, probe)
@@ -223,22 +222,17 @@ def _write_weights(model: PreTrainedModel, draft: Path) -> None:
     try:
         store_of(model).write(draft)
     except RuntimeError as error:
-        shared = _shared_names(model) if "shared tensors" in str(error) else None
-        if shared is None:
+        names = defaultdict[int, list[str]](list)  # of each parameter that the class does not tie
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            if name not in model.all_tied_weights_keys:
+                names[id(parameter)].append(name)
+        shared = next((shared[:2] for shared in names.values() if len(shared) > 1), None)
+        if shared is None or "shared tensors" not in str(error):
             raise
         raise ValueError(
             f"model: {' and '.join(shared)} share a tensor that {type(model).__name__} does not tie. Copy it, for example with "
             "copy.deepcopy of a layer that is used twice."
         ) from error
-
-
-def _shared_names(model: PreTrainedModel) -> list[str] | None:
-    """Returns two names of a shared parameter that the class does not tie, or None."""
-    names = defaultdict[int, list[str]](list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name not in model.all_tied_weights_keys:
-            names[id(parameter)].append(name)
-    return next((shared[:2] for shared in names.values() if len(shared) > 1), None)
 
 
 def _check_no_prompts(module: nn.Module) -> None:

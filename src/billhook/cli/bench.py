@@ -129,7 +129,7 @@ def bench(
     names, summaries, where = _last_parts(models), list(map(summary, loaded)), machine_name(computes_on, used)
     sizes_of_tokens = bytes_per_token(models)
     print(f"{where}, {', '.join(sorted({*map(_dtype, loaded)}))}, cache={cache}\n")
-    print(table(rows, names, sizes_of_tokens))
+    print(timing_table(rows, names, sizes_of_tokens))
     print("\n".join([*_notes(rows, names, loaded, summaries), *_text_notes(names, sizes_of_tokens)]))
     if plot is not None:
         from billhook.plots.speed import speed  # matplotlib takes a second to import
@@ -260,30 +260,28 @@ def _text_notes(names: Sequence[str], sizes_of_tokens: Sequence[float]) -> list[
     return lines
 
 
-def table(rows: Sequence[Timing], names: Sequence[str], sizes_of_tokens: Sequence[float] = ()) -> str:
+def timing_table(rows: Sequence[Timing], names: Sequence[str], sizes_of_tokens: Sequence[float] = ()) -> str:
     """Returns a table for each phase, with a row for each batch size, context, and model."""
     tables = []
     for phase, time, rate in (("prefill", "ms", "GFLOP/s"), ("decode", "ms/token", "GB/s")):
         head = [phase, "batch", "context", time, "(quartiles)", "tokens/s", "peak MB", "cache MB", rate]
         head += ["bytes/s"] if sizes_of_tokens else []
         head += ["speed-up", "(quartiles)", "ideal", "reached"] if len(names) > 1 else []
-        lines = [
-            [names[row.model], *_cells(row, sizes_of_tokens), *(_compared(row) if len(names) > 1 else [])]
-            for row in rows
-            if row.phase == phase
-        ]
+        lines = []
+        for row in rows:
+            if row.phase != phase:
+                continue
+            cells = [names[row.model], str(row.batch_size), f"{row.context:,}", f"{1e3 * row.median:,.2f}"]
+            low, high = (1e3 * edge for edge in spread(row.seconds))
+            cells.append(f"({low:,.2f}-{high:,.2f})")
+            peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.1f}"
+            cells += [f"{row.tokens_per_second:,.1f}", peak, f"{row.cache_bytes / 1e6:,.1f}"]
+            cells.append("-" if row.rate is None else f"{row.rate / 1e9:,.1f}")
+            cells += [f"{row.tokens_per_second * sizes_of_tokens[row.model]:,.0f}"] if sizes_of_tokens else []
+            lines.append(cells + (_compared(row) if len(names) > 1 else []))
         if lines:
             tables.append(render_table(head, lines))
     return "\n\n".join(tables)
-
-
-def _cells(row: Timing, sizes_of_tokens: Sequence[float]) -> list[str]:
-    low, high = (1e3 * edge for edge in spread(row.seconds))
-    peak = "-" if row.peak_bytes is None else f"{row.peak_bytes / 1e6:,.1f}"
-    cells = [str(row.batch_size), f"{row.context:,}", f"{1e3 * row.median:,.2f}", f"({low:,.2f}-{high:,.2f})"]
-    cells += [f"{row.tokens_per_second:,.1f}", peak, f"{row.cache_bytes / 1e6:,.1f}"]
-    cells.append("-" if row.rate is None else f"{row.rate / 1e9:,.1f}")
-    return cells + ([f"{row.tokens_per_second * sizes_of_tokens[row.model]:,.0f}"] if sizes_of_tokens else [])
 
 
 def _compared(row: Timing) -> list[str]:
@@ -314,7 +312,8 @@ def _notes(
     for name, model in zip(names, models, strict=True):
         if not generates(model):
             no_decoding.append(name)
-        if _experts(model):
+        config = text_config(model.config)
+        if any(getattr(config, count, None) for count in ("num_experts", "num_local_experts", "n_routed_experts")):
             mixtures.append(name)
     if no_decoding:
         lines.append(f"prefill only, without next-token prediction: {', '.join(no_decoding)}")
@@ -325,11 +324,6 @@ def _notes(
     if mixtures:
         lines.append(f"ideal: all experts of {', '.join(mixtures)} count as read in each step")
     return lines
-
-
-def _experts(model: PreTrainedModel) -> bool:
-    config = text_config(model.config)
-    return any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts"))
 
 
 def _last_parts(models: Sequence[str]) -> list[str]:

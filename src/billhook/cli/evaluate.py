@@ -33,12 +33,12 @@ from billhook.training.evaluation import (
     Asked,
     Figure,
     accuracies,
-    answered,
     blocks,
     encoded,
     mean,
     on_questions,
     on_text,
+    score_choices,
     shown,
 )
 from billhook.versions import versions
@@ -132,7 +132,7 @@ def evaluate(
     if of_images and len(models) > 1:
         for figures, about in results:
             figures += images.agreements(about["answers"], details[0]["answers"])
-    print(table(models, all_figures))
+    print(metric_table(models, all_figures))
     for name, about in zip(models, details, strict=True):
         if about.get("cut"):
             print(f"{name}: the contexts of {about['cut']} choices were cut from the left to length={settings['length']}")
@@ -203,7 +203,7 @@ def _measure(
     check_tokenizer(model, work.tokenizer)
     tasks = _harness(model, work, length, batch_size, limit) if work.tasks else []
     with progress_bar(f"{work.model}: questions", "tokens") as progress:
-        scored = answered(model, f"models: '{work.model}'", work.sets, batch_size, progress)
+        scored = score_choices(model, f"models: '{work.model}'", work.sets, batch_size, progress)
     with model_progress(model, f"{work.model}: text", "blocks") as progress:
         figures = [*on_questions(scored), *on_text(model, work.text, length, examples, progress)]
         if work.same_texts:
@@ -227,7 +227,7 @@ def difference(figure: Figure, first: Figure) -> tuple[float, float | None]:
     return mean([a - b for a, b in zip(figure.each, first.each, strict=True)])
 
 
-def table(models: Sequence[str], figures: Sequence[Sequence[Figure]]) -> str:
+def metric_table(models: Sequence[str], figures: Sequence[Sequence[Figure]]) -> str:
     """Returns a table of metrics by model, with differences to the first model."""
     rows = []
     for first, *others in zip(*figures, strict=True):

@@ -97,7 +97,7 @@ def measure(model: PreTrainedModel, who: str, sets: Sequence[Images], batch_size
     figures, answers = list[Figure](), dict[str, Any]()
     for images in sets:
         with progress_bar(f"{who}: {images.of}", "images") as progress:
-            answers[images.of] = classified = answered(model, who, images, batch_size, progress)
+            answers[images.of] = classified = classify(model, who, images, batch_size, progress)
         for name in ("acc", f"acc_top{TOP}"):
             if name in classified[0]:
                 figures.append(_share(images.of, name, [image[name] for image in classified]))
@@ -118,7 +118,7 @@ def _share(of: str, name: str, each: Sequence[int]) -> Figure:
 
 
 @torch.no_grad()
-def answered(model: PreTrainedModel, who: str, images: Images, batch_size: int, progress: OnProgress) -> list[dict[str, Any]]:
+def classify(model: PreTrainedModel, who: str, images: Images, batch_size: int, progress: OnProgress) -> list[dict[str, Any]]:
     """Classifies images.
 
     Returns:

@@ -24,7 +24,6 @@ from billhook.progress import progress_bar
 from billhook.repairs.matching import LEAST_STEPS
 from billhook.report.generation import generates
 from billhook.shrinking.divergence import split_batches
-from billhook.shrinking.modules import PrunableModule
 from billhook.shrinking.scope import Progress, SearchScope
 from billhook.shrinking.search import Budget, Search
 from billhook.shrinking.shrink import Layers, check_variant_cache, resolve_repair, run_shrink
@@ -86,18 +85,15 @@ def search_space(scope: SearchScope, steps: int, budget: str | None = None) -> s
     budget = f"{scope.limit:,}" if budget is None else budget
     sizes = f"{scope.target} now {scope.now:,}, budget {budget}, smallest reachable {scope.least:,}"
     lines = [f"{type(scope.model).__name__}: {sizes}"]
-    modules = Counter((name_pattern(layer.name), _levels(layer)) for layer in scope.modules)
+    modules = Counter[tuple[str, str]]()
+    for layer in scope.modules:
+        *others, last = map(str, layer.levels)  # the numbers of units that a module may keep, the largest first
+        unit = "KV heads" if layer.kind == "head" else PLURAL[layer.kind]
+        modules[name_pattern(layer.name), f"{', '.join(others)} or {last} {unit}" if others else f"{last} {unit}"] += 1
     lines += [f"  {name}: keep {levels} (in each of {count})" for (name, levels), count in modules.items()]
     blocks = len(scope.blocks.removable)
     lines.append(f"  blocks that may be removed: {blocks}{'' if blocks else f' ({scope.blocks.why})'}")
     return "\n".join([*lines, f"  at most {steps:,} search steps"])
-
-
-def _levels(layer: PrunableModule) -> str:
-    """Returns the numbers of units that a module may keep, the largest first."""
-    *others, last = map(str, layer.levels)
-    unit = "KV heads" if layer.kind == "head" else PLURAL[layer.kind]
-    return f"{', '.join(others)} or {last} {unit}" if others else f"{last} {unit}"
 
 
 MARKER = "billhook-variants.json"

@@ -130,14 +130,14 @@ def check_scored(options: TextOptions, *importances: Importance | None) -> None:
 
 def statistics_bytes(model: PreTrainedModel, scorer: Criterion | Importance | None) -> int:
     """Returns the bytes of the largest statistics of a linear layer, with derived matrices."""
-    return max((_scorer_bytes(scorer, weight_of(layer).shape[1]) for layer in prunable(model).values()), default=0)
-
-
-def _scorer_bytes(scorer: Criterion | Importance | None, columns: int) -> int:
-    if isinstance(scorer, Criterion):
-        statistics = scorer.statistics(columns, "meta")
-        return 0 if statistics is None else scorer.copies * sum(tensor.nbytes for tensor in statistics.tensors())
-    return OBS_BYTES * columns**2 if isinstance(scorer, OBS) else 0
+    largest = 0
+    for layer in prunable(model).values():
+        columns = weight_of(layer).shape[1]
+        if isinstance(scorer, OBS):
+            largest = max(largest, OBS_BYTES * columns**2)
+        elif isinstance(scorer, Criterion) and (statistics := scorer.statistics(columns, "meta")) is not None:
+            largest = max(largest, scorer.copies * sum(tensor.nbytes for tensor in statistics.tensors()))
+    return largest
 
 
 def refit_bytes(model: PreTrainedModel, repair: RepairOption, kept: Mapping[str, int] | None = None) -> tuple[int, int]:

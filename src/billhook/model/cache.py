@@ -2,6 +2,7 @@
 
 import dis
 import inspect
+import io
 import pickle
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
@@ -150,66 +151,61 @@ def signature(subject: nn.Module | tuple[object, ...]) -> Hashable | None:
     """
     if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return None
-    values = _Signature()
+    written = io.BytesIO()
+    pickler = _Signature(written)
     try:
-        return blake2b(repr(values.of(subject)).encode()).digest(), tuple(values.code)
-    except (TypeError, RecursionError):
+        pickler.dump(subject)
+    except Exception:  # whatever a class raises that cannot be pickled
         return None
+    return blake2b(written.getvalue()).digest(), tuple(pickler.code)
 
 
 UNSEEN = {*vars(nn.Module()), "_compiled_call_impl"}
 """Attributes of a module that do not affect how it runs, or are handled separately."""
 
-PLAIN = int | float | complex | str | bytes | torch.dtype | torch.device | Enum | None
-"""Types whose text identifies a value."""
+PLAIN = PretrainedConfig, partial, Enum, complex, dict, torch.dtype, torch.device, torch.Size
+"""Classes whose pickles identify their values."""
 
 
-class _Signature:
-    """Converts values to identifying plain data. Raises TypeError for unknown types."""
+class _Signature(pickle.Pickler):
+    """Pickles a model without tensor values. Raises an error for anything that cannot be identified."""
 
-    def __init__(self) -> None:
+    def __init__(self, file: io.BytesIO) -> None:
+        super().__init__(file)
+        self.fast = True  # by value, not by identity: equal models are built from different strings
         self.code: dict[ReferenceType[Any], int] = {}  # classes and functions, and the numbers that stand for them
         self.tensors: dict[int, int] = {}  # by their ids: one that several modules hold has one number
 
-    def of(self, value: Any) -> object:  # noqa: ANN401 - any attribute
-        """Returns plain data that identifies a value."""
-        if isinstance(value, PLAIN):
-            return value
-        if isinstance(value, list | tuple):
-            return type(value).__name__, list(map(self.of, value))
-        if isinstance(value, set | frozenset):
-            return "set", sorted(map(repr, map(self.of, value)))
-        if isinstance(value, dict):
-            return [(self.of(key), self.of(item)) for key, item in value.items()]
+    def persistent_id(self, value: Any) -> object:  # noqa: ANN401 - any attribute
+        """Returns what is pickled in place of a module, a meta tensor, or code; None for other values."""
         if isinstance(value, type | FunctionType | BuiltinFunctionType):
             return "code", self.code.setdefault(ref(value), len(self.code))
-        if isinstance(value, partial):
-            return self.of([value.func, value.args, value.keywords])
-        if isinstance(value, PretrainedConfig) or is_dataclass(value):
-            return self.of([type(value), vars(value)])
         if isinstance(value, nn.Module):
-            return [(name, self.module(module)) for name, module in value.named_modules()]
-        if isinstance(value, Tensor) and value.is_meta:
-            return self.tensor(value)
-        if isinstance(value, GenerationConfig | RemovableHandle):
-            return None
+            return self._module(value)
+        if isinstance(value, Tensor):
+            if not value.is_meta:
+                raise TypeError("its values may decide how the model runs")
+            return self._tensor(value)
+        return "unseen" if isinstance(value, GenerationConfig | RemovableHandle) else None
+
+    def reducer_override(self, value: Any) -> Any:  # noqa: ANN401 - of a class that is not built in
+        """Refuses classes that may be large, or may leave out of a pickle what decides how a model runs."""
+        if isinstance(value, PLAIN) or is_dataclass(value):
+            return NotImplemented
         raise TypeError("whatever this holds may decide how the model runs")
 
-    def module(self, module: nn.Module) -> object:
-        """Returns plain data that identifies a module, without its submodules."""
+    def _module(self, module: nn.Module) -> object:
         plain = {name: value for name, value in vars(module).items() if name not in UNSEEN and not _keeps_shapes(value)}
-        names = []
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            if not _keeps_shapes(hook):
-                if not is_part(hook):
-                    raise TypeError("hooks of others may decide how the model runs")
-                names.append(name_of(hook))
+        hooks = [
+            hook for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()) if not _keeps_shapes(hook)
+        ]
+        if not all(map(is_part, hooks)):
+            raise TypeError("hooks of others may decide how the model runs")
         tensors = (module._parameters | module._buffers).items()
-        shapes = [(name, self.tensor(tensor)) for name, tensor in tensors if tensor is not None]
-        return self.of([type(module), type(module).forward, plain]), names, shapes
+        shapes = [(name, self._tensor(tensor)) for name, tensor in tensors if tensor is not None]
+        return type(module), type(module).forward, plain, list(map(name_of, hooks)), shapes, module._modules
 
-    def tensor(self, tensor: Tensor) -> object:
-        """Returns plain data that identifies a parameter, buffer, or meta tensor."""
+    def _tensor(self, tensor: Tensor) -> object:
         if type(tensor) not in (Tensor, nn.Parameter):
             raise TypeError("more than its shape may decide how the model runs")
         number = self.tensors.setdefault(id(tensor), len(self.tensors))

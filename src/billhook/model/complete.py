@@ -2,7 +2,6 @@
 
 import copy
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
@@ -45,7 +44,9 @@ def check_shards(name: str) -> None:
 def load_and_compare(kind: ModelLoader, name: str | None, **options: Any) -> tuple[PreTrainedModel, Gaps]:  # noqa: ANN401
     """Loads a checkpoint and returns its gaps, where the model has random values."""
     model, info = kind.from_pretrained(name, ignore_mismatched_sizes=True, output_loading_info=True, **options)
-    return model, Gaps(sorted(_counted(model, info["missing_keys"])), sorted(info["mismatched_keys"]))
+    # classes create integer buffers, such as positions and batch counts
+    created = {name for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
+    return model, Gaps(sorted({*info["missing_keys"]} - created), sorted(info["mismatched_keys"]))
 
 
 def load_complete(kind: ModelLoader, name: str, **options: Any) -> PreTrainedModel:  # noqa: ANN401 - from_pretrained's own
@@ -87,12 +88,6 @@ def mismatch(model: PreTrainedModel, gaps: Gaps) -> str:
     key, file_size, model_size = gaps.mismatched[0]
     more = f"; {len(gaps.mismatched) - 1} more differ" if len(gaps.mismatched) > 1 else ""
     return f"{key} has size {list(file_size)} in the files, but {list(model_size)} in {type(model).__name__}{more}"
-
-
-def _counted(model: PreTrainedModel, missing: Iterable[str]) -> list[str]:
-    """Excludes integer buffers, which classes create, such as positions and batch counts."""
-    buffers = {name: buffer for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
-    return [key for key in missing if key not in buffers]
 
 
 def _added(model: PreTrainedModel, missing: list[str]) -> list[str]:

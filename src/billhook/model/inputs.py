@@ -20,16 +20,6 @@ def make_inputs(model: nn.Module, batch: int = 2, length: int = 7) -> dict[str, 
     return _Maker(unwrap(), batch, length).inputs()
 
 
-def _parameters_of(model: nn.Module) -> dict[str, inspect.Parameter]:
-    """Returns the named parameters of a forward, or of the class above if it has none."""
-    for forward in (model.forward, *(vars(kind)["forward"] for kind in type(model).__mro__ if "forward" in vars(kind))):
-        parameters = inspect.signature(forward).parameters
-        named = {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and n != "self"}
-        if named:
-            return named
-    return {}
-
-
 class _Maker:
     """Creates inputs from the main input, signature, and config of a model."""
 
@@ -37,7 +27,13 @@ class _Maker:
         self.model, self.batch, self.length = model, batch, length
         config: Any = model.config
         self.config, self.configs = config, [nested for _, nested in nested_configs(config)]
-        self.named = _parameters_of(model)
+        # the named parameters of the forward, or of a class above if it has none
+        forwards = (model.forward, *(vars(kind)["forward"] for kind in type(model).__mro__ if "forward" in vars(kind)))
+        named = (
+            {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and n != "self"}
+            for parameters in (inspect.signature(forward).parameters for forward in forwards)
+        )
+        self.named: dict[str, inspect.Parameter] = next(filter(None, named), {})
         self.generator = torch.Generator().manual_seed(0)
 
     def inputs(self) -> dict[str, Any]:

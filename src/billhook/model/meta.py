@@ -151,8 +151,13 @@ def read_config(name: str) -> PretrainedConfig:
         _check_on_hub(name)
     try:
         file = Path(name).is_file()
-        refusal = _refusal(json.loads(Path(name).read_text()) if file else PretrainedConfig.get_config_dict(name)[0])
-        config = None if refusal else _read_config(name)
+        plain = json.loads(Path(name).read_text()) if file else PretrainedConfig.get_config_dict(name)[0]
+        if refusal := _refusal(plain):
+            config = None
+        elif file:
+            config = transformers.CONFIG_MAPPING[plain["model_type"]].from_dict(plain)
+        else:
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises all kinds
         first = (str(error).strip().splitlines() or [""])[0]
         unread = isinstance(error, OSError)
@@ -189,15 +194,6 @@ def _fields_in(plain: object, key: str = "") -> Iterator[tuple[str, Any]]:
             yield from _fields_in(value, key)
     else:
         yield key, plain
-
-
-def _read_config(name: str) -> PretrainedConfig:
-    if not Path(name).is_file():
-        config: PretrainedConfig = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
-        return config
-    plain = json.loads(Path(name).read_text())
-    kind: type[PretrainedConfig] = transformers.CONFIG_MAPPING[plain["model_type"]]
-    return kind.from_dict(plain)
 
 
 def _named(mapping: str, config: PretrainedConfig) -> tuple[str, ...]:

@@ -43,7 +43,12 @@ def keep_blocks(stack: nn.ModuleList, numbers: Sequence[int]) -> None:
     blocks, removed = dict(zip(block_numbers(stack), stack, strict=True)), dict(_removed_from(stack))
     tensor = next(stack.parameters(), None)
     device = torch.device("cpu") if tensor is None else tensor.device
-    back = {number: _filled(removed.pop(number), number, device) for number in numbers if number not in blocks}
+    back = dict[int, nn.Module]()
+    for number in numbers:
+        if number not in blocks:
+            if (block := removed.pop(number)) is None:
+                raise ValueError(f"block {number} was removed and cannot be restored. Load the checkpoint into a new model.")
+            back[number] = _copied(block, device)
     for number in blocks.keys() - set(numbers):
         try:
             removed[number] = _copied(blocks[number], torch.device("meta"))
@@ -62,12 +67,6 @@ def keep_blocks(stack: nn.ModuleList, numbers: Sequence[int]) -> None:
 def _removed_from(stack: nn.ModuleList) -> dict[int, nn.Module | None]:
     removed: dict[int, nn.Module | None] = vars(stack).get(_REMOVED, {})
     return removed
-
-
-def _filled(block: nn.Module | None, number: int, device: torch.device) -> nn.Module:
-    if block is None:
-        raise ValueError(f"block {number} was removed and cannot be restored. Load the checkpoint into a new model.")
-    return _copied(block, device)
 
 
 def _copied(block: nn.Module, device: torch.device) -> nn.Module:
@@ -289,7 +288,8 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
     for name, old in model.state_dict(keep_vars=True).items():
         if tuple(old.shape) != shape.tensors[name]:
             if id(old) not in renewed:
-                renewed[id(old)] = _like(old, shape.tensors[name])
+                new = torch.empty(shape.tensors[name], dtype=old.dtype, device=old.device)
+                renewed[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
             owner, _, attr = name.rpartition(".")
             _put(model.get_submodule(owner), attr, renewed[id(old)])
     _set_groups(model, shape)
@@ -330,11 +330,6 @@ def _check_names(model: nn.Module, shape: Shape) -> None:
             f"the checkpoint contains a different model: it lacks {_some(missing)} of {type(model).__name__}, "
             f"and has {_some(extra)}, which {type(model).__name__} lacks"
         )
-
-
-def _like(old: Tensor, size: tuple[int, ...]) -> Tensor:
-    new = torch.empty(size, dtype=old.dtype, device=old.device)
-    return nn.Parameter(new, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else new
 
 
 def _put(module: nn.Module, attr: str, new: Tensor) -> None:

@@ -31,7 +31,12 @@ def named_token_ids(model: PreTrainedModel, size: int) -> dict[int, str]:
     if not _of_vocabulary(model.config, size):
         raise ValueError(f"tokens: {type(model).__name__} has embeddings of {size:,} tokens, and no config says so.")
     named = dict[int, str]()
-    for name, value in _all_fields(model, size).items():
+    fields: Fields = {}
+    for prefix, nested in _of_vocabulary(model.config, size):
+        fields |= {f"config.{prefix}{name}": value for name, value in fields_of(nested).items() if "." not in name}
+    generation: Any = getattr(model, "generation_config", None)
+    fields |= {f"generation_config.{name}": value for name, value in vars(generation or PretrainedConfig()).items()}
+    for name, value in fields.items():
         if name.endswith(UNKNOWN) and value:
             raise ValueError(f"tokens: {name}={value} mixes token ids with other numbers. Unset it, and set it again afterwards.")
         if name.endswith(COPIED) and value:
@@ -57,15 +62,6 @@ def renumber_generation_config(model: PreTrainedModel, kept: Indices) -> None:
         changed: Any = type(config).from_dict(config.to_dict())
         vars(changed).update(_renumbered(vars(config), kept))
         model.generation_config = changed  # a new object, so that an error restores the old one
-
-
-def _all_fields(model: PreTrainedModel, size: int) -> Fields:
-    fields: Fields = {}
-    for prefix, nested in _of_vocabulary(model.config, size):
-        direct = {name: value for name, value in fields_of(nested).items() if "." not in name}
-        fields |= {f"config.{prefix}{name}": value for name, value in direct.items()}
-    generation: Any = getattr(model, "generation_config", None)
-    return fields | {f"generation_config.{name}": value for name, value in vars(generation or PretrainedConfig()).items()}
 
 
 def _of_vocabulary(config: PretrainedConfig, size: int) -> list[tuple[str, PretrainedConfig]]:

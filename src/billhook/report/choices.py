@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -129,10 +128,9 @@ def log_likelihoods(model: PreTrainedModel, batch: Sequence[EncodedChoice]) -> l
     ids, mask = pad_sequence(inputs, batch_first=True), pad_sequence(list(map(torch.ones_like, inputs)), batch_first=True)
     check_ids(model, ids)
     logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
-    return [_sum(of_row[: len(row.ids) - 1], row) for of_row, row in zip(logits, batch, strict=True)]
-
-
-def _sum(logits: Tensor, row: EncodedChoice) -> float:
-    log_probs = logits[-row.scored :].log_softmax(-1, dtype=torch.float32)
-    tokens = torch.tensor(row.ids[-row.scored :], device=logits.device)
-    return float(log_probs.gather(-1, tokens[:, None]).cpu().double().sum())
+    sums = []
+    for of_row, row in zip(logits, batch, strict=True):
+        log_probs = of_row[: len(row.ids) - 1][-row.scored :].log_softmax(-1, dtype=torch.float32)
+        tokens = torch.tensor(row.ids[-row.scored :], device=logits.device)
+        sums.append(float(log_probs.gather(-1, tokens[:, None]).cpu().double().sum()))
+    return sums

@@ -149,16 +149,13 @@ class _Reserved(DynamicLayer):
         self.capacity, self.length = capacity, 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
-        keys, values = (self._append(*pair) for pair in ((self.keys, key_states), (self.values, value_states)))
-        self.keys, self.values, self.is_initialized = keys, values, True
+        if self.keys is None or self.values is None:
+            self.keys, self.values = (x.new_zeros(*x.shape[:2], self.capacity, x.shape[3]) for x in (key_states, value_states))
+        keys, values, start, self.is_initialized = self.keys, self.values, self.length, True
         self.length += key_states.shape[2]
+        keys[:, :, start : self.length] = key_states
+        values[:, :, start : self.length] = value_states
         return keys[:, :, : self.length], values[:, :, : self.length]
-
-    def _append(self, buffer: Tensor | None, new: Tensor) -> Tensor:
-        if buffer is None:
-            buffer = new.new_zeros(*new.shape[:2], self.capacity, new.shape[3])
-        buffer[:, :, self.length : self.length + new.shape[2]] = new
-        return buffer
 
     def get_seq_length(self) -> int:
         return self.length

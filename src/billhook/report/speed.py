@@ -313,14 +313,13 @@ def _rows(runs: Sequence[Generation], phase: Phase, measured: Sequence[Sequence[
             weight_bytes=weights, cache_bytes=cache, cache_tokens=run.cached_tokens, flops=flops and batch_size * flops,
             ideal=None, peak_bytes=max(peaks, default=None),
         )  # fmt: skip
-        rows.append(replace(row, ideal=_ideal(rows[0] if rows else row, row)))
+        first = rows[0] if rows else row
+        if phase == "prefill":
+            ideal = first.flops / row.flops if first.flops and row.flops else None
+        else:
+            ideal = (first.weight_bytes + first.cache_bytes) / (row.weight_bytes + row.cache_bytes)
+        rows.append(replace(row, ideal=ideal))
     return rows
-
-
-def _ideal(first: Timing, row: Timing) -> float | None:
-    if row.phase == "prefill":
-        return first.flops / row.flops if first.flops and row.flops else None
-    return (first.weight_bytes + first.cache_bytes) / (row.weight_bytes + row.cache_bytes)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:

@@ -127,7 +127,7 @@ def parameter_count(model: nn.Module) -> int:
 
 
 @dataclass(frozen=True)
-class Stage:
+class ReportRow:
     """A row of the table: the model at a step of a training run."""
 
     name: str
@@ -135,13 +135,13 @@ class Stage:
     numbers: dict[str, float | None]
 
 
-def stage_table(
-    stages: Sequence[Stage], notes: Sequence[tuple[str, str]] = (), metric: str | None = None, dtype: str | None = None
+def report_table(
+    rows: Sequence[ReportRow], notes: Sequence[tuple[str, str]] = (), metric: str | None = None, dtype: str | None = None
 ) -> str:
-    """Formats stages as rows, their numbers and `metric` as columns, and notes below.
+    """Formats a table of rows, with their numbers and `metric` as columns, and notes below.
 
     Args:
-        stages: The rows.
+        rows: The rows.
         notes: Names and texts of the notes.
         metric: Name of another metric, in the first column.
         dtype: The dtype of the KV cache.
@@ -159,14 +159,14 @@ def stage_table(
         keys = {metric: metric} | keys
     shown = {}
     for head, key in keys.items():
-        if any(stage.numbers.get(key) is not None for stage in stages):
+        if any(row.numbers.get(key) is not None for row in rows):
             shown[head] = key
     if next(iter(shown), None) not in ("val_loss", "parameters"):
         shown.pop("val_loss", None)
     if "sparsity" not in shown:
         shown.pop("zeros", None)
-    rows = [[stage.name, stage.step, *map(_number, map(stage.numbers.get, shown.values()))] for stage in stages]
-    return render(text_table(rows, ["", "step", *shown]), *(["", text_table(notes, aligns="<")] if notes else []))
+    cells = [[row.name, row.step, *map(_number, map(row.numbers.get, shown.values()))] for row in rows]
+    return render(text_table(cells, ["", "step", *shown]), *(["", text_table(notes, aligns="<")] if notes else []))
 
 
 def _number(value: float | None) -> str:

@@ -52,13 +52,6 @@ class ExampleText:
         return len(self.rest.encode())
 
 
-def example_loss(model: PreTrainedModel, example: Example) -> float:
-    """Returns the loss of an example's predicted tokens, in nats; the model is in eval mode."""
-    ids = example.ids.to(model.device)
-    logits = model(input_ids=ids[None], use_cache=False).logits[0, example.first - 1 : -1]
-    return mean_loss(logits, ids[example.first :]) * example.predicted
-
-
 @torch.no_grad()
 def bits_per_byte(
     model: PreTrainedModel,
@@ -77,7 +70,10 @@ def bits_per_byte(
     examples, losses = [text.encoded(tokenizer) for text in texts], dict[int, float]()
 
     def read(number: int) -> None:
-        losses[number] = example_loss(model, examples[number])
+        example = examples[number]
+        ids = example.ids.to(model.device)
+        logits = model(input_ids=ids[None], use_cache=False).logits[0, example.first - 1 : -1]
+        losses[number] = mean_loss(logits, ids[example.first :]) * example.predicted  # in nats
         if progress is not None:
             progress(len(losses), len(examples))
 

@@ -87,7 +87,12 @@ def write_deci(model: PreTrainedModel, template: Path, out: Path, dtype: DType) 
     parts, read = _parts(model), GGUFReader(template)
     heads, kv_heads, widths, tensors = zip(*(_layer(layer, _width(model)) for layer in parts.layers), strict=True)
     writer = GGUFWriter(out, "deci", use_temp_file=True)
-    _copy_fields(read, writer)
+    skipped = ["general.architecture", "general.size_label", "general.file_type", *(f"llama.{name}" for name in SIZE_KEYS)]
+    for key, field in read.fields.items():
+        if not key.startswith("GGUF.") and key not in skipped:
+            inside = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
+            name = f"deci.{key.removeprefix('llama.')}" if key.startswith("llama.") else key
+            writer.add_key_value(name, field.contents(), field.types[0], sub_type=inside)
     writer.add_file_type(TYPES[dtype][1])
     writer.add_embedding_length(parts.embed_tokens.weight.shape[1])
     writer.add_block_count(len(heads))
@@ -116,18 +121,6 @@ def _width(model: PreTrainedModel) -> int:
     return int(_parts(model).layers[0].self_attn.head_dim)
 
 
-def _copy_fields(read: GGUFReader, writer: GGUFWriter) -> None:
-    """Copies all fields of the template but its sizes."""
-    skipped = ["general.architecture", "general.size_label", "general.file_type", *(f"llama.{name}" for name in SIZE_KEYS)]
-    for key, field in read.fields.items():
-        if key.startswith("GGUF.") or key in skipped:
-            continue
-        kind = field.types[0]
-        inside = field.types[-1] if kind == GGUFValueType.ARRAY else None
-        name = f"deci.{key.removeprefix('llama.')}" if key.startswith("llama.") else key
-        writer.add_key_value(name, field.contents(), kind, sub_type=inside)
-
-
 def _all_tensors(model: PreTrainedModel, layers: Iterable[dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
     """Yields all tensors of a model with their GGUF names."""
     parts, head = _parts(model), cast(Any, model).get_output_embeddings()
@@ -146,9 +139,9 @@ def _layer(layer: Any, width: int) -> Layer:  # noqa: ANN401 - a layer of any fa
     modules = {"attn_output": attention.o_proj, "ffn_down": mlp.down_proj}
     modules |= {"attn_norm": layer.input_layernorm, "ffn_norm": layer.post_attention_layernorm}
     if hasattr(attention, "qkv_proj"):  # Phi-3's
-        rows = attention.num_key_value_heads * width
+        size = attention.num_key_value_heads * width
         for part, values in _parameters(attention.qkv_proj).items():
-            sizes = [len(values) - 2 * rows, rows, rows]
+            sizes = [len(values) - 2 * size, size, size]
             tensors[f"attn_q.{part}"], tensors[f"attn_k.{part}"], tensors[f"attn_v.{part}"] = torch.split(values, sizes)
         for part, values in _parameters(mlp.gate_up_proj).items():
             tensors[f"ffn_gate.{part}"], tensors[f"ffn_up.{part}"] = values.chunk(2)
@@ -159,7 +152,8 @@ def _layer(layer: Any, width: int) -> Layer:  # noqa: ANN401 - a layer of any fa
         tensors |= {f"{name}.{part}": values for part, values in _parameters(module).items()}
     for name in tensors:
         if name.startswith(("attn_q.", "attn_k.")):
-            tensors[name] = _pairs(tensors[name], width)
+            rows = tensors[name]  # from transformers' to llama.cpp's rotary order
+            tensors[name] = rows.reshape(-1, 2, width // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
     queries, keys, up = tensors["attn_q.weight"], tensors["attn_k.weight"], tensors["ffn_up.weight"]
     return Layer(len(queries) // width, len(keys) // width, len(up), tensors)
 
@@ -167,8 +161,3 @@ def _layer(layer: Any, width: int) -> Layer:  # noqa: ANN401 - a layer of any fa
 def _parameters(module: nn.Module) -> dict[str, Tensor]:
     """Returns the weight and bias of a module."""
     return {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}
-
-
-def _pairs(rows: Tensor, width: int) -> Tensor:
-    """Reorders query or key rows from transformers' to llama.cpp's rotary order."""
-    return rows.reshape(-1, 2, width // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)

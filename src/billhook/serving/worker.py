@@ -66,7 +66,10 @@ class Worker:
         except BrokenPipeError:
             answer = ""
         if not answer:
-            raise WorkerError(f"the process ended with status {self._process.wait()}: {self._last_lines()}")
+            self._output.seek(0)
+            lines = [line.strip() for line in self._output.read().decode(errors="replace").splitlines()]
+            last = " / ".join([line for line in lines if line][-LINES:]) or "no output"
+            raise WorkerError(f"the process ended with status {self._process.wait()}: {last}")
         content: dict[str, Any] = json.loads(answer)
         if "error" in content:
             raise WorkerError(content["error"])
@@ -82,11 +85,6 @@ class Worker:
                     continue
         self._process.wait()
         self._output.close()
-
-    def _last_lines(self) -> str:
-        self._output.seek(0)
-        lines = self._output.read().decode(errors="replace").splitlines()
-        return " / ".join([line.strip() for line in lines if line.strip()][-LINES:]) or "no output"
 
     def __enter__(self) -> Self:
         return self

@@ -65,7 +65,7 @@ class ShrinkPlan:
         return ", ".join(plan.words for plan in self.plans if plan.units)
 
 
-def plan(
+def plan_choice(
     measurement: Measurement, limit: int, kept: Mapping[str, int], repair_batches: Sequence[Any], repair: RepairConfig | None
 ) -> ShrinkPlan:
     """Plans a candidate and repairs it from front to back, without changing the model.

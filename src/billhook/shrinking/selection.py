@@ -14,7 +14,7 @@ from billhook.shrinking.divergence import Perplexity
 from billhook.shrinking.knapsack import cost, fill_budget
 from billhook.shrinking.measurement import Measurement
 from billhook.shrinking.modules import unit_counts
-from billhook.shrinking.planning import ShrinkPlan, plan, simulated
+from billhook.shrinking.planning import ShrinkPlan, plan_choice, simulated
 from billhook.shrinking.result import Candidate
 from billhook.shrinking.scope import CURVE
 from billhook.shrinking.search import Budget, Search
@@ -104,14 +104,17 @@ def search_within(
     """
     choices, curve, tried = choose(measurement, search, seed, limit)
     if repair is None or len(choices) == 1:
-        return SearchResult(choices[0], plan(measurement, limit, choices[0], repair_batches, repair), limit, curve, tried)
+        return SearchResult(choices[0], plan_choice(measurement, limit, choices[0], repair_batches, repair), limit, curve, tried)
     refit, losses = replace(repair, match=None), list[float]()
-    results = [SearchResult(kept, plan(measurement, limit, kept, repair_batches, refit), limit, curve, tried) for kept in choices]
+    plans = [plan_choice(measurement, limit, kept, repair_batches, refit) for kept in choices]
+    results = [SearchResult(kept, planned, limit, curve, tried) for kept, planned in zip(choices, plans, strict=True)]
     for result in results:
         with simulated(measurement.scope.model, result.planned):
             losses.append(measurement.divergence.mean())
     best = results[losses.index(min(losses))]
-    return best if repair.match is None else replace(best, planned=plan(measurement, limit, best.kept, repair_batches, repair))
+    if repair.match is None:
+        return best
+    return replace(best, planned=plan_choice(measurement, limit, best.kept, repair_batches, repair))
 
 
 def choose(

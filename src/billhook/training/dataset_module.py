@@ -21,42 +21,6 @@ from billhook.model.find import find_transformer
 from billhook.training.loader import EpochSampler, ResumableLoader, batches_seen, convert_position, loader_position
 
 
-def check_weights(weights: Sequence[float] | None, sources: int) -> None:
-    """Raises an error unless there is a positive weight for every source."""
-    if weights is None:
-        return
-    for weight in weights:
-        check_number("weights", weight, above=0)
-    if len(weights) != sources:
-        raise ValueError(f"weights={weights!r} must have a number for each of the {sources} sources in data")
-
-
-def split_validation(splits: dict[str, Rows], share: float, seed: int) -> dict[str, Rows] | None:
-    """Moves a share of the training rows to a split `validation`, if possible.
-
-    Rows are drawn by `seed`; continuous text gives its last lines.
-    """
-    rows = splits.get("train")
-    if not isinstance(rows, datasets.Dataset) or len(rows) < 2:
-        return None
-    parts = rows.train_test_split(test_size=share, seed=seed, shuffle=not is_line_text(rows))
-    return {**splits, "train": parts["train"], "validation": parts["test"]}
-
-
-def log_validation_split(share: float, seed: int, examples: int) -> None:
-    """Logs the number of examples held out for validation, or why there is no validation."""
-    if examples:
-        rank_zero_info(
-            f"billhook: holding out {examples} examples of 'train' for validation ({share:.3g} of its rows, seed {seed}), "
-            "because the data has no split 'validation'. A data module with validation=0 trains on all of them."
-        )
-    else:
-        rank_zero_info(
-            "billhook: no validation, because the data has no split 'validation' and 'train' is streamed or too short to split. "
-            "Name a split 'validation' in data."
-        )
-
-
 def join(parts: Sequence[Rows], weights: Sequence[float] | None, seed: int) -> Rows:
     """Concatenates the rows of all sources, or samples them by weight.
 
@@ -99,7 +63,10 @@ class DatasetModule(pl.LightningDataModule):
             raise ValueError("data=[] must name at least one source")
         for source in sources:
             check_data(source)
-        check_weights(weights, len(sources))
+        for weight in weights or ():
+            check_number("weights", weight, above=0)
+        if weights is not None and len(weights) != len(sources):
+            raise ValueError(f"weights={weights!r} must have a number for each of the {len(sources)} sources in data")
         self.data, self.validation, self.weights = data, validation, weights
         self.batch_size, self.seed, self.num_workers, self.streaming = batch_size, seed, num_workers, streaming
         self.splits: dict[str, Rows] = {}
@@ -143,7 +110,10 @@ class DatasetModule(pl.LightningDataModule):
         if self.splits:
             return
         sources = self.data if isinstance(self.data, list) else [self.data]
-        loaded = [self._load(source) for source in sources]
+        loaded = []
+        for source in sources:
+            splits = load_splits(source, self.streaming)
+            loaded.append({split: rows for split, rows in splits.items() if split in SPLITS})
         num_train, num_validation = _count_splits(loaded, "train"), _count_splits(loaded, "validation")
         if self.weights is not None and num_train < len(loaded):
             raise ValueError("weights: every source in data needs a split 'train'. Add the split, or remove weights.")
@@ -156,22 +126,27 @@ class DatasetModule(pl.LightningDataModule):
                 joined[split] = join(parts, self.weights if split == "train" else None, self.seed)
         self.splits = joined
         if splits_train:
-            examples: Any = self.splits.get("validation", ())
-            log_validation_split(self.validation, self.seed, len(examples))
-
-    def _load(self, source: Data | Table) -> dict[str, Rows]:
-        splits = load_splits(source, self.streaming)
-        return {split: rows for split, rows in splits.items() if split in SPLITS}
+            held_out: Any = self.splits.get("validation", ())
+            message = (
+                f"holding out {len(held_out)} examples of 'train' for validation ({self.validation:.3g} of its rows, seed "
+                f"{self.seed}), because the data has no split 'validation'. A data module with validation=0 trains on all rows."
+                if len(held_out)
+                else "no validation, because the data has no split 'validation' and 'train' is streamed or too short to split. "
+                "Name a split 'validation' in data."
+            )
+            rank_zero_info(f"billhook: {message}")
 
     def _encode_all(self, splits: dict[str, Rows]) -> dict[str, Rows]:
         return {split: self.encode(rows, split) for split, rows in splits.items()}
 
     def _encode_with_validation(self, splits: dict[str, Rows]) -> dict[str, Rows]:
         """Encodes splits after holding out validation rows, if both splits have examples."""
-        parts = split_validation(splits, self.validation, self.seed)
-        if parts is not None:
+        rows = splits.get("train")
+        if isinstance(rows, datasets.Dataset) and len(rows) > 1:
+            # drawn by the seed; continuous text gives its last lines
+            parts = rows.train_test_split(test_size=self.validation, seed=self.seed, shuffle=not is_line_text(rows))
             with suppress(NoExamples):
-                return self._encode_all(parts)
+                return self._encode_all({**splits, "train": parts["train"], "validation": parts["test"]})
         return self._encode_all(splits)
 
     def prepare(self, sources: Sequence[dict[str, Rows]], model: PreTrainedModel | None) -> None:

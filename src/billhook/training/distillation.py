@@ -194,20 +194,19 @@ def hidden_error(student: Any, teacher: Any, batch: Mapping[str, Tensor]) -> Ten
     for name, keep in masks.items():
         ours, theirs = (list(getattr(output, name, None) or ())[1:] for output in (student, teacher))  # without the embeddings
         for block, state in enumerate(ours, start=1):
-            errors.append(_squared_error(state, theirs[round(block * len(theirs) / len(ours)) - 1], keep))
+            target = theirs[round(block * len(theirs) / len(ours)) - 1]
+            if state.shape != target.shape:
+                raise ValueError(
+                    f"distillation: hidden states of the student {list(state.shape)} and the teacher {list(target.shape)} must "
+                    "have the same shape. Use hidden=0 if the hidden size is pruned."
+                )
+            difference = state.to(torch.promote_types(state.dtype, torch.float32)) - target
+            if keep is not None and keep.shape == state.shape[:-1]:
+                difference = difference[keep.bool()]
+            errors.append(difference.square().mean())
     if not errors:
         raise ValueError("distillation: hidden must be 0 for a model that returns no hidden states")
     return torch.stack(errors).mean()
-
-
-def _squared_error(ours: Tensor, theirs: Tensor, keep: Tensor | None) -> Tensor:
-    if ours.shape != theirs.shape:
-        raise ValueError(
-            f"distillation: hidden states of the student {list(ours.shape)} and the teacher {list(theirs.shape)} must have "
-            "the same shape. Use hidden=0 if the hidden size is pruned."
-        )
-    difference = ours.to(torch.promote_types(ours.dtype, torch.float32)) - theirs
-    return (difference if keep is None or keep.shape != ours.shape[:-1] else difference[keep.bool()]).square().mean()
 
 
 def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, settings: Distillation, classifies: bool) -> None:

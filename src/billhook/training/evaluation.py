@@ -118,7 +118,7 @@ def evaluate(
     sets = encoded([read_questions(file, limit) for file in questions], encoder, tokens)
     rows = None if text is None else blocks(text, tokenizer or str(model.config.name_or_path), tokens, column)
     with evaluating_without_grad(model):
-        answers = answered(model, f"model: this {type(model).__name__}", sets, batch_size)
+        answers = score_choices(model, f"model: this {type(model).__name__}", sets, batch_size)
         return Evaluation((*on_questions(answers), *on_text(model, rows, tokens, examples)))
 
 
@@ -151,7 +151,7 @@ def blocks(text: str, tokenizer: str, length: int, column: str) -> Rows:
     return data.splits["test"]
 
 
-def answered(
+def score_choices(
     model: PreTrainedModel, who: str, sets: dict[str, Asked], batch_size: int, progress: OnProgress | None = None
 ) -> dict[str, Answers]:
     """Returns the log-likelihoods of all choices, by file.

@@ -70,23 +70,14 @@ def freeze_others(model: PreTrainedModel, trainable: Trainable, classifies: bool
     else:
         trained = set()
         for pattern in trainable:
-            trained |= matching_parameters(parameters, pattern)
+            matching = {parameter for name, parameter in parameters if fnmatchcase(name, pattern)}
+            if not matching:
+                some = [name for name, _ in parameters[:3]]
+                raise ValueError(f"trainable={pattern!r} matches none of the {len(parameters)} parameters, such as {some}")
+            trained |= matching
     for _, parameter in parameters:
         if parameter not in trained:
             parameter.requires_grad_(False)
-
-
-def matching_parameters(parameters: Sequence[tuple[str, nn.Parameter]], pattern: str) -> set[nn.Parameter]:
-    """Returns the named parameters that match a glob pattern.
-
-    Raises:
-        ValueError: If none matches.
-    """
-    matching = {parameter for name, parameter in parameters if fnmatchcase(name, pattern)}
-    if not matching:
-        names = [name for name, _ in parameters[:3]]
-        raise ValueError(f"trainable={pattern!r} matches none of the {len(parameters)} parameters, such as {names}")
-    return matching
 
 
 def attention_parameters(model: nn.Module, structure: Structure | None = None) -> list[str]:

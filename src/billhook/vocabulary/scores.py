@@ -81,6 +81,16 @@ def predicted_shares(model: PreTrainedModel, size: int, batches: Sequence[Any], 
     It is measured on a part of the text, and tells how often the tokens can be expected in other text of the kind. Zeros if the
     model does not predict tokens.
     """
+    by_source = dict[str, list[Any]]()
+    for batch in batches:
+        inputs = inputs_of(batch)
+        decodes = not model.config.is_encoder_decoder or {"labels", "decoder_input_ids"} & inputs.keys()
+        if "input_ids" in inputs and decodes:
+            by_source.setdefault(source_of(batch), []).append(Batch(inputs, source_of(batch)))
+    chosen = []  # evenly spaced batches of each source
+    for of_source in by_source.values():
+        tokens = sum(batch["input_ids"].numel() for batch in of_source)
+        chosen += of_source[:: max(-(-tokens // PREDICTED), 1)]
     sums = torch.zeros(size, dtype=torch.float64)
 
     def read(run: Run) -> None:
@@ -91,25 +101,9 @@ def predicted_shares(model: PreTrainedModel, size: int, batches: Sequence[Any], 
             sums.add_(part.float().softmax(-1).sum(0).cpu())
 
     with evaluating_without_grad(model), store_of(model).independently(comm):
-        run_side_by_side(model, [partial(read, run) for run in runs_of(model, _evenly(model, batches))])
+        run_side_by_side(model, [partial(read, run) for run in runs_of(model, chosen)])
     sums = comm(sums.to(comm.device)).cpu()
     return sums / sums.sum().clamp(min=1)
-
-
-def _evenly(model: PreTrainedModel, batches: Sequence[Any]) -> list[Any]:
-    """Returns evenly spaced batches of at most `PREDICTED` tokens of each source."""
-    by_source = dict[str, list[Any]]()
-    for batch in batches:
-        inputs = inputs_of(batch)
-        decodes = not model.config.is_encoder_decoder or {"labels", "decoder_input_ids"} & inputs.keys()
-        if "input_ids" in inputs and decodes:
-            by_source.setdefault(source_of(batch), []).append(Batch(inputs, source_of(batch)))
-    chosen = []
-    for of_source in by_source.values():
-        tokens = sum(batch["input_ids"].numel() for batch in of_source)
-        step = max(-(-tokens // PREDICTED), 1)
-        chosen += of_source[::step]
-    return chosen
 
 
 def order_tokens(

@@ -7,7 +7,7 @@ No token is added, and those that remain keep their order. A text whose tokens a
 
 import json
 import unicodedata
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -78,7 +78,11 @@ class Vocabulary:
             used: The ids in the text.
             named: Ids that must stay for another reason.
         """
-        placed, others = self._required(used) | set(named), list[int]()
+        used_texts = (self._texts.get(number, "") for number in used)
+        scripts = {_script(character) for text in used_texts for character in text if character.isalpha()}
+        placed, others = {*named, *self.added.values(), *self._special, *self._spelling(scripts)}, list[int]()
+        for prompt in (True, False) if getattr(self.tokenizer, "chat_template", None) else ():
+            placed.update(self._chat_ids(prompt))
         waiting = list(placed)
         while waiting:  # with what they are made of
             parts = set(self._parts.get(waiting.pop(), ())) - placed
@@ -150,14 +154,6 @@ class Vocabulary:
             config["added_tokens_decoder"] = {str(new[int(old)]): added for old, added in decoder.items() if int(old) in new}
         (folder / CONFIG).write_text(json.dumps(config, ensure_ascii=False, indent=2), encoding="utf-8")
 
-    def _required(self, used: Iterable[int]) -> set[int]:
-        used_texts = (self._texts.get(number, "") for number in used)
-        scripts = {_script(character) for text in used_texts for character in text if character.isalpha()}
-        required = {*self.added.values(), *self._special, *self._spelling(scripts)}
-        for prompt in (True, False) if getattr(self.tokenizer, "chat_template", None) else ():
-            required.update(self._chat_ids(prompt))
-        return required
-
     @property
     def _special(self) -> set[int]:
         """The ids of special tokens, of tokens added to a text, and of the unknown token."""
@@ -221,7 +217,8 @@ class Vocabulary:
 
     @property
     def _merges(self) -> list[tuple[str, str]]:
-        return [_pair(merge) for merge in self._model.get("merges", ())]
+        merges = (merge.split(" ") if isinstance(merge, str) else merge for merge in self._model.get("merges", ()))
+        return [(first, second) for first, second in merges]  # older files join a merge by a space
 
     def _merged(self, first: str, second: str) -> str:
         return first + second.removeprefix(self._model.get("continuing_subword_prefix") or "")
@@ -240,12 +237,6 @@ class Vocabulary:
                     symbols[position : position + 2] = [self._merged(*last)]
                 position += 1
         return last
-
-
-def _pair(merge: str | list[str]) -> tuple[str, str]:
-    """Returns a merge, which older files join by a space."""
-    first, second = merge.split(" ") if isinstance(merge, str) else merge
-    return first, second
 
 
 def _types(part: Any) -> set[str]:  # noqa: ANN401 - a part of a tokenizer's file

@@ -53,6 +53,18 @@ class ProgressLines(pl.Callback):
         print(", ".join(words), flush=True)
 
 
+def replace_progress_bar(trainer: pl.Trainer) -> pl.Trainer:
+    """Replaces Lightning's bar with `ProgressBar`, plus `ProgressLines` without a terminal."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    for number, callback in enumerate(callbacks):
+        if type(callback) is RichProgressBar:
+            callbacks[number] = ProgressBar(int(callback.refresh_rate), theme=callback.theme)
+            if not sys.stdout.isatty():
+                callbacks.insert(number, ProgressLines())
+            break
+    return trainer
+
+
 class ArgumentParser(LightningArgumentParser):
     """Parser for any `LightningCLI` with billhook's short class names and suggestions.
 
@@ -113,15 +125,7 @@ class BillhookCLI(LightningCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:  # noqa: ANN401 - as LightningCLI passes them
         """Returns the trainer, which also reports progress without a terminal."""
-        trainer = super().instantiate_trainer(**kwargs)
-        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        for number, callback in enumerate(callbacks):
-            if type(callback) is RichProgressBar:
-                callbacks[number] = ProgressBar(int(callback.refresh_rate), theme=callback.theme)
-                if not sys.stdout.isatty():
-                    callbacks.insert(number, ProgressLines())
-                break
-        return trainer
+        return replace_progress_bar(super().instantiate_trainer(**kwargs))
 
 
 def run_lightning(words: list[str]) -> None:

@@ -72,7 +72,7 @@ def _foreign(folder: Path) -> str | None:
 
 @contextmanager
 def draft_folder(target: Path) -> Iterator[Path]:
-    """Yields an empty folder next to the target, and removes it and what killed saves left.
+    """Yields an empty folder next to the target; removes it, and those of killed saves.
 
     The target must be locked, because drafts of other processes are removed too. A renamed older checkpoint stays while there is
     none at the target.

@@ -254,3 +254,18 @@ def test_folders_that_cannot_be_opened_and_files_that_only_a_writer_flushes(way,
     bh.save(model, target)
     monkeypatch.undo()
     assert {float((layer.mlp.up_proj.weight == 0).float().mean()) for layer in bh.load(target).model.layers} == {0.5}
+
+
+def test_a_checkpoint_renamed_by_a_killed_save_stays_until_another_takes_its_place(tmp_path, monkeypatch):
+    old = tmp_path / ".a.old-01234567"  # as a process leaves it that is killed between the two renames
+    bh.save(llama(), tmp_path / "a")
+    (tmp_path / "a").rename(old)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: _raise(FULL))
+        with pytest.raises(OSError, match="No space"):
+            bh.save(llama(), tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == [old.name]
+    bh.save(llama(), tmp_path / "a")
+    assert old.exists()
+    bh.save(llama(), tmp_path / "a")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -158,7 +158,7 @@ class InputGram(Statistics):
         return self.products.diagonal()
 
     def tensors(self) -> list[Tensor]:
-        """Returns the sums of products, `[in_features, in_features]`, and the number of tokens, `[]`."""
+        """Returns the products, `[in_features, in_features]`, and the number of tokens, `[]`."""
         return [self.products, self.tokens]
 
     def _add(self, chunks: Iterator[Tensor]) -> None:

@@ -156,7 +156,7 @@ class LightningFit(Fit):
 
     @contextmanager
     def reshaping(self, blockwise: bool) -> Iterator[None]:
-        """Unwraps DDP and gathers shards while shapes change, because hooks are on the old parameters."""
+        """Unwraps DDP and gathers shards while shapes change: hooks are on old parameters."""
         strategy, automatic = self.trainer.strategy, self.module.automatic_optimization
         wrapped = isinstance(strategy.model, DistributedDataParallel)
         if wrapped:

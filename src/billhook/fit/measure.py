@@ -75,7 +75,7 @@ class LoggedMetrics:
 
 @contextmanager
 def validating(trainer: pl.Trainer, pl_module: pl.LightningModule, logged: LoggedMetrics) -> Iterator[None]:
-    """Sets the validation stage and replaces `log` within; restores stage, modes, and random state."""
+    """Replaces `log` in the validation stage; restores stage, modes, and random state."""
     stage, modes = trainer.state.stage, {name: m.training for name, m in pl_module.named_modules()}
     trainer.state.stage = RunningStage.VALIDATING  # modules and loaders read it
     pl_module.eval()

@@ -168,7 +168,7 @@ PLAIN = PretrainedConfig, partial, Enum, complex, dict, torch.dtype, torch.devic
 
 
 class _Signature(pickle.Pickler):
-    """Pickles a model without tensor values. Raises an error for anything that cannot be identified."""
+    """Pickles a model without tensor values; raises an error for unknown objects."""
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
@@ -177,7 +177,7 @@ class _Signature(pickle.Pickler):
         self.tensors: dict[int, int] = {}  # by their ids: one that several modules hold has one number
 
     def persistent_id(self, value: Any) -> object:  # noqa: ANN401 - any attribute
-        """Returns what is pickled in place of a module, a meta tensor, or code; None for other values."""
+        """Returns the substitute of a module, a meta tensor, or code; None for other values."""
         if isinstance(value, type | FunctionType | BuiltinFunctionType):
             return "code", self.code.setdefault(ref(value), len(self.code))
         if isinstance(value, nn.Module):
@@ -189,7 +189,7 @@ class _Signature(pickle.Pickler):
         return "unseen" if isinstance(value, GenerationConfig | RemovableHandle) else None
 
     def reducer_override(self, value: Any) -> Any:  # noqa: ANN401 - of a class that is not built in
-        """Refuses classes that may be large, or may leave out of a pickle what decides how a model runs."""
+        """Refuses classes that may be large, or whose pickles may be incomplete."""
         if isinstance(value, PLAIN) or is_dataclass(value):
             return NotImplemented
         raise TypeError("whatever this holds may decide how the model runs")

@@ -129,7 +129,7 @@ class ALPS(Criterion):
         check_int("refits", self.refits, 0)
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """Computes |W_ij| ||X_j|| with the ridge penalty, float32, `[out_features, in_features]`."""
+        """Computes |W_ij| ||X_j|| with the ridge penalty, `[out_features, in_features]`."""
         gram = self._of_inputs(statistics, weight, InputGram)
         return (weight.detach().float().abs() * self._scaled(gram)[1]).masked_fill(gram.squares == 0, 0)
 
@@ -201,7 +201,7 @@ class Refit(Criterion):
         object.__setattr__(self, "compares", self.criterion.compares)
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """Computes the scores of the criterion that chooses the mask, `[out_features, in_features]`."""
+        """Computes scores by the criterion of the mask, `[out_features, in_features]`."""
         return self.criterion.score(weight, statistics)
 
     def prune(

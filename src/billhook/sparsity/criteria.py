@@ -128,7 +128,7 @@ class Random(Criterion):
     compares: Comparison = "layer"
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """Returns scores `[out_features, in_features]`, uniform in (0, 1], and 0 for zero weights."""
+        """Returns uniform scores in (0, 1], 0 for zero weights, `[out_features, in_features]`."""
         # the weight is part of the seed: layers of equal size must get different masks
         first_row = weight.detach()[0].float().contiguous().view(torch.int32)
         seed = (self.seed * 1_000_003 + int(first_row.sum(dtype=torch.int64))) % 2**63

@@ -161,7 +161,7 @@ class SparseGPT(Criterion):
         check_int("block_size", self.block_size)
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
-        """Computes W_ij^2 / U_jj^2 before any update, float32, `[out_features, in_features]`."""
+        """Computes W_ij^2 / U_jj^2 before any update, `[out_features, in_features]`."""
         gram = self._of_inputs(statistics, weight, InputGram)
         return saliency(_without_dead(weight, gram), inverse_factor(gram.products, self.damping))
 

@@ -96,8 +96,9 @@ ZOO: dict[str, tuple[str, dict[str, object], tuple[str, ...], str]] = {
 
 def moments_of(model, places, groups, trials, comm=SINGLE_PROCESS):
     """The moments of each attention in one number of groups."""
-    found = gather(model, places, {name: [number] for name, number in groups.items()}, trials, comm)
-    return {name: found[name][groups[name]] for name in found}
+    found = {}
+    gather(model, places, groups, trials, lambda _, moments: found.update(moments), comm)
+    return found
 
 
 def build(family: str, **changes: object) -> PreTrainedModel:

@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from billhook.engine.lazy import by_parameter
 from billhook.engine.store import store_of
 from billhook.kv_heads.layout import find_projections, read, written
-from billhook.kv_heads.symmetry import AttentionProbe, Block, Symmetries, find_symmetries, see_calls
+from billhook.kv_heads.symmetry import AttentionProbe, Mixing, Symmetries, find_symmetries, see_calls
 from billhook.tracing.trace import trace
 from kit import families, kv_zoo
 from kit.families import llama
@@ -21,19 +21,19 @@ def freedoms_of(model):
 
 
 def together(start, end):
-    return (Block(tuple(range(start, end))),) if start < end else ()
+    return (Mixing(tuple(range(start, end))),) if start < end else ()
 
 
 def apart(width, rotary=None):
     """Pairs half of the rotary width apart (Llama, NeoX), and the rest together."""
     half = (rotary or width) // 2
-    return (*(Block((f,), (f + half,)) for f in range(half)), *together(2 * half, width))
+    return (*(Mixing((f,), (f + half,)) for f in range(half)), *together(2 * half, width))
 
 
 def beside(width, rotary=None):
     """Pairs side by side (GPT-J, Cohere), and the rest together."""
     half = (rotary or width) // 2
-    return (*(Block((2 * f,), (2 * f + 1,)) for f in range(half)), *together(2 * half, width))
+    return (*(Mixing((2 * f,), (2 * f + 1,)) for f in range(half)), *together(2 * half, width))
 
 
 WIDE = {"hidden_size": 128, "num_attention_heads": 8, "head_dim": 16}

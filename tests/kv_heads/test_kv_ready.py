@@ -57,6 +57,11 @@ def changed(model, new):
 
 
 @torch.no_grad()
+def equal(attentions, method, runs):
+    ((_, new),) = attentions.reconstructed([method], runs)
+    return new
+
+
 def distance(one, other, ids):
     return float((one(ids).logits - other(ids).logits).norm() / other(ids).logits.norm())
 
@@ -79,7 +84,7 @@ def test_auto_takes_what_stays_nearest_on_held_out_batches(monkeypatch):
             near = divergence(attentions.model, changed(attentions.model, new), held_out)
             assert near == pytest.approx(losses[method], rel=1e-4)
     seen = trials_of(attentions.model, [part for part in parts if part is not held_out])
-    for name, value in attentions.equal(Aligned(), attentions.moments(seen, "consecutive")).items():
+    for name, value in equal(attentions, Aligned(), seen).values.items():
         torch.testing.assert_close(value, compared[1].values[name])
     assert chosen == min(losses, key=losses.get)
     assert losses[SVD()] < losses[Aligned()] < losses[Mean()]
@@ -125,7 +130,7 @@ def test_repair_brings_a_trained_model_nearer_to_what_it_was_on_text_it_has_not_
     attentions, parts, unseen = trained()
     model, trials = attentions.model, trials_of(attentions.model, parts)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    new = EqualHeads(attentions.equal(method_of(start), attentions.moments(trials, "consecutive")))
+    new = equal(attentions, method_of(start), trials)
     better = attentions.repaired(new, trials, RepairConfig())
     assert better.values.modules.keys() == new.values.modules.keys() | set(attentions.downs)
     assert len(attentions.downs) == 4
@@ -145,7 +150,7 @@ def test_repair_works_where_each_block_ends_in_a_norm_and_with_gpt2s_linears(fam
     attentions = attentions_of(model, 4)
     assert len(attentions.downs) == 2
     trials = [Run(lambda ids=ids: model(ids).logits.sum()) for ids in parts]
-    new = EqualHeads(attentions.equal(Mean(), attentions.moments(trials, "consecutive")))
+    new = equal(attentions, Mean(), trials)
     for repair in (RepairConfig(), RepairConfig(compensate=False)):
         better = attentions.repaired(new, trials, repair)
         far, near = (distance(changed(model, one), model, tokens(8, 24)) for one in (new, better))
@@ -158,7 +163,7 @@ def test_a_module_that_is_called_in_every_layer_can_be_converted_but_not_repaire
         attentions_of(model, 4),
         [Run(lambda: model(tokens(4, 12)).logits.sum()) for _ in range(3)],
     )
-    new = EqualHeads(attentions.equal(SVD(), attentions.moments(trials, "consecutive")))
+    new = equal(attentions, SVD(), trials)
     assert distance(changed(model, new), model, tokens()) > 0
     with pytest.raises(ValueError, match=r"repair: .*attention.* is called several times in a run, so it cannot be compared"):
         attentions.repaired(new, trials, RepairConfig())
@@ -167,7 +172,7 @@ def test_a_module_that_is_called_in_every_layer_can_be_converted_but_not_repaire
 def test_the_distance_is_the_mean_of_batches_and_leaves_the_model_as_it_is():
     model, parts = llama(), [tokens(2, 9) for _ in range(3)]
     attentions = attentions_of(model, 2)
-    new = EqualHeads(attentions.equal(Mean(), attentions.moments([], "consecutive")))
+    new = equal(attentions, Mean(), [])
     before, same = copy.deepcopy(model.state_dict()), EqualHeads(LazyTensors({}))
     for autocast in (False, True):  # which keeps the weights that it has cast
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
@@ -221,7 +226,7 @@ def test_refusals_say_what_works():
     trials = trials_of(bloom.model, [tokens() for _ in range(3)])
     assert list(best_method(bloom, METHODS, trials, None)[1]) == METHODS[:3]
     fixed = attentions_of(kv_zoo.build("deberta"), 4)
-    assert set(fixed.symmetries.values()) == {Symmetries((), (), False)}
+    assert set(fixed.symmetries.values()) == {Symmetries((), (), False, interface=False)}
     for start in ("aligned", "svd"):
         with pytest.raises(
             ValueError, match=rf"method='{start}': no change of basis preserves the output of deberta.*'mean' works"
@@ -231,3 +236,20 @@ def test_refusals_say_what_works():
     attentions_of(build("qwen3"), 2).check(SVD("similar"))  # of which values are free
     with pytest.raises(ValueError, match=r"'auto' needs at least 2, because some are held out; got 1"):
         best_method(bloom, METHODS, trials[:1], None)
+
+
+@pytest.mark.parametrize("family", ["falcon", "old falcon", "alibi falcon"])
+def test_attention_that_is_not_seen_has_aligned_heads_by_its_weights(family):
+    model, batches = kv_zoo.build(family), [{"input_ids": tokens(2, 9)} for _ in range(3)]
+    before, heads = copy.deepcopy(model.state_dict()), 1 if family != "falcon" else 2
+    with pytest.raises(ValueError, match="svd needs attention through transformers' interface; use aligned without batches"):
+        bh.convert_kv_heads(model, heads, "svd", batches)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    chosen, losses = best_method(attentions_of(model, 2), METHODS, trials_of(model, [tokens(2, 9) for _ in range(3)]), None)
+    assert not any(isinstance(method, SVD) for method in losses)
+    assert Aligned() in losses
+    blind, seen = copy.deepcopy(model), copy.deepcopy(model)
+    bh.convert_kv_heads(blind, heads, "aligned")
+    bh.convert_kv_heads(seen, heads, "aligned", batches)
+    assert all(torch.equal(value, seen.state_dict()[name]) for name, value in blind.state_dict().items())
+    assert bh.convert_kv_heads(model, heads, "auto", batches).after == heads

@@ -11,7 +11,7 @@ from billhook.kv_heads.frequencies import Slots
 from billhook.kv_heads.layout import HeadTensors
 from billhook.kv_heads.methods import SVD, Reconstructing, Reconstruction
 from billhook.kv_heads.moments import Moments, grouped
-from billhook.kv_heads.symmetry import Block, Symmetries, Symmetry, in_order
+from billhook.kv_heads.symmetry import Mixing, Symmetries, Symmetry, in_order
 
 RESTARTS = 20
 """Number of random groupings to improve, besides the current one."""
@@ -48,12 +48,12 @@ def find_bases(
     return keys, _bases(readers, moments.values, _unchanged(symmetries.values), method)
 
 
-def _unchanged(symmetry: Symmetry) -> list[tuple[Block, Block]]:
+def _unchanged(symmetry: Symmetry) -> list[tuple[Mixing, Mixing]]:
     """Pairs each block of an old head with itself."""
     return [(block, block) for block in symmetry]
 
 
-def _bases(metric: Tensor, moments: Tensor, blocks: Sequence[tuple[Block, Block]], method: Reconstructing) -> Bases:
+def _bases(metric: Tensor, moments: Tensor, blocks: Sequence[tuple[Mixing, Mixing]], method: Reconstructing) -> Bases:
     groups, size, width = moments.shape[:3]
     basis = torch.eye(width, dtype=torch.float64, device=metric.device).repeat(groups, size, 1, 1)
     for old, _ in blocks:
@@ -74,7 +74,7 @@ def _bases(metric: Tensor, moments: Tensor, blocks: Sequence[tuple[Block, Block]
     return Bases(basis.flatten(0, 1), shared.flatten(0, 1), groups, lost / total if total else 0.0)
 
 
-def key_spectra(moments: Moments, method: SVD, blocks: Sequence[Block]) -> list[Tensor]:
+def key_spectra(moments: Moments, method: SVD, blocks: Sequence[Mixing]) -> list[Tensor]:
     """Returns for each block of keys the sum over groups of its spectra (see `SVD.spectrum`)."""
     spectra = []
     for block in blocks:
@@ -83,7 +83,7 @@ def key_spectra(moments: Moments, method: SVD, blocks: Sequence[Block]) -> list[
     return spectra
 
 
-def _of_block(metric: Tensor, moments: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+def _of_block(metric: Tensor, moments: Tensor, block: Mixing) -> tuple[Tensor, Tensor]:
     """Returns a block's part of the metric and Gram matrices.
 
     Pairs become complex numbers: E[z_i conj(z_j)].

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.kv_heads.layout import Projections
-from billhook.kv_heads.symmetry import Block, Symmetry, keys_mix
+from billhook.kv_heads.symmetry import Mixing, Symmetry, keys_mix
 from billhook.model.rotary import longrope, rope_parameters, rotary_embeddings, with_modules, with_rope_parameters
 
 EXACT = ("default", "linear", "llama3", "yarn", "longrope")
@@ -59,10 +59,10 @@ class Rotation:
     pairs: tuple[tuple[int, int], ...]
     rest: tuple[int, ...]
 
-    def block(self, numbers: Sequence[int], frequency: float) -> Block:
+    def block(self, numbers: Sequence[int], frequency: float) -> Mixing:
         """Returns the positions of pairs, and of the rest if the frequency is 0."""
         first, second = tuple(self.pairs[n][0] for n in numbers), tuple(self.pairs[n][1] for n in numbers)
-        return Block(first, second) if frequency else Block(self.rest + first + second)
+        return Mixing(first, second) if frequency else Mixing(self.rest + first + second)
 
     def within(self, bands: Sequence[Band]) -> list[float]:
         """Returns the frequency of each pair, equal within a band."""
@@ -168,15 +168,15 @@ class Slots:
         return sorted((band.frequency for band, count in counted for _ in range(count)), reverse=True)
 
     @property
-    def blocks(self) -> list[tuple[Block, Block]]:
+    def blocks(self) -> list[tuple[Mixing, Mixing]]:
         """Positions of each band, in an old head and in the new head."""
-        blocks, first = list[tuple[Block, Block]](), 0
+        blocks, first = list[tuple[Mixing, Mixing]](), 0
         for band, count in sorted(zip(self.bands, self.counts, strict=True), key=lambda pair: -pair[0].frequency):
             new = self.rotation.block(range(first, first + count), band.frequency)
             blocks.append((self.rotation.block(band.pairs, band.frequency), new))
             first += count
         if self.rotation.rest and self.bands[0].frequency:
-            blocks.append((Block(self.rotation.rest), Block(self.rotation.rest)))
+            blocks.append((Mixing(self.rotation.rest), Mixing(self.rotation.rest)))
         return blocks
 
 

@@ -234,15 +234,6 @@ def written(model: nn.Module, projections: Projections, tensors: HeadTensors) ->
     return {name: to_parameters(model.get_submodule(name), *matrix) for name, matrix in linears.items()}
 
 
-def moved_values(linear: nn.Module, rows: HeadRows, order: Sequence[int]) -> dict[str, Tensor]:
-    """Returns new parameters of the linear layer of values: each KV head has those of another."""
-    weight, bias = _copied(linear)
-    for tensor in (weight, bias):
-        if tensor is not None:
-            tensor[rows.index] = tensor[rows.index[list(order)]]  # in its own dtype: this runs for each batch and head of a group
-    return to_parameters(linear, weight, bias)
-
-
 def ties_of(model: nn.Module, projections: Mapping[str, Projections], groups: Mapping[str, int]) -> dict[str, Tie]:
     """Returns functions that average the gradient of a parameter over each group of KV heads.
 

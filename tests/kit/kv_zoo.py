@@ -94,10 +94,10 @@ ZOO: dict[str, tuple[str, dict[str, object], tuple[str, ...], str]] = {
 }
 
 
-def moments_of(model, places, groups, trials, comm=SINGLE_PROCESS):
+def moments_of(model, places, groups, runs, comm=SINGLE_PROCESS):
     """The moments of each attention in one number of groups."""
     found = {}
-    gather(model, places, groups, trials, lambda _, moments: found.update(moments), comm)
+    gather(model, places, groups, runs, lambda _, moments: found.update(moments), comm)
     return found
 
 

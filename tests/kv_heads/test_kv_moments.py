@@ -26,7 +26,7 @@ def case(family="llama", heads=4, queries=2, **changes):
     return model, find_projections(model, trace(model))
 
 
-def trial(model, ids, tokens=None, **more):
+def run_of(model, ids, tokens=None, **more):
     return Run(lambda: model(input_ids=ids, **more).logits.sum(), tokens or {})
 
 
@@ -96,7 +96,7 @@ def causal(rows, length, window=None):
 def test_they_are_those_of_attention_computed_by_hand(family, attention, groups):
     model, places = case(family, attn_implementation=attention, **{"sliding_window": 4} if family == "mistral" else {})
     ids = tokens(2, 9)
-    found = moments_of(model, places, dict.fromkeys(places, groups), [trial(model, ids)])
+    found = moments_of(model, places, dict.fromkeys(places, groups), [run_of(model, ids)])
     allowed = causal(2, 9, 4 if family == "mistral" else None)
     for (name, own), (x, angles) in zip(found.items(), hidden_states(model, ids), strict=True):
         expected = by_hand(model.get_submodule(name), x, angles, allowed, torch.ones(2, 9, dtype=torch.bool), groups)
@@ -118,7 +118,7 @@ def test_they_are_those_of_the_weights_that_the_models_own_code_returns(family, 
     source = inspect.getsource(sys.modules[type(model).__module__])  # in transformers 5.16, fewer families call the interface
     if "ALL_ATTENTION_FUNCTIONS" not in source:
         with pytest.raises(ValueError, match="svd needs attention through transformers' interface; use aligned without batches"):
-            moments_of(model, places, dict.fromkeys(places, 2), [trial(model, tokens(2, 7))])
+            moments_of(model, places, dict.fromkeys(places, 2), [run_of(model, tokens(2, 7))])
         return
     inputs, calls, function_of = small_inputs(model, length=7), {}, ALL_ATTENTION_FUNCTIONS.get_interface
 
@@ -152,14 +152,14 @@ def test_padding_does_not_count_and_is_not_attended_to():
     ids, mask = tokens(3, 8), torch.arange(8).expand(3, 8) < torch.tensor([[8], [5], [3]])
     linears = [rows.linear for place in places.values() for rows in (place.q, place.k, place.v, place.o)]
     counting = dict.fromkeys(linears, mask)
-    run = trial(model, ids, counting, attention_mask=mask.long())
+    run = run_of(model, ids, counting, attention_mask=mask.long())
     found = moments_of(model, places, dict.fromkeys(places, 2), [run])
     allowed = causal(3, 8) & mask[:, None]
     for (name, own), (x, angles) in zip(found.items(), hidden_states(model, ids, attention_mask=mask.long()), strict=True):
         expected = by_hand(model.get_submodule(name), x, angles, allowed, mask, 2)
         for one, other in zip((own.keys, own.values, own.queries), expected, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-10)
-    blind = moments_of(model, places, dict.fromkeys(places, 2), [trial(model, ids, {}, attention_mask=mask.long())])
+    blind = moments_of(model, places, dict.fromkeys(places, 2), [run_of(model, ids, {}, attention_mask=mask.long())])
     assert not any(torch.allclose(found[name].values, blind[name].values, rtol=1e-3) for name in places)
 
 
@@ -167,13 +167,13 @@ def test_padding_does_not_count_and_is_not_attended_to():
 def test_batches_and_ranks_add_up(family):
     model, places = case(family)
     groups, ids = dict.fromkeys(places, 2), tokens(4, 9)
-    whole = moments_of(model, places, groups, [trial(model, ids)])
-    parts = moments_of(model, places, groups, [trial(model, ids[:1]), trial(model, ids[1:])])
+    whole = moments_of(model, places, groups, [run_of(model, ids)])
+    parts = moments_of(model, places, groups, [run_of(model, ids[:1]), run_of(model, ids[1:])])
     copies = [copy.deepcopy(model) for _ in range(2)]
     cuts = (ids[:3], ids[3:])
 
     def one(rank, reduce):
-        return moments_of(copies[rank], places, groups, [trial(copies[rank], cuts[rank])], reduce)
+        return moments_of(copies[rank], places, groups, [run_of(copies[rank], cuts[rank])], reduce)
 
     for name in places:
         close(parts[name], whole[name])
@@ -194,7 +194,7 @@ def test_a_cross_attention_sees_what_the_encoder_gives_and_which_of_it_counts():
     name = "model.decoder.layers.1.encoder_attn"
     own, seen = model.get_submodule(name), []
     counting = {f"{name}.{linear}": mask for linear in ("k_proj", "v_proj")}
-    run = trial(model, ids, counting, attention_mask=mask.long(), decoder_input_ids=ids[:, :5])
+    run = run_of(model, ids, counting, attention_mask=mask.long(), decoder_input_ids=ids[:, :5])
     found = moments_of(model, places, dict.fromkeys(places, 2), [run])[name]
     hook = own.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
     with torch.no_grad():
@@ -223,7 +223,7 @@ def test_a_module_that_runs_in_every_layer_is_seen_in_every_layer():
         model.get_submodule(name).register_forward_hook(lambda _, args, output, name=name: seen[name].append(output))
         for name in seen
     ]
-    run = trial(model, tokens(2, 6))
+    run = run_of(model, tokens(2, 6))
     with torch.no_grad():
         run.forward()
     for hook in hooks:
@@ -240,12 +240,12 @@ def test_a_module_that_runs_in_every_layer_is_seen_in_every_layer():
 def test_in_bfloat16_sums_are_not_rounded(dtype):
     model, places = case()
     ids, groups = tokens(8, 32), dict.fromkeys(places, 2)
-    exact = moments_of(model, places, groups, [trial(model, ids)])
+    exact = moments_of(model, places, groups, [run_of(model, ids)])
     model = model.float() if dtype == "autocast" else model.bfloat16()
 
     def half():
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype == "autocast"):
-            return moments_of(model, places, groups, [trial(model, ids)])
+            return moments_of(model, places, groups, [run_of(model, ids)])
 
     found = half()
     for name in places:
@@ -294,13 +294,13 @@ def test_refusals_name_the_attention():
         [rows.linear for place in places.values() for rows in (place.k, place.o)], torch.zeros(2, 9, dtype=torch.bool)
     )
     with pytest.raises(ValueError, match=r"batches: model.layers.0.self_attn is not called, or receives no non-padding token"):
-        moments_of(model, places, groups, [trial(model, ids, nothing)])
+        moments_of(model, places, groups, [run_of(model, ids, nothing)])
     with pytest.raises(ValueError, match=r"batches: model.layers.0.self_attn is not called, or receives no non-padding token"):
         moments_of(model, places, groups, [Run(lambda: torch.zeros(()))])
     own = model.model.layers[1].self_attn
     own.k_proj.weight.data[3] = torch.nan
     with pytest.raises(ValueError, match=r"batches: model.layers.1.self_attn gives NaN or infinite values"):
-        moments_of(model, places, groups, [trial(model, ids)])
+        moments_of(model, places, groups, [run_of(model, ids)])
 
 
 @pytest.mark.parametrize("family", ["llama", "bart"])
@@ -308,7 +308,7 @@ def test_a_model_that_is_called_twice_in_a_run_is_seen_twice(family):
     model, places = case(family)
     groups, parts = dict.fromkeys(places, 2), [tokens(2, 9), tokens(3, 7)]
     found = moments_of(model, places, groups, [Run(lambda: [model(input_ids=ids) for ids in parts])])
-    expected = moments_of(model, places, groups, [trial(model, ids) for ids in parts])
+    expected = moments_of(model, places, groups, [run_of(model, ids) for ids in parts])
     for name in places:
         close(found[name], expected[name])
 
@@ -323,5 +323,5 @@ def test_statistics_go_with_their_block(monkeypatch):
         most.append(len(alive))
 
     monkeypatch.setattr(MomentSums, "__init__", begun)
-    moments_of(model, places, dict.fromkeys(places, 2), [trial(model, tokens(2, 7)) for _ in range(2)])
+    moments_of(model, places, dict.fromkeys(places, 2), [run_of(model, tokens(2, 7)) for _ in range(2)])
     assert most == [1] * len(places)

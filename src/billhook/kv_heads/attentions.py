@@ -1,6 +1,16 @@
-"""The attention modules to convert to fewer KV heads.
+"""The attention modules to convert to fewer KV heads: their statistics, and weights that make heads equal.
 
-Statistics of their heads, and weights that make heads equal.
+`equal_heads` in `convert.py` calls, in this order:
+
+1. `allowed` refuses methods that do not suit the symmetries of the modules (`find_symmetries`).
+2. `run` makes a run of each batch.
+3. `reconstructed` yields equal heads, by `_with_slots` if rotary frequencies are free, or else by `_equal`.
+   - `_with_slots` compares frequencies (`_bands`), sums spectra block by block (`key_spectra`), and allots slots (`allot`).
+   - `_equal` finds the bases of each module (`find_bases`), pools its heads (`pooled`), and stages each block.
+   - Both receive Gram matrices from `_by_block`: those of data (`gather`), or of weights (`weight_moments`).
+4. `repaired` refits the output layers (`repair_linears`).
+
+`best_method` calls 3 and 4 for all candidates, and `distance` on held-out batches, before `equal_heads` does for the best.
 """
 
 import math
@@ -79,8 +89,6 @@ class Attentions:
         fixed = [name for name, symmetries in self.symmetries.items() if not symmetries.order]
         if isinstance(method, SVD) and method.context is not None and method.context > self._longest:
             raise ValueError(f"context={method.context} must be at most max_position_embeddings={self._longest}")
-        if method.least_batches and not self.interface:
-            raise ValueError(f"method='{method.name}': {NOT_SEEN}")
         if method.grouping == "similar" and fixed:
             raise ValueError(
                 f"grouping='similar' reorders heads, which changes the output of {fixed[0]} (its code depends on "
@@ -91,6 +99,8 @@ class Attentions:
                 f"method='{method.name}': no change of basis preserves the output of {next(iter(self.projections))} (a "
                 "norm or a gate follows its projections): 'mean' works"
             )
+        if method.least_batches and not self.interface:
+            raise ValueError(f"method='{method.name}': {NOT_SEEN}")
 
     def allowed(self, methods: Sequence[Reconstructing]) -> list[Reconstructing]:
         """Returns the methods that suit the attention modules.
@@ -185,7 +195,10 @@ class Attentions:
         if left and self.interface and any(self.summed(len(runs))):
             attentions = {name: self.projections[name] for names in left.values() for name in names}
             return gather(self.model, attentions, groups, runs, use, self._comm)
-        return [use(block, ((name, self._weight_moments(name, groups[name])) for name in names)) for block, names in left.items()]
+        return [
+            use(block, ((name, weight_moments(self._read(name), groups[name])) for name in names))
+            for block, names in left.items()
+        ]
 
     def _seen_in(self, grouping: Grouping) -> dict[str, int]:
         """Returns the number of groups for the statistics.
@@ -194,9 +207,9 @@ class Attentions:
         """
         return {name: 1 if grouping == "similar" else self.groups[name] for name in self.projections}
 
-    def _weight_moments(self, name: str, groups: int) -> Moments:
+    def _read(self, name: str) -> HeadTensors:
         self.store.load(self.model.get_submodule(name))
-        return weight_moments(read(self.model, self.projections[name]), groups)
+        return read(self.model, self.projections[name])
 
     @property
     def interface(self) -> bool:
@@ -226,10 +239,10 @@ class Attentions:
         bands, how = self._bands(method, rotation, runs)
         turning = rotating_with(self.model, rotation.rope(self.model, rotation.within(bands)), runs)
         separate = bands_within(rotation, 0)
-        mixing = [rotation.block(band.pairs, band.frequency) for band in (*bands, *separate)]
+        mixings = [rotation.mixing(band.pairs, band.frequency) for band in (*bands, *separate)]
 
         def of_block(_: nn.Module | None, moments: Iterable[tuple[str, Moments]]) -> list[list[Tensor]]:
-            return [key_spectra(self._in_order(name, method, of_heads)[1], method, mixing) for name, of_heads in moments]
+            return [key_spectra(self._in_order(name, method, of_heads)[1], method, mixings) for name, of_heads in moments]
 
         of_modules = chain.from_iterable(self._by_block(method.grouping, turning, of_block))
         spectra = [torch.stack(of_band).sum(0).cpu() for of_band in zip(*of_modules, strict=True)]
@@ -270,9 +283,7 @@ class Attentions:
 
     def _in_order(self, name: str, method: Reconstructing, moments: Moments) -> tuple[HeadTensors, Moments]:
         """Returns heads, in float64, and their Gram matrices, with the heads of groups together."""
-        symmetries, groups = self.symmetries[name], self.groups[name]
-        self.store.load(self.model.get_submodule(name))
-        tensors = read(self.model, self.projections[name])
+        symmetries, groups, tensors = self.symmetries[name], self.groups[name], self._read(name)
         if method.grouping == "similar":
             # all ranks take the order of the first, as that follows from floats
             order = self._comm.decide(lambda: similar_order(tensors, moments, symmetries, method, groups))

@@ -58,13 +58,13 @@ class Mixing:
     imaginary: tuple[int, ...] = ()
 
     def put(self, matrices: Tensor, mix: Tensor, columns: "Mixing | None" = None) -> None:
-        """Writes a block's matrices into `[heads, width, width]`.
+        """Writes matrices that mix these dimensions into `[heads, width, width]`.
 
         A complex number a + ib as [[a, -b], [b, a]].
 
         Args:
             matrices: The matrices to change.
-            mix: Matrices of the block, or a single one.
+            mix: Matrices to write, or a single one.
             columns: Positions of columns; by default those of rows.
         """
         columns = columns or self
@@ -89,7 +89,7 @@ class Mixing:
 
 
 Symmetry = tuple[Mixing, ...]
-"""The blocks of a head; empty if no dimensions may be mixed."""
+"""Mixings of a head; empty if no dimensions may be mixed."""
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,8 @@ class AttentionProbe:
         ) -> Any:  # noqa: ANN401
             result = function(module, query, key, *rest, **options)
             as_projected = query.shape[1] == len(self.projections.q.index) and key.shape[3] == self.projections.k.index.shape[1]
-            attended.append(result[0] if as_projected else result[0][:0])
+            if module in self._module.modules():  # other threads may run other models
+                attended.append(result[0] if as_projected else result[0][:0])
             return result
 
         args, kwargs = tree_map_only((Tensor, Cache), _as_float64, self._call)
@@ -272,7 +273,7 @@ def find_symmetries(model: nn.Module, projections: Mapping[str, Projections]) ->
 
 
 def keys_mix(model: nn.Module, projections: Mapping[str, Projections], symmetry: Symmetry) -> bool:
-    """Returns whether keys may be mixed by the blocks of a symmetry."""
+    """Returns whether keys may be mixed as a symmetry states."""
     generator = torch.Generator().manual_seed(0)
     for _, attention in _probes(model, projections):
         with attention.as_float64():
@@ -345,11 +346,11 @@ def _reordered(order: Sequence[int], queries: int) -> Transform:
 
 
 def _drawn(count: int, width: int, symmetry: Symmetry, generator: torch.Generator) -> Tensor:
-    """Draws for each head a matrix that mixes the dimensions of its blocks."""
+    """Draws for each head a matrix of a symmetry."""
     matrices = torch.eye(width, dtype=torch.float64).repeat(count, 1, 1)
     for matrix in torch.split(matrices, 1):
-        for block in symmetry:
-            block.put(matrix, block.draw(generator))
+        for mixing in symmetry:
+            mixing.put(matrix, mixing.draw(generator))
     return matrices
 
 

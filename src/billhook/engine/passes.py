@@ -77,20 +77,20 @@ def watch_call_order(store: BlockStore, model: nn.Module) -> Iterator[CallOrder]
 
 
 @contextmanager
-def in_block_order(model: nn.Module, forwards: Sequence[Callable[[], object]], comm: Comm) -> Iterator[None]:
+def in_block_order(model: nn.Module, forwards: Sequence[Callable[[], object]], comm: Comm) -> Iterator[bool]:
     """Keeps all blocks in memory within the context if ranks share them and call them out of order.
 
-    The first run is executed once for that.
+    The first run is executed once for that. Yields whether blocks are loaded on demand.
     """
     store = store_of(model)
     with ExitStack() as stack:
-        if store.on_ranks:
+        if store.on_ranks and store.is_open:
             with store.independently(comm), watch_call_order(store, model) as passed:
                 for forward in forwards[:1]:
                     forward()
             if not all(comm.gather(passed.orderly)):
                 stack.enter_context(store.all_loaded())
-        yield
+        yield store.is_open
 
 
 class _Passed(Visitor):

@@ -103,8 +103,8 @@ def distances(
         if index == len(news):  # the last run of the batch: its logits are released
             del outputs[number - index]
 
-    with evaluating_without_grad(model), in_block_order(model, visits, comm), ExitStack() as stack:
-        owner, values = store_of(model).owner, dict[tuple[int, str], dict[str, Tensor]]()
+    with evaluating_without_grad(model), in_block_order(model, visits, comm) as on_demand, ExitStack() as stack:
+        owner, values = store_of(model).owner if on_demand else {}, dict[tuple[int, str], dict[str, Tensor]]()
 
         def enter(block: nn.Module | None) -> None:
             """Reads the new values of a block, on all ranks together, and drops those of the block before."""
@@ -131,7 +131,7 @@ def distances(
         for name in dict.fromkeys(name for new in news for name in new.values.modules):
             module = model.get_submodule(name)
             stack.enter_context(overridden(module, forward=partial(changed, name, module.forward)))
-        enter(None)  # outside of blocks, or of a model in memory
+        enter(None)  # outside of blocks, or of a model whose blocks are all in memory
         together([partial(visit, number) for number in range(len(visits))])
     sums = comm(torch.tensor([*totals, len(runs)], dtype=torch.float64, device=float64_device(comm.device)))
     return (sums[:-1] / sums[-1]).tolist()

@@ -1,7 +1,9 @@
 """Small models that have keys and values in every way that there is, with heads pooled and repeated, or mixes of one another."""
 
 import copy
+import inspect
 import math
+import sys
 
 import torch
 import transformers as tf
@@ -92,6 +94,11 @@ ZOO: dict[str, tuple[str, dict[str, object], tuple[str, ...], str]] = {
         "separate",
     ),
 }
+
+
+def calls_interface(model):
+    """Whether the model's code calls transformers' attention interface; in transformers 5.16, fewer families do."""
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(sys.modules[type(model).__module__])
 
 
 def moments_of(model, places, groups, runs, comm=SINGLE_PROCESS):

@@ -87,7 +87,7 @@ def test_the_numbers_of_each_family_may_be_mixed_as_its_code_says(family):
     found = freedoms_of(model)
     for number, own in enumerate(found):
         cross = family == "t5" and number in (3, 5)
-        assert own == Symmetries(keys, together(0, width), family not in FIXED or cross)
+        assert own == Symmetries(keys, together(0, width), family not in FIXED or cross, kv_zoo.calls_interface(model))
 
 
 def test_layers_without_positions_may_mix_more():
@@ -144,11 +144,11 @@ class Tricky(nn.Module):
 @pytest.mark.parametrize(
     ("trick", "expected"),
     [
-        ("nothing", Symmetries(together(0, 4), together(0, 4), True)),
-        ("norm of values", Symmetries(together(0, 4), (), True)),
-        ("gate of values", Symmetries(together(0, 4), (), True)),
-        ("a factor for each head", Symmetries(together(0, 4), together(0, 4), False)),
-        ("gate of keys", Symmetries((), together(0, 4), True)),
+        ("nothing", Symmetries(together(0, 4), together(0, 4), True, False)),
+        ("norm of values", Symmetries(together(0, 4), (), True, False)),
+        ("gate of values", Symmetries(together(0, 4), (), True, False)),
+        ("a factor for each head", Symmetries(together(0, 4), together(0, 4), False, False)),
+        ("gate of keys", Symmetries((), together(0, 4), True, False)),
     ],
 )
 def test_what_stands_in_between_is_noticed(trick, expected):

@@ -1,9 +1,7 @@
 """Moments against attention by hand: probabilities, what each query head is given of each head of its group, token by token."""
 
 import copy
-import inspect
 import math
-import sys
 import weakref
 
 import pytest
@@ -17,7 +15,7 @@ from billhook.kv_heads.moments import MomentSums
 from billhook.model.inputs import small_inputs
 from billhook.tracing.trace import trace
 from kit.families import EXTRA, tokens
-from kit.kv_zoo import ZOO, model_of, moments_of
+from kit.kv_zoo import ZOO, calls_interface, model_of, moments_of
 from kit.ranks import Ranks
 
 
@@ -115,8 +113,7 @@ def test_they_are_those_of_the_weights_that_the_models_own_code_returns(family, 
         {"head_dim": 8, "num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 8, "experts_implementation": "eager"},
     )  # with sinks
     model, places = case(family, attn_implementation="eager")
-    source = inspect.getsource(sys.modules[type(model).__module__])  # in transformers 5.16, fewer families call the interface
-    if "ALL_ATTENTION_FUNCTIONS" not in source:
+    if not calls_interface(model):
         with pytest.raises(ValueError, match="svd needs attention through transformers' interface; use aligned without batches"):
             moments_of(model, places, dict.fromkeys(places, 2), [run_of(model, tokens(2, 7))])
         return

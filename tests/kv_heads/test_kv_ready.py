@@ -190,7 +190,7 @@ def test_a_method_that_loses_a_number_that_is_none_is_not_taken():
     attentions.distance = lambda new, runs: float("nan") if not calls.append(0) and len(calls) == 1 else plain(new, runs)
     calls = []
     chosen, losses = best_method(attentions, METHODS, runs_of(model, [tokens() for _ in range(3)]), None)
-    assert list(losses) == METHODS[:3]  # of one group alone there is no choice
+    assert list(losses) == METHODS[:2]  # of one group alone there is no choice
     assert losses[Mean()] != losses[Mean()]
     assert chosen != Mean()
 
@@ -222,9 +222,12 @@ def test_refusals_say_what_works():
     bloom = attentions_of(kv_zoo.build("bloom"), 4)
     with pytest.raises(ValueError, match=r"grouping='similar' reorders heads, .*h.0.self_attention.*Use grouping='consecutive'"):
         bloom.check(SVD("similar"))
-    bloom.check(SVD())
+    with pytest.raises(
+        ValueError, match="method='svd': svd needs attention through transformers' interface; use aligned without"
+    ):
+        bloom.check(SVD())
     runs = runs_of(bloom.model, [tokens() for _ in range(3)])
-    assert list(best_method(bloom, METHODS, runs, None)[1]) == METHODS[:3]
+    assert list(best_method(bloom, METHODS, runs, None)[1]) == METHODS[:2]
     fixed = attentions_of(kv_zoo.build("deberta"), 4)
     assert set(fixed.symmetries.values()) == {Symmetries((), (), False, interface=False)}
     for start in ("aligned", "svd"):

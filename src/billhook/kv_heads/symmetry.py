@@ -94,7 +94,7 @@ Symmetry = tuple[Mixing, ...]
 
 @dataclass(frozen=True)
 class Symmetries:
-    """What may change in an attention module, and what can be seen of it.
+    """Changes that an attention module permits, and whether its attention weights are seen.
 
     Attributes:
         keys: Dimensions of keys that may be mixed.

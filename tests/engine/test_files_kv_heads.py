@@ -101,8 +101,8 @@ def test_the_same_method_is_taken(tmp_path, family):
     dense, streamed = bh.load(tmp_path / "dense"), bh.stream(tmp_path / "dense", tmp_path / "out")
     found = []
     for attentions in (Attentions(dense, groups(dense)), Attentions(streamed, groups(dense))):
-        methods, trials = bh.kv_methods.Auto().candidates, [attentions.trial(batch) for batch in rows(masked=True)]
-        found.append(best_method(attentions, methods, trials))
+        methods, runs = bh.kv_methods.Auto().candidates, [attentions.run(batch) for batch in rows(masked=True)]
+        found.append(best_method(attentions, methods, runs))
     assert found[0] == found[1]
     assert len(set(found[0][1].values())) > 1
 

@@ -1,7 +1,9 @@
 """Small models that have keys and values in every way that there is, with heads pooled and repeated, or mixes of one another."""
 
 import copy
+import inspect
 import math
+import sys
 
 import torch
 import transformers as tf
@@ -94,10 +96,16 @@ ZOO: dict[str, tuple[str, dict[str, object], tuple[str, ...], str]] = {
 }
 
 
-def moments_of(model, places, groups, trials, comm=SINGLE_PROCESS):
+def calls_interface(model):
+    """Whether the model's code calls transformers' attention interface; in transformers 5.16, fewer families do."""
+    return "ALL_ATTENTION_FUNCTIONS" in inspect.getsource(sys.modules[type(model).__module__])
+
+
+def moments_of(model, places, groups, runs, comm=SINGLE_PROCESS):
     """The moments of each attention in one number of groups."""
-    found = gather(model, places, {name: [number] for name, number in groups.items()}, trials, comm)
-    return {name: found[name][groups[name]] for name in found}
+    found = {}
+    gather(model, places, groups, runs, lambda _, moments: found.update(moments), comm)
+    return found
 
 
 def build(family: str, **changes: object) -> PreTrainedModel:

@@ -32,7 +32,7 @@ def attentions_of(model, groups, comm=SINGLE_PROCESS):
     return Attentions(model, dict.fromkeys(find_projections(model, trace(model)), groups), comm)
 
 
-def trials_of(model, parts):
+def runs_of(model, parts):
     return [Run(lambda ids=ids: model(input_ids=ids, labels=ids).loss) for ids in parts]
 
 
@@ -56,6 +56,11 @@ def changed(model, new):
     return model
 
 
+def equal(attentions, method, runs):
+    ((_, new),) = attentions.reconstructed([method], runs)
+    return new
+
+
 @torch.no_grad()
 def distance(one, other, ids):
     return float((one(ids).logits - other(ids).logits).norm() / other(ids).logits.norm())
@@ -72,14 +77,14 @@ def test_auto_takes_what_stays_nearest_on_held_out_batches(monkeypatch):
     (number,) = RepairConfig().held_out_batches(len(parts))
     held_out, compared, distance = parts[number], [], attentions.distance
     monkeypatch.setattr(attentions, "distance", lambda new, *rest: compared.append(new) or distance(new, *rest))
-    chosen, losses = best_method(attentions, METHODS, trials_of(attentions.model, parts), None)
+    chosen, losses = best_method(attentions, METHODS, runs_of(attentions.model, parts), None)
     assert list(losses) == METHODS == list(Auto().candidates)
     with torch.no_grad():
         for method, new in zip(losses, (new for new in compared if new.values), strict=True):  # not those of frequencies alone
             near = divergence(attentions.model, changed(attentions.model, new), held_out)
             assert near == pytest.approx(losses[method], rel=1e-4)
-    seen = trials_of(attentions.model, [part for part in parts if part is not held_out])
-    for name, value in attentions.equal(Aligned(), attentions.moments(seen, "consecutive")).items():
+    seen = runs_of(attentions.model, [part for part in parts if part is not held_out])
+    for name, value in equal(attentions, Aligned(), seen).values.items():
         torch.testing.assert_close(value, compared[1].values[name])
     assert chosen == min(losses, key=losses.get)
     assert losses[SVD()] < losses[Aligned()] < losses[Mean()]
@@ -97,8 +102,8 @@ def test_auto_never_passes_over_what_is_exact(family):
         for name, place in attentions.projections.items():
             with_stacks(model, place, mixed(read(model, place), attentions.symmetries[name], 2))
         torch.manual_seed(seed)
-        trials = trials_of(model, [tokens(4, 12) for _ in range(4)])
-        chosen, distances = best_method(attentions, METHODS, trials, None)
+        runs = runs_of(model, [tokens(4, 12) for _ in range(4)])
+        chosen, distances = best_method(attentions, METHODS, runs, None)
         assert distances[chosen] < 1e-9 < distances[Mean()], (seed, distances)
         assert isinstance(chosen, SVD)
 
@@ -123,10 +128,10 @@ def test_the_distance_of_states_and_of_what_counts():
 @pytest.mark.parametrize("start", ["mean", "svd"])
 def test_repair_brings_a_trained_model_nearer_to_what_it_was_on_text_it_has_not_seen(start):
     attentions, parts, unseen = trained()
-    model, trials = attentions.model, trials_of(attentions.model, parts)
+    model, runs = attentions.model, runs_of(attentions.model, parts)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    new = EqualHeads(attentions.equal(method_of(start), attentions.moments(trials, "consecutive")))
-    better = attentions.repaired(new, trials, RepairConfig())
+    new = equal(attentions, method_of(start), runs)
+    better = attentions.repaired(new, runs, RepairConfig())
     assert better.values.modules.keys() == new.values.modules.keys() | set(attentions.downs)
     assert len(attentions.downs) == 4
     far, near = (distance(changed(model, one), model, unseen) for one in (new, better))
@@ -144,34 +149,34 @@ def test_repair_works_where_each_block_ends_in_a_norm_and_with_gpt2s_linears(fam
     model, parts = kv_zoo.build(family), [tokens(8, 24) for _ in range(5)]
     attentions = attentions_of(model, 4)
     assert len(attentions.downs) == 2
-    trials = [Run(lambda ids=ids: model(ids).logits.sum()) for ids in parts]
-    new = EqualHeads(attentions.equal(Mean(), attentions.moments(trials, "consecutive")))
+    runs = [Run(lambda ids=ids: model(ids).logits.sum()) for ids in parts]
+    new = equal(attentions, Mean(), runs)
     for repair in (RepairConfig(), RepairConfig(compensate=False)):
-        better = attentions.repaired(new, trials, repair)
+        better = attentions.repaired(new, runs, repair)
         far, near = (distance(changed(model, one), model, tokens(8, 24)) for one in (new, better))
         assert near < 0.9 * far
 
 
 def test_a_module_that_is_called_in_every_layer_can_be_converted_but_not_repaired():
     model = kv_zoo.build("albert")
-    attentions, trials = (
+    attentions, runs = (
         attentions_of(model, 4),
         [Run(lambda: model(tokens(4, 12)).logits.sum()) for _ in range(3)],
     )
-    new = EqualHeads(attentions.equal(SVD(), attentions.moments(trials, "consecutive")))
+    new = equal(attentions, SVD(), runs)
     assert distance(changed(model, new), model, tokens()) > 0
     with pytest.raises(ValueError, match=r"repair: .*attention.* is called several times in a run, so it cannot be compared"):
-        attentions.repaired(new, trials, RepairConfig())
+        attentions.repaired(new, runs, RepairConfig())
 
 
 def test_the_distance_is_the_mean_of_batches_and_leaves_the_model_as_it_is():
     model, parts = llama(), [tokens(2, 9) for _ in range(3)]
     attentions = attentions_of(model, 2)
-    new = EqualHeads(attentions.equal(Mean(), attentions.moments([], "consecutive")))
+    new = equal(attentions, Mean(), [])
     before, same = copy.deepcopy(model.state_dict()), EqualHeads(LazyTensors({}))
     for autocast in (False, True):  # which keeps the weights that it has cast
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
-            found = [attentions.distance(one, trials_of(model, parts)) for one in (same, new, same)]
+            found = [attentions.distance(one, runs_of(model, parts)) for one in (same, new, same)]
             expected = [divergence(model, changed(model, new), ids) for ids in parts]
         assert found == pytest.approx([0, sum(expected) / 3, 0], rel=1e-5)
         assert found[1] > 1e-6
@@ -182,9 +187,9 @@ def test_a_method_that_loses_a_number_that_is_none_is_not_taken():
     model = llama()
     attentions = attentions_of(model, 1)
     plain = attentions.distance
-    attentions.distance = lambda new, trials: float("nan") if not calls.append(0) and len(calls) == 1 else plain(new, trials)
+    attentions.distance = lambda new, runs: float("nan") if not calls.append(0) and len(calls) == 1 else plain(new, runs)
     calls = []
-    chosen, losses = best_method(attentions, METHODS, trials_of(model, [tokens() for _ in range(3)]), None)
+    chosen, losses = best_method(attentions, METHODS, runs_of(model, [tokens() for _ in range(3)]), None)
     assert list(losses) == METHODS[:3]  # of one group alone there is no choice
     assert losses[Mean()] != losses[Mean()]
     assert chosen != Mean()
@@ -195,10 +200,10 @@ def test_ranks_choose_the_same_and_are_refused_together():
     models = [copy.deepcopy(model) for model in [llama()] * 2]
 
     def one(rank, reduce, cut):
-        trials = trials_of(models[rank], cut[rank])
-        return best_method(attentions_of(models[rank], 2, reduce), METHODS, trials, None)
+        runs = runs_of(models[rank], cut[rank])
+        return best_method(attentions_of(models[rank], 2, reduce), METHODS, runs, None)
 
-    alone = best_method(attentions_of(models[0], 2), METHODS, trials_of(models[0], parts), None)
+    alone = best_method(attentions_of(models[0], 2), METHODS, runs_of(models[0], parts), None)
     for cut in ((parts[::2], parts[1::2]), ([], parts)):
         first, second = Ranks(2).run(functools.partial(one, cut=cut))
         assert first == second
@@ -217,11 +222,14 @@ def test_refusals_say_what_works():
     bloom = attentions_of(kv_zoo.build("bloom"), 4)
     with pytest.raises(ValueError, match=r"grouping='similar' reorders heads, .*h.0.self_attention.*Use grouping='consecutive'"):
         bloom.check(SVD("similar"))
-    bloom.check(SVD())
-    trials = trials_of(bloom.model, [tokens() for _ in range(3)])
-    assert list(best_method(bloom, METHODS, trials, None)[1]) == METHODS[:3]
+    with pytest.raises(
+        ValueError, match="method='svd': svd needs attention through transformers' interface; use aligned without"
+    ):
+        bloom.check(SVD())
+    runs = runs_of(bloom.model, [tokens() for _ in range(3)])
+    assert list(best_method(bloom, METHODS, runs, None)[1]) == METHODS[:2]
     fixed = attentions_of(kv_zoo.build("deberta"), 4)
-    assert set(fixed.symmetries.values()) == {Symmetries((), (), False)}
+    assert set(fixed.symmetries.values()) == {Symmetries((), (), False, interface=False)}
     for start in ("aligned", "svd"):
         with pytest.raises(
             ValueError, match=rf"method='{start}': no change of basis preserves the output of deberta.*'mean' works"
@@ -230,4 +238,21 @@ def test_refusals_say_what_works():
     fixed.check(Mean())
     attentions_of(build("qwen3"), 2).check(SVD("similar"))  # of which values are free
     with pytest.raises(ValueError, match=r"'auto' needs at least 2, because some are held out; got 1"):
-        best_method(bloom, METHODS, trials[:1], None)
+        best_method(bloom, METHODS, runs[:1], None)
+
+
+@pytest.mark.parametrize("family", ["falcon", "old falcon", "alibi falcon"])
+def test_attention_that_is_not_seen_has_aligned_heads_by_its_weights(family):
+    model, batches = kv_zoo.build(family), [{"input_ids": tokens(2, 9)} for _ in range(3)]
+    before, heads = copy.deepcopy(model.state_dict()), 1 if family != "falcon" else 2
+    with pytest.raises(ValueError, match="svd needs attention through transformers' interface; use aligned without batches"):
+        bh.convert_kv_heads(model, heads, "svd", batches)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    chosen, losses = best_method(attentions_of(model, 2), METHODS, runs_of(model, [tokens(2, 9) for _ in range(3)]), None)
+    assert not any(isinstance(method, SVD) for method in losses)
+    assert Aligned() in losses
+    blind, seen = copy.deepcopy(model), copy.deepcopy(model)
+    bh.convert_kv_heads(blind, heads, "aligned")
+    bh.convert_kv_heads(seen, heads, "aligned", batches)
+    assert all(torch.equal(value, seen.state_dict()[name]) for name, value in blind.state_dict().items())
+    assert bh.convert_kv_heads(model, heads, "auto", batches).after == heads

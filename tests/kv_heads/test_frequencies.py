@@ -108,8 +108,8 @@ def test_slots_go_where_the_sum_of_what_is_kept_is_largest():
     assert kept(slots.counts) == max(map(kept, ways))
     assert len(slots.frequencies) == 4
     assert slots.frequencies == sorted(slots.frequencies, reverse=True)
-    new = [positions for _, block in slots.blocks for positions in (*block.real, *block.imaginary)]
-    old = [positions for block, _ in slots.blocks for positions in (*block.real, *block.imaginary)]
+    new = [positions for _, new in slots.mixings for positions in (*new.real, *new.imaginary)]
+    old = [positions for old, _ in slots.mixings for positions in (*old.real, *old.imaginary)]
     assert sorted(new) == sorted(old) == list(range(8))
 
 
@@ -117,8 +117,8 @@ def test_dimensions_that_do_not_rotate_share_those_of_the_slowest_pairs():
     turning = rotation(1.0, 0.01, rest=(4, 5))
     slots = allot(turning, bands_within(turning, 0.02), [torch.tensor([9.0, 8.0, 5.0, 5.0]), torch.tensor([4.0, 1.0])])
     assert slots.counts == (1, 1)
-    assert slots.blocks[-1][1].real == (4, 5, 1, 3)
-    still = Slots(turning, bands_within(turning, 0), (1, 1)).blocks[-1]
+    assert slots.mixings[-1][1].real == (4, 5, 1, 3)
+    still = Slots(turning, bands_within(turning, 0), (1, 1)).mixings[-1]
     assert still[0].real == still[1].real == (4, 5)
 
 

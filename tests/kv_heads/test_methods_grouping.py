@@ -90,13 +90,13 @@ def test_another_order_alone_changes_no_logits_and_has_the_moments_that_it_is_sa
     model, order = model_of(family, 4), [2, 0, 3, 1]
     places, ids = find_projections(model, trace(model)), tokens(3, 20)
     run = (lambda: model(ids, decoder_input_ids=ids[:, :9]).logits) if family == "bart" else lambda: model(ids).logits
-    trials = [Run(lambda: run().sum())]
-    before, logits = moments_of(model, places, dict.fromkeys(places, 1), trials), run()
+    runs = [Run(lambda: run().sum())]
+    before, logits = moments_of(model, places, dict.fromkeys(places, 1), runs), run()
     for place in places.values():
         with_stacks(model, place, in_order(read(model, place), order))
     torch.testing.assert_close(run(), logits)
-    whole = moments_of(model, places, dict.fromkeys(places, 1), trials)
-    after = moments_of(model, places, dict.fromkeys(places, 2), trials)
+    whole = moments_of(model, places, dict.fromkeys(places, 1), runs)
+    after = moments_of(model, places, dict.fromkeys(places, 2), runs)
     for name in places:
         found = before[name].in_order(order, 2)
         torch.testing.assert_close(found.queries, after[name].queries)

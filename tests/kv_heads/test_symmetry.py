@@ -10,7 +10,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 from billhook.engine.lazy import by_parameter
 from billhook.engine.store import store_of
 from billhook.kv_heads.layout import find_projections, read, written
-from billhook.kv_heads.symmetry import AttentionProbe, Block, Symmetries, find_symmetries, see_calls
+from billhook.kv_heads.symmetry import AttentionProbe, Mixing, Symmetries, find_symmetries, see_calls
 from billhook.tracing.trace import trace
 from kit import families, kv_zoo
 from kit.families import llama
@@ -21,19 +21,19 @@ def freedoms_of(model):
 
 
 def together(start, end):
-    return (Block(tuple(range(start, end))),) if start < end else ()
+    return (Mixing(tuple(range(start, end))),) if start < end else ()
 
 
 def apart(width, rotary=None):
     """Pairs half of the rotary width apart (Llama, NeoX), and the rest together."""
     half = (rotary or width) // 2
-    return (*(Block((f,), (f + half,)) for f in range(half)), *together(2 * half, width))
+    return (*(Mixing((f,), (f + half,)) for f in range(half)), *together(2 * half, width))
 
 
 def beside(width, rotary=None):
     """Pairs side by side (GPT-J, Cohere), and the rest together."""
     half = (rotary or width) // 2
-    return (*(Block((2 * f,), (2 * f + 1,)) for f in range(half)), *together(2 * half, width))
+    return (*(Mixing((2 * f,), (2 * f + 1,)) for f in range(half)), *together(2 * half, width))
 
 
 WIDE = {"hidden_size": 128, "num_attention_heads": 8, "head_dim": 16}
@@ -87,7 +87,7 @@ def test_the_numbers_of_each_family_may_be_mixed_as_its_code_says(family):
     found = freedoms_of(model)
     for number, own in enumerate(found):
         cross = family == "t5" and number in (3, 5)
-        assert own == Symmetries(keys, together(0, width), family not in FIXED or cross)
+        assert own == Symmetries(keys, together(0, width), family not in FIXED or cross, kv_zoo.calls_interface(model))
 
 
 def test_layers_without_positions_may_mix_more():
@@ -144,11 +144,11 @@ class Tricky(nn.Module):
 @pytest.mark.parametrize(
     ("trick", "expected"),
     [
-        ("nothing", Symmetries(together(0, 4), together(0, 4), True)),
-        ("norm of values", Symmetries(together(0, 4), (), True)),
-        ("gate of values", Symmetries(together(0, 4), (), True)),
-        ("a factor for each head", Symmetries(together(0, 4), together(0, 4), False)),
-        ("gate of keys", Symmetries((), together(0, 4), True)),
+        ("nothing", Symmetries(together(0, 4), together(0, 4), True, False)),
+        ("norm of values", Symmetries(together(0, 4), (), True, False)),
+        ("gate of values", Symmetries(together(0, 4), (), True, False)),
+        ("a factor for each head", Symmetries(together(0, 4), together(0, 4), False, False)),
+        ("gate of keys", Symmetries((), together(0, 4), True, False)),
     ],
 )
 def test_what_stands_in_between_is_noticed(trick, expected):

@@ -96,9 +96,9 @@ def test_heads_of_a_group_stay_equal(groups, method):
     batches = batches_for(dense)
     plan = plan_kv_heads(dense, groups, bh.kv_heads.methods.method_of(method) if isinstance(method, str) else method)
     attentions = find_attentions(dense, plan)
-    trials = [attentions.trial(batch) for batch in batches]
-    ((_, new),) = attentions.reconstructed([plan.method], trials)
-    tuned = attentions.repaired(new, trials, bh.RepairConfig(match=FEW)).values
+    runs = [attentions.run(batch) for batch in batches]
+    ((_, new),) = attentions.reconstructed([plan.method], runs)
+    tuned = attentions.repaired(new, runs, bh.RepairConfig(match=FEW)).values
     changed = 0
     for name in attentions.projections:
         for kind in ("k_proj.weight", "v_proj.weight", "k_proj.bias", "v_proj.bias"):

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from billhook.engine.comm import SINGLE_PROCESS, Comm
 from billhook.engine.sharding import is_sharded, unsharded
 from billhook.engine.shards import ShardStore
-from billhook.engine.state import evaluating_without_grad
 from billhook.engine.store import BlockStore, store_of
 from billhook.engine.trees import tree_map_only
 from billhook.engine.walk import Site, Visitor, Walk, blocks_of
@@ -77,20 +76,21 @@ def watch_call_order(store: BlockStore, model: nn.Module) -> Iterator[CallOrder]
         yield seen
 
 
-@torch.no_grad()
-def runs_blockwise(model: nn.Module, forwards: Sequence[Callable[[], object]], comm: Comm = SINGLE_PROCESS) -> bool:
-    """Returns whether work can be done block by block, on all ranks.
+@contextmanager
+def in_block_order(model: nn.Module, forwards: Sequence[Callable[[], object]], comm: Comm) -> Iterator[bool]:
+    """Keeps all blocks in memory within the context if ranks share them and call them out of order.
 
-    This holds for blocks in files. For blocks that ranks share, the first run is executed and its call order recorded.
+    The first run is executed once for that. Yields whether blocks are loaded on demand.
     """
     store = store_of(model)
-    if not store.on_ranks or not store.in_lockstep:
-        return store.in_files
-    with evaluating_without_grad(model), store.independently(comm), watch_call_order(store, model) as passed:
-        for forward in forwards[:1]:
-            forward()
-    seen = comm.gather((bool(forwards), passed.orderly))
-    return any(runs for runs, _ in seen) and all(orderly for _, orderly in seen)
+    with ExitStack() as stack:
+        if store.on_ranks and store.is_open:
+            with store.independently(comm), watch_call_order(store, model) as passed:
+                for forward in forwards[:1]:
+                    forward()
+            if not all(comm.gather(passed.orderly)):
+                stack.enter_context(store.all_loaded())
+        yield store.is_open
 
 
 class _Passed(Visitor):
@@ -196,24 +196,26 @@ class SideBySide:
     Args:
         model: The model.
         leave: Called with each block after all runs on all ranks have passed it. With it, all models run side by side.
-        orderly: Whether blocks that ranks share are called in order. Then all ranks run side by side too.
-        comm: The ranks.
+        comm: Ranks that call blocks together, in order. With them, all models run side by side. None lets each rank run alone.
+        enter: Called with each block after it is loaded, on all ranks.
+
+    Attributes:
+        blocks: The blocks at which runs wait for each other.
     """
 
     def __init__(
         self,
         model: nn.Module,
         leave: Callable[[nn.Module], None] | None = None,
-        orderly: bool = False,
-        comm: Comm = SINGLE_PROCESS,
+        comm: Comm | None = None,
+        enter: Callable[[nn.Module], None] | None = None,
     ) -> None:
-        self._store, self._comm = store_of(model), comm
-        if orderly or (self._store.blocks and not self._store.on_ranks):
-            blocks = list(self._store.blocks.values())
-        else:
-            blocks = [] if leave is None else blocks_of(model)
-        self._sites = [Site(block, {}) for block in blocks]
-        self._leave = leave
+        self._store, self._comm, self._leave, self._enter = store_of(model), comm or SINGLE_PROCESS, leave, enter
+        self.blocks = list[nn.Module]()
+        if self._store.blocks and (comm is not None or not self._store.on_ranks):
+            self.blocks = list(self._store.blocks.values())
+        elif leave is not None or comm is not None:
+            self.blocks = blocks_of(model)
         self._walk: Walk | None = None
         self._number = 0
 
@@ -224,14 +226,20 @@ class SideBySide:
 
     def __call__(self, forwards: Sequence[Callable[[], object]]) -> None:
         """Calls functions that each run the model once, without gradients."""
-        if not self._sites:
+        if not self.blocks:
             for self._number, forward in enumerate(forwards):
                 forward()
             return
         with spilling(self._store):
             passed = _Passed(len(forwards), self._leave)
-            self._walk = Walk(self._sites, passed, self._comm, self._store.load)  # on all ranks, also without runs
+            self._walk = Walk([Site(block, {}) for block in self.blocks], passed, self._comm, self._load)
             self._walk(forwards)
+
+    def _load(self, block: nn.Module) -> None:
+        """Loads a block on all ranks, also without runs."""
+        self._store.load(block)
+        if self._enter is not None:
+            self._enter(block)
 
 
 def run_side_by_side(model: nn.Module, forwards: Sequence[Callable[[], object]]) -> None:

@@ -88,11 +88,6 @@ class ShardStore(BlockStore):
     def _has_blocks(self, module: nn.Module) -> bool:
         return not self.owner.keys().isdisjoint(module.modules())
 
-    @property
-    def in_lockstep(self) -> bool:
-        """Returns whether all ranks load the same blocks, which `independently` suspends."""
-        return self._round_comm is None
-
     def begin(self) -> dict[nn.Parameter, nn.Parameter]:
         """Replaces shards by full parameters and installs hooks; returns parameters by shard."""
         for (module, name), shard in self._original.items():

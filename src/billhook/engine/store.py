@@ -82,11 +82,6 @@ class BlockStore(ABC):
             self.owner |= dict.fromkeys(block.modules(), block)
 
     @property
-    def in_lockstep(self) -> bool:
-        """True if all ranks load the same blocks in order, which `independently` suspends."""
-        return True
-
-    @property
     def is_open(self) -> bool:
         """True if blocks are loaded on demand now."""
         return bool(self.blocks)

@@ -1,14 +1,24 @@
-"""The attention modules to convert to fewer KV heads.
+"""The attention modules to convert to fewer KV heads: their statistics, and weights that make heads equal.
 
-Statistics of their heads, and weights that make heads equal.
+`equal_heads` in `convert.py` calls, in this order:
+
+1. `allowed` refuses methods that do not suit the symmetries of the modules (`find_symmetries`).
+2. `run` makes a run of each batch.
+3. `reconstructed` yields equal heads, by `_with_slots` if rotary frequencies are free, or else by `_equal`.
+   - `_with_slots` compares frequencies (`_bands`), sums spectra block by block (`key_spectra`), and allots slots (`allot`).
+   - `_equal` finds the bases of each module (`find_bases`), pools its heads (`pooled`), and stages each block.
+   - Both receive Gram matrices from `_by_block`: those of data (`gather`), or of weights (`weight_moments`).
+4. `repaired` refits the output layers (`repair_linears`).
+
+`best_method` calls 3 and 4 for all candidates, and `distance` on held-out batches, before `equal_heads` does for the best.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 import torch
@@ -18,16 +28,15 @@ from billhook.adapters.merge import MERGE_HINT, adapter_layers
 from billhook.engine.batches import Loss, Run, run_with_loss, runs_fingerprint
 from billhook.engine.comm import SINGLE_PROCESS, Comm
 from billhook.engine.lazy import LazyTensors, by_parameter
-from billhook.engine.passes import SideBySide, runs_blockwise
 from billhook.engine.store import store_of
 from billhook.engine.walk import blocks_of
 from billhook.kv_heads.basis import find_bases, key_spectra, pooled, similar_order
 from billhook.kv_heads.distance import EqualHeads, distances
 from billhook.kv_heads.frequencies import Band, Rotation, Slots, allot, bands_within, find_rotation, lost
-from billhook.kv_heads.layout import HeadTensors, Projections, find_projections, read, ties_of, written
+from billhook.kv_heads.layout import HeadTensors, find_projections, read, ties_of, written
 from billhook.kv_heads.methods import SVD, Grouping, KVMethod, Reconstructing
-from billhook.kv_heads.moments import MomentPass, Moments, gather, weight_moments
-from billhook.kv_heads.symmetry import Block, find_symmetries, in_order
+from billhook.kv_heads.moments import NOT_SEEN, Moments, T, gather, weight_moments
+from billhook.kv_heads.symmetry import find_symmetries, in_order
 from billhook.linalg import float64_device
 from billhook.model.config_fields import text_config
 from billhook.model.layers import is_linear, size_of
@@ -90,6 +99,8 @@ class Attentions:
                 f"method='{method.name}': no change of basis preserves the output of {next(iter(self.projections))} (a "
                 "norm or a gate follows its projections): 'mean' works"
             )
+        if method.least_batches and not self.interface:
+            raise ValueError(f"method='{method.name}': {NOT_SEEN}")
 
     def allowed(self, methods: Sequence[Reconstructing]) -> list[Reconstructing]:
         """Returns the methods that suit the attention modules.
@@ -107,12 +118,12 @@ class Attentions:
             raise refusal
         return allowed
 
-    def trial(self, batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
+    def run(self, batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
         """Returns a run of a batch, with the non-padding tokens of each linear layer."""
         names = {linear for attention in self.projections.values() for linear in attention.linears} | set(self.downs)
         return run_with_loss(self.model, {name: self.model.get_submodule(name) for name in names}, batch, loss)
 
-    def choosing(self, runs: int, repair: RepairConfig | None = None) -> set[int]:
+    def held_out_batches(self, runs: int, repair: RepairConfig | None = None) -> set[int]:
         """Returns the indices of this rank's runs that are held out to choose a ridge penalty."""
         return (repair or RepairConfig()).held_out_on_rank(runs, self._comm)
 
@@ -123,12 +134,71 @@ class Attentions:
         ).tolist()
         return sums
 
-    def moments(self, trials: Sequence[Run], grouping: Grouping) -> dict[str, Moments]:
-        """Returns the Gram matrices of heads on data, or of the weights if no rank has data."""
+    @torch.no_grad()
+    def reconstructed(
+        self, methods: Sequence[Reconstructing], runs: Sequence[Run]
+    ) -> Iterator[tuple[Reconstructing, EqualHeads]]:
+        """Yields for each method the parameters with equal heads in each group.
+
+        The methods have the same grouping. One pass serves all that keep the rotary frequencies, and statistics are dropped with
+        their block.
+        """
+        rotation, why = self.rotation if any(map(_moves_frequencies, methods)) else (None, "")
+        fixed = [method for method in methods if rotation is None or not _moves_frequencies(method)]
+        for method, values in self._equal(fixed, runs) if fixed else ():
+            yield method, EqualHeads(values, how=why if _moves_frequencies(method) else "")
+        for method in methods:
+            if rotation is not None and isinstance(method, SVD) and method not in fixed:
+                yield method, self._with_slots(method, rotation, runs)
+
+    def _equal(
+        self, methods: Sequence[Reconstructing], runs: Sequence[Run], slots: Slots | None = None
+    ) -> Iterator[tuple[Reconstructing, LazyTensors]]:
+        """Yields equal heads by each method. Blocks that an interrupted process has finished are reused."""
+        store, grouping, new = self.store, methods[0].grouping, LazyTensors({})
+
+        def equal(block: nn.Module | None, moments: Iterable[tuple[str, Moments]]) -> LazyTensors:
+            values = dict[str, Tensor]()
+            for name, of_heads in moments:
+                for number, method in enumerate(methods):
+                    tensors, ordered = self._in_order(name, method, of_heads)
+                    bases = find_bases(tensors, ordered, self.symmetries[name], method, slots)
+                    written_out = written(self.model, self.projections[name], pooled(tensors, *bases))
+                    values |= {f"{number} {parameter}": value for parameter, value in by_parameter(written_out).items()}
+            return store.stage(block, values)
+
+        with store.step(f"heads of {self.groups} by {methods} {slots}", partial(runs_fingerprint, runs)):
+            finished = [block for block in store.blocks.values() if store.read_staged(block) is not None]
+            for part in (*(store.stage(block, {}) for block in finished), *self._by_block(grouping, runs, equal, finished)):
+                new |= part
+        for number, method in enumerate(methods):
+            prefix = f"{number} "
+            reads = {name.removeprefix(prefix): read for name, read in new.reads.items() if name.startswith(prefix)}
+            yield method, LazyTensors(reads)
+
+    def _by_block(
+        self,
+        grouping: Grouping,
+        runs: Sequence[Run],
+        use: Callable[[nn.Module | None, Iterable[tuple[str, Moments]]], T],
+        finished: Sequence[nn.Module] = (),
+    ) -> list[T]:
+        """Passes the moments of attention modules to `use`, block by block, except for finished blocks.
+
+        They are those of data, or of weights if no rank has data or attention weights are not seen.
+        """
+        inside = defaultdict[nn.Module | None, list[str]](list)
+        for name in self.projections:
+            inside[self.store.owner.get(self.model.get_submodule(name))].append(name)
+        left = {block: names for block, names in inside.items() if block not in finished}
         groups = self._seen_in(grouping)
-        numbers = {name: [number] for name, number in groups.items()}
-        of_data = gather(self.model, self.projections, numbers, trials, self._comm) if any(self.summed(len(trials))) else {}
-        return {name: of_data[name][groups[name]] if of_data else self._weight_moments(name, groups[name]) for name in groups}
+        if left and self.interface and any(self.summed(len(runs))):
+            attentions = {name: self.projections[name] for names in left.values() for name in names}
+            return gather(self.model, attentions, groups, runs, use, self._comm)
+        return [
+            use(block, ((name, weight_moments(self._read(name), groups[name])) for name in names))
+            for block, names in left.items()
+        ]
 
     def _seen_in(self, grouping: Grouping) -> dict[str, int]:
         """Returns the number of groups for the statistics.
@@ -137,43 +207,14 @@ class Attentions:
         """
         return {name: 1 if grouping == "similar" else self.groups[name] for name in self.projections}
 
-    def _weight_moments(self, name: str, groups: int) -> Moments:
+    def _read(self, name: str) -> HeadTensors:
         self.store.load(self.model.get_submodule(name))
-        return weight_moments(read(self.model, self.projections[name]), groups)
+        return read(self.model, self.projections[name])
 
-    @torch.no_grad()
-    def reconstructed(
-        self, methods: Sequence[Reconstructing], trials: Sequence[Run]
-    ) -> Iterator[tuple[Reconstructing, EqualHeads]]:
-        """Yields for each method the parameters with equal heads in each group.
-
-        If blocks are streamed, one pass serves all methods that keep the rotary frequencies, and statistics are dropped with
-        their block. If ranks share blocks and call them out of order, the statistics of all attention modules are in memory at
-        once.
-        """
-        rotation, why = self.rotation if any(map(_moves_frequencies, methods)) else (None, "")
-        fixed = [method for method in methods if rotation is None or not _moves_frequencies(method)]
-        for method, values in self._with_frequencies(fixed, trials) if fixed else ():
-            yield method, EqualHeads(values, how=why if _moves_frequencies(method) else "")
-        for method in methods:
-            if rotation is not None and isinstance(method, SVD) and method not in fixed:
-                yield method, self._with_slots(method, rotation, trials)
-
-    def _with_frequencies(
-        self, methods: Sequence[Reconstructing], trials: Sequence[Run], slots: Slots | None = None
-    ) -> Iterator[tuple[Reconstructing, LazyTensors]]:
-        if not self._blockwise(trials):
-            moments = self.moments(trials, methods[0].grouping)
-            for method in methods:
-                yield method, self.equal(method, moments, slots=slots)
-            return
-        new = self._by_block(methods, trials, slots).reads
-        for number, method in enumerate(methods):
-            prefix = f"{number} "
-            yield method, LazyTensors({name.removeprefix(prefix): new[name] for name in new if name.startswith(prefix)})
-
-    def _blockwise(self, trials: Sequence[Run]) -> bool:
-        return runs_blockwise(self.model, [trial.visit for trial in trials], self._comm)
+    @property
+    def interface(self) -> bool:
+        """True if attention weights are seen, because all modules call transformers' attention interface."""
+        return all(symmetries.interface for symmetries in self.symmetries.values())
 
     @property
     def _longest(self) -> float:
@@ -193,27 +234,23 @@ class Attentions:
         except ValueError as error:
             return None, f"rotary frequencies stay, because {error}"
 
-    def _with_slots(self, method: SVD, rotation: Rotation, trials: Sequence[Run]) -> EqualHeads:
+    def _with_slots(self, method: SVD, rotation: Rotation, runs: Sequence[Run]) -> EqualHeads:
         """Returns the parameters with slots at the frequencies that keep the most."""
-        bands, how = self._bands(method, rotation, trials)
-        turning = rotating_with(self.model, rotation.rope(self.model, rotation.within(bands)), trials)
+        bands, how = self._bands(method, rotation, runs)
+        turning = rotating_with(self.model, rotation.rope(self.model, rotation.within(bands)), runs)
         separate = bands_within(rotation, 0)
-        blocks = [rotation.block(band.pairs, band.frequency) for band in (*bands, *separate)]
+        mixings = [rotation.mixing(band.pairs, band.frequency) for band in (*bands, *separate)]
 
-        def chosen(spectra: Sequence[Tensor]) -> Slots:
-            of_separate = spectra[len(bands) :]
-            slots = allot(rotation, separate, of_separate)
-            if lost(slots, of_separate) > NOTHING:
-                slots = allot(rotation, bands, spectra[: len(bands)])
-            return self._comm.decide(lambda: slots)
+        def of_block(_: nn.Module | None, moments: Iterable[tuple[str, Moments]]) -> list[list[Tensor]]:
+            return [key_spectra(self._in_order(name, method, of_heads)[1], method, mixings) for name, of_heads in moments]
 
-        if self._blockwise(turning):
-            slots = chosen(self._spectra_by_block(method, blocks, turning))
-            ((_, values),) = self._with_frequencies([method], turning, slots)
-        else:
-            moments = self.moments(turning, method.grouping)
-            slots = chosen(self._sum(self._spectra(name, method, of_heads, blocks) for name, of_heads in moments.items()))
-            values = self.equal(method, moments, slots=slots)
+        of_modules = chain.from_iterable(self._by_block(method.grouping, turning, of_block))
+        spectra = [torch.stack(of_band).sum(0).cpu() for of_band in zip(*of_modules, strict=True)]
+        slots = allot(rotation, separate, spectra[len(bands) :])
+        if lost(slots, spectra[len(bands) :]) > NOTHING:  # frequencies that stay apart cost nothing, so bands come second
+            slots = allot(rotation, bands, spectra[: len(bands)])
+        slots = self._comm.decide(lambda: slots)
+        ((_, values),) = self._equal([method], turning, slots)
         if slots.frequencies == list(rotation.frequencies):
             return EqualHeads(values, None, "rotary frequencies stay")
         rope = rotation.rope(self.model, slots.frequencies)
@@ -221,10 +258,10 @@ class Attentions:
         notes = [how] * (slots.bands == bands) + [f"rope_type: {' -> '.join(types)}"]
         return EqualHeads(values, rope, "; ".join(notes))
 
-    def _bands(self, method: SVD, rotation: Rotation, trials: Sequence[Run]) -> tuple[tuple[Band, ...], str]:
+    def _bands(self, method: SVD, rotation: Rotation, runs: Sequence[Run]) -> tuple[tuple[Band, ...], str]:
         """Returns the widest bands within the tolerance of the method, and a description."""
         context = method.context or (int(self._longest) if self._longest < math.inf else MOST)
-        rows = self._rows(trials, min(context, MOST))
+        rows = self._rows(runs, min(context, MOST))
         choices = [bands_within(rotation, angle / context) for angle in ANGLES]
         ropes = [rotation.rope(self.model, rotation.within(bands)) for bands in choices]
         distances = self.distances([EqualHeads(LazyTensors({}), rope) for rope in ropes], rows)
@@ -234,100 +271,19 @@ class Attentions:
                 return bands, f"angles change by up to {angle} radians over {context} tokens, {cost}"
         return bands_within(rotation, 0), "no angle changes"
 
-    def _rows(self, trials: Sequence[Run], length: int) -> list[Run]:
+    def _rows(self, runs: Sequence[Run], length: int) -> list[Run]:
         """Returns a long row of each source if its batches can be joined, or else the runs."""
         rows: dict[str, list[Tensor]] = defaultdict(list)
-        for trial in trials:
-            if not isinstance(trial.batch, Mapping) or not {"input_ids"} <= trial.batch.keys() <= TEXT:
-                return list(trials)
-            ids, mask = trial.batch["input_ids"], trial.batch.get("attention_mask")
-            rows[trial.source].append(ids.flatten() if mask is None else ids[mask.bool()])
-        return [self.trial({"input_ids": torch.cat(ids)[None, :length]}) for ids in rows.values()]
-
-    def _spectra_by_block(self, method: SVD, blocks: Sequence[Block], trials: Sequence[Run]) -> list[Tensor]:
-        """Returns the sums of all spectra, for attention modules whose blocks are dropped."""
-        groups, inside = self._seen_in(method.grouping), self._by_owner()
-        listening = MomentPass(self.model, self.projections, {name: [groups[name]] for name in groups}, trials, self._comm)
-        spectra = []
-
-        def leave(block: nn.Module | None) -> None:
-            for name in inside.pop(block, []):
-                spectra.append(self._spectra(name, method, listening.take(name)[name][groups[name]], blocks))
-
-        listening.run(SideBySide(self.model, leave, True, self._comm))
-        for block in list(inside):
-            leave(block)
-        return self._sum(spectra)
-
-    def _by_owner(self) -> dict[nn.Module | None, list[str]]:
-        """Returns the names of attention modules by the block that holds them."""
-        inside: dict[nn.Module | None, list[str]] = defaultdict(list)
-        for name in self.projections:
-            inside[self.store.owner.get(self.model.get_submodule(name))].append(name)
-        return inside
-
-    def _spectra(self, name: str, method: SVD, moments: Moments, blocks: Sequence[Block]) -> list[Tensor]:
-        self.store.load(self.model.get_submodule(name))
-        return key_spectra(self._in_order(name, method, moments)[1], method, blocks)
-
-    @staticmethod
-    def _sum(spectra: Iterable[Sequence[Tensor]]) -> list[Tensor]:
-        return [torch.stack(of_band).sum(0).cpu() for of_band in zip(*spectra, strict=True)]
-
-    def _by_block(self, methods: Sequence[Reconstructing], trials: Sequence[Run], slots: Slots | None) -> LazyTensors:
-        """Returns the parameters of all methods, prefixed by their index.
-
-        Results of an interrupted process are reused.
-        """
-        store, groups, inside, new = self.store, self._seen_in(methods[0].grouping), self._by_owner(), LazyTensors({})
-        with store.step(f"heads of {self.groups} by {methods} {slots}", partial(runs_fingerprint, trials)):
-            known, left = set[nn.Module](), dict[str, Projections]()
-            for block, names in inside.items():
-                if block is not None and store.read_staged(block) is not None:
-                    known.add(block)
-                else:
-                    left |= {name: self.projections[name] for name in names}
-            listening = MomentPass(self.model, left, {name: [groups[name]] for name in left}, trials, self._comm)
-            has_data = bool(left) and any(self.summed(len(trials)))
-
-            def stage(block: nn.Module | None) -> None:
-                nonlocal new
-                names, values = inside.pop(block, []), dict[str, Tensor]()
-                for name in names if block not in known else ():
-                    of_data = listening.take(name)[name] if has_data else {}
-                    moments = of_data.get(groups[name]) or self._weight_moments(name, groups[name])
-                    for number, method in enumerate(methods):
-                        equal = by_parameter(self.equal_in(name, method, moments, slots))
-                        values |= {f"{number} {parameter}": value for parameter, value in equal.items()}
-                if names:
-                    new |= store.stage(block, values)
-
-            if has_data:
-                listening.run(SideBySide(self.model, stage, True, self._comm))
-            for block in list(inside):  # what no run has come to, which is refused, and what is in no block
-                stage(block)
-        return new
-
-    def equal(self, method: Reconstructing, moments: Mapping[str, Moments], slots: Slots | None = None) -> LazyTensors:
-        """Returns parameters with equal heads in each group."""
-        new = LazyTensors({})
-        for name, of_heads in moments.items():
-            new |= self.store.stage(None, by_parameter(self.equal_in(name, method, of_heads, slots)))
-        return new
-
-    def equal_in(
-        self, name: str, method: Reconstructing, moments: Moments, slots: Slots | None = None
-    ) -> dict[str, dict[str, Tensor]]:
-        """Returns the same for an attention module, by linear layer and parameter name."""
-        self.store.load(self.model.get_submodule(name))
-        tensors, moments = self._in_order(name, method, moments)
-        bases = find_bases(tensors, moments, self.symmetries[name], method, slots)
-        return written(self.model, self.projections[name], pooled(tensors, *bases))
+        for run in runs:
+            if not isinstance(run.batch, Mapping) or not {"input_ids"} <= run.batch.keys() <= TEXT:
+                return list(runs)
+            ids, mask = run.batch["input_ids"], run.batch.get("attention_mask")
+            rows[run.source].append(ids.flatten() if mask is None else ids[mask.bool()])
+        return [self.run({"input_ids": torch.cat(ids)[None, :length]}) for ids in rows.values()]
 
     def _in_order(self, name: str, method: Reconstructing, moments: Moments) -> tuple[HeadTensors, Moments]:
         """Returns heads, in float64, and their Gram matrices, with the heads of groups together."""
-        symmetries, groups = self.symmetries[name], self.groups[name]
-        tensors = read(self.model, self.projections[name])
+        symmetries, groups, tensors = self.symmetries[name], self.groups[name], self._read(name)
         if method.grouping == "similar":
             # all ranks take the order of the first, as that follows from floats
             order = self._comm.decide(lambda: similar_order(tensors, moments, symmetries, method, groups))
@@ -335,19 +291,17 @@ class Attentions:
         return tensors, moments
 
     def repaired(
-        self, new: EqualHeads, trials: Sequence[Run], repair: RepairConfig, progress: OnProgress | None = None
+        self, new: EqualHeads, runs: Sequence[Run], repair: RepairConfig, progress: OnProgress | None = None
     ) -> EqualHeads:
         """Returns the parameters with refitted output layers of attention and MLP modules."""
         kept = {name: torch.ones(width, dtype=torch.bool) for name, width in self.widths.items()}
         self.not_refitted.clear()
-        pruned = rotating_with(self.model, new.rope, trials)
+        pruned = rotating_with(self.model, new.rope, runs)
         if repair.match is not None and new.rope is not None and self.rotates_in_blocks:
             kind = type(self.model).__name__  # tuning runs a block alone, and the module in it keeps the old frequencies
             raise ValueError(f"match: the blocks of {kind} rotate keys themselves. Use SVD(frequencies='fixed').")
         ties = ties_of(self.model, self.projections, self.groups)
-        fitted = repair_linears(
-            self.model, kept, pruned, repair, self._comm, new.values, progress, self.not_refitted, trials, ties
-        )
+        fitted = repair_linears(self.model, kept, pruned, repair, self._comm, new.values, progress, self.not_refitted, runs, ties)
         return replace(new, values=new.values | fitted)
 
     @property
@@ -365,14 +319,14 @@ class Attentions:
         readers = [attention.o.linear for attention in self.projections.values()]
         return {name: size_of(self.model.get_submodule(name))[1] for name in dict.fromkeys([*readers, *self.downs])}
 
-    def distance(self, new: EqualHeads, trials: Sequence[Run]) -> float:
+    def distance(self, new: EqualHeads, runs: Sequence[Run]) -> float:
         """Returns the mean distance of outputs with other parameters from the unchanged model's."""
-        return self.distances([new], trials)[0]
+        return self.distances([new], runs)[0]
 
-    def distances(self, news: Sequence[EqualHeads], trials: Sequence[Run]) -> list[float]:
+    def distances(self, news: Sequence[EqualHeads], runs: Sequence[Run]) -> list[float]:
         """Returns the same for several sets of parameters, in a single read of blocks."""
         *_, last = self.projections.values()
-        return distances(self.model, news, trials, self._comm, last.o.linear)
+        return distances(self.model, news, runs, self._comm, last.o.linear)
 
     def passes(self, method: KVMethod, repair: RepairConfig | None) -> int:
         """Returns how often the blocks of a model in files are read at most until heads are equal."""

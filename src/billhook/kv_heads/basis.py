@@ -11,7 +11,7 @@ from billhook.kv_heads.frequencies import Slots
 from billhook.kv_heads.layout import HeadTensors
 from billhook.kv_heads.methods import SVD, Reconstructing, Reconstruction
 from billhook.kv_heads.moments import Moments, grouped
-from billhook.kv_heads.symmetry import Block, Symmetries, Symmetry, in_order
+from billhook.kv_heads.symmetry import Mixing, Symmetries, Symmetry, in_order
 
 RESTARTS = 20
 """Number of random groupings to improve, besides the current one."""
@@ -44,28 +44,28 @@ def find_bases(
     """
     outputs = grouped(tensors.o, len(tensors.k))
     readers = torch.einsum("jhoa,jhob->jab", outputs, outputs)
-    keys = _bases(moments.queries, moments.keys, _unchanged(symmetries.keys) if slots is None else slots.blocks, method)
+    keys = _bases(moments.queries, moments.keys, _unchanged(symmetries.keys) if slots is None else slots.mixings, method)
     return keys, _bases(readers, moments.values, _unchanged(symmetries.values), method)
 
 
-def _unchanged(symmetry: Symmetry) -> list[tuple[Block, Block]]:
-    """Pairs each block of an old head with itself."""
-    return [(block, block) for block in symmetry]
+def _unchanged(symmetry: Symmetry) -> list[tuple[Mixing, Mixing]]:
+    """Pairs each mixing of an old head with itself."""
+    return [(mixing, mixing) for mixing in symmetry]
 
 
-def _bases(metric: Tensor, moments: Tensor, blocks: Sequence[tuple[Block, Block]], method: Reconstructing) -> Bases:
+def _bases(metric: Tensor, moments: Tensor, mixings: Sequence[tuple[Mixing, Mixing]], method: Reconstructing) -> Bases:
     groups, size, width = moments.shape[:3]
     basis = torch.eye(width, dtype=torch.float64, device=metric.device).repeat(groups, size, 1, 1)
-    for old, _ in blocks:
+    for old, _ in mixings:
         basis[:, :, [*old.real, *old.imaginary]] = 0
     shared, lost, total = basis / size, 0.0, 0.0
     for number, group_metric in enumerate(grouped(metric, groups)):
-        for old, new in blocks:
+        for old, new in mixings:
             if not new.real:  # a band without a slot
                 continue
-            of_block = _of_block(group_metric, moments[number], old)
+            part = _part_of(group_metric, moments[number], old)
             rank = (len(new.real),) if isinstance(method, SVD) else ()
-            one_head = method.reconstruct(*of_block, *rank)
+            one_head = method.reconstruct(*part, *rank)
             old.put(basis[number], one_head.basis, new)
             new.put(shared[number], one_head.shared, old)
         shared[number] *= method.factor(moments[number], shared[number])
@@ -74,21 +74,21 @@ def _bases(metric: Tensor, moments: Tensor, blocks: Sequence[tuple[Block, Block]
     return Bases(basis.flatten(0, 1), shared.flatten(0, 1), groups, lost / total if total else 0.0)
 
 
-def key_spectra(moments: Moments, method: SVD, blocks: Sequence[Block]) -> list[Tensor]:
-    """Returns for each block of keys the sum over groups of its spectra (see `SVD.spectrum`)."""
+def key_spectra(moments: Moments, method: SVD, mixings: Sequence[Mixing]) -> list[Tensor]:
+    """Returns for each mixing of keys the sum over groups of its spectra (see `SVD.spectrum`)."""
     spectra = []
-    for block in blocks:
+    for mixing in mixings:
         groups = zip(grouped(moments.queries, len(moments.keys)), moments.keys, strict=True)
-        spectra.append(torch.stack([method.spectrum(*_of_block(metric, keys, block)) for metric, keys in groups]).sum(0))
+        spectra.append(torch.stack([method.spectrum(*_part_of(metric, keys, mixing)) for metric, keys in groups]).sum(0))
     return spectra
 
 
-def _of_block(metric: Tensor, moments: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-    """Returns a block's part of the metric and Gram matrices.
+def _part_of(metric: Tensor, moments: Tensor, mixing: Mixing) -> tuple[Tensor, Tensor]:
+    """Returns a mixing's part of the metric and Gram matrices.
 
     Pairs become complex numbers: E[z_i conj(z_j)].
     """
-    r, i = list(block.real), list(block.imaginary)
+    r, i = list(mixing.real), list(mixing.imaginary)
     if not i:
         return metric[:, r][:, :, r], moments[:, r][:, :, :, r]
 

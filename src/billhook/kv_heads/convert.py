@@ -41,20 +41,20 @@ BatchAndLoss = tuple[Any, Loss | None]
 
 
 def best_method(
-    attentions: Attentions, methods: Sequence[Reconstructing], trials: Sequence[Run], repair: RepairConfig | None = None
+    attentions: Attentions, methods: Sequence[Reconstructing], runs: Sequence[Run], repair: RepairConfig | None = None
 ) -> tuple[Reconstructing, dict[Reconstructing, float]]:
     """Returns the method that stays closest to the held-out outputs, and all distances.
 
     Outputs are compared because the loss varies by chance more than two good methods differ. The held-out batches also choose a
     repair's ridge penalty. Each method is repaired, but not matched, before the comparison if more than one other batch remains.
     """
-    choosing = attentions.choosing(len(trials), repair)
+    numbers = attentions.held_out_batches(len(runs), repair)
     repair = repair and replace(repair, match=None)
-    some, besides = attentions.summed(len(choosing), len(attentions.choosing(len(trials) - len(choosing), repair)))
+    some, besides = attentions.summed(len(numbers), len(attentions.held_out_batches(len(runs) - len(numbers), repair)))
     if not some:
-        raise ValueError(f"batches: 'auto' needs at least 2, because some are held out; got {len(trials)} here")
-    seen = [trial for number, trial in enumerate(trials) if number not in choosing]
-    held_out = [trial for number, trial in enumerate(trials) if number in choosing]
+        raise ValueError(f"batches: 'auto' needs at least 2, because some are held out; got {len(runs)} here")
+    seen = [run for number, run in enumerate(runs) if number not in numbers]
+    held_out = [run for number, run in enumerate(runs) if number in numbers]
     distances: dict[Reconstructing, float] = {}
     for grouping, alike in groupby(attentions.allowed(methods), lambda method: method.grouping):
         if grouping == "similar" and not attentions.may_group:
@@ -85,21 +85,21 @@ def equal_heads(
     """
     attentions.check_adapters(repair)
     chosen, *others = attentions.allowed(method.candidates)
-    trials = [attentions.trial(*pair) for pair in batches]
+    runs = [attentions.run(*pair) for pair in batches]
     least, what = batches_needed(method, repair)
-    (number,) = attentions.summed(len(trials))
+    (number,) = attentions.summed(len(runs))
     if number < least:
         why = "because some are held out" if least > 1 else "to compute statistics of the heads"
         raise ValueError(f"batches: {what} needs at least {least}, {why}; got {number:g}")
     how, notes = str(method), list[str]()
     if len(method.candidates) > 1:
-        chosen, losses = best_method(attentions, [chosen, *others], trials, repair)
+        chosen, losses = best_method(attentions, [chosen, *others], runs, repair)
         how = f"{method}: {chosen}"
         notes.append("distances on held-out batches: " + ", ".join(f"{each} {loss:.3g}" for each, loss in losses.items()))
-    ((_, new),) = attentions.reconstructed([chosen], trials)
+    ((_, new),) = attentions.reconstructed([chosen], runs)
     notes.append(new.how)
     if repair is not None:
-        new = attentions.repaired(new, trials, repair, progress)
+        new = attentions.repaired(new, runs, repair, progress)
         how += ", repaired"
         notes.append(not_refitted_message(attentions.not_refitted))
     return replace(new, how="; ".join(filter(None, [how, *notes])))

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import count
 from statistics import fmean
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.nn.functional import log_softmax
 from billhook.engine.batches import Run
 from billhook.engine.comm import SINGLE_PROCESS, Comm
 from billhook.engine.lazy import LazyTensors
-from billhook.engine.passes import SideBySide
+from billhook.engine.passes import SideBySide, in_block_order
 from billhook.engine.state import evaluating_without_grad, overridden, replaced
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_leaves
@@ -24,9 +23,6 @@ from billhook.model.rotary import RopeParameters, rotating_with
 
 ROWS = 256
 """Number of predictions to compare at a time, as float64 takes memory."""
-
-Compare = Callable[[Run, int, list[Any], list[Any]], None]
-"""Compares the outputs of a run before and after a change, of this number."""
 
 
 @dataclass(frozen=True)
@@ -80,88 +76,62 @@ def _states(output: Any) -> Tensor:  # noqa: ANN401
 
 @torch.no_grad()
 def distances(
-    model: nn.Module, news: Sequence[EqualHeads], trials: Sequence[Run], comm: Comm = SINGLE_PROCESS, linear: str = ""
+    model: nn.Module, news: Sequence[EqualHeads], runs: Sequence[Run], comm: Comm = SINGLE_PROCESS, linear: str = ""
 ) -> list[float]:
     """Returns the mean distance of outputs to the unchanged model's, for sets of parameters.
 
-    Blocks of a streamed model are read once.
+    All runs pass a block before the next one, so blocks on demand are loaded once.
 
     Args:
         model: The model, which stays unchanged.
         news: The sets of parameters.
-        trials: The batches.
+        runs: The batches.
         comm: The ranks, each with its own batches.
         linear: Linear layer whose non-padding tokens are compared.
     """
-    totals = [0.0] * len(news)
+    totals, outputs, visits = [0.0] * len(news), dict[int, list[Any]](), list[Callable[[], Any]]()
+    for run in runs:
+        for new in (EqualHeads(LazyTensors({})), *news):  # the first run of a batch has the model's own parameters
+            visits += [turning.visit for turning in rotating_with(model, new.rope, [run])]
 
-    def compare(trial: Run, number: int, expected: list[Any], other: list[Any]) -> None:
-        between = partial(distance_between, tokens=trial.tokens.get(linear))
-        totals[number] += fmean(between(*pair) for pair in zip(expected, other, strict=True))
+    def visit(number: int) -> None:
+        result, (batch, index) = visits[number](), divmod(number, 1 + len(news))
+        outputs.setdefault(number, [result])  # if the run does not call the model
+        if index:  # runs end in order
+            between, expected = partial(distance_between, tokens=runs[batch].tokens.get(linear)), outputs[number - index]
+            totals[index - 1] += fmean(between(*pair) for pair in zip(expected, outputs.pop(number), strict=True))
+        if index == len(news):  # the last run of the batch: its logits are released
+            del outputs[number - index]
 
-    if store_of(model).in_files:
-        _compare_side_by_side(model, news, trials, compare)
-    else:
-        _compare(model, news, trials, compare, comm)
-    device = float64_device(comm.device)
-    sums = comm(torch.tensor([*totals, len(trials)], dtype=torch.float64, device=device))
-    return (sums[:-1] / sums[-1]).tolist()
+    with evaluating_without_grad(model), in_block_order(model, visits, comm) as on_demand, ExitStack() as stack:
+        owner, values = store_of(model).owner if on_demand else {}, dict[tuple[int, str], dict[str, Tensor]]()
 
+        def enter(block: nn.Module | None) -> None:
+            """Reads the new values of a block, on all ranks together, and drops those of the block before."""
+            for index, new in enumerate(news):
+                for name in new.values.modules:
+                    place = owner.get(model.get_submodule(name))
+                    if place is block:
+                        values[index, name] = new.values.of_module(name)
+                    elif place is not None:
+                        values.pop((index, name), None)
 
-def _compare(model: nn.Module, news: Sequence[EqualHeads], trials: Sequence[Run], compare: Compare, comm: Comm) -> None:
-    """Runs each batch before and after each change, until no rank has a run left."""
-    store = store_of(model)
-    for number in count():
-        trial = trials[number : number + 1]
-        if not comm(torch.tensor([float(len(trial))], device=comm.device)).any():
-            return
-        outputs = []
-        for index, new in enumerate([EqualHeads(LazyTensors({})), *news]):
-            with store.computing_with(new.values), store.independently(comm):
-                outputs += [_outputs(model, turning) for turning in rotating_with(model, new.rope, trial)]
-            if trial and index:
-                compare(trial[0], index - 1, outputs[0], outputs.pop())
+        def changed(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+            index = together.run % (1 + len(news)) - 1
+            if index < 0 or name not in news[index].values.modules:
+                return forward(*args, **kwargs)
+            of_module = values.get((index, name)) or news[index].values.of_module(name)  # of a block that is called again
+            with replaced({model.get_submodule(name): of_module}):
+                return forward(*args, **kwargs)
 
-
-def _outputs(model: nn.Module, trial: Run) -> list[Any]:
-    """Returns the outputs of each call of the model, or else the output of the run."""
-    outputs = []
-    with evaluating_without_grad(model), ExitStack() as stack:
-        stack.callback(model.register_forward_hook(lambda _module, _args, output: outputs.append(output)).remove)
-        result = trial.visit()
-    return outputs or [result]
-
-
-def _compare_side_by_side(model: nn.Module, news: Sequence[EqualHeads], trials: Sequence[Run], compare: Compare) -> None:
-    """Does the same for a streamed model, with a single read of its blocks."""
-    of_block, expected = dict[tuple[int, str], dict[str, Tensor]](), dict[int, Any]()
-    together = SideBySide(model, lambda _: of_block.clear())  # new parameters of the block that computes
-
-    def changed(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        index = together.run % (1 + len(news)) - 1
-        if index < 0 or name not in news[index].values.modules:  # the first of these runs has the model's own parameters
-            return forward(*args, **kwargs)
-        if (index, name) not in of_block:
-            of_block[index, name] = news[index].values.of_module(name)
-        with replaced({model.get_submodule(name): of_block[index, name]}):
-            return forward(*args, **kwargs)
-
-    def run(number: int, index: int, turning: Run) -> None:
-        output = turning.visit()
-        if index < 0:
-            expected[number] = output
-        else:  # runs end in order
-            compare(trials[number], index, [expected[number]], [output])
-        if index == len(news) - 1:  # the last run of the batch: its logits are released
-            del expected[number]
-
-    visits = []
-    for number, trial in enumerate(trials):
-        visits.append(partial(run, number, -1, trial))
-        for index, new in enumerate(news):
-            visits += [partial(run, number, index, turning) for turning in rotating_with(model, new.rope, [trial])]
-    with evaluating_without_grad(model), ExitStack() as stack:
+        together = SideBySide(model, None, comm, enter)
+        stack.callback(
+            model.register_forward_hook(lambda _module, _args, output: outputs.setdefault(together.run, []).append(output)).remove
+        )
         for name in dict.fromkeys(name for new in news for name in new.values.modules):
-            linear = model.get_submodule(name)
-            stack.enter_context(overridden(linear, forward=partial(changed, name, linear.forward)))
-        together(visits)
+            module = model.get_submodule(name)
+            stack.enter_context(overridden(module, forward=partial(changed, name, module.forward)))
+        enter(None)  # outside of blocks, or of a model whose blocks are all in memory
+        together([partial(visit, number) for number in range(len(visits))])
+    sums = comm(torch.tensor([*totals, len(runs)], dtype=torch.float64, device=float64_device(comm.device)))
+    return (sums[:-1] / sums[-1]).tolist()

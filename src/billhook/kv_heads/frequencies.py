@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.kv_heads.layout import Projections
-from billhook.kv_heads.symmetry import Block, Symmetry, keys_mix
+from billhook.kv_heads.symmetry import Mixing, Symmetry, keys_mix
 from billhook.model.rotary import longrope, rope_parameters, rotary_embeddings, with_modules, with_rope_parameters
 
 EXACT = ("default", "linear", "llama3", "yarn", "longrope")
@@ -59,10 +59,10 @@ class Rotation:
     pairs: tuple[tuple[int, int], ...]
     rest: tuple[int, ...]
 
-    def block(self, numbers: Sequence[int], frequency: float) -> Block:
+    def mixing(self, numbers: Sequence[int], frequency: float) -> Mixing:
         """Returns the positions of pairs, and of the rest if the frequency is 0."""
         first, second = tuple(self.pairs[n][0] for n in numbers), tuple(self.pairs[n][1] for n in numbers)
-        return Block(first, second) if frequency else Block(self.rest + first + second)
+        return Mixing(first, second) if frequency else Mixing(self.rest + first + second)
 
     def within(self, bands: Sequence[Band]) -> list[float]:
         """Returns the frequency of each pair, equal within a band."""
@@ -91,14 +91,14 @@ def find_rotation(model: nn.Module, projections: Mapping[str, Projections], symm
     lists = [name for name, value in stated.items() if isinstance(value, list)]
     if stated["rope_type"] not in EXACT or (lists and stated.get("short_factor") != stated.get("long_factor")):
         raise ValueError(f"rope_type='{stated['rope_type']}' ({', '.join(stated)}) permits no other frequencies")
-    pairs = [block for block in symmetries[0] if block.imaginary]
+    pairs = [mixing for mixing in symmetries[0] if mixing.imaginary]
     if len(set(symmetries)) > 1 or not pairs:
         raise ValueError("its keys pass a norm, or do not rotate equally in all layers")
     frequencies = [frequency if frequency > STILL else 0.0 for frequency in modules[0].get_buffer("inv_freq").tolist()]
     if len(pairs) != len(frequencies):
         raise ValueError(f"it has {len(frequencies)} frequencies, but {len(pairs)} pairs of dimensions rotate")
-    rest = tuple(position for block in symmetries[0] if not block.imaginary for position in block.real)
-    positions = tuple((block.real[0], block.imaginary[0]) for block in pairs)
+    rest = tuple(position for mixing in symmetries[0] if not mixing.imaginary for position in mixing.real)
+    positions = tuple((pair.real[0], pair.imaginary[0]) for pair in pairs)
     scaling: Any = modules[0].attention_scaling
     rotation = Rotation(tuple(frequencies), float(scaling), positions, rest)
     _check_follows(model, projections, rotation)
@@ -113,12 +113,12 @@ def _check_follows(model: nn.Module, projections: Mapping[str, Projections], rot
     numbers = range(len(rotation.frequencies))
     slow = rotation.frequencies[len(numbers) // 2]  # of fast ones, float32 would round the angles differently
     frequencies = [(slow, 0.0, rotation.frequencies[n])[n % 3] for n in numbers]
-    blocks = [rotation.block(numbers[0::3], 1.0), rotation.block(numbers[1::3], 0.0)]
-    blocks += [rotation.block([n], 1.0) for n in numbers[2::3]]
+    mixings = [rotation.mixing(numbers[0::3], 1.0), rotation.mixing(numbers[1::3], 0.0)]
+    mixings += [rotation.mixing([n], 1.0) for n in numbers[2::3]]
     first = dict([next(iter(projections.items()))])
     try:
         others = with_rope_parameters(model, rotation.rope(model, frequencies))
-        mixes = with_modules(others, lambda: keys_mix(model, first, tuple(blocks)))
+        mixes = with_modules(others, lambda: keys_mix(model, first, tuple(mixings)))
     except Exception as error:  # whatever a class of models raises
         raise ValueError(
             f"{type(model).__name__} does not accept rope_type='longrope' ({type(error).__name__}: {error})"
@@ -168,16 +168,16 @@ class Slots:
         return sorted((band.frequency for band, count in counted for _ in range(count)), reverse=True)
 
     @property
-    def blocks(self) -> list[tuple[Block, Block]]:
+    def mixings(self) -> list[tuple[Mixing, Mixing]]:
         """Positions of each band, in an old head and in the new head."""
-        blocks, first = list[tuple[Block, Block]](), 0
+        mixings, first = list[tuple[Mixing, Mixing]](), 0
         for band, count in sorted(zip(self.bands, self.counts, strict=True), key=lambda pair: -pair[0].frequency):
-            new = self.rotation.block(range(first, first + count), band.frequency)
-            blocks.append((self.rotation.block(band.pairs, band.frequency), new))
+            new = self.rotation.mixing(range(first, first + count), band.frequency)
+            mixings.append((self.rotation.mixing(band.pairs, band.frequency), new))
             first += count
         if self.rotation.rest and self.bands[0].frequency:
-            blocks.append((Block(self.rotation.rest), Block(self.rotation.rest)))
-        return blocks
+            mixings.append((Mixing(self.rotation.rest), Mixing(self.rotation.rest)))
+        return mixings
 
 
 def allot(rotation: Rotation, bands: Sequence[Band], spectra: Sequence[Tensor]) -> Slots:

@@ -234,15 +234,6 @@ def written(model: nn.Module, projections: Projections, tensors: HeadTensors) ->
     return {name: to_parameters(model.get_submodule(name), *matrix) for name, matrix in linears.items()}
 
 
-def moved_values(linear: nn.Module, rows: HeadRows, order: Sequence[int]) -> dict[str, Tensor]:
-    """Returns new parameters of the linear layer of values: each KV head has those of another."""
-    weight, bias = _copied(linear)
-    for tensor in (weight, bias):
-        if tensor is not None:
-            tensor[rows.index] = tensor[rows.index[list(order)]]  # in its own dtype: this runs for each batch and head of a group
-    return to_parameters(linear, weight, bias)
-
-
 def ties_of(model: nn.Module, projections: Mapping[str, Projections], groups: Mapping[str, int]) -> dict[str, Tie]:
     """Returns functions that average the gradient of a parameter over each group of KV heads.
 
@@ -296,7 +287,14 @@ def _projections(model: nn.Module, units: Units, attention: Attention) -> Projec
             raise ValueError(f"{units.name}: its {what} are made by {by}, not by one linear (with LoRA attached, merge it first)")
     if len(units.readers) != 1:
         raise ValueError(f"{units.name}: its heads are read by {len(units.readers)} modules, not by one linear")
-    rows = {what: _head_rows(units, part, per) for what, ((part,), per) in made.items()}
+    rows = dict[str, HeadRows]()
+    for what, ((part,), per) in made.items():
+        member = next((member for member in units.members if member.name == part.name and not member.reads), None)
+        if member is None:
+            raise ValueError(f"{units.name}: {part.name} is not known to hold heads")
+        head = np.full(part.size, -1)
+        head[part.positions] = units.of_member(member, per)[part.positions]
+        rows[what] = HeadRows(part.name.rpartition(".")[0], _by_head(head, units.count(per), part.name))
     rows["outputs"] = HeadRows(units.readers[0], _by_head(units.index, units.count(), units.name), are_read=True)
     for head_rows in rows.values():
         module = model.get_submodule(head_rows.linear)
@@ -311,15 +309,6 @@ def _projections(model: nn.Module, units: Units, attention: Attention) -> Projec
         if rows[first].linear == rows[second].linear and np.intersect1d(rows[first].index, rows[second].index).size:
             raise ValueError(f"{units.name}: its {first} and {second} are the same outputs of {rows[first].linear}")
     return Projections(units.name, *rows.values())
-
-
-def _head_rows(units: Units, part: Part, per: Per) -> HeadRows:
-    member = next((member for member in units.members if member.name == part.name and not member.reads), None)
-    if member is None:
-        raise ValueError(f"{units.name}: {part.name} is not known to hold heads")
-    head = np.full(part.size, -1)
-    head[part.positions] = units.of_member(member, per)[part.positions]
-    return HeadRows(part.name.rpartition(".")[0], _by_head(head, units.count(per), part.name))
 
 
 def _by_head(head: Indices, count: int, what: str) -> Indices:

@@ -233,7 +233,7 @@ class Aligned(Averaging):
     = U V^H (Schönemann 1966,
     https://doi.org/10.1007/BF02289451). Heads are rotated one after another until they converge (Gower 1975,
     https://doi.org/10.1007/BF02291478). The mean never shrinks, so the result is no worse than without rotations. kbar = m, so
-    P_j = R_j / J, and B_j = R_j^H.
+    P_j = R_j / J, and B_j = R_j^H. Modules that do not call transformers' attention interface are aligned by their weights.
 
     Args:
         grouping: Heads that share a group: `"consecutive"` heads, or `"similar"` heads, which align best. Query heads are
@@ -280,6 +280,7 @@ class SVD(Reconstructing):
     kbar the mean square of the heads that it replaces, so that training continues at the same scale.
 
     A metric that is zero counts as the identity. If all Gram matrices are zero, nothing can be lost, and the mean is used.
+    Attention must go through transformers' interface.
 
     With rotary embeddings, the pairs of dimensions of the new head go to the frequencies that keep the most in all layers (see
     `frequencies`). The model is then saved with `rope_type="longrope"`, which states the frequency of each pair. If its class

@@ -177,7 +177,10 @@ def plan_kv_heads(
     model = find_transformer(model)
     check_plain(model, "Convert the model before it is")
     if adapter_layers(model):
-        return _plan_under_adapters(model, heads, method, layers, encoder)
+        check_adapters(model, method)
+        plan = plan_kv_heads(without_adapters(model), heads, method, layers, encoder)
+        parameters, shape = with_adapters(model, plan.parameters, plan.shape)
+        return replace(plan, model=type(model).__name__, parameters=parameters, shape=shape)
     stated = config_heads(model) if layers is None else None
     if stated is not None:
         check_kv_heads(heads, stated, config_field(model.config.get_text_config(decoder=True), "num_attention_heads") or stated)
@@ -193,24 +196,11 @@ def plan_kv_heads(
         check_each(attentions, chosen, heads)
         parameters, shape = cut_by_groups(model, attentions, chosen, heads)
     before = max(attentions[name].heads for name in chosen)
-    cached, cached_then = kv_cache_bytes(model), kv_cache_bytes(_of_shape(model, shape))
-    saves = cached is None or cached_then is None or cached_then < cached
-    return KVHeadPlan(type(model).__name__, before, heads, method, parameters, shape, saves, tuple(chosen))
-
-
-def _plan_under_adapters(
-    model: PreTrainedModel, heads: int, method: KVMethod, layers: Collection[int | str] | None, encoder: bool
-) -> KVHeadPlan:
-    check_adapters(model, method)
-    plan = plan_kv_heads(without_adapters(model), heads, method, layers, encoder)
-    parameters, shape = with_adapters(model, plan.parameters, plan.shape)
-    return replace(plan, model=type(model).__name__, parameters=parameters, shape=shape)
-
-
-def _of_shape(model: PreTrainedModel, shape: Shape) -> PreTrainedModel:
     meta_model = to_meta(model)
     set_shape(meta_model, shape)
-    return meta_model
+    cached, cached_then = kv_cache_bytes(model), kv_cache_bytes(meta_model)
+    saves = cached is None or cached_then is None or cached_then < cached
+    return KVHeadPlan(type(model).__name__, before, heads, method, parameters, shape, saves, tuple(chosen))
 
 
 def check_adapters(model: nn.Module, method: KVMethod) -> None:

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from billhook.engine.state import full_precision
-from billhook.engine.trees import tree_leaves
 from billhook.kv_heads.config import check_kv_heads, choose, inside_encoder, is_as_built
 from billhook.kv_heads.layout import KVAttention, find_kv
 from billhook.kv_heads.pooling import Pooled, Shrunk
 from billhook.model.config_fields import fields_of, with_fields
-from billhook.model.inputs import make_inputs, outputs_match
+from billhook.model.inputs import make_inputs, outputs_match, run_outputs
 from billhook.model.shape import FLAG, GROUPS, Shape, built_shape, set_shape, shape_beyond_config, shape_of
 from billhook.model.surgery import Change, change_values
 from billhook.model.transformers_internals import attention_of, build_class, has_sdpa
@@ -54,10 +53,10 @@ def cut_by_groups(model: PreTrainedModel, attentions: Mapping[str, KVAttention],
     check_kv_heads(heads, of_small[some[0]].heads, queries)
     stated = attention_of(model.config)
     implementation = stated if stated in ("eager", "sdpa") else "sdpa"  # which run on any machine
-    trial = _cut(small, of_small, some, heads)
-    if trial is None or (why := find_difference(small, trial, queries // heads, implementation)) is None:
+    cut = _cut(small, of_small, some, heads)
+    if cut is None or (why := find_difference(small, cut, queries // heads, implementation)) is None:
         return shrunk
-    if implementation == "eager" and has_sdpa(type(small)) and find_difference(small, trial, queries // heads, "sdpa") is None:
+    if implementation == "eager" and has_sdpa(type(small)) and find_difference(small, cut, queries // heads, "sdpa") is None:
         raise ValueError(
             f'{type(model).__name__} with attn_implementation="eager" cannot read {heads} KV heads, as that code repeats none. '
             'Set another one first: model.set_attn_implementation("sdpa")'
@@ -186,15 +185,10 @@ def _inputs(model: PreTrainedModel, batch: int, length: int, other: int) -> Inpu
     return inputs
 
 
-@torch.no_grad()
 def _outcome(model: PreTrainedModel, inputs: Inputs) -> list[Tensor]:
     """Returns the outputs of a model at non-padding tokens."""
-    fields = dict(model(**inputs, return_dict=True).items())
-    mask, tensors = inputs.get("attention_mask"), list[Tensor]()
-    for leaf in tree_leaves([value for name, value in fields.items() if name not in ("past_key_values", "cache", "loss")]):
-        if isinstance(leaf, Tensor) and leaf.is_floating_point():
-            tensors.append((leaf if mask is None or leaf.shape[:2] != mask.shape else leaf[mask.bool()]).double())
-    return tensors
+    mask, outputs = inputs.get("attention_mask"), run_outputs(model, inputs)
+    return [output if mask is None or output.shape[:2] != mask.shape else output[mask.bool()] for output in outputs]
 
 
 @torch.no_grad()

@@ -29,7 +29,7 @@ from billhook.linalg import float64_device
 from billhook.model.config_fields import text_config
 from billhook.model.inputs import small_inputs
 from billhook.model.layers import matrix_of
-from billhook.model.transformers_internals import attention_for_all_dtypes
+from billhook.model.transformers_internals import attention_for_all_dtypes, attention_functions_as
 
 LENGTH = 128
 """Number of tokens: enough to detect slow rotations."""
@@ -45,7 +45,7 @@ SHARES = (*(n / 8 for n in range(1, 9)), *(n / 10 for n in range(1, 10)))
 
 
 @dataclass(frozen=True)
-class Block:
+class Mixing:
     """Dimensions of a head that may be mixed only with each other.
 
     Attributes:
@@ -57,14 +57,14 @@ class Block:
     real: tuple[int, ...]
     imaginary: tuple[int, ...] = ()
 
-    def put(self, matrices: Tensor, mix: Tensor, columns: "Block | None" = None) -> None:
-        """Writes a block's matrices into `[heads, width, width]`.
+    def put(self, matrices: Tensor, mix: Tensor, columns: "Mixing | None" = None) -> None:
+        """Writes matrices that mix these dimensions into `[heads, width, width]`.
 
         A complex number a + ib as [[a, -b], [b, a]].
 
         Args:
             matrices: The matrices to change.
-            mix: Matrices of the block, or a single one.
+            mix: Matrices to write, or a single one.
             columns: Positions of columns; by default those of rows.
         """
         columns = columns or self
@@ -88,17 +88,25 @@ class Block:
         return square * (0.5 + torch.rand(count, generator=generator, dtype=torch.float64))
 
 
-Symmetry = tuple[Block, ...]
-"""The blocks of a head; empty if no dimensions may be mixed."""
+Symmetry = tuple[Mixing, ...]
+"""Mixings of a head; empty if no dimensions may be mixed."""
 
 
 @dataclass(frozen=True)
 class Symmetries:
-    """The allowed changes of basis of keys and values, and whether KV heads may be reordered."""
+    """Changes that an attention module permits, and whether its attention weights are seen.
+
+    Attributes:
+        keys: Dimensions of keys that may be mixed.
+        values: Dimensions of values that may be mixed.
+        order: Whether KV heads may be reordered.
+        interface: Whether its output layer reads what a single call of transformers' attention interface returns.
+    """
 
     keys: Symmetry
     values: Symmetry
     order: bool
+    interface: bool = True
 
 
 def candidates(width: int) -> Iterator[Symmetry]:
@@ -106,7 +114,7 @@ def candidates(width: int) -> Iterator[Symmetry]:
 
     Rotary pairs half a rotary width apart, or adjacent.
     """
-    yield (Block(tuple(range(width))),)
+    yield (Mixing(tuple(range(width))),)
     rotary_widths = sorted({int(width * share) for share in SHARES if width * share % 2 == 0})
     for rotary in reversed(rotary_widths):
         half = rotary // 2
@@ -118,8 +126,8 @@ def candidates(width: int) -> Iterator[Symmetry]:
 def _paired(real: Sequence[int], imaginary: Sequence[int], width: int) -> Symmetry:
     rest = tuple(range(2 * len(real), width))
     return (
-        *(Block((first,), (second,)) for first, second in zip(real, imaginary, strict=True)),
-        *([Block(rest)] if rest else []),
+        *(Mixing((first,), (second,)) for first, second in zip(real, imaginary, strict=True)),
+        *([Mixing(rest)] if rest else []),
     )
 
 
@@ -135,6 +143,7 @@ class AttentionProbe:
     def __init__(self, model: nn.Module, projections: Projections, call: Call) -> None:
         self._model, self.projections, self._call = model, projections, call
         self._module = model.get_submodule(projections.name)
+        self.interface = False  # after a call, see `Symmetries`
 
     @contextmanager
     def as_float64(self) -> Iterator[None]:
@@ -183,7 +192,17 @@ class AttentionProbe:
 
     def __call__(self) -> Tensor:
         """Returns the output of the consumer layer of its heads, `[calls * tokens, hidden]`."""
-        outputs: list[Tensor] = []
+        outputs, inputs, attended = list[Tensor](), list[Tensor](), list[Tensor]()
+
+        def attend(
+            function: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, *rest: Tensor | None, **options: object
+        ) -> Any:  # noqa: ANN401
+            result = function(module, query, key, *rest, **options)
+            as_projected = query.shape[1] == len(self.projections.q.index) and key.shape[3] == self.projections.k.index.shape[1]
+            if module in self._module.modules():  # other threads may run other models
+                attended.append(result[0] if as_projected else result[0][:0])
+            return result
+
         args, kwargs = tree_map_only((Tensor, Cache), _as_float64, self._call)
         with ExitStack() as stack:
             stack.enter_context(torch.autocast(self.device.type, enabled=False))
@@ -193,8 +212,12 @@ class AttentionProbe:
                 hook = partial(_with_noise, number)
                 stack.callback(self._model.get_submodule(linear).register_forward_pre_hook(hook).remove)
             reader = self._model.get_submodule(self.projections.o.linear)
+            stack.callback(reader.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2))).remove)
             stack.callback(reader.register_forward_hook(lambda _, _args, output: outputs.append(output.flatten(0, -2))).remove)
+            stack.enter_context(attention_functions_as(attend))
             self._module(*args, **kwargs)
+        read = [rows[:, self.projections.o.index.flatten()] for rows in inputs]
+        self.interface = len(attended) == len(read) == 1 and torch.equal(attended[0].flatten(), read[0].flatten())
         return torch.cat(outputs)
 
 
@@ -250,7 +273,7 @@ def find_symmetries(model: nn.Module, projections: Mapping[str, Projections]) ->
 
 
 def keys_mix(model: nn.Module, projections: Mapping[str, Projections], symmetry: Symmetry) -> bool:
-    """Returns whether keys may be mixed by the blocks of a symmetry."""
+    """Returns whether keys may be mixed as a symmetry states."""
     generator = torch.Generator().manual_seed(0)
     for _, attention in _probes(model, projections):
         with attention.as_float64():
@@ -302,10 +325,11 @@ def _symmetries(attention: AttentionProbe) -> Symmetries:
         factors = torch.linspace(0.5, 2, count, dtype=torch.float64)[:, None, None] * torch.eye(width, dtype=torch.float64)
         options = candidates(width) if passes(_mixed_keys, factors) else ()
         keys = next((option for option in options if passes(_mixed_keys, _drawn(count, width, option, generator))), ())
-        values = (Block(tuple(range(value_width))),)
+        values = (Mixing(tuple(range(value_width))),)
         mixed = passes(_mixed_values, _drawn(count, value_width, values, generator))
         order, back = [*range(1, count), 0], [count - 1, *range(count - 1)]
-        return Symmetries(keys, values if mixed else (), same(_reordered(order, queries), _reordered(back, queries)))
+        ordered = same(_reordered(order, queries), _reordered(back, queries))
+        return Symmetries(keys, values if mixed else (), ordered, attention.interface)
 
 
 def in_order(tensors: HeadTensors, order: Sequence[int]) -> HeadTensors:
@@ -322,11 +346,11 @@ def _reordered(order: Sequence[int], queries: int) -> Transform:
 
 
 def _drawn(count: int, width: int, symmetry: Symmetry, generator: torch.Generator) -> Tensor:
-    """Draws for each head a matrix that mixes the dimensions of its blocks."""
+    """Draws for each head a matrix of a symmetry."""
     matrices = torch.eye(width, dtype=torch.float64).repeat(count, 1, 1)
     for matrix in torch.split(matrices, 1):
-        for block in symmetry:
-            block.put(matrix, block.draw(generator))
+        for mixing in symmetry:
+            mixing.put(matrix, mixing.draw(generator))
     return matrices
 
 

@@ -78,7 +78,7 @@ def watch_call_order(store: BlockStore, model: nn.Module) -> Iterator[CallOrder]
 
 @contextmanager
 def in_block_order(model: nn.Module, forwards: Sequence[Callable[[], object]], comm: Comm) -> Iterator[bool]:
-    """Keeps all blocks in memory within the context if ranks share them and call them out of order.
+    """Keeps all blocks in memory if ranks share them and call them out of order.
 
     The first run is executed once for that. Yields whether blocks are loaded on demand.
     """

@@ -154,7 +154,7 @@ class Attentions:
     def _equal(
         self, methods: Sequence[Reconstructing], runs: Sequence[Run], slots: Slots | None = None
     ) -> Iterator[tuple[Reconstructing, LazyTensors]]:
-        """Yields equal heads by each method. Blocks that an interrupted process has finished are reused."""
+        """Yields equal heads by each method; reuses blocks of an interrupted process."""
         store, grouping, new = self.store, methods[0].grouping, LazyTensors({})
 
         def equal(block: nn.Module | None, moments: Iterable[tuple[str, Moments]]) -> LazyTensors:
@@ -183,7 +183,7 @@ class Attentions:
         use: Callable[[nn.Module | None, Iterable[tuple[str, Moments]]], T],
         finished: Sequence[nn.Module] = (),
     ) -> list[T]:
-        """Passes the moments of attention modules to `use`, block by block, except for finished blocks.
+        """Passes the moments of attention modules to `use`, by unfinished block.
 
         They are those of data, or of weights if no rank has data or attention weights are not seen.
         """
@@ -213,7 +213,7 @@ class Attentions:
 
     @property
     def interface(self) -> bool:
-        """True if attention weights are seen, because all modules call transformers' attention interface."""
+        """True if all modules call transformers' attention interface."""
         return all(symmetries.interface for symmetries in self.symmetries.values())
 
     @property

@@ -107,7 +107,7 @@ def distances(
         owner, values = store_of(model).owner if on_demand else {}, dict[tuple[int, str], dict[str, Tensor]]()
 
         def enter(block: nn.Module | None) -> None:
-            """Reads the new values of a block, on all ranks together, and drops those of the block before."""
+            """Reads the new values of a block on all ranks, and drops the previous block's."""
             for index, new in enumerate(news):
                 for name in new.values.modules:
                     place = owner.get(model.get_submodule(name))

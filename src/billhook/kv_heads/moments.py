@@ -76,7 +76,7 @@ def gather(
     use: Callable[[nn.Module | None, Iterator[tuple[str, Moments]]], T],
     comm: Comm = SINGLE_PROCESS,
 ) -> list[T]:
-    """Passes on the Gram matrices of attention modules, block by block, once all runs have left a block.
+    """Passes on the Gram matrices of attention modules when all runs have left a block.
 
     Groups consist of consecutive KV heads. Keys and values depend on attention weights, which the model's own attention function
     applies to them, in any implementation: with groups of J heads it is called 2 J - 1 more times per batch, and differentiated
@@ -250,7 +250,7 @@ class _Listener:
         attention_mask: Tensor | None = None,
         **options: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        """Notes a call of an attention function by this module; other threads may run other modules."""
+        """Notes a call of an attention function by this module, not by other threads."""
         options["attention_mask"] = attention_mask
         result = function(module, query, key, value, **options)
         if module in self._inside:

@@ -108,7 +108,7 @@ class ShapeCallback(EventCallback):
         return event
 
     def repaired(self, fit: Fit, plan: ModelPlan, runs: Sequence[Run], repair: RepairOption) -> tuple[Weights | None, str, str]:
-        """Returns repaired weights for a plan, a note, and words for the event; see `repair_if_requested`."""
+        """Returns repaired weights for a plan, a note, and words for the event."""
         weights, why = repair_if_requested(fit.model, plan, runs, repair, comm_of(fit, self.calibration.shared(fit)))
         check_close(fit, type(self).__name__, "the repaired weights", fit.model, weights or {})
         words = "repaired" if weights else why

@@ -128,9 +128,9 @@ class Report(FitCallback):
             else:
                 notes.append((kind, str(path)))
         degradation = [(f"after {event['label']}", event["degradation"]) for event in events if "degradation" in event]
-        for callback in fit.callbacks(Degradation):
-            if callback.last is not None:
-                degradation.append(("end of training", callback.last))
+        degradation += [
+            ("end of training", measured.last) for measured in fit.callbacks(Degradation) if measured.last is not None
+        ]
         tables = [f"{when}\n{degradation_table(list(map(TextDegradation.from_json, texts)))}\n" for when, texts in degradation]
         print("\n".join(["", stage_table(stages, notes, name, self._dtype), "", *tables]))
 

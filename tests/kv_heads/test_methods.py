@@ -200,7 +200,7 @@ class TestFromAFileOfTheUsersOwn:
         given = given % __name__ if "%" in given else given
         line = f"{{class_path: billhook.KVHeadConversion, init_args: {{num_key_value_heads: 2, method: {given}}}}}"
         callback = parser.instantiate(parser.parse_args([f"--callback={line}"])).callback
-        assert callback.preparation.method == method
+        assert callback.method == method
 
     def test_json_names_it_by_its_class(self):
         model = build("llama")

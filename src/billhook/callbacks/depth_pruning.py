@@ -1,6 +1,5 @@
 """The DepthPruning callback: removes whole blocks during training."""
 
-from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 
@@ -16,7 +15,7 @@ from billhook.fit.shape_event import ShapeCallback
 from billhook.fit.targets import At, check_at
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import Importance, make_run
-from billhook.model.plan import Weights, apply_plan
+from billhook.model.plan import apply_plan
 from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.planning import count_blocks, plan_amount
@@ -112,17 +111,7 @@ class DepthPruning(ShapeCallback):
 
     def _remove(self, fit: Fit, optimizers: list[Optimizer]) -> str:
         """Ranks the blocks and removes the least important; returns a description."""
-        self.plan, weights, how = self._plan(fit)
-        plan = self.plan
-        apply_plan(fit.module, plan, optimizers, weights)
-        before, after = _total(plan.before), _total(plan.after)
-        removed = "; ".join(f"{', '.join(map(str, numbers))} of {name}" for name, numbers in plan.units.items()) or "none"
-        return f"{before} -> {after} blocks ({type(self.importance).__name__}{how}): without {removed}"
-
-    def _plan(self, fit: Fit) -> tuple[BlockPlan, Weights | None, str]:
-        """Returns a plan of the blocks to remove, repaired weights, and a description of these."""
-        model = fit.model
-        units = find_units(model, "block")
+        model, units = fit.model, find_units(fit.model, "block")
         if self.repair is not None:  # whose consumer layers need their non-padding tokens
             units |= units_of(model, trace(model), ["head", "channel"])
         with self.calibration.undisturbed(fit), fit.forward_context():
@@ -131,9 +120,10 @@ class DepthPruning(ShapeCallback):
             assert isinstance(plan, BlockPlan)
             check_identical(fit, "DepthPruning", "the blocks to remove", plan.units)
             with blockwise(fit.module) if self.repair is not None else nullcontext():
-                weights, why = self.repaired(fit, plan, runs, self.repair)
-        return plan, weights, f", {'repaired' if weights else why}" if weights or why else ""
-
-
-def _total(counts: Mapping[str, Sequence[int]]) -> int:
-    return sum(count for (count,) in counts.values())
+                weights, _, how = self.repaired(fit, plan, runs, self.repair)
+        del runs  # frees the batches
+        self.plan = plan
+        apply_plan(fit.module, plan, optimizers, weights)
+        before, after = (sum(count for (count,) in counts.values()) for counts in (plan.before, plan.after))
+        removed = "; ".join(f"{', '.join(map(str, numbers))} of {name}" for name, numbers in plan.units.items()) or "none"
+        return f"{before} -> {after} blocks ({type(self.importance).__name__}{how}): without {removed}"

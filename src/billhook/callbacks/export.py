@@ -124,17 +124,13 @@ class Export(FitCallback):
         for callback in fit.callbacks(Degradation):
             check_listed_after(fit, self, callback)
         if not fit.is_trial:
-            self._tell_replaced()
+            if words := replacement_note(self.folder):
+                rank_zero_info(f"billhook: the fit will be saved to '{self.folder}'{words}")
+            if self.gguf is not None and Path(self.gguf).is_file():
+                rank_zero_info(f"billhook: the GGUF file {self.gguf} will be replaced")
         self.saved, self._begun, self._along = None, False, []
         if self.tokenizer is not None:
             self._along = [load_preprocessor(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer]
-
-    def _tell_replaced(self) -> None:
-        """Logs before training which files will be replaced."""
-        if words := replacement_note(self.folder):
-            rank_zero_info(f"billhook: the fit will be saved to '{self.folder}'{words}")
-        if self.gguf is not None and Path(self.gguf).is_file():
-            rank_zero_info(f"billhook: the GGUF file {self.gguf} will be replaced")
 
     def _claimed(self) -> None:
         """Claims the folder, if it has not been yet."""

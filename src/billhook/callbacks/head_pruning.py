@@ -23,7 +23,7 @@ from billhook.fit.shape_event import check_no_shape_changes
 from billhook.fit.targets import At, check_at, round_targets
 from billhook.importance.gate_gradient import GateGradient
 from billhook.importance.score import Importance, make_run
-from billhook.model.plan import ModelPlan, Weights, apply_plan
+from billhook.model.plan import Weights, apply_plan
 from billhook.plots.style import Plot
 from billhook.pruning.choice import HeadOptions
 from billhook.pruning.plan import UnitPlan
@@ -286,23 +286,19 @@ class HeadPruning(HeadMasking):
         """Returns the change, without the metric of a round that was undone."""
         return str(event["what"]).partition(": ")[0]
 
-    def _repaired(self, fit: Fit, plan: ModelPlan) -> tuple[Weights | None, str]:
-        """Returns repaired weights for a plan of heads to remove, and their description."""
-        if self.repair is None:
-            return None, ""
-        model = fit.model
-        with self.calibration.undisturbed(fit), fit.gradient_context(), blockwise(fit.module):
-            runs = [make_run(model, find_units(model, "head"), *pair) for pair in self.calibration.pairs(fit)]
-            weights, why = self.repaired(fit, plan, runs, self.repair)
-        return weights, f", {'repaired' if weights else why}"
-
     def _finish(self, fit: Fit, step: int, worse: bool, what: str, optimizers: list[Optimizer] | None = None) -> str:
         """Ends a round, removing masked heads if optimizers are given; returns a description."""
         if optimizers is not None:
             self.unmask()
             plan = plan_units(fit.module, self.heads, per=self.per)
             assert isinstance(plan, UnitPlan)
-            weights, how = self._repaired(fit, plan)
+            weights: Weights | None = None
+            how, model = "", fit.model
+            if self.repair is not None:
+                with self.calibration.undisturbed(fit), fit.gradient_context(), blockwise(fit.module):
+                    runs = [make_run(model, find_units(model, "head"), *pair) for pair in self.calibration.pairs(fit)]
+                    weights, _, how = self.repaired(fit, plan, runs, self.repair)
+                    del runs  # frees the batches
             apply_plan(fit.module, plan, optimizers, weights)
             self.record.removed(self.heads)
             self.heads = {}

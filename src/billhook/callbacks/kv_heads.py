@@ -2,8 +2,7 @@
 
 import re
 import weakref
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from functools import partial
 from itertools import islice, pairwise
 from typing import Any
@@ -33,73 +32,6 @@ from billhook.model.plan import Weights, apply_plan
 from billhook.model.shape import Shape, shape_of
 from billhook.model.surgery import changed_names, check_replaceable
 from billhook.repairs.repair import RepairConfig
-
-
-@dataclass(frozen=True, eq=False)
-class Preparation:
-    """Settings for preparing the heads of a group for pooling during training."""
-
-    method: KVMethod
-    repair: RepairConfig | None
-    calibration: FitCalibration
-
-    def __post_init__(self) -> None:
-        check_repair(self.method, self.repair)
-
-    @property
-    def needed(self) -> bool:
-        """True if heads are rotated or layers are repaired."""
-        return self.method.turns or self.repair is not None
-
-    def check_data(self, fit: Fit) -> None:
-        """Raises `ValueError` if there are too few batches, or they can be read only once."""
-        least, what = batches_needed(self.method, self.repair)
-        if not least:
-            return
-        self.calibration.check(fit)
-        with self.calibration.undisturbed(fit):
-            count = sum(1 for _ in islice(self._pairs(fit), least))
-        every = int(sum_over_ranks(fit, torch.tensor(count)))
-        if every < least:
-            held_out = ", because some are held out" if least > 1 else ""
-            needed = "1 batch" if least == 1 else f"{least} batches"
-            raise ValueError(
-                f"calibration: {what} needs at least {needed}{held_out}, got {every} on all devices. Use more examples."
-            )
-
-    def prepare_heads(self, fit: Fit, plan: KVHeadPlan) -> tuple[KVHeadPlan, Weights, str]:
-        """Returns the plan with optimizer restarts, the new weights, and a description."""
-        model, groups = fit.model, dict.fromkeys(plan.layers, plan.after)
-        with self.calibration.undisturbed(fit):
-            batches = list(self._pairs(fit))
-            comm = comm_of(fit, self.calibration.shared(fit))
-            new = equal_heads(Attentions(model, groups, comm), self.method, batches, self.repair)
-        # the mean pools unchanged weights
-        weights = new.values if self.method.turns else new.values.without(plan.parameters)
-        return plan.starting_from(changed_names(model, weights), new.rope), weights, new.how
-
-    def check_same(self, fit: Fit, plan: KVHeadPlan, weights: Weights, trained: bool) -> None:
-        """Checks that all ranks apply the same conversion.
-
-        Before DDP wraps the model, each rank may have its own weights. New weights may differ by rounding; the first rank's
-        are used once DDP wraps or FSDP2 shards the model.
-        """
-        model = fit.model
-        pooled = {name: [pooling.dim, np.asarray(pooling.index)] for name, pooling in plan.parameters.items()}
-        check_identical(fit, "KVHeadConversion", "the pooled heads", [str(self.method), str(self.repair), pooled, plan.rope])
-        if trained:
-            before = {name: model.get_parameter(name) for name in plan.parameters}
-            check_close(fit, "KVHeadConversion", "the pooled heads", model, before)
-
-    def _pairs(self, fit: Fit) -> Iterator[BatchAndLoss]:
-        """Yields this rank's batches; none if they are optional and can be read only once."""
-        if not batches_needed(self.method, self.repair)[0]:
-            try:
-                self.calibration.check(fit)
-            except ValueError:
-                return
-        for batch, loss in self.calibration.pairs(fit):
-            yield batch, partial(_precisely, fit, loss)
 
 
 def _precisely(fit: Fit, loss: Any, model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
@@ -154,17 +86,23 @@ class KVHeadConversion(ShapeCallback):
     ) -> None:
         check_types(KVHeadConversion, locals())
         chosen = method_of(method, has_data=calibration is not None)
-        self.preparation = Preparation(chosen, repair, FitCalibration.of(calibration, examples=32))
+        check_repair(chosen, repair)
         self.num_key_value_heads, self.method, self.repair, self.encoder = num_key_value_heads, chosen, repair, encoder
         at_list = [*at] if isinstance(at, list | tuple) else [at]
         for entry in at_list:
             check_at(entry)
-        self.heads = _heads_of_stages(num_key_value_heads, at_list)
-        self.at: list[At] = [0 if entry == "start" and self.preparation.needed else entry for entry in at_list]
+        self.heads = [*num_key_value_heads] if isinstance(num_key_value_heads, list | tuple) else [num_key_value_heads]
+        if len(self.heads) != len(at_list) or not self.heads:
+            raise ValueError(f"num_key_value_heads={self.heads} and at={at_list} must have the same length, at least 1.")
+        for number in self.heads:
+            check_int("num_key_value_heads", number)
+        if any(before <= after or before % after for before, after in pairwise(self.heads)):
+            raise ValueError(f"num_key_value_heads={self.heads}: each stage must be smaller than the one before and divide it.")
+        self.at: list[At] = [0 if entry == "start" and self.needs_data else entry for entry in at_list]
         self._stages: list[int] = []  # the step of each
         self._done: set[int] = set()  # indices of finished stages
         self._replaced: list[weakref.ref[nn.Parameter]] = []  # at the start; an optimizer that holds one would not train the new
-        super().__init__(self.preparation.calibration, measure_batches)
+        super().__init__(FitCalibration.of(calibration, examples=32), measure_batches)
 
     def reset(self) -> None:
         """Clears events and the plan."""
@@ -210,10 +148,10 @@ class KVHeadConversion(ShapeCallback):
         if first == most:
             return
         plan = self._plan(fit.module, first)
-        if self.preparation.needed:
-            find_attentions(fit.model, plan, self.preparation.repair)
-        means = (callback for callback in fit.callbacks(KVHeadConversion) if type(callback.preparation.method) is Mean)
-        if next(means, None) is self and not self.preparation.needed and not adapter_layers(fit.model):
+        if self.needs_data:
+            find_attentions(fit.model, plan, self.repair)
+        means = (callback for callback in fit.callbacks(KVHeadConversion) if type(callback.method) is Mean)
+        if next(means, None) is self and not self.needs_data and not adapter_layers(fit.model):
             rank_zero_info(HINT)
 
     def shape_steps(self, total: int | None, fit: Fit) -> list[int]:
@@ -259,12 +197,34 @@ class KVHeadConversion(ShapeCallback):
     @property
     def needs_data(self) -> bool:
         """True if heads are rotated or layers are repaired."""
-        return self.preparation.needed
+        return self.method.turns or self.repair is not None
 
     def check_data(self, fit: Fit) -> None:
         """Raises `ValueError` if there are too few batches, or they can be read only once."""
+        least, what = batches_needed(self.method, self.repair)
+        if not least:
+            return
         with fail_together(fit, "KVHeadConversion"):
-            self.preparation.check_data(fit)
+            self.calibration.check(fit)
+            with self.calibration.undisturbed(fit):
+                count = sum(1 for _ in islice(self._pairs(fit), least))
+            every = int(sum_over_ranks(fit, torch.tensor(count)))
+            if every < least:
+                held_out = ", because some are held out" if least > 1 else ""
+                needed = "1 batch" if least == 1 else f"{least} batches"
+                raise ValueError(
+                    f"calibration: {what} needs at least {needed}{held_out}, got {every} on all devices. Use more examples."
+                )
+
+    def _pairs(self, fit: Fit) -> Iterator[BatchAndLoss]:
+        """Yields this rank's batches; none if they are optional and can be read only once."""
+        if not batches_needed(self.method, self.repair)[0]:
+            try:
+                self.calibration.check(fit)
+            except ValueError:
+                return
+        for batch, loss in self.calibration.pairs(fit):
+            yield batch, partial(_precisely, fit, loss)
 
     def begin_training(self, fit: Fit) -> None:
         """Applies events that are due before the first step, or that a resumed checkpoint lacks."""
@@ -303,11 +263,22 @@ class KVHeadConversion(ShapeCallback):
 
     def _convert(self, fit: Fit, stage: int, optimizers: list[Optimizer]) -> str:
         """Converts the heads of a stage and returns a description."""
-        plan, how = self._plan(fit.module, self.heads[stage]), str(self.method)
+        model, plan, how = fit.model, self._plan(fit.module, self.heads[stage]), str(self.method)
         weights: Weights = {}
-        if self.preparation.needed:
-            plan, weights, how = self.preparation.prepare_heads(fit, plan)
-        self.preparation.check_same(fit, plan, weights, trained=self.at[stage] != "start")
+        if self.needs_data:
+            with self.calibration.undisturbed(fit):
+                groups, comm = dict.fromkeys(plan.layers, plan.after), comm_of(fit, self.calibration.shared(fit))
+                new = equal_heads(Attentions(model, groups, comm), self.method, list(self._pairs(fit)), self.repair)
+            # the mean pools unchanged weights
+            weights = new.values if self.method.turns else new.values.without(plan.parameters)
+            plan, how = plan.starting_from(changed_names(model, weights), new.rope), new.how
+            del new  # the pooled layers' values, if the mean does not use them
+        pooled = {name: [pooling.dim, np.asarray(pooling.index)] for name, pooling in plan.parameters.items()}
+        check_identical(fit, "KVHeadConversion", "the pooled heads", [str(self.method), str(self.repair), pooled, plan.rope])
+        if self.at[stage] != "start":  # before DDP wraps the model, each rank may have its own weights
+            check_close(
+                fit, "KVHeadConversion", "the pooled heads", model, {name: model.get_parameter(name) for name in plan.parameters}
+            )
         apply_plan(fit.module, plan, optimizers, weights)
         return f"{plan.before} -> {plan.after} KV heads ({how})"
 
@@ -326,15 +297,3 @@ class KVHeadConversion(ShapeCallback):
 
     def _most(self, model: nn.Module) -> int:
         return max(kv_heads_by_layer(model, self.encoder).values()) if self.encoder else kv_heads_of(model)
-
-
-def _heads_of_stages(num_key_value_heads: int | list[int], at: Sequence[At]) -> list[int]:
-    """Returns the KV heads of all stages; raises `ValueError` if they are not legal."""
-    heads = list(num_key_value_heads) if isinstance(num_key_value_heads, list | tuple) else [num_key_value_heads]
-    if len(heads) != len(at) or not heads:
-        raise ValueError(f"num_key_value_heads={heads} and at={at} must have the same length, at least 1.")
-    for number in heads:
-        check_int("num_key_value_heads", number)
-    if any(before <= after or before % after for before, after in pairwise(heads)):
-        raise ValueError(f"num_key_value_heads={heads}: each stage must be smaller than the one before and divide it.")
-    return heads

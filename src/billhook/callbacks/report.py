@@ -127,15 +127,12 @@ class Report(FitCallback):
                 rank_zero_warn(f"Report: {path} was not written ({error}).")
             else:
                 notes.append((kind, str(path)))
-        print("\n".join(["", report_table(rows, notes, name, self._dtype), "", *self._degradation(fit, events)]))
-
-    def _degradation(self, fit: Fit, events: list[Event]) -> list[str]:
-        """Returns a table of degradation after each event that was evaluated, and at the end."""
-        results = [(f"after {event['label']}", event["degradation"]) for event in events if "degradation" in event]
-        for callback in fit.callbacks(Degradation):
-            if callback.last is not None:
-                results.append(("end of training", callback.last))
-        return [f"{when}\n{degradation_table(list(map(TextDegradation.from_json, texts)))}\n" for when, texts in results]
+        degradation = [(f"after {event['label']}", event["degradation"]) for event in events if "degradation" in event]
+        degradation += [
+            ("end of training", measured.last) for measured in fit.callbacks(Degradation) if measured.last is not None
+        ]
+        tables = [f"{when}\n{degradation_table(list(map(TextDegradation.from_json, texts)))}\n" for when, texts in degradation]
+        print("\n".join(["", report_table(rows, notes, name, self._dtype), "", *tables]))
 
     def _rows(self, fit: Fit, events: list[Event], last: ReportRow) -> list[ReportRow]:
         first = self.first or {"step": 0, "after": {}, "events": 0}

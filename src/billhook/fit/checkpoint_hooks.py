@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from torch import Tensor, nn
+from torch import Tensor
 
 from billhook.adapters.checkpoint import save_adapters
 from billhook.engine.sharded_files import is_sharded_checkpoint, read_non_tensors
@@ -20,7 +20,7 @@ from billhook.fit.resume import ShapeInCheckpoint, callbacks_of, check_callbacks
 from billhook.fit.shards import gathered
 from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.find import find_transformer
-from billhook.model.shape import KEY, Shape, shape_of
+from billhook.model.shape import KEY, shape_of
 
 RANDOM, GRADIENTS = "billhook_random", "billhook_gradients"
 """Checkpoint keys of the random state of each process and the gradients of an unfinished step."""
@@ -38,30 +38,22 @@ class ResumeState:
     """
 
     def __init__(self) -> None:
+        self.loaded: list[State] = []  # of all processes, until training begins
+        self.end: State | None = None  # for a checkpoint that is saved after training
         self._begun: State | None = None
-        self._loaded: list[State] = []
-        self._end: State | None = None
 
     def state(self, trainer: pl.Trainer) -> list[State]:
         """Returns the states of all processes, or of this process after an error."""
-        mine = {"now": self._end or random_state(trainer.strategy.root_device), "begun": self._begun}
+        mine = {"now": self.end or random_state(trainer.strategy.root_device), "begun": self._begun}
         if trainer.world_size == 1 or trainer.state.status == TrainerStatus.INTERRUPTED:
             return [mine]
         states = [mine] * trainer.world_size
         torch.distributed.all_gather_object(states, mine)
         return states
 
-    def end(self, trainer: pl.Trainer) -> None:
-        """Stores the random state for a checkpoint that is saved after training."""
-        self._end = random_state(trainer.strategy.root_device)
-
-    def load(self, states: list[State]) -> None:
-        """Stores the loaded states until training begins."""
-        self._loaded = list(states)
-
     def begin_training(self, trainer: pl.Trainer) -> None:
         """Restores the loaded states if the number of processes is the same."""
-        loaded, self._loaded, self._begun = self._loaded, [], None
+        loaded, self.loaded, self._begun = self.loaded, [], None
         if len(loaded) != trainer.world_size:
             return
         state, progress = loaded[trainer.global_rank], batch_progress(trainer)
@@ -93,14 +85,6 @@ class ResumeState:
         self._begun = {"again": again, "random": random_state(trainer.strategy.root_device)} if known else None
 
 
-def unfinished_gradients(trainer: pl.Trainer, pl_module: pl.LightningModule) -> dict[str, Tensor]:
-    """Returns accumulated gradients of an unfinished step; empty with several processes."""
-    batches = batch_progress(trainer).current
-    if trainer.world_size > 1 or batches.ready != batches.processed or not is_accumulating(trainer):
-        return {}
-    return {name: parameter.grad for name, parameter in pl_module.named_parameters() if parameter.grad is not None}
-
-
 def _can_draw_again(trainer: pl.Trainer) -> bool:
     """Returns whether the order can be drawn again: no stateful loaders and no read-ahead."""
     loaders = training_loaders(trainer)
@@ -114,13 +98,17 @@ def wrap_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         return
     load, save, start, epoch = (getattr(pl_module, name) for name in _HOOKS)
     load_in_shape(trainer, pl_module)
-    shape, resume, gradients = _shape_now(pl_module), ResumeState(), dict[str, Tensor]()
+    resume, gradients = ResumeState(), dict[str, Tensor]()
+    try:
+        shape = shape_of(find_transformer(pl_module))
+    except ValueError:  # the model does not exist yet
+        shape = None
 
     def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
         trainer = pl_module.trainer
         if trainer.state.fn == TrainerFn.FITTING:
             check_callbacks(callbacks_of(trainer), checkpoint.get("callbacks") or {})
-            resume.load(checkpoint.get(RANDOM, []))
+            resume.loaded = checkpoint.get(RANDOM, [])
             gradients.update(checkpoint.get(GRADIENTS, {}))
         load_shape(pl_module, checkpoint, otherwise=shape)
         if not isinstance(pl_module, ShapeInCheckpoint):
@@ -153,7 +141,7 @@ def unwrap_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ResumeSt
     """Restores a module's hooks and returns their resume state, to the first caller only."""
     resume: ResumeState | None = pl_module.__dict__.pop(_WRAPPED, None)
     if resume is not None:
-        resume.end(trainer)
+        resume.end = random_state(trainer.strategy.root_device)
         load_as_before(trainer)
         for name in _HOOKS:
             del pl_module.__dict__[name]
@@ -169,16 +157,12 @@ def add_resume_state(
     resume = pl_module.__dict__.get(_WRAPPED, released)
     if resume is not None and "optimizer_states" in checkpoint and RANDOM not in checkpoint:
         checkpoint[RANDOM] = resume.state(trainer)
-        if gradients := unfinished_gradients(trainer, pl_module):
-            checkpoint[GRADIENTS] = gradients
-
-
-def _shape_now(module: nn.Module) -> Shape | None:
-    """Returns the shape of a module's model; None if the model does not exist yet."""
-    try:
-        return shape_of(find_transformer(module))
-    except ValueError:
-        return None
+        batches = batch_progress(trainer).current
+        # between two batches of an unfinished step; with several processes, each has gradients of its own
+        if trainer.world_size == 1 and batches.ready == batches.processed and is_accumulating(trainer):
+            gradients = {name: parameter.grad for name, parameter in pl_module.named_parameters() if parameter.grad is not None}
+            if gradients:
+                checkpoint[GRADIENTS] = gradients
 
 
 _LOAD = "load_checkpoint"

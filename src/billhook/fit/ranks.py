@@ -89,7 +89,9 @@ def check_close(fit: Fit, who: str, what: str, model: nn.Module, values: Mapping
     """
     if fit.world_size == 1 or store_of(model).on_ranks:
         return
-    picked = {name: _picked(value) for name, value in values.items()}
+    picked = {}
+    for name, value in values.items():  # evenly spaced values
+        picked[name] = value.detach().flatten()[:: max(1, value.numel() // PICKED)].float().cpu()
     check_identical(fit, who, what, {name: len(numbers) for name, numbers in picked.items()})
     near = True
     for name, first in from_first_rank(fit, who, what, picked).items():
@@ -179,7 +181,7 @@ class _FirstRanksRequests:
 
 
 def _meet(fit: Fit, where: str, digest: str = "", failed: str = "") -> None:
-    """Exchanges position, decision, and failure of each rank."""
+    """Raises `RanksDiffer` if a rank failed, or ranks differ in position or decision."""
     if fit.world_size == 1:
         return
     # fixed length and one collective for all callers: ranks that differ still receive each other's message
@@ -191,11 +193,6 @@ def _meet(fit: Fit, where: str, digest: str = "", failed: str = "") -> None:
         _raise_failure_of_others(fit, error)
         raise
     ranks = [row.tobytes().decode(errors="ignore").split("\0")[:3] for row in gathered]
-    _check_messages(fit, where, ranks)
-
-
-def _check_messages(fit: Fit, where: str, ranks: list[list[str]]) -> None:
-    """Raises `RanksDiffer` if a rank failed, or ranks differ in position or decision."""
     positions, digests, failures = zip(*ranks, strict=True)
     if errors := list(filter(None, failures)):
         raise RanksDiffer(_stops(fit, "; ".join(errors)))
@@ -250,9 +247,3 @@ def _stops(fit: Fit, failed: str) -> str:
 
 def _here(fit: Fit) -> str:
     return f"step {fit.step}, rank {fit.rank} of {fit.world_size}"
-
-
-def _picked(value: Tensor) -> Tensor:
-    """Returns evenly spaced values of a tensor, on the CPU."""
-    values = value.detach().flatten()
-    return values[:: max(1, len(values) // PICKED)].float().cpu()

@@ -107,11 +107,12 @@ class ShapeCallback(EventCallback):
         torch.compiler.reset()  # torch stops compiling after several shapes
         return event
 
-    def repaired(self, fit: Fit, plan: ModelPlan, runs: Sequence[Run], repair: RepairOption) -> tuple[Weights | None, str]:
-        """Returns repaired weights for a plan, and a note; see `repair_if_requested`."""
+    def repaired(self, fit: Fit, plan: ModelPlan, runs: Sequence[Run], repair: RepairOption) -> tuple[Weights | None, str, str]:
+        """Returns repaired weights for a plan, a note, and words for the event."""
         weights, why = repair_if_requested(fit.model, plan, runs, repair, comm_of(fit, self.calibration.shared(fit)))
         check_close(fit, type(self).__name__, "the repaired weights", fit.model, weights or {})
-        return weights, why
+        words = "repaired" if weights else why
+        return weights, why, f", {words}" if words else ""
 
 
 def check_no_shape_changes(

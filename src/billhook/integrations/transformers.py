@@ -117,7 +117,7 @@ class Callbacks(TrainerCallback, ExportableState):
             self._shape_check = fit.model.register_load_state_dict_pre_hook(_refuse_other_shape)  # type: ignore[no-untyped-call]
             for callback in self.callbacks if saved is None else ():
                 if isinstance(callback, EventCallback) and _starts(callback):
-                    if _draws_training_data(callback):
+                    if callback.needs_data and callback.calibration.batches is None:  # it waits for the training data
                         break  # later events must not overtake it
                     callback.resolve(fit)
                     callback.begin_training(fit)
@@ -327,11 +327,6 @@ def _starts(callback: FitCallback) -> bool:
     """Returns whether all events of a callback are at the start."""
     at = getattr(callback, "at", None)
     return all(entry in ("start", 0) for entry in at) if isinstance(at, list) else at in ("start", 0)
-
-
-def _draws_training_data(callback: EventCallback) -> bool:
-    """Returns whether a callback is calibrated on training data."""
-    return callback.needs_data and callback.calibration.batches is None
 
 
 def _read(folder: Path) -> dict[str, Any] | None:

@@ -71,6 +71,7 @@ def find_fields(
     wanted: Sizes,
     fits: Callable[[Built], bool],
     together: int = 3,
+    refused: bool = True,
 ) -> Iterator[Fields]:
     """Yields changed fields with which the class builds what fits, the fewest first.
 
@@ -81,6 +82,7 @@ def find_fields(
         wanted: Tensor sizes. Pairs contain no option that alone changes nothing, or gives a tensor a third size.
         fits: Whether a built model is as wanted.
         together: Largest number of options that change together.
+        refused: Whether pairs may contain an option that the class refuses alone.
     """
     now = build(model, {})
 
@@ -90,13 +92,18 @@ def find_fields(
             for name, size in built.tensors.items()
         )
 
-    for number in range(together + 1):
-        if number == 2:  # pairs are many
-            built_each = [build(model, also | {name: value}) for name, value in options]
-            # a class that refuses an option may need one that changes nothing alone
-            unchanged = None if None in built_each else build(model, also)
-            each = zip(options, built_each, strict=True)
-            options = [option for option, built in each if built is None or (built != unchanged and helps(built))]
-        for fields in map(dict, itertools.combinations(options, number)):
+    if (unchanged := build(model, also)) is not None and fits(unchanged):
+        yield also
+    alone: list[tuple[tuple[str, Any], Built | None]] = []
+    for name, value in options:
+        built = build(model, also | {name: value})
+        alone.append(((name, value), built))
+        if built is not None and fits(built):
+            yield also | {name: value}
+    if refused and any(built is None for _, built in alone):
+        unchanged = None  # a class that refuses an option may need one that changes nothing alone
+    useful = [option for option, built in alone if (refused if built is None else built != unchanged and helps(built))]
+    for number in range(2, together + 1):
+        for fields in map(dict, itertools.combinations(useful, number)):
             if len(fields) == number and (built := build(model, also | fields)) is not None and fits(built):
                 yield also | fields

@@ -3,7 +3,7 @@
 import itertools
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import Any
 
 from transformers import PreTrainedModel
 
@@ -85,7 +85,7 @@ class _Finder:
         stages = {int(part): stack for stack in self.stacks for part in stack.split(".") if part.isdigit()}
         options: list[tuple[str, Any]] = []
         for name, value in self.fields.items():
-            if _is_number(value):
+            if type(value) is int:
                 options += [(name, after) for before, after in counts if before == value]
             elif isinstance(value, list | tuple) and 0 <= max(stages, default=-1) < len(value):  # the depths of stages
                 depths = [left[stages[stage]] if stage in stages else depth for stage, depth in enumerate(value)]
@@ -126,7 +126,7 @@ class _Finder:
         for name, value in self.now.attributes.items():
             if (new := self._moved(name)) is None or (new_value := built.attributes.get(new)) == value:
                 continue
-            if _is_number(value) and _is_number(new_value) and self._is_numbering(name, new, value, new_value):
+            if type(value) is int and type(new_value) is int and self._is_numbering(name, new, value, new_value):
                 numbers[new] = (value, new_value)
             elif block_of(name, self.removed) is not None:
                 return f"its class then builds {new} = {new_value!r}, but the block moved there has {value!r}", {}
@@ -145,14 +145,10 @@ class _Finder:
         suffix = name.removeprefix(f"{stack}.{number}")
         for other in range(self.stacks[stack]):
             known = self.now.attributes.get(f"{stack}.{other}{suffix}")
-            if _is_number(known) and known - value != step * (other - number):
+            if type(known) is int and known - value != step * (other - number):
                 return False
         return not remainder and step > 0
 
 
 def _count(built: Built, stack: str) -> int:
     return len({block_of(name, [stack]) for name in built.tensors} - {None})
-
-
-def _is_number(value: object) -> TypeGuard[int]:
-    return type(value) is int

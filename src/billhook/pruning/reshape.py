@@ -86,7 +86,9 @@ def _fields(model: PreTrainedModel, cut: Cut, usual: Shape, wanted: Sizes) -> It
             changes.update((kind, old, new) for old, new in zip(cut.before[name], cut.after[name], strict=True))
     if len({(kind, old) for kind, old, _ in changes}) < len(changes):
         return  # modules differ
-    fields = {"head_dim": getattr(model.config, "head_dim", None)} | fields_of(model.config)  # many configs do not declare it
+    fields = fields_of(model.config)
+    if "head" in _kinds(cut):
+        fields.setdefault("head_dim", getattr(model.config, "head_dim", None))  # many classes read it without declaring it
     stated, unset, defaults = list[tuple[str, int]](), list[tuple[str, int]](), Fields()
     for name, value in fields.items():
         for old, new in sorted({(old, new) for _, old, new in changes if old != new}):
@@ -98,11 +100,13 @@ def _fields(model: PreTrainedModel, cut: Cut, usual: Shape, wanted: Sizes) -> It
         if value is None and len(used) == 1:
             defaults[name] = used.pop()
     tokens = with_kept_tokens(model.config, *cut.tokens) if cut.tokens else {}
-    for options, also in ((stated, _head_fields(model, cut)), (stated + unset, {}), (stated + unset, defaults)):
-        fixed = tokens | also
-        accepted = [(name, value) for name, value in options if build(model, fixed | {name: value}) is not None]
-        together = 2 + len(_kinds(cut))
-        yield from find_fields(model, accepted, fixed, wanted, lambda built: built.tensors == wanted, together)
+    stages = [(stated, _head_fields(model, cut)), (stated + unset, {}), (stated + unset, defaults)]
+    for number, (options, also) in enumerate(stages):
+        if stages[number] not in stages[:number]:
+            together = 2 + len(_kinds(cut))
+            yield from find_fields(
+                model, options, tokens | also, wanted, lambda built: built.tensors == wanted, together, refused=False
+            )
 
 
 def _head_fields(model: PreTrainedModel, cut: Cut) -> Fields:

@@ -89,8 +89,8 @@ class _Finder:
                 options += [(name, after) for before, after in counts if before == value]
             elif isinstance(value, list | tuple) and 0 <= max(stages, default=-1) < len(value):  # the depths of stages
                 depths = [left[stages[stage]] if stage in stages else depth for stage, depth in enumerate(value)]
-                fits = all(value[stage] == self.stacks[stack] for stage, stack in stages.items())
-                options += [(name, type(value)(depths))] if fits else []
+                same = all(value[stage] == self.stacks[stack] for stage, stack in stages.items())
+                options += [(name, type(value)(depths))] if same else []
         reasons: list[str] = []
 
         def fits(built: Built) -> bool:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.merge import adapter_layers, base_layer_name, without_adapters
-from billhook.model.config_fields import Fields, configs_of, fields_of, set_fields
+from billhook.model.config_fields import Fields, configs_of, fields_of, nested_configs, set_fields
 from billhook.model.field_search import Sizes, build, find_fields
 from billhook.model.layers import is_adapter
 from billhook.model.meta import to_meta
@@ -31,7 +31,7 @@ def candidate_shapes(model: PreTrainedModel, cut: Cut) -> Iterator[tuple[Shape, 
     shape_before, usual, tensors = shape_of(model), built_shape(type(model), model.config), _sizes_then(model, cut)
     groups = {name: value for name, value in shape_before.attributes.items() if name.endswith(f".{GROUPS}")}
     eager = groups.items() <= usual.attributes.items() and _runs_eagerly(to_meta(model))
-    num_heads = _head_fields(model, cut)
+    num_heads = _head_fields(model, cut)[0]
     by_trial = (
         (Shape(tensors, shape_before.attributes | attributes, shape_before.config), fields)
         for fields in ([{}, num_heads] if num_heads else [{}])  # some code reads the config during the forward pass
@@ -100,7 +100,9 @@ def _fields(model: PreTrainedModel, cut: Cut, usual: Shape, wanted: Sizes) -> It
         if value is None and len(used) == 1:
             defaults[name] = used.pop()
     tokens = with_kept_tokens(model.config, *cut.tokens) if cut.tokens else {}
-    stages = [(stated, _head_fields(model, cut)), (stated + unset, {}), (stated + unset, defaults)]
+    # head counts of one config go together: some code only divides by the number of KV heads
+    stages = [(stated, heads) for heads in _head_fields(model, cut) if heads]
+    stages += [(stated, {}), (stated + unset, {}), (stated + unset, defaults)]
     for number, (options, also) in enumerate(stages):
         if stages[number] not in stages[:number]:
             together = 2 + len(_kinds(cut))
@@ -109,14 +111,18 @@ def _fields(model: PreTrainedModel, cut: Cut, usual: Shape, wanted: Sizes) -> It
             )
 
 
-def _head_fields(model: PreTrainedModel, cut: Cut) -> Fields:
-    """Returns config fields that hold head counts, with new values; none if layers differ."""
+def _head_fields(model: PreTrainedModel, cut: Cut) -> list[Fields]:
+    """Returns the fields of each nested config that hold head counts, with new values; none if layers differ."""
     counts = {(cut.before[name], cut.after[name]) for name, kind in cut.kinds.items() if kind == "head"}
-    if len(counts) != 1:
-        return {}
-    becomes = dict(zip(*counts.pop(), strict=True))
-    config = vars(model.config).items()
-    return {name: becomes[value] for name, value in config if "head" in name and type(value) is int and value in becomes}
+    becomes = dict(zip(*counts.pop(), strict=True)) if len(counts) == 1 else {}
+    return [
+        {
+            f"{prefix}{name}": becomes[value]
+            for name, value in vars(nested).items()
+            if "head" in name and type(value) is int and value in becomes
+        }
+        for prefix, nested in nested_configs(model.config)
+    ]
 
 
 def _assignments(model: PreTrainedModel, cut: Cut, shape_before: Shape, tensors: Sizes) -> Iterator[dict[str, int]]:

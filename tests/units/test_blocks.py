@@ -12,11 +12,12 @@ from torch import nn
 
 import billhook as bh
 from billhook.importance.score import Importance, Sums
+from billhook.model import field_search
 from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.find import find_transformer
 from billhook.model.inputs import cached_outputs, make_inputs
 from billhook.model.shape import set_shape, shape_of
-from billhook.pruning import block_fields, block_plan
+from billhook.pruning import block_plan
 from billhook.units.blocks import block_of, find_blocks, skipping
 from kit.families import build, llama, tokens
 from kit.shaped import bert, gpt2, uneven_llama
@@ -336,8 +337,8 @@ class TestPlan:
             bh.pruning.plan_units(deep(), {0: [0]}, ["head", "block"])
 
     def test_stages_are_found_in_few_trials(self, monkeypatch):
-        built, build_on_meta = [], block_fields.build_on_meta
-        monkeypatch.setattr(block_fields, "build_on_meta", lambda *args: built.append(args) or build_on_meta(*args))
+        built, build_on_meta = [], field_search.build_on_meta
+        monkeypatch.setattr(field_search, "build_on_meta", lambda *args: built.append(args) or build_on_meta(*args))
         model = other("SegformerForImageClassification")  # other lists hold as many numbers, and others are as large
         plan = bh.pruning.plan_units(model, {number: [1] for number in range(4)}, "block")
         assert plan.fields == {"depths": (1, 1, 1, 1)}

@@ -122,13 +122,6 @@ class TestRehearsal:
         assert all(torch.equal(one, found[1][0][name]) for name, one in found[0][0].items())
         assert torch.equal(found[0][1], found[1][1])
 
-    def test_a_trial_rehearses_too(self, tmp_path):
-        lit = Own()
-        lit.net.config.hidden_act = "relu"
-        run = trainer(tmp_path, [bh.Export(str(tmp_path / "out"))], max_steps=-1, fast_dev_run=True)
-        with pytest.raises(ValueError, match="Export: the trial export before training failed"):
-            run.fit(lit, loader())
-
 
 def test_a_failing_export_keeps_the_weights(tmp_path):
     class Break(pl.Callback):
@@ -241,14 +234,6 @@ class TestTokenizer:
     def test_given(self, tmp_path, tokenizer, way):
         fit(tmp_path, Own(), loader(), tokenizer={"name": "tiny", "itself": tokenizer}[way])
         assert words_in(tmp_path) == tokenizer("to be")["input_ids"]
-
-    def test_an_image_processor_is_given_by_its_folder(self, tmp_path):
-        transformers.ViTImageProcessor(size={"height": 24, "width": 24}).save_pretrained(tmp_path / "prepare")
-        lit = Plain(transformers.ViTForImageClassification(transformers.ViTConfig(**VIT)))
-        size = lit.net.config.image_size
-        rows = rows_of({"pixel_values": torch.randn(4, 3, size, size), "labels": torch.tensor([0, 1, 1, 0])})
-        fit(tmp_path, lit, rows, tokenizer=str(tmp_path / "prepare"))
-        assert transformers.AutoImageProcessor.from_pretrained(tmp_path / "out").size["height"] == 24
 
     def test_of_images(self, tmp_path):
         prepare = transformers.ViTImageProcessor(size={"height": 24, "width": 24})

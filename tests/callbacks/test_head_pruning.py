@@ -1,7 +1,6 @@
 """Heads that are masked, ranked again and removed in a fit: when, how many, which, and what the model computes then."""
 
 import copy
-import csv
 import json
 
 import lightning.pytorch as pl
@@ -14,11 +13,10 @@ from torch.utils.data import DataLoader
 
 import billhook as bh
 from billhook.checkpoints.export import export
-from billhook.fit.calibration import FitCalibration
 from billhook.importance.baselines import RandomUnits
 from billhook.pruning.choice import choose
 from billhook.units.find import find_units
-from kit import fits, prunes
+from kit import prunes
 from kit.families import llama, tokens
 from kit.fits import data, same, trainer, weights
 from kit.head_pruning import (
@@ -27,14 +25,12 @@ from kit.head_pruning import (
     Acting,
     acting,
     bare,
-    gates,
     module,
     pruning,
     scripted,
     silent,
     transformer,
 )
-from kit.shaped import bert
 from kit.weight_pruning import checkpoints
 
 # the resumed runs do without the ModelCheckpoint of the straight one
@@ -272,16 +268,6 @@ class TestScores:
         ).items():
             torch.testing.assert_close(callback.record.scores[name], own)
 
-    @pytest.mark.nightly
-    def test_the_seed_says_which_examples(self, files, tmp_path):
-        found = []
-        for seed in (0, 0, 1):
-            callback = pruning(0.25, remove="never", calibration=FitCalibration(examples=4, seed=seed))
-            trainer(tmp_path, [callback], max_steps=1).fit(module(), data(files))
-            found.append(callback.record.scores)
-        assert same(found[0], found[1])
-        assert not same(found[0], found[2])
-
     def test_scoring_and_measuring_leave_no_trace(self, files, tmp_path):
         """A mask of nothing, in a model with dropout."""
         plain, scored = (module(attention_dropout=0.1) for _ in range(2))
@@ -343,43 +329,6 @@ def test_lora(tmp_path, remove):
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, lit.net.eval()(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
     assert silent(merged) == (8 if remove == "never" else 0)
-
-
-def test_fast_dev_run_tries_the_last_round_of_a_schedule(files, tmp_path):
-    lit, callback = module(), pruning(bh.schedules.MultiStep([0.25, 0.5], [100, 200]))
-    trainer(tmp_path, [callback], max_steps=-1, fast_dev_run=1).fit(lit, data(files))
-    assert acting(lit) == 8
-
-
-@pytest.fixture(scope="module")
-def table(tmp_path_factory):
-    """Texts with a label, by split."""
-    folder, words = tmp_path_factory.mktemp("table"), fits.WORDS.split()
-    for split, count in (("train", 16), ("validation", 8)):
-        rows = [{"text": " ".join(words[i % 5 : i % 5 + 1 + i % 7]), "label": i % 3} for i in range(count)]
-        (folder / f"{split}.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return {split: str(folder / f"{split}.jsonl") for split in ("train", "validation")}
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("remove", ["never", "rounds"])
-def test_a_classifier(table, tmp_path, remove):
-    torch.manual_seed(0)
-    config = bert(vocab_size=2048, num_labels=3).config
-    lit, watch = bh.TransformerModule(config, "sequence-classification", lr=1e-2), Acting()
-    callback = pruning(
-        bh.schedules.MultiStep([0.25, 0.5], [1, 3]), remove=remove, monitor="val_accuracy", keep=0.01, measure_batches=None
-    )
-    given = bh.training.ClassificationDataModule(table, "tiny", batch_size=4)
-    trainer(tmp_path, [callback, watch, bh.Export(str(tmp_path / "out"))], max_steps=4).fit(lit, given)
-    assert watch.seen == [8] + [6] * 2 + [4]
-    exported = bh.load(tmp_path / "out").eval()
-    assert type(exported) is transformers.BertForSequenceClassification
-    assert acting(exported) == (8 if remove == "never" else 4)
-    batch = next(iter(given.val_dataloader()[0]))
-    with torch.no_grad():
-        torch.testing.assert_close(exported(**batch).logits, lit.model.eval()(**batch).logits)
-    assert all("val_accuracy" in event["after"] for event in callback.events)
 
 
 class TestMonitor:
@@ -465,20 +414,6 @@ class TestMonitor:
         trainer(tmp_path, [callback], limit_val_batches=1, val_check_interval=4).fit(lit, data(files))
         assert ["undone" in event["what"] for event in callback.events] == [False] * (rounds - 1) + [values[-1] > 0.6]
 
-    def test_a_round_that_is_taken_back_changes_no_weight(self, files, tmp_path):
-        lit, seen = scripted(), []
-        callback = pruning(self.SCHEDULE, monitor="val_share", mode="max", keep=0.7, measure_batches=1, remove="never")
-
-        class Keep(pl.Callback):
-            def on_train_batch_end(self, trainer, pl_module, *_):
-                seen.append((weights(pl_module), dict(callback.heads), torch.get_rng_state()))
-
-        trainer(tmp_path, [Keep(), callback, Keep()]).fit(lit, data(files))
-        for before, after in (seen[4:6], seen[8:10]):
-            assert same(before[0], after[0])
-            assert before[1] == after[1] != {}
-            assert torch.equal(before[2], after[2])
-
     @pytest.mark.parametrize(("at", "limit", "logs"), [(5, 1.0, "val_loss, val_perplexity"), ("start", 0, "nothing")])
     def test_what_is_not_logged_is_refused_before_training(self, files, tmp_path, at, limit, logs):
         lit = module()
@@ -490,23 +425,6 @@ class TestMonitor:
         assert run.global_step == 0
         assert same(weights(lit), before)
         assert bare(lit)
-
-
-@pytest.mark.filterwarnings("ignore:.*smaller than the logging interval")
-def test_events_are_logged(files, tmp_path):
-    callback, logger = pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 5]), measure_batches=2), pl.loggers.CSVLogger(tmp_path)
-    trainer(tmp_path, [callback], logger=logger).fit(module(), data(files))
-    with open(f"{logger.log_dir}/metrics.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("params")]
-    assert [(int(row["step"]), float(row["params"])) for row in rows] == [
-        (0, callback.events[0]["before"]["params"]),
-        *((e["step"] - 1, e["after"]["params"]) for e in callback.events),  # with the training step that it follows
-    ]
-    assert [event["what"] for event in callback.events] == ["4 heads masked", "16 -> 8 attention heads (GateGradient)"]
-    for row, event in zip(rows[1:], callback.events, strict=True):
-        assert float(row["val_loss_after"]) == event["after"]["val_loss"]
-        assert float(row["val_loss_before"]) == event["before"]["val_loss"]
-        assert event["before"]["val_loss"] != event["after"]["val_loss"]
 
 
 def test_averaged_weights_do_not_bring_masked_heads_back(tmp_path):
@@ -533,59 +451,6 @@ def test_beside_weights_that_become_zero(files, tmp_path):
     trainer(tmp_path, [prunes.WeightPruning(**weight, at=3), pruning(0.25, at=5, remove="never")]).fit(lit, data(files))
     assert silent(lit) == 4
     assert (lit.model.model.layers[0].mlp.up_proj.weight == 0).float().mean() == 0.5
-
-
-@pytest.mark.nightly
-def test_beside_other_changes_of_shape(files, tmp_path):
-    """They come before the first mask, or after the last."""
-    for conversion, options in (("start", {"at": 2, "remove": "never"}), (2, {"at": 2}), (6, {"at": 4})):
-        lit = module()
-        callbacks = [bh.KVHeadConversion(4, at=conversion, measure_batches=0), pruning(0.5, per="kv_head", **options)]
-        trainer(tmp_path, callbacks[:: -1 if conversion == 6 else 1]).fit(lit, data(files))
-        assert lit.model.config.num_key_value_heads == (2 if "remove" not in options else 4) or conversion == 6
-
-
-class Breaks(bh.importance.GateGradient):
-    """Fails in the middle of the second round."""
-
-    rounds = 0
-
-    def sums(self, *arguments):
-        type(self).rounds += 1
-        if type(self).rounds == 2:
-            list(arguments[0].parameters())[-1].requires_grad_(False)
-            raise OSError("no memory")
-        return super().sums(*arguments)
-
-
-@pytest.mark.daily("rounds")
-@pytest.mark.parametrize("remove", REMOVE)
-def test_a_round_that_fails_leaves_all_as_it_was(files, tmp_path, remove):
-    Breaks.rounds, seen = 0, []
-    lit, callback = module(), pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 5]), importance=Breaks(), remove=remove)
-
-    class Keep(pl.Callback):
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            seen.append((weights(pl_module), dict(callback.heads), len(gates(pl_module)), acting(pl_module)))
-
-    run = trainer(tmp_path, [Keep(), callback])
-    modes = {name: part.training for name, part in lit.named_modules()}
-    with pytest.raises(OSError, match="no memory"):
-        run.fit(lit, data(files))
-    assert len(seen) == 5
-    assert seen[-1][3] == 12
-    assert same(seen[-1][0], weights(lit))
-    assert callback.heads == seen[-1][1]
-    assert (callback.heads != {}) == (remove != "rounds")
-    assert bare(lit)
-    assert {name: part.training for name, part in lit.named_modules()} == modes
-    assert all(p.requires_grad for p in lit.parameters())
-    assert [event["step"] for event in callback.events] == [2]
-    run.save_checkpoint(tmp_path / "late.ckpt")
-    again, resumed = module(1), pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 5]), importance=Breaks(), remove=remove)
-    watch = Acting()
-    trainer(tmp_path, [resumed, watch]).fit(again, data(files), ckpt_path=tmp_path / "late.ckpt")
-    assert watch.seen == [8] * 3
 
 
 class TestRefused:
@@ -670,15 +535,6 @@ class TestRefused:
         callbacks = [pruning(ratio, per="kv_head", **options), bh.KVHeadConversion(4, at=at, measure_batches=0)]
         self.refused(files, tmp_path, callbacks, match)
 
-    def test_another_that_removes_heads_in_between(self, files, tmp_path):
-        callbacks = [
-            pruning(bh.schedules.MultiStep([0.25, 0.5], [2, 6])),
-            pruning(0.25, at=4, importance=bh.importance.WeightNorm()),
-        ]
-        self.refused(
-            files, tmp_path, callbacks, "HeadPruning changes shapes at step 4, after HeadPruning has masked heads at step 2"
-        )
-
     def test_an_export_that_would_come_too_early(self, files, tmp_path):
         callbacks = [bh.Export(str(tmp_path / "out")), pruning(0.25, remove="never")]
         self.refused(files, tmp_path, callbacks, "must be listed before Export")
@@ -690,27 +546,6 @@ class TestRefused:
     @pytest.mark.parametrize("remove", ["end", "rounds"])
     def test_heads_that_cannot_be_removed(self, files, tmp_path, remove):
         self.refused(files, tmp_path, [pruning(0.5, at=8, remove=remove)], "cannot be removed.*mask", bloom())
-
-    def test_training_without_end(self, files, tmp_path):
-        endless = {"max_steps": -1, "max_epochs": -1}
-        for options, match in (
-            (
-                {"ratio": 0.5, "at": 0.5},
-                r"at=0\.5 is a fraction of an unknown training length\. Set Trainer\(max_steps=\.\.\.\), or use a step",
-            ),
-            (
-                {"ratio": bh.schedules.Linear(0.5)},
-                r"ratio: a schedule requires a known training length\. Set Trainer\(max_steps=\.\.\.\)",
-            ),
-        ):
-            lit = bh.TransformerModule(module().model, decay="constant", warmup=0)
-            self.refused(files, tmp_path, [pruning(**options)], match, lit, **endless)
-
-    def test_data_that_can_be_read_once(self, tmp_path):
-        stream = iter([(tokens(),) for _ in range(8)])
-        with pytest.raises(ValueError, match="calibration: examples come from the training data, but list_iterator"):
-            trainer(tmp_path, [pruning(0.5)], max_steps=2).fit(Own(mha()), stream)
-        trainer(tmp_path, [pruning(0.5, importance=bh.importance.WeightNorm())], max_steps=2).fit(Own(mha()), stream)
 
     def test_no_batches(self, files, tmp_path):
         self.refused(files, tmp_path, [pruning(0.5, calibration=[])], "calibration: GateGradient needs at least one batch")

@@ -3,12 +3,10 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 import billhook as bh
-from kit.families import llama
 from kit.fits import data, same, trainer, weights
-from kit.head_pruning import LAYERS, REMOVE, Acting, acting, bare, module, pruning, scripted, silent
+from kit.head_pruning import REMOVE, Acting, acting, bare, module, pruning, scripted, silent
 from kit.weight_pruning import checkpoints
 
 # the resumed runs do without the ModelCheckpoint of the straight one
@@ -55,16 +53,6 @@ def resumes(files, folder, callback, stops, build=module):
     return straight, whole, watch
 
 
-@pytest.mark.nightly
-def test_batches_of_the_users_own(files, tmp_path):
-    examples = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 60, (4, 9))]
-
-    def callback():
-        return pruning(ROUNDS, calibration=DataLoader(examples, 2, shuffle=True))
-
-    resumes(files, tmp_path, callback, [3])
-
-
 @pytest.mark.daily("rounds")
 @pytest.mark.parametrize("remove", REMOVE)
 def test_a_round_that_was_taken_back(files, tmp_path, remove):
@@ -75,25 +63,6 @@ def test_a_round_that_was_taken_back(files, tmp_path, remove):
     assert watch.seen == [16] * 2 + [12] * 6
     assert [event["step"] for event in whole.events] == [2, 4]
     assert whole.record.curve[0] == (0.0, 1.0)
-
-
-@pytest.mark.daily("end")
-@pytest.mark.parametrize("remove", ["never", "end"])
-def test_a_run_that_failed_resumes_too(files, tmp_path, remove):
-    straight = module()
-    trainer(tmp_path, [pruning(ROUNDS, remove=remove)]).fit(straight, data(files))
-
-    class Fails(pl.Callback):
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            if trainer.global_step == 5:
-                raise KeyError("five")
-
-    lit, callback = module(), pruning(ROUNDS, remove=remove)
-    with pytest.raises(KeyError):
-        trainer(tmp_path, [callback, Fails(), checkpoints(tmp_path)]).fit(lit, data(files))
-    assert bare(lit)
-    trainer(tmp_path, [callback]).fit(lit, data(files), ckpt_path=tmp_path / "step=4.ckpt")
-    assert same(weights(lit), weights(straight))
 
 
 def test_a_shorter_run_that_ended_goes_on_to_the_next_rounds(files, tmp_path):
@@ -139,19 +108,3 @@ class Watch(pl.Callback):
         self.seen = [acting(pl_module)]
 
     on_test_batch_start = on_validation_batch_start
-
-
-def test_another_models_checkpoint(files, tmp_path):
-    trainer(tmp_path, [pruning(0.5), checkpoints(tmp_path)], max_steps=2).fit(module(num_hidden_layers=1), data(files))
-    with pytest.raises(ValueError, match=f"the checkpoint contains a different model: it lacks {LAYERS[1][:14]}"):
-        trainer(tmp_path, [pruning(0.5)]).fit(module(), data(files), ckpt_path=tmp_path / "step=2.ckpt")
-
-
-def test_weights_alone(files, tmp_path):
-    """The shape is with them; masks are not."""
-    lit = module()
-    folder = checkpoints(tmp_path, save_weights_only=True)
-    trainer(tmp_path, [pruning(0.5, at=2, ranking="global"), folder], max_steps=4).fit(lit, data(files))
-    build = llama(vocab_size=2048, num_key_value_heads=8)
-    loaded = bh.TransformerModule.load_from_checkpoint(tmp_path / "step=4.ckpt", model=build)
-    assert same(weights(loaded), weights(lit))

@@ -90,14 +90,6 @@ def test_in_the_middle_is_what_two_fits_by_hand_are(files, tmp_path):
         torch.testing.assert_close(lit.state_dict()[name], value, atol=1e-6, rtol=1e-5)
 
 
-def test_no_dead_parameter_stays_in_a_param_group(files, tmp_path):
-    lit, run = module(), trainer(tmp_path, [KVHeadConversion([2, 1], [2, 5])])
-    run.fit(lit, data(files))
-    held = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
-    assert held == {id(p) for p in lit.parameters()}
-    assert {id(p) for p in run.optimizers[0].state} == held
-
-
 @pytest.mark.parametrize("weights_only", [True, False])
 def test_load_from_checkpoint(files, tmp_path, weights_only):
     lit = module()
@@ -106,16 +98,6 @@ def test_load_from_checkpoint(files, tmp_path, weights_only):
     )
     loaded = TransformerModule.load_from_checkpoint(tmp_path / "step=4.ckpt", model=llama(vocab_size=2048))
     assert same(weights(loaded), weights(lit))
-
-
-def test_a_dense_checkpoint_is_converted_when_the_resumed_run_starts(files, tmp_path):
-    """The conversion was due before the step that the checkpoint is of, but the first run had none."""
-    trainer(tmp_path, [checkpoints(tmp_path)], max_steps=4).fit(module(), data(files))
-    lit, watch = module(seed=1), Heads()
-    callback = KVHeadConversion(2)
-    trainer(tmp_path, [callback, watch]).fit(lit, data(files), ckpt_path=tmp_path / "step=4.ckpt")
-    assert watch.seen == [2] * 4
-    assert [event["step"] for event in callback.events] == [4]
 
 
 class Plain(pl.LightningModule):
@@ -233,14 +215,6 @@ def test_events_are_logged(files, tmp_path):
     ]
     assert float(rows[2]["val_perplexity_after"]) == callback.events[1]["after"]["val_perplexity"]
     assert float(rows[2]["val_perplexity_before"]) == callback.events[1]["before"]["val_perplexity"]
-
-
-def test_measured_is_what_validation_says(files, tmp_path):
-    lit, callback = module(), KVHeadConversion(2, at=8)
-    trainer(tmp_path, [callback]).fit(lit, data(files))
-    said = trainer(tmp_path, []).validate(lit, data(files), verbose=False)[0]
-    assert callback.events[0]["after"]["val_perplexity"] == pytest.approx(said["val_perplexity"], rel=1e-5)
-    assert callback.events[0]["after"]["val_loss"] == pytest.approx(said["val_loss"], rel=1e-5)
 
 
 def test_fast_dev_run_tries_every_stage(files, tmp_path):

@@ -12,8 +12,6 @@ from peft import LoraConfig
 import billhook as bh
 from billhook.checkpoints.export import export
 from billhook.fit.resume import check_callbacks
-from billhook.shrinking import scope as candidates
-from billhook.shrinking.modules import find_modules
 from kit import shrinks
 from kit.families import llama, tokens
 from kit.fits import data, module, same, trainer, weights
@@ -76,23 +74,6 @@ def test_it_happens_at_its_step_and_training_goes_on(files, tmp_path, at, step):
     assert [event["step"] for event in callback.events] == [step]
     assert all(torch.isfinite(value).all() for value in weights(lit).values())
     assert not {"log", "on_save_checkpoint", "on_load_checkpoint"} & vars(lit).keys()
-
-
-@pytest.mark.daily("start-True-2")
-@pytest.mark.parametrize(("at", "changed", "times"), [("start", False, 1), ("start", True, 2), (1, False, 2)])
-def test_a_model_that_is_the_same_at_the_event_is_looked_at_once(files, tmp_path, monkeypatch, at, changed, times):
-    class Changes(pl.Callback):
-        """Changes a weight between setup and the event."""
-
-        def on_fit_start(self, trainer, pl_module):
-            pl_module.model.model.layers[0].mlp.down_proj.weight.data.mul_(2.0)
-
-    calls = []
-    monkeypatch.setattr(candidates, "find_modules", lambda *given: calls.append(given) or find_modules(*given))
-    callback = shrinking(params=0.97, at=at, importance=bh.importance.WeightNorm(), repair=None, generations=0)
-    trainer(tmp_path, [*([Changes()] if changed else []), callback], max_steps=2).fit(module(), data(files))
-    assert callback.shrunk.left <= callback.shrunk.limit
-    assert len(calls) == times
 
 
 @pytest.mark.nightly

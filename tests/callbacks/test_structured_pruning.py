@@ -11,7 +11,6 @@ import transformers
 import billhook as bh
 from billhook.checkpoints.export import export
 from billhook.model.find import find_transformer
-from billhook.units.find import find_units
 from kit.families import llama, tokens
 from kit.fits import data, module, same, trainer, weights
 from kit.weight_pruning import checkpoints
@@ -168,19 +167,6 @@ def test_adapters_are_cut_and_merged(files, tmp_path):
     ids = tokens()
     with torch.no_grad():
         torch.testing.assert_close(again(ids).logits, lit.model.eval()(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
-
-
-def test_a_recipe_in_one_fit(files, tmp_path):
-    """Cut, and uptrained with everything that goes with it: what is exported is what was trained."""
-    lit = module()
-    callbacks = [pruning(params=0.97, at=1, first=1), bh.Export(str(tmp_path / "out")), bh.Report(str(tmp_path / "report.png"))]
-    trainer(tmp_path, callbacks).fit(lit, data(files))
-    assert [one.count() for one in find_units(lit, ["channel"]).values()][0] == 48
-    again = bh.load(tmp_path / "out")
-    ids = tokens()
-    with torch.no_grad():
-        assert torch.equal(again(ids).logits, lit.model.eval()(ids).logits)
-    assert (tmp_path / "report.png").stat().st_size > 10_000
 
 
 class TestRefused:

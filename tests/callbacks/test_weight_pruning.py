@@ -3,7 +3,6 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
 
 import billhook as bh
 from billhook.adapters.lora import attach
@@ -108,13 +107,6 @@ def test_checkpoints_are_plain_small_and_zero(files, tmp_path):
     assert all(mask.nbytes == linears[name].weight.numel() for name, mask in callback.masks.items())
 
 
-def test_weights_only_checkpoints_and_load_from_checkpoint(files, tmp_path):
-    lit = module()
-    trainer(tmp_path, [pruning(sparsity=0.5, at=2), checkpoints(tmp_path, save_weights_only=True)]).fit(lit, data(files))
-    loaded = bh.TransformerModule.load_from_checkpoint(tmp_path / "step=8.ckpt", model=module().model)
-    assert same(weights(loaded), weights(lit))
-
-
 def test_validate_takes_a_checkpoint_as_it_is(files, tmp_path):
     lit = module()
     run = trainer(tmp_path, [pruning(sparsity=0.5, at=4), checkpoints(tmp_path)])
@@ -137,14 +129,6 @@ def test_fast_dev_run_tries_the_last_round_of_a_schedule(files, tmp_path, option
     lit = module()
     trainer(tmp_path, [pruning(**options)], max_steps=-1, fast_dev_run=1).fit(lit, data(files))
     assert zeros(lit) == (0.5, 0.5)
-
-
-def test_training_that_ends_early_says_what_it_left_out(files, tmp_path):
-    stop = EarlyStopping("val_loss", patience=1, min_delta=100.0)
-    with pytest.warns(UserWarning, match=r"training ended at step \d+, before the event at step 90 .the last of 2 pending"):
-        trainer(tmp_path, [pruning(sparsity=bh.schedules.MultiStep([0.3, 0.5], [80, 90])), stop], max_steps=100).fit(
-            module(), data(files)
-        )
 
 
 def test_shapes_change_before_the_first_mask(files, tmp_path):
@@ -331,38 +315,3 @@ class TestRefused:
             match=r"the masks belong to another model: this model has no model.layers.7.mlp.up_proj of shape \[32, 32\]",
         ):
             trainer(tmp_path, [pruning(sparsity=0.5)]).fit(module(), data(files), ckpt_path=tmp_path / "other.ckpt")
-
-
-class Breaks(bh.Wanda):
-    calls = 0
-
-    def prune(self, *arguments):
-        type(self).calls += 1
-        if type(self).calls == 14 + 5:
-            raise OSError("no memory")
-        return super().prune(*arguments)
-
-
-def test_a_round_that_fails_leaves_all_as_it_was(files, tmp_path):
-    Breaks.calls = 0
-    lit, callback = module(), pruning(Breaks(), bh.schedules.MultiStep([0.3, 0.6], [2, 5]))
-    run = trainer(tmp_path, [callback])
-    with pytest.raises(OSError, match="no memory"):
-        run.fit(lit, data(files))
-    other, straight = module(), pruning(bh.Wanda(), bh.schedules.MultiStep([0.3], [2]))
-    same_steps = trainer(tmp_path, [straight])
-    same_steps.fit_loop.epoch_loop.max_steps = 8
-
-    class Stop(pl.Callback):
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            trainer.should_stop = trainer.global_step == 5
-
-    same_steps.callbacks.insert(1, Stop())
-    same_steps.fit(other, data(files))
-    assert same(weights(lit), weights(other))
-    assert same(callback.masks, straight.masks)
-    assert "log" not in vars(lit)
-    assert [event["step"] for event in callback.events] == [2]
-    for mine, theirs in zip(run.optimizers[0].state.values(), same_steps.optimizers[0].state.values(), strict=True):
-        assert torch.equal(mine["exp_avg"], theirs["exp_avg"])
-    assert not any("forward" in vars(part) for part in lit.modules())

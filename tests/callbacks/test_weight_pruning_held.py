@@ -10,10 +10,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import billhook as bh
 from billhook.model.layers import prunable
-from kit import prunes
-from kit.families import llama, recompute
+from kit.families import llama
 from kit.fits import data, module, same, trainer, weights
-from kit.weight_pruning import EPOCHS, FEW, OPTIMIZERS, Plain, checkpoints, loader, pruning
+from kit.weight_pruning import EPOCHS, OPTIMIZERS, Plain, checkpoints, loader, pruning
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
@@ -226,32 +225,6 @@ def test_conv1d(tmp_path):
     trainer(tmp_path, [callback, checkpoints(tmp_path)], max_steps=4).fit(lit, loader())
     held(lit.state_dict(), callback, "net.")
     assert all((mask.sum(0) == mask.shape[0] // 2).all() for mask in callback.masks.values())
-
-
-@pytest.mark.nightly
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("part", ["model", "layers"])
-def test_a_model_compiled_in_place(tmp_path, part):
-    torch._dynamo.reset()
-    straight, lit = Plain(), Plain()
-    callbacks = [pruning(sparsity=0.5, at=2) for _ in range(2)]
-    for one in [lit.net] if part == "model" else lit.net.model.layers:
-        one.compile(backend="eager")
-    trainer(tmp_path, [callbacks[0]], max_steps=4).fit(lit, loader())
-    trainer(tmp_path, [callbacks[1]], max_steps=4).fit(straight, loader())
-    assert same(callbacks[0].masks, callbacks[1].masks)
-    for name, value in lit.state_dict().items():
-        torch.testing.assert_close(value, straight.state_dict()[name], atol=1e-5, rtol=1e-4)
-    torch._dynamo.reset()
-
-
-def test_gradient_checkpointing(tmp_path):
-    straight, lit = Plain(), Plain()
-    recompute(lit.net)
-    callbacks = [prunes.WeightPruning(sparsity=0.5, at=2, **FEW) for _ in range(2)]
-    trainer(tmp_path, [callbacks[0]]).fit(lit, loader())
-    trainer(tmp_path, [callbacks[1]]).fit(straight, loader())
-    assert same(weights(lit), weights(straight))
 
 
 def test_what_is_cut_and_repaired_keeps_its_zeros(files, tmp_path):

@@ -1,35 +1,16 @@
 """A run that was stopped, at whatever step, goes on as if it had not been."""
 
-import lightning.pytorch as pl
 import pytest
 
 import billhook as bh
 from kit.fits import data, same, trainer, weights
-from kit.weight_pruning import RAMP, checkpoints, module, pruning, zeros
+from kit.weight_pruning import checkpoints, module, pruning, zeros
 
 pytestmark = [
     # the resumed runs do without the ModelCheckpoint of the straight one
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
     pytest.mark.filterwarnings("ignore:X.T X is not positive definite"),
 ]
-
-
-def test_a_run_that_failed_resumes_too(files, tmp_path):
-    straight = module()
-    trainer(tmp_path, [pruning(sparsity=RAMP)]).fit(straight, data(files))
-
-    class Fails(pl.Callback):
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            if trainer.global_step == 5:
-                raise KeyError("five")
-
-    lit, callback = module(), pruning(sparsity=RAMP)
-    run = trainer(tmp_path, [callback, Fails(), checkpoints(tmp_path)])
-    with pytest.raises(KeyError):
-        run.fit(lit, data(files))
-    assert not run.optimizers[0]._optimizer_step_post_hooks
-    trainer(tmp_path, [callback]).fit(lit, data(files), ckpt_path=tmp_path / "step=4.ckpt")
-    assert same(weights(lit), weights(straight))
 
 
 def test_two_callbacks_each_have_their_own_linears(files, tmp_path):
@@ -56,15 +37,3 @@ def test_a_criterion_of_the_users_own_resumes(files, tmp_path):
     trainer(tmp_path, [callback]).fit(resumed, data(files), ckpt_path=tmp_path / "step=3.ckpt")
     assert same(weights(resumed), weights(straight))
     assert [event["step"] for event in callback.events] == [0]
-
-
-def test_shapes_that_change_before_the_first_mask_resume(files, tmp_path):
-    def callbacks():
-        return [bh.KVHeadConversion(2, at=2, measure_batches=0), pruning(sparsity=0.5, at=4)]
-
-    straight = module()
-    trainer(tmp_path, [*callbacks(), checkpoints(tmp_path)]).fit(straight, data(files))
-    for stop in (1, 2, 3, 4, 6):
-        resumed = module(seed=1)
-        trainer(tmp_path, callbacks()).fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
-        assert same(weights(resumed), weights(straight)), stop

@@ -129,17 +129,6 @@ def test_compiled_before_an_event_it_is_what_it_would_be_in_eager_mode(tmp_path,
 
 @pytest.mark.nightly
 @pytest.mark.usefixtures("unmeasured")
-@pytest.mark.parametrize("event", ["structure", "svd"])
-def test_compiled_after_an_event(tmp_path, event):
-    lit, *_ = fit(tmp_path, event, limit_val_batches=0)
-    ids = torch.arange(3, 15).view(2, 6)
-    with torch.no_grad():
-        expected = lit.net.eval()(ids).logits
-        torch.testing.assert_close(torch.compile(lit.net, backend="eager")(ids).logits, expected)
-
-
-@pytest.mark.nightly
-@pytest.mark.usefixtures("unmeasured")
 def test_many_events_leave_compiled_code_compiled(tmp_path):
     """Of so many shapes torch makes code, and no more after that."""
     backend, lit, ran = Runs(), Own(num_hidden_layers=1), []
@@ -244,28 +233,6 @@ def test_looking_for_a_learning_rate_leaves_all_as_it_was(tmp_path, event, at):
     third, *_ = fit(tmp_path, event, at=at, more=[LearningRateFinder(num_training_steps=3, update_attr=False)])
     assert same(weights(lit), weights(other))
     assert same(weights(third), weights(other))
-
-
-class Batches(pl.LightningDataModule):
-    batch_size = 2
-
-    def train_dataloader(self):
-        return loader(self.batch_size)
-
-    def val_dataloader(self):
-        return loader(4, 4)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("event", ["wanda", "mean"])
-def test_looking_for_a_batch_size_leaves_all_as_it_was(tmp_path, event):
-    lit, callback = Own(), EVENTS[event]("start")
-    before = weights(lit)
-    run = trainer(tmp_path, [callback], max_steps=4)
-    assert Tuner(run).scale_batch_size(lit, datamodule=Batches(), steps_per_trial=1, max_trials=1) == 2
-    assert same(weights(lit), before)
-    run.fit(lit, datamodule=Batches())
-    assert same(weights(lit), weights(fit(tmp_path, event, at="start")[0]))
 
 
 AVERAGES = [EMAWeightAveraging, WeightAveraging, lambda: StochasticWeightAveraging(1e-2, swa_epoch_start=1)]

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from billhook.cli import streamed
-from billhook.engine.statistics import InputGram, add_products
+from billhook.engine.statistics import InputGram
 from billhook.importance.obs import removal_errors
 from billhook.repairs import least_squares, residuals
 from billhook.repairs.least_squares import refit_linear
@@ -57,13 +57,6 @@ def test_a_limit_of_memory_reckons_what_a_refit_takes(zeros, few, monkeypatch):
     assert solved / 3 < alive.most <= solved
 
 
-def test_moments_of_what_a_refit_needs_take_no_copy():
-    x, moments = inputs(), ResidualStatistics(ROWS, WIDTH)
-    with Alive() as alive:
-        moments.add(x, torch.randn(len(x), ROWS))
-    assert alive.most < 4 * x.nbytes  # the tokens, and a panel of products
-
-
 def test_obs_takes_one_matrix_beside_the_moments():
     moments, table = InputGram(WIDTH), torch.arange(WIDTH)[:, None]
     moments.add(inputs())
@@ -78,11 +71,3 @@ def test_sparsegpt_takes_two_matrices_beside_the_moments():
     with Alive() as alive:
         inverse_factor(moments.products, 0.01)
     assert MATRIX <= alive.most < 1.1 * MATRIX  # two in float32
-
-
-def test_products_are_added_some_rows_at_a_time():
-    x, sums = torch.randn(3, 4096), torch.zeros(4096, 4096)
-    with Alive() as alive:
-        add_products(sums, x, x)
-    assert alive.most < sums.nbytes / 3
-    torch.testing.assert_close(sums, x.t() @ x)

@@ -11,6 +11,7 @@ from kit.families import llama
 from kit.fits import trainer
 from kit.syncs import Syncs, steps_counted
 
+pytestmark = pytest.mark.nightly
 FEW = {"calibration": 4, "measure_batches": 0}
 STEPS = 7
 # each with the steps of its events
@@ -38,7 +39,6 @@ def plain(tmp_path_factory):
     return steps(tmp_path_factory.mktemp("plain"), [])
 
 
-@pytest.mark.daily("held masks", "masked heads", "structure")
 @pytest.mark.parametrize("name", CALLBACKS)
 def test_a_step_waits_for_nothing(tmp_path, plain, name, monkeypatch):
     make, events = CALLBACKS[name]

@@ -5,7 +5,6 @@ import pytest
 import torch
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
-from matplotlib.figure import Figure
 
 from billhook import Amount, Export, KVHeadConversion, Report, StructuredPruning, TextDataModule, WeightPruning, load
 from kit.events import Own, loader
@@ -43,9 +42,7 @@ def test_table_and_picture_say_what_happened(files, tmp_path, capsys):
 
 
 @pytest.mark.nightly
-def test_events_of_many_words_have_short_labels_and_the_rest_below(files, tmp_path, capsys, monkeypatch):
-    drawn = []
-    monkeypatch.setattr("billhook.callbacks.report.validation", lambda *given: drawn.append(given) or Figure())
+def test_events_of_many_words_have_short_labels_and_the_rest_below(files, tmp_path, capsys):
     lit, (pruning, _, _) = run(files, tmp_path, [StructuredPruning(Amount(heads=0.5, channels=0.5), at=3, calibration=6)])
     (event,), out = pruning.events, capsys.readouterr().out
     share = 1 - event["after"]["params"] / event["before"]["params"]
@@ -54,7 +51,6 @@ def test_events_of_many_words_have_short_labels_and_the_rest_below(files, tmp_pa
     assert max(map(len, out.splitlines())) <= 130
     assert f"\nafter {event['label']} " in out
     assert f"step 3 {event['what']} ".split() == out[out.index("\nstep 3 ") : out.index("\ncheckpoint ")].split()
-    assert [what for _, what, _, _ in drawn[0][1]] == [event["label"]]
     assert f"- step 3: {event['label']}\n  - {event['what']}\n" in (tmp_path / "model" / "README.md").read_text()
 
 
@@ -190,9 +186,7 @@ def test_the_tokenizer_beside_a_model_of_any_attribute(files, tmp_path):
 
 
 @pytest.mark.parametrize("at", ["start", 3])
-def test_weight_pruning_is_told_of_like_all_else(files, tmp_path, capsys, monkeypatch, at):
-    drawn = []
-    monkeypatch.setattr("billhook.callbacks.report.validation", lambda *given: drawn.append(given) or Figure())
+def test_weight_pruning_is_told_of_like_all_else(files, tmp_path, capsys, at):
     pruning = WeightPruning(sparsity=0.5, at=at, calibration=6)
     lit, (_, _, report) = run(files, tmp_path, [pruning])
     (event,) = pruning.events
@@ -205,8 +199,6 @@ def test_weight_pruning_is_told_of_like_all_else(files, tmp_path, capsys, monkey
     label = next(row for row in rows if row.startswith("after Wanda"))
     assert rows[label][:3] == [str(step), f"{event['after']['val_perplexity']:,.0f}", "0.50"]
     assert int(rows[label][3].replace(",", "")) == event["after"]["zeros"] > int(rows["dense"][3].replace(",", ""))
-    assert drawn[0][1] == [(step, event["label"], event["before"]["val_perplexity"], event["after"]["val_perplexity"])]
-    assert drawn[0][3] == dense
     assert json.loads((tmp_path / "model" / "billhook.json").read_text())["events"] == pruning.events
 
 

@@ -245,11 +245,6 @@ def test_an_optimizer_that_exists_follows_events_at_the_start(tmp_path):
     assert not any(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_nothing_is_left_on_the_model(tmp_path):
-    model, _ = train(tmp_path, [EVENTS["wanda"](1)])
-    assert not model._load_state_dict_pre_hooks
-
-
 @pytest.mark.parametrize(
     "settings",
     [

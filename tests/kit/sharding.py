@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import billhook as bh
 from billhook.engine.sharding import full_tensor, is_sharded
-from billhook.engine.shards import ShardStore
 from billhook.fit.lightning import LightningFit
 from kit import prunes
 from kit.families import llama, recompute
@@ -156,23 +155,15 @@ def masks(criterion, module=Own, **options):
 
 SHAPES = {
     "channels": shapes(lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **SOME)),
-    "channels, by gradients": shapes(
-        lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, importance=bh.Taylor(), repair=None, **GIVEN)
-    ),
     "heads in rounds, after masks": shapes(lambda: bh.HeadPruning(RAMP, remove="rounds", **SOME)),
     "blocks": shapes(lambda: bh.DepthPruning(1, at=2, **SOME)),
     "hidden dimensions": shapes(lambda: bh.StructuredPruning(bh.Amount(residual=0.25), at=2, **SOME)),
-    "KV heads, by mean": shapes(lambda: bh.KVHeadConversion(2, at=2, measure_batches=1)),
-    "KV heads, by svd": shapes(lambda: bh.KVHeadConversion(2, method="svd", **SOME)),
     "KV heads, of what it writes": shapes(lambda: bh.KVHeadConversion(2, method="svd", **WRITTEN)),
     "KV heads, in stages": shapes(lambda: bh.KVHeadConversion([4, 2], at=["start", 2], measure_batches=1)),
     "tied, Conv1D": shapes(lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=1, **SOME), lambda: Own(gpt2)),
     "offloaded, computing in bfloat16": shapes(
         lambda: bh.KVHeadConversion(2, at=2, measure_batches=1),
         lambda: Own(policy=MixedPrecisionPolicy(torch.bfloat16), offload_policy=CPUOffloadPolicy(pin_memory=False)),
-    ),
-    "gradient checkpointing": shapes(
-        lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **SOME), lambda: Own(checkpointed)
     ),
     "as one": shapes(lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **SOME), lambda: Own(blocks=False)),
 }
@@ -217,21 +208,6 @@ SHAPES |= {
 }
 
 
-ROUNDED = "KV heads, by svd"
-"""Done once more with what the second rank has solved for rounded otherwise, as on another card."""
-
-
-def rounding(stage):
-    """Has the second rank round otherwise what it is to rest in shards."""
-
-    def rounded(store, block, values, *rest, **more):
-        if torch.distributed.get_rank() == 1:
-            values = {name: value * (1 + 1e-6) for name, value in values.items()}
-        return stage(store, block, values, *rest, **more)
-
-    return rounded
-
-
 ONE = [(torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(3)),)]
 
 
@@ -239,13 +215,11 @@ MASKS = {
     "magnitude": masks(bh.Magnitude(), sparsity=RAMP, at="start"),
     "magnitude, global": masks(bh.Magnitude(compares="global")),
     "wanda": masks(bh.Wanda(), sparsity=RAMP, at="start"),
-    "wanda, none": masks(bh.Wanda(), sequential="none", at="start"),
     "wanda, layer": masks(bh.Wanda(), sequential="layer", output_embeddings=True),
     "wanda, global": masks(bh.Wanda(compares="global"), sequential="none"),
     "wanda, of what it writes": masks(bh.Wanda(), **WRITTEN),
     "wanda, 2:4": masks(bh.Wanda(), pattern="2:4"),
     "wanda, one batch": masks(bh.Wanda(), calibration=ONE),
-    "wanda, as one": masks(bh.Wanda(), lambda: Own(blocks=False)),
     "wanda, Conv1D": masks(bh.Wanda(), lambda: Own(gpt2)),
     "owl": masks(bh.Wanda(), allocation=bh.criteria.OWL()),
     "wanda, matched": masks(bh.Wanda(), match=bh.criteria.BlockMatching(), calibration=6),
@@ -313,11 +287,6 @@ def fit_all() -> None:
         if name in names:
             run, *result = one.run(out, files, ranks=2)
             keep(out / f"{name}.pt", result)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardStore, "stage", rounding(ShardStore.stage))
-        if "rounded otherwise" in names:
-            run, *result = SHAPES[ROUNDED].run(out, files, ranks=2)
-            keep(out / "rounded otherwise.pt", result)
     for name, (full, one) in (RESUMED | CHANGED | {"adapted": (True, ADAPTED)}).items():
         if name in names:
             stop_and_resume(one, name, full, files, out)

@@ -18,7 +18,6 @@ from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.repairs.least_squares import choose_ridge, refit_linear, solve_ridge
 from billhook.repairs.repair import RepairConfig, repair_linears
 from billhook.repairs.residuals import ResidualStatistics
-from kit import shrinks
 from kit.families import llama, tokens
 from kit.losses import BUILD
 from kit.ranks import Ranks
@@ -501,18 +500,6 @@ def test_half_precision_keeps_its_dtype(dtype):
     model = model.to(dtype)
     found = refit(model, masks, trials(model, batches))
     assert all(weight.dtype == dtype and weight.isfinite().all() for weight, _ in found.values())
-    first = "model.layers.0.self_attn.o_proj"
-    x, _ = given(model, first, batches)
-    weight = model.get_submodule(first).weight.detach()
-    (choosing,) = RepairConfig().held_out_batches(4)
-    fit, held_out = (ResidualStatistics(len(weight), int(masks[first].sum())) for _ in range(2))
-    left = [lacking(weight, masks[first], one.float()) for one in x]
-    lost = [due.square().sum(1) for _, due in left]
-    usual = torch.cat(lost).log().mean().exp()
-    for number, (own, due) in enumerate(left):
-        (held_out if number == choosing else fit).add(own, due, None, 2 * usual / (usual + lost[number]))
-    expected, _ = refitted(weight, None, masks[first], fit, held_out, RepairConfig().ridges)
-    torch.testing.assert_close(found[first][0], expected.to(dtype))
 
 
 SPLITS = {
@@ -581,9 +568,8 @@ def test_an_expert_that_few_tokens_come_to_is_only_cut_and_named():
         refit(model, {"experts.2": masks["experts.2"]}, runs)
 
 
-def test_too_few_tokens_are_refused_before_the_walk(monkeypatch):
+def test_too_few_tokens_are_refused_before_the_walk():
     model, masks, batches = case("llama", number=2, length=2)
-    monkeypatch.setattr("billhook.repairs.repair.Walk", None)
     runs = trials(model, [{"input_ids": batch["input_ids"][:1]} for batch in batches])
     with pytest.raises(ValueError, match=r"repair of .*o_proj needs at least 24 non-padding tokens, got 4"):
         refit(model, masks, runs)
@@ -624,23 +610,13 @@ def test_refusals_name_what_came_and_change_nothing():
 
 SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4, "vocab_size": 64}
 SMALL |= {"intermediate_size": 24, "num_local_experts": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-ROUTERS = {
-    "llama4": lambda: transformers.Llama4ForCausalLM(
-        transformers.Llama4TextConfig(**SMALL, head_dim=4, intermediate_size_mlp=24, num_experts_per_tok=1)
-    ),
-    "phimoe": lambda: transformers.PhimoeForCausalLM(transformers.PhimoeConfig(**SMALL, num_experts_per_tok=2)),
-}
 
 
-@pytest.mark.daily("phimoe")
-@pytest.mark.parametrize("name", ROUTERS)
-def test_routers_are_linears_that_return_what_they_have_chosen(name):
-    model, batches = ROUTERS[name]().eval(), [{"input_ids": tokens(2, 24)} for _ in range(4)]
+def test_routers_are_linears_that_return_what_they_have_chosen():
+    model = transformers.PhimoeForCausalLM(transformers.PhimoeConfig(**SMALL, num_experts_per_tok=2)).eval()
+    batches = [{"input_ids": tokens(2, 24)} for _ in range(4)]
     plan = bh.plan(model, bh.importance.WeightNorm(), amount=bh.Amount(heads=0.5, round_to=1))
-    given = bh.repair(model, plan, batches)
-    assert {name.rsplit(".", 2)[-2] for name in given} >= {"o_proj"}
-    if name == "llama4":
-        shrinks.shrink(copy.deepcopy(model), batches, params=0.9, generations=0, candidates=1)
+    assert {name.rsplit(".", 2)[-2] for name in bh.repair(model, plan, batches)} >= {"o_proj"}
     bh.convert_kv_heads(model, 2, batches=batches, repair=bh.RepairConfig())
 
 

@@ -285,14 +285,6 @@ def test_a_batch_that_never_fills(text, streaming):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_fit_on_nothing_is_refused(text, streaming):
-    config = LlamaConfig(vocab_size=4096, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-    data = TextDataModule({"train": text}, "tiny", length=16, batch_size=500, streaming=streaming)
-    with pytest.raises(ValueError, match="batch_size=500"):
-        trainer(max_steps=2).fit(TransformerModule(config), datamodule=data)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("content", ["\n\n  \n", "\n" * 500])
 def test_blank_text(tmp_path, content, streaming):
     path = tmp_path / "blank.txt"

@@ -7,7 +7,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch.utils.data import DataLoader
 from transformers import AutoTokenizer, LlamaConfig
 
 from billhook.assets import model_path
@@ -224,20 +223,6 @@ def test_resume_with_accumulated_gradients(make, tmp_path):
     assert len(resumed.seen) == 39 - 17  # the seventh step of an epoch takes one batch
 
 
-@pytest.mark.filterwarnings("ignore:You requested to overfit")
-def test_resume_with_overfit_batches(make, tmp_path):
-    straight, _ = fit(make(), overfit_batches=5, limit_val_batches=0, callbacks=[SaveAt(tmp_path / "a.ckpt", 7)])
-    resumed, _ = fit(make(), overfit_batches=5, limit_val_batches=0, ckpt_path=tmp_path / "a.ckpt")
-    assert straight.seen[:5] == straight.seen[5:10]
-    assert resumed.seen == straight.seen[7:]
-
-
-def test_reloading_loaders_each_epoch_keeps_the_order(make):
-    plain, _ = fit(make())
-    reloaded, _ = fit(make(), reload_dataloaders_every_n_epochs=1)
-    assert plain.seen == reloaded.seen
-
-
 def test_a_second_fit_of_one_trainer_goes_on_with_the_next_epoch(make):
     straight, _ = fit(make())
     data = make()
@@ -382,7 +367,3 @@ def test_loader_begins_at_a_batch_of_an_epoch():
     resumed = loader(epoch=1, batch=4)
     assert [batch.tolist() for batch in resumed] == epochs[1][4:]
     assert [batch.tolist() for batch in resumed] == epochs[2]
-
-
-def test_loader_is_a_plain_loader_for_other_data():
-    assert [b.tolist() for b in ResumableLoader(range(5), batch_size=2)] == [b.tolist() for b in DataLoader(range(5), 2)]

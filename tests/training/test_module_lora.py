@@ -124,23 +124,6 @@ def test_half_weights_have_adapters_in_float32():
     assert all(p.grad.isfinite().all() for p in lit.parameters() if p.requires_grad)
 
 
-def test_gradient_checkpointing_changes_no_gradient():
-    gradients = []
-    for checkpointing in (False, True):
-        model = stirred(module(lora=bh.training.LoRA(r=2, dropout=0.0), gradient_checkpointing=checkpointing)).train()
-        assert model.model.is_gradient_checkpointing == checkpointing
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-        if not checkpointing:
-            torch.manual_seed(0)
-            state = model.state_dict()
-        else:
-            assert same(state, model.state_dict())
-    assert all(gradient.any() for gradient in gradients[0].values())
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient)
-
-
 class TestAFit:
     def test_the_optimizer_has_the_adapters_alone_and_decays_them(self, files, tmp_path):
         lit = module(weight_decay=0.1)
@@ -321,15 +304,6 @@ class TestYaml:
         saved = json.loads(Path("outputs/model/billhook.json").read_text())["saved"]
         assert saved["adapters"] == "merged adapters of 28 layers in place, all in full, because none is sparse"
 
-    @pytest.mark.nightly
-    def test_its_checkpoint_is_validated_and_loaded(self, quick, tmp_path):
-        self.fit(f"--model.lora '{{r: 3}}' --model.distillation '{{}}' {quick}")
-        (ckpt,) = tmp_path.glob("checkpoints/*.ckpt")
-        main(shlex.split(f"validate --model.model tiny --ckpt_path '{ckpt}' {quick}"))
-        loaded = bh.TransformerModule.load_from_checkpoint(ckpt)
-        assert loaded.model.model.layers[0].mlp.up_proj.r == {"default": 3}
-        assert loaded.teacher.settings == bh.training.Distillation()
-
     @pytest.mark.filterwarnings("ignore:`loftq_config` specified but will be ignored")
     def test_pefts_own_config(self, quick, tmp_path):
         config = "{class_path: peft.LoraConfig, init_args: {r: 5, target_modules: [q_proj]}}"
@@ -352,13 +326,6 @@ class TestYaml:
             self.fit(f"{line} {quick}")
         told = capsys.readouterr().err + str(stopped.value.code)
         assert [word for word in words if word not in told] == []
-
-    def test_help_tells_what_they_take(self, capsys):
-        asked = {"lora.help LoRA": "Fraction of the inputs of A", "help TransformerModule": "weight T^2 KL(teacher || student)"}
-        for line, word in asked.items():
-            with pytest.raises(SystemExit):
-                main(shlex.split(f"fit --model.{line}"))
-            assert word in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

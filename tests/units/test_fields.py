@@ -1,7 +1,6 @@
 """Fields of configs that count units: found by building, and once."""
 
 import billhook as bh
-from billhook.units import fields
 from billhook.units.fields import FieldFinder
 from kit.families import llama
 
@@ -19,16 +18,3 @@ def test_of_kinds_of_units():
     assert finder.find(groups_of(model, "kv_head")) == ("num_attention_heads", "num_key_value_heads")  # with their query heads
     assert finder.find(groups_of(model, "query_head")) == ("num_attention_heads",)
     assert finder.find(groups_of(model, "residual")) == ("hidden_size",)
-
-
-def test_what_is_found_of_one_model_is_known_of_those_alike(monkeypatch):
-    model, built = llama(intermediate_size=92), []  # a size that no other test has, as it is known then
-    build = fields.build_on_meta
-    monkeypatch.setattr(fields, "build_on_meta", lambda *given: built.append(given) or build(*given))
-    found = FieldFinder(model).find(groups_of(model, "channel"))
-    assert found == ("intermediate_size",)
-    assert built
-    built.clear()
-    twin = llama(intermediate_size=92)
-    assert FieldFinder(twin).find(groups_of(twin, "channel")) == found
-    assert not built

@@ -132,19 +132,6 @@ def test_resumed_with_another_model_the_ratio_is_told_and_the_divergence_is_not(
     assert capsys.readouterr().out.count("unknown") == 2
 
 
-def test_a_fit_that_goes_on_keeps_its_dense_model_and_a_new_fit_takes_its_own(tmp_path):
-    lit, mine = Own(), degradation()
-    run = trainer(tmp_path, [mine], max_steps=-1, max_epochs=1)
-    run.fit(lit, loader(), loader(4, 4))
-    (first,), dense = mine.last, mine._dense
-    run.fit_loop.max_epochs = 2
-    run.fit(lit, loader(), loader(4, 4))
-    assert mine._dense is dense
-    assert mine.last[0]["before"] == first["before"]
-    trainer(tmp_path, [mine], max_steps=1).fit(lit, loader(), loader(4, 4))
-    assert mine._dense is not dense
-
-
 def test_texts_in_the_table_the_record_and_the_loggers(tmp_path, files, capsys):
     class Memory(Logger):
         name, version = "memory", 0

@@ -233,38 +233,22 @@ class TestRefused:
             trainer(folder, callbacks, **options).fit(lit, data(files))
         assert same(weights(lit), before)
 
-    def test_a_step_past_the_end(self, files, tmp_path):
-        self.refused(
-            files, tmp_path, [KVHeadConversion(2, at=9)], "at=9 is past the end of training, which has 8 optimizer steps"
-        )
-        epochs = {"max_steps": -1, "max_epochs": 1}
-        self.refused(files, tmp_path, [KVHeadConversion(2, at=1000)], "at=1000 is past the end", **epochs)
-
-    def test_two_stages_at_one_step(self, files, tmp_path):
-        self.refused(files, tmp_path, [KVHeadConversion([2, 1], [4, 0.5])], "two stages have the same step")
-
-    def test_two_callbacks_at_one_step(self, files, tmp_path):
-        self.refused(
-            files,
-            tmp_path,
-            [KVHeadConversion(2, at=4), KVHeadConversion(1, at=0.5)],
-            "two KVHeadConversion stages have the same step",
-        )
-
-    def test_callbacks_in_the_wrong_order(self, files, tmp_path):
-        callbacks = [KVHeadConversion(1, at=2), KVHeadConversion(2, at=4)]
-        self.refused(files, tmp_path, callbacks, "than the one before and divide it, got 1 at step 2, 2 at step 4")
-
-    def test_callbacks_that_do_not_divide_one_another(self, files, tmp_path):
-        callbacks = [KVHeadConversion(6, at=2), KVHeadConversion(4, at=4)]
-        wide = module(num_attention_heads=12, num_key_value_heads=12, hidden_size=48)
-        self.refused(files, tmp_path, callbacks, "divide it, got 6 at step 2, 4 at step 4", wide)
-
-    def test_more_heads_than_there_are(self, files, tmp_path):
-        self.refused(files, tmp_path, [KVHeadConversion(8, at=2)], "num_key_value_heads=8 must .* Use 1, 2")
-
-    def test_heads_that_do_not_divide(self, files, tmp_path):
-        self.refused(files, tmp_path, [KVHeadConversion(3, at=2)], "num_key_value_heads=3 must .* Use 1, 2")
+    @pytest.mark.parametrize(
+        ("callbacks", "match"),
+        [
+            (lambda: [KVHeadConversion(2, at=9)], "at=9 is past the end of training, which has 8 optimizer steps"),
+            (lambda: [KVHeadConversion([2, 1], [4, 0.5])], "two stages have the same step"),
+            (lambda: [KVHeadConversion(2, at=4), KVHeadConversion(1, at=0.5)], "two KVHeadConversion stages have the same step"),
+            (
+                lambda: [KVHeadConversion(1, at=2), KVHeadConversion(2, at=4)],
+                "than the one before and divide it, got 1 at step 2, 2 at step 4",
+            ),
+            (lambda: [KVHeadConversion(8, at=2)], "num_key_value_heads=8 must .* Use 1, 2"),
+            (lambda: [KVHeadConversion(3, at=2)], "num_key_value_heads=3 must .* Use 1, 2"),
+        ],
+    )
+    def test_before_training(self, files, tmp_path, callbacks, match):
+        self.refused(files, tmp_path, callbacks(), match)
 
     def test_a_model_without_attention(self, files, tmp_path):
         config = transformers.MambaConfig(vocab_size=2048, hidden_size=32, num_hidden_layers=1)

@@ -6,7 +6,7 @@ import torch
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from billhook import Amount, Export, KVHeadConversion, Report, StructuredPruning, TextDataModule, WeightPruning, load
+from billhook import Amount, Export, KVHeadConversion, Report, StructuredPruning, WeightPruning
 from kit.events import Own, loader
 from kit.fits import data, module, trainer
 from kit.published import record_of
@@ -52,12 +52,6 @@ def test_events_of_many_words_have_short_labels_and_the_rest_below(files, tmp_pa
     assert f"\nafter {event['label']} " in out
     assert f"step 3 {event['what']} ".split() == out[out.index("\nstep 3 ") : out.index("\ncheckpoint ")].split()
     assert f"- step 3: {event['label']}\n  - {event['what']}\n" in (tmp_path / "model" / "README.md").read_text()
-
-
-def test_nothing_happened(files, tmp_path, capsys):
-    run(files, tmp_path, [])
-    rows = lines_of(capsys.readouterr().out)
-    assert {"start of training", "end of training"} <= rows.keys()
 
 
 @pytest.mark.parametrize(
@@ -172,17 +166,6 @@ def test_figures_of_any_name(files, tmp_path, capsys):
     assert (tmp_path / "report.png").exists()
     with pytest.warns(UserWarning, match="metric='val/los' is not logged in validation.*val/loss"):
         fit(metric="val/los")
-
-
-def test_the_tokenizer_beside_a_model_of_any_attribute(files, tmp_path):
-    class Lit(Slashes):
-        def __init__(self):
-            super().__init__()
-            self.net = load("tiny").float().train()
-
-    source = TextDataModule(files, length=16)
-    trainer(tmp_path, [], max_steps=1).fit(Lit(), source)
-    assert source.tokenizer.vocab_size == 2048
 
 
 @pytest.mark.parametrize("at", ["start", 3])

@@ -22,16 +22,11 @@ pytestmark = [
     ("options", "seen"),
     [
         ({"sparsity": 0.5}, [0.5] * 8),
-        ({"sparsity": 0.5, "at": 0}, [0.5] * 8),
         ({"sparsity": 0.5, "at": 3}, [0] * 3 + [0.5] * 5),
         ({"sparsity": 0.5, "at": 0.5}, [0] * 4 + [0.5] * 4),
-        ({"sparsity": 0.5, "at": 8}, [0] * 8),
-        ({"pattern": "2:4", "at": 2}, [0] * 2 + [0.5] * 6),
         ({"sparsity": 0.5, "pattern": "2:4", "at": 1.0}, [0] * 8),
-        ({"sparsity": bh.schedules.Constant(0.5, start=2)}, [0] * 2 + [0.5] * 6),
         ({"sparsity": bh.schedules.MultiStep([0.25, 0.5], [2, 0.5])}, [0] * 2 + [0.25] * 2 + [0.5] * 4),
         ({"sparsity": 0.5, "at": bh.schedules.MultiStep([0.5, 1.0], [2, 0.5])}, [0] * 2 + [0.25] * 2 + [0.5] * 4),
-        ({"sparsity": bh.schedules.Linear(final=0.5, end=4, every=2)}, [0] * 2 + [0.25] * 2 + [0.5] * 4),
         (
             {"sparsity": bh.schedules.Linear(final=0.5, initial=0.25, start=0, end=4, every=2)},
             [0.25] * 2 + [0.375] * 2 + [0.5] * 4,
@@ -50,11 +45,8 @@ def test_it_happens_at_its_step(files, tmp_path, options, seen):
 @pytest.mark.parametrize(
     ("criterion", "schedule"),
     [
-        *(
-            (bh.Wanda(), schedule)
-            for schedule in (bh.schedules.Cubic, bh.schedules.Linear, bh.schedules.Cosine, bh.schedules.Exponential)
-        ),
-        *((criterion, bh.schedules.Cubic) for criterion in (bh.Magnitude(), bh.SparseGPT())),
+        (bh.Wanda(), bh.schedules.Linear),
+        *((criterion, bh.schedules.Cubic) for criterion in (bh.Wanda(), bh.Magnitude(), bh.SparseGPT())),
     ],
 )
 def test_rounds_do_not_compound_and_masks_nest(files, tmp_path, criterion, schedule):

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import AutoModel, AutoModelForCausalLM, get_linear_schedule_with_warmup
+from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
 import billhook as bh
 from kit import prunes, shrinks
@@ -186,16 +186,6 @@ def test_events_in_modules_of_any_kind(tmp_path, kind, event):
     assert repr(other.events) == repr(callback.events)
 
 
-def test_a_search_for_a_smaller_model_needs_its_predictions(tmp_path):
-    lit, callback = Toggled(), EVENTS["shrink"]("start")
-    lit.encoder.backbone, lit.head = AutoModel.from_config(config()), nn.Linear(16, 3)
-    before = weights(lit)
-    with pytest.raises(ValueError, match="model: LlamaModel has no logits"):
-        trainer(tmp_path, [callback], max_steps=2).fit(lit, *loaders("by hand"))
-    assert same(weights(lit), before)
-    assert callback.events == []
-
-
 @pytest.mark.daily("setup-wanda", "configure_model-structure", "setup-svd")
 @pytest.mark.parametrize("event", EVENTS)
 @pytest.mark.parametrize("kind", ["configure_model", "setup"])
@@ -290,13 +280,6 @@ def test_a_module_with_manual_optimization_says_what_it_is_calibrated_on(tmp_pat
     assert same(pruned_at_the_start(tmp_path, ByHand(), build(batches), tuples()), expected)
 
 
-def test_as_many_examples_as_are_asked_for(tmp_path):
-    build = CALIBRATED["taylor"]
-    few = pruned_at_the_start(tmp_path, Hooked(), build(2), tuples())
-    assert same(few, pruned_at_the_start(tmp_path, Own(), build(list(loader())[:1]), loader()))
-    assert not same(few, pruned_at_the_start(tmp_path, Hooked(), build(), tuples()))
-
-
 @pytest.mark.parametrize("kind", CALIBRATED)
 def test_manual_optimization_without_batches_for_the_model_is_refused_before_training(tmp_path, kind):
     lit = ByHand()
@@ -324,26 +307,6 @@ def test_what_the_model_does_not_take_is_refused(tmp_path, monkeypatch, kind, ba
     with pytest.raises(ValueError, match=f"calibration: {match}"):
         trainer(tmp_path, [CALIBRATED[kind]()], max_steps=2).fit(lit, tuples(), tuples())
     assert same(weights(lit), before)
-
-
-class Closures(Toggled):
-    def training_step(self, batch, batch_idx):
-        for optimizer in self.optimizers():
-
-            def closure(optimizer=optimizer):
-                loss = cross_entropy(self(batch["input_ids"]), batch["input_ids"][:, 0] % 3)
-                optimizer.zero_grad()
-                self.manual_backward(loss)
-                return loss
-
-            with optimizer.toggle_model():
-                optimizer.step(closure=closure)
-
-
-def test_closures(tmp_path):
-    lit = Closures()
-    trainer(tmp_path, [EVENTS["heads"](2)], max_steps=8).fit(lit, *loaders("by hand"))
-    assert figures(lit) == END["heads"]
 
 
 class Listed(Own):

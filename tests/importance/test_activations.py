@@ -8,7 +8,6 @@ import billhook as bh
 from billhook.importance.probes import by_unit
 from kit.families import build, tokens
 from kit.losses import LOUD, own_loss
-from kit.syncs import Syncs
 
 LAST = {
     "llama": "model.layers.{}.mlp.down_proj",
@@ -203,16 +202,3 @@ def test_heads_that_a_convolution_reads():
     model.transformer.encoder.layers[0].post_attention.conv1d = torch.nn.Conv1d(32, 32, 3, padding=1, groups=4)
     with pytest.raises(ValueError, match="has several kernel positions, so the effect of a unit is not"):
         bh.score(model, units, bh.OutputNorm(), [batch])
-
-
-@pytest.mark.parametrize("order", ["first", "second", "mixed", "vector", "unit"])
-def test_gradients_are_summed_where_they_are(order):
-    """A batch brings the sums of each of its parameters to the host, however many examples it has."""
-    model = build("llama")
-    units = bh.find_units(model, "channel")
-    with Syncs() as syncs:
-        bh.score(model, units, bh.Taylor(order), [{"input_ids": tokens(3, 9)} for _ in range(2)])
-    here = {
-        place: number for place, number in syncs.places.items() if place.startswith(("importance/taylor", "importance/parts"))
-    }
-    assert set(here.values()) == {2 * 3 * len(units)}

@@ -341,17 +341,6 @@ def test_the_model_is_as_before_whatever_happens(importance):
         assert set(seen) == {(False, False, False)}
 
 
-@pytest.mark.parametrize("importance", EVERY, ids=repr)
-def test_frozen_models_and_no_grad(importance):
-    model, batches = BUILD["llama"](), [{"input_ids": tokens()}]
-    expected = scores(model, "llama", batches, importance)
-    model.requires_grad_(False)
-    torch.testing.assert_close(scores(model, "llama", batches, importance), expected)
-    with torch.no_grad():
-        torch.testing.assert_close(scores(model, "llama", batches, importance), expected)
-    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters())
-
-
 @pytest.mark.parametrize("importance", [bh.importance.GateGradient(), bh.Taylor()], ids=repr)
 def test_a_loss_that_asks_nothing_of_a_layer_names_it(importance):
     model, batches = llama(), [{"input_ids": tokens()}]
@@ -455,7 +444,7 @@ def test_ranks_add_up(importance):
         assert torch.equal(one[name], other[name])
 
 
-def test_adapters_and_half_precision():
+def test_adapters():
     import peft
 
     config = peft.LoraConfig(target_modules=["q_proj", "v_proj", "o_proj"], r=2, init_lora_weights=False)
@@ -473,10 +462,3 @@ def test_adapters_and_half_precision():
             for one in (model, merged)
         )
         torch.testing.assert_close(found, expected)
-    model = build("llama")
-    expected = bh.score(model, bh.find_units(model, "head"), bh.importance.GateGradient(), batches, normalize=True)
-    found = bh.score(
-        model.bfloat16(), bh.find_units(model.bfloat16(), "head"), bh.importance.GateGradient(), batches, normalize=True
-    )
-    for name, one in expected.items():
-        torch.testing.assert_close(found[name], one, rtol=0.1, atol=0.02)

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import weakref
 
 import pytest
 import torch
@@ -146,33 +145,6 @@ def test_shares_change_nothing(kind):
     model = LOUD["llama"]()
     found = [scores(model, BATCHES, bh.Taylor("mixed", passes=passes), kind) for passes in (1, 2, 3, 1000)]
     assert all(torch.equal(one, found[0]) for one in found)
-
-
-def living(model, run):
-    """The most gradients of parameters that lived at one time."""
-    seen, most = [], [0]
-
-    def see(gradient):
-        seen.append(weakref.ref(gradient))
-        most[0] = max(most[0], sum(one() is not None for one in seen))
-
-    handles = [parameter.register_hook(see) for parameter in model.parameters()]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert seen
-    return most[0]
-
-
-def test_no_two_gradients_live_at_a_time():
-    model, batch = LOUD["llama"](), BATCHES[0]
-    whole = living(model, lambda: torch.autograd.grad(own_loss(model, batch), list(model.parameters())))
-    assert whole == len(list(model.parameters()))
-    for order in ORDERS:
-        for kind in ("head", "channel", "residual"):
-            assert living(model, lambda order=order, kind=kind: scores(model, [batch], bh.Taylor(order), kind)) == 1
 
 
 def test_gradients_that_are_there_stay_and_nobody_else_is_called():

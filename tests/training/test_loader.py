@@ -129,9 +129,7 @@ def test_resume(make, tmp_path, streaming, ask, num_workers, stop):
         assert resumed.asked == straight.asked == 39
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("stop", [5, 13, 18])
-@pytest.mark.parametrize("max_epochs", [-1, 9])
+@pytest.mark.parametrize(("streaming", "stop", "max_epochs"), [(False, 5, 9), (False, 13, -1), (True, 18, 9), (True, 13, -1)])
 def test_max_steps_stops_and_a_later_fit_goes_on(make, tmp_path, streaming, stop, max_epochs):
     def run(max_steps, ckpt_path=None):
         # with max_epochs, the length of training is asked of a loader
@@ -145,8 +143,7 @@ def test_max_steps_stops_and_a_later_fit_goes_on(make, tmp_path, streaming, stop
     assert first.seen + second.seen == straight.seen
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("stop", [6, 4, 7])
+@pytest.mark.parametrize(("streaming", "stop"), [(False, 4), (False, 6), (True, 7)])
 def test_resume_with_limit_train_batches(make, tmp_path, streaming, stop):
     limited = {"limit_train_batches": 6}
     straight, _ = fit(make(streaming=streaming), callbacks=[SaveAt(tmp_path / "a.ckpt", stop)], **limited)
@@ -155,8 +152,7 @@ def test_resume_with_limit_train_batches(make, tmp_path, streaming, stop):
     assert resumed.seen == straight.seen[stop:]
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("ask", [False, True])
+@pytest.mark.parametrize(("streaming", "ask"), [(False, True), (True, False)])
 def test_resume_from_a_finished_fit(make, tmp_path, streaming, ask):
     straight, _ = fit(make(streaming=streaming), Recorder(ask))
     first, trainer = fit(make(streaming=streaming), Recorder(ask), max_epochs=2)
@@ -165,8 +161,7 @@ def test_resume_from_a_finished_fit(make, tmp_path, streaming, ask):
     assert first.seen + second.seen == straight.seen
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("stop", [13, 18])
+@pytest.mark.parametrize(("streaming", "stop"), [(False, 13), (True, 18)])
 def test_a_resumed_fit_that_saves_before_its_first_batch(make, tmp_path, streaming, stop):
     class SaveAtOnce(Callback):
         def on_train_start(self, trainer, *_):

@@ -225,15 +225,14 @@ class TestOptimizer:
             ("cosine", lambda s: (1 + math.cos(math.pi * (s - 2) / 8)) / 2),
         ],
     )
-    @pytest.mark.parametrize("warmup", [2, 0.2])
-    def test_learning_rate(self, files, tmp_path, decay, expected, warmup):
+    def test_learning_rate(self, files, tmp_path, decay, expected):
         rates = []
 
         class Watch(pl.Callback):
             def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
                 rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
-        lit = TransformerModule(llama(vocab_size=2048), lr=0.01, decay=decay, warmup=warmup)
+        lit = TransformerModule(llama(vocab_size=2048), lr=0.01, decay=decay, warmup=0.2 if decay == "linear" else 2)
         trainer(tmp_path, [Watch()], max_steps=10).fit(lit, data(files))
         wanted = [0.01 * (s / 2 if s < 2 else expected(s)) for s in range(10)]
         assert rates == pytest.approx(wanted)
@@ -273,15 +272,12 @@ class TestTrainable:
     @pytest.mark.parametrize(
         ("config", "task", "parts"),
         [
-            (transformers.BertConfig(**BERT), "masked-lm", (".attention.",)),
             (transformers.BertConfig(**BERT, pad_token_id=0), "sequence-classification", (".attention.", "classifier.")),
-            (transformers.T5Config(**T5), "seq2seq-lm", ("SelfAttention.", "EncDecAttention.")),
             (transformers.ViTConfig(**VIT), "image-classification", (".attention.", "classifier.")),
-            (transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=64), "causal-lm", (".attn.",)),
         ],
-        ids=["bert", "classifier", "t5", "vit", "gpt2"],
+        ids=["text", "images"],
     )
-    def test_attention_of_others_and_the_head_of_a_classifier(self, config, task, parts):
+    def test_attention_and_the_head_of_a_classifier(self, config, task, parts):
         lit = TransformerModule(config, task, trainable="attention")
         assert trained(lit) == {name for name, _ in lit.model.named_parameters() if any(part in name for part in parts)}
 

@@ -232,15 +232,6 @@ class TestSaved:
         assert lit.model.model.layers[1].self_attn.v_proj.weight.shape == (24, 32)
         self.checked(lit, tmp_path / "out")
 
-    def test_layers_that_differ(self, files, tmp_path):
-        lit = module()
-        bh.pruning.prune_units(lit, {"model.layers.1.self_attn": [1, 5]})
-        run = trainer(tmp_path, [], max_steps=4)
-        run.fit(lit, data(files))
-        run.save_checkpoint(tmp_path / "a.ckpt")
-        model = exported(tmp_path / "a.ckpt")
-        assert torch.equal(logits(model), logits(lit.model))
-
     def test_masked_adapters_on_pruned_weights(self, files, tmp_path):
         lit = module()
         pruning = bh.WeightPruning(bh.Magnitude(), 0.5, at=2, measure_batches=0, mask_adapters=True)
@@ -303,14 +294,6 @@ class TestYaml:
         assert transformers.AutoModelForCausalLM.from_pretrained("outputs/model")
         saved = json.loads(Path("outputs/model/billhook.json").read_text())["saved"]
         assert saved["adapters"] == "merged adapters of 28 layers in place, all in full, because none is sparse"
-
-    @pytest.mark.filterwarnings("ignore:`loftq_config` specified but will be ignored")
-    def test_pefts_own_config(self, quick, tmp_path):
-        config = "{class_path: peft.LoraConfig, init_args: {r: 5, target_modules: [q_proj]}}"
-        self.fit(f"--model.lora '{config}' {quick}")
-        (ckpt,) = tmp_path.glob("checkpoints/*.ckpt")
-        state = torch.load(ckpt, weights_only=True)["state_dict"]
-        assert {name.split(".")[5] for name in state if ".lora_A" in name} == {"q_proj"}
 
     @pytest.mark.parametrize(
         ("line", "words"),

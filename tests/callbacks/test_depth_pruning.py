@@ -16,9 +16,7 @@ from kit.units import MIXED, influence, t5
 from kit.weight_pruning import checkpoints
 
 # the resumed runs do without the ModelCheckpoint of the straight one
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")]
 LAYERS = "model.layers"
 
 
@@ -178,10 +176,7 @@ class TestRefused:
     @pytest.mark.parametrize(
         ("callbacks", "message"),
         [
-            (
-                lambda: [pruning(4)],
-                f"blocks=4 would remove 4 of 4 blocks of {LAYERS}. At most 3 can be removed: blocks=3",
-            ),
+            (lambda: [pruning(4)], f"blocks=4 would remove 4 of 4 blocks of {LAYERS}. At most 3 can be removed: blocks=3"),
             (lambda: [pruning(2, first=2, last=1)], "would remove 2 of 4 blocks .* At most 1 can be removed"),
             (lambda: [pruning(1, at=99)], "99"),
             (lambda: [pruning(1), EMAWeightAveraging()], "EMAWeightAveraging does not support"),

@@ -18,9 +18,7 @@ from kit.families import llama
 from kit.fits import same, trainer, weights
 from kit.unharmed import HOOKS, Interrupt, differing, everything, interrupted
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training")]
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4, "attention_dropout": 0.1}
 STEPS = 4
 

@@ -18,24 +18,11 @@ from billhook.units.find import find_units
 from kit import prunes
 from kit.families import llama, tokens
 from kit.fits import data, same, trainer, weights
-from kit.head_pruning import (
-    LAYERS,
-    REMOVE,
-    Acting,
-    acting,
-    bare,
-    module,
-    pruning,
-    scripted,
-    silent,
-    transformer,
-)
+from kit.head_pruning import LAYERS, REMOVE, Acting, acting, bare, module, pruning, scripted, silent, transformer
 from kit.weight_pruning import checkpoints
 
 # the resumed runs do without the ModelCheckpoint of the straight one
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")]
 WHEN = {
     "start": ({"ratio": 0.25}, [12] * 8),
     "a step": ({"ratio": 0.3, "at": 3}, [16] * 3 + [12] * 5),
@@ -326,11 +313,7 @@ class TestMonitor:
     @pytest.mark.daily("rounds-*")
     @pytest.mark.parametrize(
         ("remove", "monitor", "mode", "keep"),
-        [
-            ("never", "val_share", "max", 0.6),
-            ("end", "val_cost", "min", 0.6),
-            ("rounds", "val_debt", "max", 0.4),
-        ],
+        [("never", "val_share", "max", 0.6), ("end", "val_cost", "min", 0.6), ("rounds", "val_debt", "max", 0.4)],
     )
     def test_it_is_as_if_that_round_had_not_been(self, files, tmp_path, remove, monitor, mode, keep):
         options = {"remove": remove, "importance": bh.importance.WeightNorm()}

@@ -10,9 +10,7 @@ from kit.head_pruning import REMOVE, Acting, acting, bare, module, pruning, scri
 from kit.weight_pruning import checkpoints
 
 # the resumed runs do without the ModelCheckpoint of the straight one
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")]
 ROUNDS = bh.schedules.MultiStep([0.25, 0.5, 0.75], [2, 4, 6])
 SEEN = [16] * 2 + [12] * 2 + [8] * 2 + [4] * 2
 

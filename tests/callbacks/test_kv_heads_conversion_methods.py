@@ -207,10 +207,7 @@ class TestRefused:
                 {"repair": RepairConfig(), "calibration": batches(1)},
                 "calibration: repair needs at least 2 batches, because some are held out, got 1",
             ),
-            (
-                {"method": "svd", "calibration": []},
-                "calibration: method='svd' needs at least 1 batch, got 0",
-            ),
+            ({"method": "svd", "calibration": []}, "calibration: method='svd' needs at least 1 batch, got 0"),
         ],
     )
     def test_too_few_batches(self, files, tmp_path, options, match):

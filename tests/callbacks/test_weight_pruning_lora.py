@@ -109,10 +109,7 @@ def test_it_is_what_masking_by_hand_is(tmp_path):
     assert not all(torch.allclose(value, expected[name], atol=1e-4) for name, value in weights(third).items())
 
 
-KINDS = {
-    "rounds": {"sparsity": RAMP, "mask_adapters": True},
-    "start": {"pattern": "2:4"},
-}
+KINDS = {"rounds": {"sparsity": RAMP, "mask_adapters": True}, "start": {"pattern": "2:4"}}
 
 
 @pytest.mark.nightly

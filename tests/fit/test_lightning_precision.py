@@ -12,9 +12,7 @@ from billhook.fit.lightning import LightningFit
 from kit.events import END, EVENTS, FEW, Own, Watch, figures, fit, loader, same_after_reload
 from kit.fits import same, trainer, weights
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")]
 
 
 def float16(scale=2.0**12):

@@ -38,10 +38,7 @@ class MadeLate(Own):
 MODULES = {"whole at first": Own, "made late": MadeLate}
 
 
-SEARCHES = {
-    "whole at first": {"params": 0.8, "at": 1},
-    "made late": {"params": 0.9, "layers": "free", "at": "start"},
-}
+SEARCHES = {"whole at first": {"params": 0.8, "at": 1}, "made late": {"params": 0.9, "layers": "free", "at": "start"}}
 
 
 SEARCHED = ["a smaller model"]

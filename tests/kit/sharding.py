@@ -257,10 +257,7 @@ def adapted():
 
 
 ADAPTED = Fit(
-    adapted,
-    lambda: prunes.WeightPruning(sparsity=RAMP, mask_adapters=True, **FEW),
-    lambda one: [one.masks, one.events],
-    steps=5,
+    adapted, lambda: prunes.WeightPruning(sparsity=RAMP, mask_adapters=True, **FEW), lambda one: [one.masks, one.events], steps=5
 )
 """With LoRA that counts and is masked; it has learned something before the last round."""
 

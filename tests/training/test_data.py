@@ -230,12 +230,7 @@ def test_a_tokenizer_that_cannot_pad(table, tmp_path):
     [
         ("causal-lm", LlamaConfig, Seq2SeqDataModule, "cannot train LlamaForCausalLM, which is not an encoder-decoder"),
         ("causal-lm", LlamaConfig, ClassificationDataModule, "cannot train LlamaForCausalLM, which predicts tokens"),
-        (
-            "sequence-classification",
-            LlamaConfig,
-            TextDataModule,
-            "cannot train LlamaForSequenceClassification, which does",
-        ),
+        ("sequence-classification", LlamaConfig, TextDataModule, "cannot train LlamaForSequenceClassification, which does"),
     ],
 )
 def test_batches_that_the_model_does_not_take(text, task, config, kind, match):

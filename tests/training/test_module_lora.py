@@ -25,10 +25,7 @@ from kit.cli import pytestmark as quiet
 from kit.families import BERT, T5, VIT, llama, tokens
 from kit.fits import data, same, trainer, weights, write_text
 
-pytestmark = [
-    *quiet,
-    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
-]
+pytestmark = [*quiet, pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")]
 CLASSES = {"num_labels": 3}
 # what trains beside adapters
 HEAD = {

@@ -189,10 +189,7 @@ def test_adapters(dora):
         masked = model(ids).logits
     layers = [f"model.layers.{layer}.self_attn.o_proj" for layer in (0, 1)]
     assert_same(masked, zeroed(merged, [(layers[0], 2, 4), (layers[1], 0, 4), (layers[1], 7, 4)])(ids).logits)
-    with (
-        bh.gates(model, bh.find_units(model, "head")) as gates,
-        bh.gates(merged, bh.find_units(merged, "head")) as others,
-    ):
+    with bh.gates(model, bh.find_units(model, "head")) as gates, bh.gates(merged, bh.find_units(merged, "head")) as others:
         found = torch.autograd.grad(model(ids).logits.square().mean(), list(gates.values()))
         expected = torch.autograd.grad(merged(ids).logits.square().mean(), list(others.values()))
     torch.testing.assert_close(found, expected)
@@ -287,10 +284,7 @@ def test_what_no_module_of_its_own_reads_has_no_gate():
         ValueError, match="experts: no single module consumes the experts of model.layers.0.mlp, so they cannot be masked"
     ):
         bh.mask(model, {0: [1]}, "expert")
-    with (
-        pytest.raises(ValueError, match="blocks: no single module consumes"),
-        bh.gates(model, bh.find_units(model, "block")),
-    ):
+    with pytest.raises(ValueError, match="blocks: no single module consumes"), bh.gates(model, bh.find_units(model, "block")):
         pass
 
 

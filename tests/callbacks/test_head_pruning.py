@@ -4,7 +4,6 @@ import copy
 import json
 
 import lightning.pytorch as pl
-import peft
 import pytest
 import torch
 import transformers
@@ -15,7 +14,6 @@ import billhook as bh
 from billhook.checkpoints.export import export
 from billhook.pruning.choice import choose
 from billhook.units.find import find_units
-from kit import prunes
 from kit.families import llama, tokens
 from kit.fits import data, same, trainer, weights
 from kit.head_pruning import LAYERS, REMOVE, Acting, acting, bare, module, pruning, scripted, silent, transformer
@@ -282,29 +280,6 @@ def loader(kind=tuple, rows=16):
     return DataLoader([(row,) if kind is tuple else {"input_ids": row, "labels": row} for row in ids], batch_size=2)
 
 
-@pytest.mark.daily("rounds")
-@pytest.mark.parametrize("remove", ["never", "rounds"])
-def test_lora(tmp_path, remove):
-    """The adapters lose what the weights lose, frozen weights stay frozen, and merging changes nothing."""
-    lit, watch = Own(peft.get_peft_model(mha(), peft.LoraConfig(r=2, target_modules="all-linear"))), Acting()
-    before = {name: p.requires_grad for name, p in lit.named_parameters()}
-    run = trainer(tmp_path, [pruning(bh.schedules.MultiStep([0.25, 0.5], [1, 3]), remove=remove), watch], max_steps=5)
-    run.fit(lit, loader())
-    assert watch.seen == [16] + [12] * 2 + [8] * 2
-    assert {name: p.requires_grad for name, p in lit.named_parameters()} == before
-    held = {id(p) for group in run.optimizers[0].param_groups for p in group["params"]}
-    assert held == {id(p) for p in lit.parameters() if p.requires_grad}
-    reads = transformer(lit).model.layers[0].self_attn.o_proj
-    width = 32 if remove == "never" else 16
-    assert reads.base_layer.weight.shape == (32, width)
-    assert reads.lora_A["default"].weight.shape == (2, width)
-    assert acting(lit) == (16 if remove == "never" else 8)
-    merged, ids = bh.training.merge(copy.deepcopy(transformer(lit))).model.eval(), tokens(4)
-    with torch.no_grad():
-        torch.testing.assert_close(merged(ids).logits, lit.net.eval()(input_ids=ids).logits, atol=1e-5, rtol=1e-4)
-    assert silent(merged) == (8 if remove == "never" else 0)
-
-
 class TestMonitor:
     """A round that makes a value worse is taken back, and is the last."""
 
@@ -402,25 +377,6 @@ def test_averaged_weights_do_not_bring_masked_heads_back(tmp_path):
     trainer(tmp_path, [pruning(0.25, at=2, remove="never"), EMAWeightAveraging(decay=0.5)]).fit(lit, loader())
     assert silent(lit) == 4
     assert bare(lit)
-
-
-def test_beside_weights_that_become_zero(files, tmp_path):
-    weight = {"sparsity": 0.5, "calibration": 6, "measure_batches": 0, "criterion": bh.Magnitude()}
-    for heads, at, order in (("start", "start", 1), (2, 4, -1)):
-        lit, callback = module(), prunes.WeightPruning(**weight, at=at)
-        trainer(tmp_path, [pruning(0.25, at=heads), callback][::order]).fit(lit, data(files))
-        assert acting(lit) == 12
-        assert callback.masks[f"{LAYERS[0]}.q_proj"].shape == (24, 32)
-    for at, order in ((6, 1), (4, -1)):  # masks follow
-        lit, callback = module(), prunes.WeightPruning(**weight, at=4)
-        trainer(tmp_path, [pruning(0.25, at=at), callback][::order]).fit(lit, data(files))
-        assert acting(lit) == 12
-        assert callback.masks[f"{LAYERS[0]}.q_proj"].shape == (24, 32)
-        assert not lit.model.get_submodule(f"{LAYERS[0]}.q_proj").weight[~callback.masks[f"{LAYERS[0]}.q_proj"]].any()
-    lit = module()  # where no shape changes, both act
-    trainer(tmp_path, [prunes.WeightPruning(**weight, at=3), pruning(0.25, at=5, remove="never")]).fit(lit, data(files))
-    assert silent(lit) == 4
-    assert (lit.model.model.layers[0].mlp.up_proj.weight == 0).float().mean() == 0.5
 
 
 class TestRefused:

@@ -6,9 +6,6 @@ import pytest
 
 import billhook as bh
 from billhook.engine.comm import MESSAGE, Comm
-from billhook.kv_heads.attentions import Attentions
-from billhook.kv_heads.convert import equal_heads
-from kit import prunes
 from kit.families import tokens
 from kit.ranks import Ranks
 from kit.sent import linears, solved, wanda
@@ -56,23 +53,6 @@ def test_criteria(model, criterion, reckoned):
     assert len(found) <= (4 * blocks + 2 * number * criterion.updates + 4) * bool(criterion.needs)
 
 
-def test_matching(model):
-    given = {"sparsity": 0.5, "dry_run": True}
-    without, found = (
-        sum(
-            sent_in(
-                model,
-                lambda model, comm, match=match: prunes.prune(
-                    model, bh.Wanda(), batches(), match=match, **given | {"reduce": comm}
-                ),
-            )
-        )
-        for match in (None, bh.criteria.BlockMatching(steps=3))
-    )
-    reckoned = 3 * 4 * sum(weight.numel() for _, weight in linears(model))
-    assert reckoned <= found - without <= reckoned + 1000
-
-
 @pytest.mark.parametrize("importance", [bh.OutputNorm(), bh.OBS(), bh.Taylor()])
 def test_importances(model, importance):
     found = sent_in(model, lambda model, comm: bh.plan(model, importance, batches(), channels=0.25, reduce=comm))
@@ -95,20 +75,6 @@ def test_repair(model):
     # of each refit: where runs wait, what tokens lack, moments, what ridges err, the ridge, whether it solves, and new weights;
     # of all: sources, how linears are called (in two), whether tokens are enough, and where runs wait at the end
     assert len(found) <= 7 * refits + 6
-
-
-def test_heads(model):
-    """The moments of all attentions go together; beside them it is counted, twice, how many batches there are."""
-    groups = {f"model.layers.{number}.self_attn": 2 for number in range(len(model.model.layers))}
-    found = sent_in(
-        model,
-        lambda model, comm: equal_heads(
-            Attentions(model, groups, comm), bh.kv_methods.SVD(frequencies="fixed"), [(batch, None) for batch in batches()], None
-        ),
-    )
-    assert len(found) == 3
-    heads, width, group = 4, 8, 2
-    assert sum(found) == len(groups) * (8 * (2 * 2 * (group * width) ** 2 + heads * width**2) + 24) + 16
 
 
 BITS = 1 / 32

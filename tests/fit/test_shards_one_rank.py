@@ -16,7 +16,6 @@ from billhook.sparsity.weight_plan import WeightPlan
 from kit import prunes
 from kit.families import llama
 from kit.fits import data, module, trainer
-from kit.loads import SAVED
 from kit.losses import ALBERT
 from kit.measured import MadeLate
 from kit.sharding import GIVEN, Own, sharding
@@ -149,6 +148,8 @@ def test_a_model_that_is_made_late_is_converted_at_the_start(tmp_path, alone):
     assert is_sharded(lit)
 
 
+SAVED = {"full": False, "sharded": True}
+"""Kinds of checkpoints, each with what the strategy is told."""
 CONVERTED = {
     "channels": lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=1, calibration=4, measure_batches=0),
     "KV heads": lambda: bh.KVHeadConversion(2, at=1, measure_batches=0),

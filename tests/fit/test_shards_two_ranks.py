@@ -3,8 +3,6 @@
 What needs batches, of which a rank has none, is fitted under DDP, too.
 """
 
-import sys
-
 import pytest
 import torch
 import transformers
@@ -19,7 +17,6 @@ from kit.beside import LAYERS, ON_TWO, ZEROS
 from kit.families import llama, tokens
 from kit.fits import same
 from kit.four import FOUR
-from kit.loads import SAVED
 from kit.ranks import asked_for, run_script
 from kit.settings import MASKED, SETTINGS
 from kit.sharding import ADAPTED, CHANGED, HEADS, MASKS, RESUMED, SHAPES, STEPS
@@ -27,11 +24,10 @@ from kit.sharding import ADAPTED, CHANGED, HEADS, MASKS, RESUMED, SHAPES, STEPS
 SCRIPT = """
 import os
 os.environ["PYTHONHASHSEED"] = "4"
-from kit import beside, loads, settings, sharding
+from kit import beside, settings, sharding
 sharding.fit_all()
 settings.fit_all()
 beside.measure_all()
-loads.load_all()
 """
 
 
@@ -244,14 +240,6 @@ def test_each_rank_has_its_share_and_no_more(of_two, name):
     for (most, _, shards), (of_more, allowed, more) in zip(few, many, strict=True):
         assert of_more <= allowed
         assert of_more - most <= more - shards
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says in /proc/self/maps what is mapped")
-@pytest.mark.nightly
-@pytest.mark.parametrize("name", SAVED)
-def test_each_of_two_ranks_loads_a_tensor_at_a_time(of_two, name):
-    for most, gradients, largest in of_two(f"{name}, loaded"):
-        assert most <= gradients + 4 * largest
 
 
 def test_tensor_parallel_is_refused(of_two):

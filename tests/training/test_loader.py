@@ -7,12 +7,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import Callback
-from transformers import AutoTokenizer, LlamaConfig
+from transformers import AutoTokenizer
 
 from billhook.assets import model_path
 from billhook.training.data import TextDataModule
 from billhook.training.loader import EpochSampler, ResumableLoader
-from billhook.training.module import TransformerModule
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
@@ -237,26 +236,6 @@ def test_evaluating_a_checkpoint_does_not_move_a_later_fit(text, tmp_path):
     evaluator.validate(module, datamodule=data, ckpt_path=tmp_path / "a.ckpt", verbose=False, weights_only=False)
     assert len(module.validated) == 13
     assert fit(data, limit_val_batches=0)[0].seen == straight.seen
-
-
-def test_resume_of_a_real_module(make, tmp_path):
-    config = LlamaConfig(
-        vocab_size=4096, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=8
-    )
-
-    class Recording(TransformerModule):
-        def on_train_batch_start(self, batch, batch_idx):
-            self.__dict__.setdefault("seen", []).append(first_column(batch))
-
-    def module():
-        return Recording(config, lr=0.01)
-
-    torch.manual_seed(0)
-    straight, trainer = fit(make(), module(), callbacks=[SaveAt(tmp_path / "a.ckpt", 18)], max_epochs=2)
-    resumed, _ = fit(make(), module(), ckpt_path=tmp_path / "a.ckpt", max_epochs=2)
-    assert resumed.seen == straight.seen[18:]
-    for (name, a), b in zip(straight.state_dict().items(), resumed.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
 
 
 @pytest.mark.nightly

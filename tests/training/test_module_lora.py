@@ -190,7 +190,7 @@ class TestSaved:
         bh.save(model, tmp_path / "again")
         self.checked(lit, tmp_path / "again")
 
-    @pytest.mark.nightly
+    @pytest.mark.daily("rounds")
     @pytest.mark.parametrize("remove", ["rounds", "end"])
     def test_heads_that_are_removed_while_it_is_on(self, remove, files, tmp_path):
         lit, out = module(), tmp_path / "out"
@@ -207,18 +207,6 @@ class TestSaved:
         if remove == "rounds":
             bh.save(exported(tmp_path / "step=8.ckpt"), tmp_path / "again")
             self.checked(lit, tmp_path / "again")
-
-    def test_gradients_of_the_frozen_base_score_heads_as_without_it(self, files, tmp_path):
-        """At the start adapters add nothing."""
-        scores = []
-        for lora in (bh.training.LoRA(r=2), None):
-            pruning = bh.HeadPruning(0.5, at=0, importance=bh.Taylor(), calibration=4, measure_batches=0)
-            trainer(tmp_path, [pruning], max_steps=1).fit(module(lora=lora), data(files))
-            scores.append(pruning.record.scores)
-        assert scores[0].keys() == scores[1].keys()
-        for name, own in scores[0].items():
-            assert own.count_nonzero() > 4
-            torch.testing.assert_close(own, scores[1][name])
 
     def test_a_folder_that_was_cut_before(self, files, tmp_path):
         dense = llama(vocab_size=2048, num_key_value_heads=8)

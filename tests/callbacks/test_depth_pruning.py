@@ -96,27 +96,6 @@ class TestFit:
         trainer(tmp_path, [callback], max_steps=1).fit(lit, loader, loader)
         assert callback.plan.units == {LAYERS: sorted(expected)}
 
-    def test_what_it_draws_leaves_no_trace(self, files, tmp_path):
-        """Up to the step at which blocks go, training is what it is without it."""
-        runs = []
-        for callbacks in ([], [pruning(2, at=4, importance=bh.importance.Ablation(), measure_batches=None)]):
-            lit, losses = module(attention_dropout=0.1), Losses()
-            torch.manual_seed(5)
-            trainer(tmp_path, [*callbacks, losses]).fit(lit, data(files))
-            runs.append(losses)
-        assert runs[0].seen[:4] == runs[1].seen[:4]
-        assert runs[0].seen[4:] != runs[1].seen[4:]
-        assert runs[0].random[:4] == runs[1].random[:4]
-
-
-class Losses(pl.Callback):
-    def __init__(self):
-        self.seen, self.random = [], []
-
-    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
-        self.seen.append(float(outputs["loss"].detach()))
-        self.random.append(torch.get_rng_state().tolist())
-
 
 class TestCheckpoints:
     @pytest.mark.daily("mixed")

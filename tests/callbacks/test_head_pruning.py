@@ -7,8 +7,6 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import transformers
-from lightning.pytorch.callbacks import EMAWeightAveraging
-from torch.utils.data import DataLoader
 
 import billhook as bh
 from billhook.checkpoints.export import export
@@ -252,34 +250,6 @@ class TestScores:
         assert callback.events[0]["before"]["val_perplexity"] == callback.events[0]["after"]["val_perplexity"] > 1
 
 
-class Own(pl.LightningModule):
-    """A user's own: tuples of tensors, and a dictionary with the loss, which is not the model's alone."""
-
-    def __init__(self, net):
-        super().__init__()
-        self.net = net.train()
-        self.scale = torch.nn.Parameter(torch.ones(()))
-
-    def training_step(self, batch, batch_idx):
-        (ids,) = batch
-        loss = self.scale * self.net(ids, labels=ids).loss
-        self.log("loss", loss)
-        return {"loss": loss, "size": len(ids)}
-
-    def configure_optimizers(self):
-        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.1, momentum=0.9)
-
-
-def mha():
-    torch.manual_seed(0)
-    return llama(num_key_value_heads=8)
-
-
-def loader(kind=tuple, rows=16):
-    ids = tokens(rows)
-    return DataLoader([(row,) if kind is tuple else {"input_ids": row, "labels": row} for row in ids], batch_size=2)
-
-
 class TestMonitor:
     """A round that makes a value worse is taken back, and is the last."""
 
@@ -370,13 +340,6 @@ class TestMonitor:
         assert run.global_step == 0
         assert same(weights(lit), before)
         assert bare(lit)
-
-
-def test_averaged_weights_do_not_bring_masked_heads_back(tmp_path):
-    lit = Own(mha())
-    trainer(tmp_path, [pruning(0.25, at=2, remove="never"), EMAWeightAveraging(decay=0.5)]).fit(lit, loader())
-    assert silent(lit) == 4
-    assert bare(lit)
 
 
 class TestRefused:

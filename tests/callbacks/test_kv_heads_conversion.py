@@ -137,22 +137,10 @@ def test_load_from_checkpoint_of_the_users_own_module(tmp_path, kind):
             Plain.load_from_checkpoint(tmp_path / "last.ckpt")
 
 
-class Fails(pl.Callback):
-    def on_train_batch_end(self, trainer, pl_module, *_):
-        if trainer.global_step == 3:
-            raise KeyError("three")
-
-
-@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
-@pytest.mark.parametrize("broken", [False, True])
-def test_checkpoints_saved_after_the_fit_or_after_an_error_resume_too(tmp_path, broken):
+def test_a_checkpoint_saved_after_the_fit_resumes_too(tmp_path):
     lit, loader = Plain(), DataLoader(tokens(16), batch_size=2)
-    run = trainer(tmp_path, [KVHeadConversion(2, at=2), *([Fails()] if broken else [])], max_steps=4)
-    if broken:
-        with pytest.raises(KeyError):
-            run.fit(lit, loader, loader)
-    else:
-        run.fit(lit, loader, loader)
+    run = trainer(tmp_path, [KVHeadConversion(2, at=2)], max_steps=4)
+    run.fit(lit, loader, loader)
     assert "on_save_checkpoint" not in lit.__dict__
     run.save_checkpoint(tmp_path / "late.ckpt")
     again = Plain()
@@ -309,16 +297,13 @@ class TestRefused:
             trainer(tmp_path, [KVHeadConversion(2)]).fit(module(), data(files), ckpt_path=tmp_path / "step=2.ckpt")
 
 
-@pytest.mark.parametrize(
-    ("at", "told"), [([2, 6], "the event at step 6"), ([5, 6], "the event at step 6 .the last of 2 pending")]
-)
-def test_training_that_ends_before_a_stage_says_so(files, tmp_path, at, told):
+def test_training_that_ends_before_a_stage_says_so(files, tmp_path):
     class Stop(pl.Callback):
         def on_train_batch_end(self, trainer, *_):
             trainer.should_stop = trainer.global_step == 3
 
-    callback = KVHeadConversion([2, 1], at=at, measure_batches=0)
-    with pytest.warns(UserWarning, match=f"training ended at step 3, before {told}"):
+    callback = KVHeadConversion([2, 1], at=[5, 6], measure_batches=0)
+    with pytest.warns(UserWarning, match="training ended at step 3, before the event at step 6 .the last of 2 pending"):
         trainer(tmp_path, [callback, Stop()]).fit(module(), data(files))
 
 

@@ -163,10 +163,6 @@ class TestHint:
         assert len(told) == 1
         assert "14,841 with 'mean', 74 with 'svd'" in told[0]
 
-    @pytest.mark.parametrize("options", [{"method": "aligned"}, {"method": "first"}, {"method": bh.kv_methods.Mean("similar")}])
-    def test_not_where_another_way_was_chosen(self, files, tmp_path, hints, options):
-        assert not hints(files, tmp_path, [conversion(at=0, **options)])
-
 
 class TestRefused:
     """With a message that says what is legal, before anything has changed."""
@@ -230,6 +226,3 @@ class TestRefused:
         linear = lit.model.model.layers[0].self_attn.k_proj
         linear.weight = torch.nn.Parameter(torch.ones(16, 32, dtype=torch.int8), requires_grad=False)
         self.refused(files, tmp_path, conversion(**WAYS[way]), "k_proj.weight is quantized .* before it is quantized", lit)
-
-    def test_heads_that_do_not_divide(self, files, tmp_path):
-        self.refused(files, tmp_path, conversion(3, method="svd"), "num_key_value_heads=3 must .* Use 1, 2")

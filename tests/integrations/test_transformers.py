@@ -374,15 +374,6 @@ def test_the_wrong_trainer(tmp_path):
         Trainer(Own().net, TrainingArguments("out", **SETTINGS), callbacks=[EVENTS["mean"](2)])
 
 
-def test_models_that_are_created_again_are_refused(tmp_path):
-    args = TrainingArguments(str(tmp_path), **SETTINGS)
-    run = Ordered(
-        None, args, train_dataset=loader().dataset, callbacks=[Callbacks([EVENTS["mean"](2)])], model_init=lambda: Own().net
-    )
-    with pytest.raises(ValueError, match=r"created its model again \(model_init\)"):
-        run.train()
-
-
 @pytest.mark.slow
 def test_two_processes_do_as_one(tmp_path):
     script = Path(trainer_ddp.__file__)

@@ -2,7 +2,6 @@
 
 import copy
 import json
-from dataclasses import dataclass
 
 import peft
 import pytest
@@ -11,7 +10,6 @@ import transformers
 from torch import nn
 
 import billhook as bh
-from billhook.importance.score import Importance, Sums
 from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.find import find_transformer
 from billhook.model.inputs import make_inputs
@@ -150,14 +148,6 @@ class TestImportance:
         assert all(own.isfinite().all() for own in found.values())
         assert float(found["decoder.block"][2]) == pytest.approx(0, abs=1e-6)  # which changes nothing any more
 
-    def test_labels_say_which_tokens_of_a_decoder_count(self):
-        model, labels = t5(), tokens(2, 5)
-        short = [{"input_ids": tokens(), "labels": labels[:, :3].contiguous()}]
-        masked = labels.clone()
-        masked[:, 3:] = -100
-        one, two = (scored(model, given) for given in (short, [{**short[0], "labels": masked}]))
-        torch.testing.assert_close(one["decoder.block"], two["decoder.block"], rtol=1e-5, atol=1e-8)
-
     @pytest.mark.parametrize("importance", EVERY, ids=repr)
     def test_the_model_is_as_before(self, importance):
         model, batch = deep(attention_dropout=0.5).train(), padded()
@@ -210,27 +200,7 @@ class TestImportance:
             bh.plan(model, batches=[batch], blocks=5, greedy=True)
 
 
-@dataclass(frozen=True)
-class Width(Importance):
-    """An importance of a user's own: the square of a block's first weights."""
-
-    needs_data = False
-
-    def sums(self, model, units, per, runs):
-        sums = Sums.zero(units, per)
-        for name, one in units.items():
-            blocks = [model.get_submodule(f"{one.name}.{number}") for number in range(one.count())]
-            sums.add(name, torch.stack([next(block.parameters()).square().sum() for block in blocks]), 1)
-        return sums
-
-
 class TestPlan:
-    def test_an_importance_of_a_users_own(self):
-        model = deep()
-        with torch.no_grad():
-            model.model.layers[3].self_attn.q_proj.weight.mul_(0.1)
-        assert bh.plan(model, Width(), blocks=1).units == {LAYERS: [3]}
-
     def test_the_lowest_but_for_the_protected(self):
         scores = {LAYERS: torch.tensor([0.0, 0.5, 0.2, 0.2, 0.1])}
         model = deep()

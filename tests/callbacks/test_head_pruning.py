@@ -359,7 +359,6 @@ class TestRefused:
         ("options", "match"),
         [
             ({"ratio": 1}, r"ratio=1 must be a fraction of the heads in \[0, 1\)"),
-            ({"ratio": -0.1}, "ratio=-0.1 must be"),
             ({"ratio": True}, "ratio=True must be"),
             ({"ratio": "0.5"}, "ratio='0.5' must be"),
             ({"ratio": bh.schedules.Linear(final=0.5), "at": 3}, "at=3 conflicts with the schedule"),
@@ -367,10 +366,8 @@ class TestRefused:
             ({"per": "layer"}, "per='layer' must be one of head, kv_head"),
             ({"min_heads": 0}, "min_heads=0 must be at least 1 if heads are removed"),
             ({"min_heads": -1}, "min_heads=-1 must be a whole number"),
-            ({"min_heads": 1.5}, "min_heads=1.5 must be a whole number"),
             ({"remove": "x"}, "remove='x' must be one of end, rounds, never"),
             ({"monitor": "val_loss", "keep": 0}, r"keep=0 must be in \(0, 1\]"),
-            ({"monitor": "val_loss", "keep": 1.1}, "keep=1.1 must be in"),
             ({"monitor": "val_loss", "mode": "low"}, "mode='low' must be one of max, min"),
             (
                 {"monitor": "val_loss", "measure_batches": 0},
@@ -395,9 +392,6 @@ class TestRefused:
             ({"ratio": 0.5}, {"num_attention_heads": 1, "num_key_value_heads": 1}, "No ratio removes a head"),
             ({"ratio": 0.9, "min_heads": 2}, {}, "would remove 7 of 8 heads of model.layers.0.self_attn. At most 6"),
             ({"ratio": 0.9, "min_heads": 2, "ranking": "global"}, {}, "14 of 16 heads of all layers. At most 12"),
-            ({"ratio": 0.5, "at": 9}, {}, "at=9 is past the end of training, which has 8 optimizer steps"),
-            ({"ratio": bh.schedules.Cubic(final=0.5, end=9)}, {}, "end=9 is past the end of training"),
-            ({"ratio": bh.schedules.Linear(initial=0.5, final=0.2, every=2)}, {}, "ratio: the schedule decreases from 0.5 to"),
             ({"ratio": bh.schedules.Linear(final=1.0, every=4)}, {}, r"ratio=1.0 must be .* \(by the schedule, at step 8"),
         ],
     )  # fmt: skip
@@ -422,13 +416,11 @@ class TestRefused:
         callbacks = [bh.Export(str(tmp_path / "out")), pruning(0.25, remove="never")]
         self.refused(files, tmp_path, callbacks, "must be listed before Export")
 
-    def test_a_model_without_attention(self, files, tmp_path):
+    def test_heads_that_are_not_there_or_cannot_be_removed(self, files, tmp_path):
         config = transformers.MambaConfig(vocab_size=2048, hidden_size=32, num_hidden_layers=1)
         self.refused(files, tmp_path, [pruning(0.5)], "MambaForCausalLM has no heads", bh.TransformerModule(config))
-
-    @pytest.mark.parametrize("remove", ["end", "rounds"])
-    def test_heads_that_cannot_be_removed(self, files, tmp_path, remove):
-        self.refused(files, tmp_path, [pruning(0.5, at=8, remove=remove)], "cannot be removed.*mask", bloom())
+        for remove in ("end", "rounds"):
+            self.refused(files, tmp_path, [pruning(0.5, at=8, remove=remove)], "cannot be removed.*mask", bloom())
 
     def test_no_batches(self, files, tmp_path):
         self.refused(files, tmp_path, [pruning(0.5, calibration=[])], "calibration: GateGradient needs at least one batch")

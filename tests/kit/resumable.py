@@ -1,18 +1,11 @@
-"""Fits of several callbacks that can be stopped and resumed; run as a script, one that is killed."""
+"""Fits of several callbacks that can be stopped and resumed."""
 
-import json
-import os
 import random
-import signal
-import sys
-from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from fsspec.implementations.local import LocalFileOpener
 from lightning.pytorch.callbacks import ModelCheckpoint
-from transformers.models.llama import modeling_llama as modeling_llama  # once, and not in each process that is killed
 
 import billhook as bh
 from billhook import HeadPruning, KVHeadConversion
@@ -90,40 +83,3 @@ class Seed(pl.Callback):
 
     def on_train_start(self, *_):
         torch.manual_seed(0)
-
-
-class Kill(pl.Callback):
-    """In the middle of a step, after the forward."""
-
-    def on_before_zero_grad(self, trainer, *_):
-        if trainer.global_step == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def kill_while_writing():
-    """In the middle of the sixth file, which is to be the third `last.ckpt`."""
-    write, count = LocalFileOpener.write, [0]
-
-    def half(self, content):
-        count[0] += 1
-        written = write(self, content if count[0] < 6 else bytes(content)[: len(content) // 2])
-        if count[0] == 6:
-            self.f.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return written
-
-    LocalFileOpener.write = half
-
-
-if __name__ == "__main__":  # with a folder, the text files and how many threads; prints how each of two processes ended
-    where, files, threads = sys.argv[1:]
-    torch.set_num_threads(int(threads))
-    ended = {}
-    for how in ("step", "writing"):
-        if (process := os.fork()) == 0:
-            if how == "writing":
-                kill_while_writing()
-            fit(Path(where, how), json.loads(files), more=[Kill()] if how == "step" else [])
-            os._exit(0)
-        ended[how] = os.waitpid(process, 0)[1]
-    print(json.dumps(ended))

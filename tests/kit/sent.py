@@ -91,15 +91,11 @@ class Event:
 
     Attributes:
         scores: How many the first rank sends.
-        scattered: How names of the linears end of which the first rank sends something, each as often as others of its size.
-        parts: What it sends of each, as parts of the bytes of its weight.
     """
 
     make: Callable[[], Any]
     summed: Callable[[Any], int]
     gathered: Callable[[Any, int, int], int]
-    scattered: tuple[str, ...] = ()
-    parts: tuple[float, ...] = (1,)
     scores: int = 0
 
 
@@ -120,9 +116,6 @@ def tuned(model):
 
 BITS = 1 / 32
 """Of a weight in float32, which is a bit of a mask."""
-MASKS = {"scattered": ("_proj",), "parts": (BITS,)}
-VALUES = {"scattered": ("_proj",), "parts": (BITS, 0.5)}
-"""Masks, and with them the half of the weights that is kept, where they are new."""
 
 
 def masked(model, around, blocks):
@@ -137,12 +130,12 @@ def solved_for(model, around, blocks):
 
 ATTENTION, FORWARD, KV = ".self_attn.", ".mlp.", ("k_proj", "v_proj")
 SENT = {
-    "Magnitude": Event(lambda: bh.WeightPruning(bh.Magnitude(), 0.5, at=1, measure_batches=0), lambda _: 0, masked, **MASKS),
-    "Wanda": Event(lambda: prunes.WeightPruning(bh.Wanda(), 0.5, **FEW), wanda, masked, **MASKS),
+    "Magnitude": Event(lambda: bh.WeightPruning(bh.Magnitude(), 0.5, at=1, measure_batches=0), lambda _: 0, masked),
+    "Wanda": Event(lambda: prunes.WeightPruning(bh.Wanda(), 0.5, **FEW), wanda, masked),
     "Wanda, matched": Event(
-        lambda: prunes.WeightPruning(bh.Wanda(), 0.5, match=bh.criteria.BlockMatching(), **FEW), tuned, solved_for, **VALUES
+        lambda: prunes.WeightPruning(bh.Wanda(), 0.5, match=bh.criteria.BlockMatching(), **FEW), tuned, solved_for
     ),
-    "SparseGPT": Event(lambda: prunes.WeightPruning(bh.SparseGPT(), 0.5, **FEW), solved, solved_for, **VALUES),
+    "SparseGPT": Event(lambda: prunes.WeightPruning(bh.SparseGPT(), 0.5, **FEW), solved, solved_for),
     "channels": Event(
         lambda: bh.StructuredPruning(bh.Amount(channels=0.5), repair=None, **FEW),
         lambda _: 16 * 2 * 160,
@@ -169,7 +162,6 @@ SENT = {
         lambda: bh.KVHeadConversion(2, method=bh.kv_methods.SVD(frequencies="fixed"), **FEW),
         lambda _: 2 * OF_HEADS,
         lambda model, a, b: a + 6 * b + 2 * weights(model, ATTENTION) + 2 * weights(model, *KV),
-        ("q_proj", "k_proj", "v_proj", "o_proj"),
     ),
 }
 """Of two blocks, in each 8 heads, of which four pairs share KV heads of width 8, and 160 channels."""

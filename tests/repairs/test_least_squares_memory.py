@@ -4,11 +4,8 @@ import pytest
 import torch
 
 from billhook.cli import streamed
-from billhook.engine.statistics import InputGram
-from billhook.importance.obs import removal_errors
 from billhook.repairs.least_squares import refit_linear
 from billhook.repairs.residuals import ResidualStatistics
-from billhook.sparsity.sparsegpt import inverse_factor
 from kit.alive import Alive
 from kit.families import llama
 
@@ -52,19 +49,3 @@ def test_a_limit_of_memory_reckons_what_a_refit_takes(zeros):
         left = weight.clone()  # what is left of a weight is a copy
         refit_linear(left, None, parts, [0.01, 0.1], support=support if zeros else None)
     assert solved / 3 < alive.most <= solved
-
-
-def test_obs_takes_one_matrix_beside_the_moments():
-    moments, table = InputGram(WIDTH), torch.arange(WIDTH)[:, None]
-    moments.add(inputs())
-    with Alive() as alive:
-        removal_errors(moments.products, torch.rand(WIDTH, 1, 1), table, torch.ones_like(table, dtype=torch.bool), 0.01)
-    assert MATRIX <= alive.most < 1.1 * MATRIX
-
-
-def test_sparsegpt_takes_two_matrices_beside_the_moments():
-    moments = InputGram(WIDTH)
-    moments.add(inputs())
-    with Alive() as alive:
-        inverse_factor(moments.products, 0.01)
-    assert MATRIX <= alive.most < 1.1 * MATRIX  # two in float32

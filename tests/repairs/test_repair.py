@@ -462,11 +462,10 @@ SPLITS = {
 """Which of some batches a rank has."""
 
 
-@pytest.mark.daily("2-2-*", "5-4-one rank has all-two sources", "3-4-as many-two sources")
-@pytest.mark.parametrize("sources", ["", "ab"], ids=["one source", "two sources"])
-@pytest.mark.parametrize("split", SPLITS)
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("number", [2, 3, 5])
+@pytest.mark.parametrize(
+    ("number", "ranks", "split", "sources"),
+    [(2, 2, "as many", ""), (2, 2, "one rank has all", "ab"), (5, 4, "one rank has all", "ab"), (3, 4, "as many", "ab")],
+)
 def test_ranks_together_come_to_what_one_comes_to_alone(number, ranks, split, sources):
     """Also if some have no batches; the same ones choose the ridge."""
     model, masks, batches = case("gpt2", number=number)

@@ -139,16 +139,6 @@ class TestModel:
         output.loss.backward()
         assert TransformerModule(str(tmp_path / "a"), "sequence-classification").model.num_labels == 2
 
-    @pytest.mark.parametrize("family", SHAPED)
-    def test_such_a_folder_of_a_model_without_a_head(self, family, tmp_path):
-        model = SHAPED[family]()
-        assert save(model.base_model, tmp_path / "a").way == "shaped"
-        lit = TransformerModule(str(tmp_path / "a"), "masked-lm" if family == "bert" else "causal-lm")
-        expected = model.base_model.state_dict()
-        assert type(lit.model) is type(model)
-        assert same({name: lit.model.base_model.state_dict()[name] for name in expected}, expected)
-        assert shape_of(lit.model.base_model).attributes.items() >= shape_of(model.base_model).attributes.items()
-
     def test_such_a_folder_is_checked(self, tmp_path):
         save(uneven_llama(), tmp_path / "a")
         with pytest.raises(ValueError, match="task='masked-lm' is not supported: .* no such class for model type 'llama'"):

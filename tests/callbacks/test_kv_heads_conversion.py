@@ -137,6 +137,7 @@ def test_load_from_checkpoint_of_the_users_own_module(tmp_path, kind):
             Plain.load_from_checkpoint(tmp_path / "last.ckpt")
 
 
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before the epoch ended")
 def test_a_checkpoint_saved_after_the_fit_resumes_too(tmp_path):
     lit, loader = Plain(), DataLoader(tokens(16), batch_size=2)
     run = trainer(tmp_path, [KVHeadConversion(2, at=2)], max_steps=4)

@@ -65,13 +65,6 @@ def units_then_blocks_then_weights(folder):
     ]
 
 
-def turned_kv_heads_then_weights(folder):
-    return [
-        bh.KVHeadConversion([2, 1], at=[2, 4], method="aligned", **FEW),
-        prunes.WeightPruning(bh.Wanda(), TWICE["late"], **FEW),
-    ]
-
-
 @pytest.mark.daily("accumulated", "structure")
 @pytest.mark.filterwarnings("ignore:X.T X is not positive definite")
 @pytest.mark.parametrize(
@@ -81,9 +74,8 @@ def turned_kv_heads_then_weights(folder):
         (heads_then_kv_heads_then_weights, False, (2, 4, 5), {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
         (heads_then_weights, True, (1, 2, 4, 5, 7), {}),
         (units_then_blocks_then_weights, False, (1, 2, 3, 5, 6), {}),
-        (turned_kv_heads_then_weights, False, (1, 2, 3, 5), {}),
     ],
-    ids=["all", "accumulated", "lora", "structure", "turned"],
+    ids=["all", "accumulated", "lora", "structure"],
 )
 @pytest.mark.slow
 def test_stopped_at_any_step(files, tmp_path, callbacks, lora, stops, options):

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import billhook as bh
 from kit.fits import data, same, trainer, weights
-from kit.resumable import Own, Seed, fit, heads_then_kv_heads_then_weights, module, rows
+from kit.resumable import Own, Seed, heads_then_kv_heads_then_weights, module, rows
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
@@ -28,7 +28,9 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def straight(files, tmp_path_factory):
-    return weights(fit(tmp_path_factory.mktemp("straight"), files))
+    folder, lit = tmp_path_factory.mktemp("straight"), module()
+    trainer(folder, [*heads_then_kv_heads_then_weights(folder), Seed()]).fit(lit, data(files))
+    return weights(lit)
 
 
 class Interrupt(pl.Callback):

@@ -5,13 +5,11 @@ import random
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
 
 import billhook as bh
 from billhook import HeadPruning, KVHeadConversion
 from kit import prunes
 from kit.families import llama
-from kit.fits import data, trainer
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4}
 
@@ -62,20 +60,6 @@ class Own(pl.LightningModule):
 def rows(count):
     torch.manual_seed(3)
     return [{"input_ids": row, "labels": row} for row in torch.randint(3, 60, (count, 6))]
-
-
-STEPS = 8
-
-
-def fit(folder, files, ckpt_path=None, seed=0, more=(), max_steps=STEPS):
-    lit = module(seed)
-    keep = ModelCheckpoint(
-        folder / "kept", filename="{step}", every_n_train_steps=2, save_top_k=2, monitor="step", mode="max", save_last=True
-    )
-    trainer(folder, [*heads_then_kv_heads_then_weights(folder), keep, Seed(), *more], max_steps=max_steps).fit(
-        lit, data(files), ckpt_path=ckpt_path
-    )
-    return lit
 
 
 class Seed(pl.Callback):

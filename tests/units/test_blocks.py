@@ -17,6 +17,7 @@ from billhook.model.shape import set_shape, shape_of
 from billhook.units.blocks import block_of, find_blocks, skipping
 from kit.families import build, llama, tokens
 from kit.shaped import bert, gpt2, uneven_llama
+from kit.unharmed import everything
 from kit.units import MIXED, influence, other, t5
 
 LAYERS = "model.layers"
@@ -40,18 +41,6 @@ def without(model, stack, gone):
         prefix = next((own for own in names if name.startswith(own)), "")
         value.copy_(state[names[prefix] + name.removeprefix(prefix)] if prefix else state[name])
     return new
-
-
-def everything(model, optimizer=None):
-    """All that may not change when something is refused."""
-    tensors = {name: (id(p), p.detach().float().numpy().tobytes()) for name, p in model.named_parameters()}
-    state = {} if optimizer is None else optimizer.state
-    moments = {id(p): {name: value.numpy().tobytes() for name, value in own.items()} for p, own in state.items()}
-    groups = [[id(p) for p in group["params"]] for group in ([] if optimizer is None else optimizer.param_groups)]
-    hooks = sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
-    modes, random = [m.training for m in model.modules()], torch.get_rng_state().tolist()
-    told = [own.to_dict() for name in ("config", "generation_config") if (own := getattr(model, name, None))]
-    return tensors, moments, groups, hooks, modes, random, shape_of(model), told
 
 
 FOUND = {

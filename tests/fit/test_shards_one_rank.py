@@ -87,16 +87,6 @@ def test_weights_are_masked_in_a_model_that_is_made_late(tmp_path, alone):
     assert not any(full_tensor(lit.net.get_parameter(f"{name}.weight"))[~mask].any() for name, mask in callback.masks.items())
 
 
-def test_weights_are_not_masked_under_another_fsdp(tmp_path, alone):
-    class Lacks(Own):
-        def on_fit_start(self):
-            del vars(self.net.model.layers[0]._get_fsdp_state())["_mp_policy"]
-
-    callback = bh.WeightPruning(sparsity=0.5, at=0, calibration=2, measure_batches=0)
-    with pytest.raises(RuntimeError, match=r"torch \d.*: its FSDP2 lacks _mp_policy, which billhook needs"):
-        trainer(tmp_path, [callback], max_steps=2, strategy=alone, limit_val_batches=0).fit(Lacks())
-
-
 def test_averaged_weights_are_refused(tmp_path, alone):
     callbacks = [bh.WeightPruning(sparsity=0.5), pl.callbacks.EMAWeightAveraging()]
     with pytest.raises(ValueError, match="cannot mask the copy of EMAWeightAveraging"):

@@ -9,7 +9,6 @@ import transformers
 from torch import nn
 
 import billhook as bh
-from billhook.engine.batches import examples_of
 from kit.families import build, llama, tokens
 from kit.losses import BERT, LOUD, loud, own_loss
 
@@ -276,19 +275,6 @@ def test_a_gradient_that_is_not_finite_is_said(order, where):
         ValueError, match=r"batches: batch 1 \(counted from 0\) has a NaN or infinite gradient for model\.layers\.1\.mlp"
     ):
         scores(model, batches, bh.importance.GateGradient(), "channel", loss=loss)
-
-
-def test_examples():
-    batch = {"input_ids": tokens(3, 4), "more": [torch.arange(3), "text"], "position_ids": torch.arange(4)[None]}
-    found = examples_of(batch)
-    assert len(found) == 3
-    for row, one in enumerate(found):
-        assert torch.equal(one["input_ids"], batch["input_ids"][row : row + 1])
-        assert one["more"][0].tolist() == [row]
-        assert one["more"][1] == "text"
-        assert torch.equal(one["position_ids"], batch["position_ids"])
-    single = examples_of({"input_ids": tokens(1, 4)})
-    assert [one["input_ids"].shape for one in single] == [(1, 4)]
 
 
 @pytest.mark.parametrize(("batch", "shapes"), [

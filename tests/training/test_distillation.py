@@ -2,7 +2,6 @@
 
 import copy
 import re
-from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -215,15 +214,6 @@ class TestTheTeacher:
         assert losses.kl[0] == pytest.approx(0, abs=1e-6)
         assert min(losses.kl[2:]) > 1e-5  # the learning rate starts at 0
 
-    def test_another_model_and_a_student_that_is_cut_already(self, tmp_path):
-        dense = llama(num_key_value_heads=8)
-        dense.save_pretrained(tmp_path)
-        cut = copy.deepcopy(dense)
-        bh.convert_kv_heads(cut, 2)
-        lit = bh.TransformerModule(cut, distillation=Distillation(str(tmp_path)))
-        assert same(lit.teacher.model.state_dict(), dense.state_dict())
-        assert lit.model.config.num_key_value_heads == 2
-
     def test_it_follows_device_and_precision(self, files, tmp_path):
         lit = bh.TransformerModule(llama(vocab_size=2048), distillation=Distillation())
         losses = Losses()
@@ -237,13 +227,6 @@ class TestTheTeacher:
         plain = bh.TransformerModule(copy.deepcopy(lit.model))
         said = [trainer(tmp_path, []).validate(one, data(files), verbose=False)[0] for one in (lit, plain)]
         assert said[0] == said[1]
-
-    def test_it_is_told_which_token_is_padding(self):
-        config = llama(pad_token_id=None, num_labels=3).config
-        lit = bh.TransformerModule(config, "sequence-classification", distillation=Distillation())
-        lit._trainer = SimpleNamespace(datamodule=SimpleNamespace(tokenizer=SimpleNamespace(pad_token_id=7)))
-        lit.setup("fit")
-        assert [model.config.pad_token_id for model in (lit.model, lit.teacher.model)] == [7, 7]
 
     def test_a_fingerprint_tells_models_apart(self):
         model = llama()

@@ -227,13 +227,6 @@ class TestOptimizer:
         wanted = [0.01 * (s / 2 if s < 2 else expected(s)) for s in range(10)]
         assert rates == pytest.approx(wanted)
 
-    def test_frozen_parameters_are_left_out(self, files, tmp_path):
-        lit = module()
-        lit.model.model.embed_tokens.requires_grad_(False)
-        run = trainer(tmp_path, [], max_steps=1)
-        run.fit(lit, data(files))
-        assert all(p.requires_grad for g in run.optimizers[0].param_groups for p in g["params"])
-
     def test_endless_training_needs_a_length(self, files, tmp_path):
         with pytest.raises(ValueError, match="decay='cosine' .* Set Trainer.max_steps="):
             trainer(tmp_path, [], max_steps=-1, max_epochs=-1).fit(module(), data(files))

@@ -375,15 +375,6 @@ class TestRemoval:
         layers = getattr(cached.past_key_values, "self_attention_cache", cached.past_key_values).layers
         assert len(layers) == len(list(find_blocks(model).values())[-1])
 
-    def test_numbers_and_config_follow(self):
-        model = build("gemma3_text", num_hidden_layers=4, **MIXED)
-        kept = [model.model.layers[n] for n in (1, 2)]
-        remove(model, [0, 3])
-        assert list(model.model.layers) == kept
-        assert [layer.self_attn.layer_idx for layer in kept] == [0, 1]
-        assert model.config.num_hidden_layers == 2
-        assert model.config.layer_types == ["full_attention", "sliding_attention"] == [k.self_attn.layer_type for k in kept]
-
     def test_the_optimizer_follows(self):
         model = deep()
         groups = [{"params": [p for p in model.parameters() if p.ndim == n], "lr": 1e-3 * n} for n in (1, 2)]
@@ -414,15 +405,6 @@ class TestRemoval:
         with torch.no_grad():
             torch.testing.assert_close(adapted(ids).logits, expected)
         assert not any("layers.4." in name for name, _ in adapted.named_parameters())
-
-    def test_in_half_precision_and_twice(self):
-        model = deep().bfloat16()
-        dense = copy.deepcopy(model)
-        remove(model, [1])
-        remove(model, [2])
-        assert shape_of(model).blocks == {LAYERS: (5, (0, 2, 4))}
-        ids = tokens()
-        assert torch.equal(model(ids).logits, without(dense, LAYERS, [1, 3]).bfloat16()(ids).logits)
 
 
 REFUSED = {

@@ -102,21 +102,6 @@ def test_a_masked_head_is_one_whose_columns_nobody_reads(name):
         assert torch.equal(case.run(), whole)
 
 
-def test_kv_heads_take_their_query_heads_with_them():
-    model, ids = llama(), tokens()
-    with bh.mask(model, {1: [0, 2]}, per="kv_head"):
-        masked = model(ids).logits
-    with bh.mask(model, {1: [0, 1, 4, 5]}):
-        assert torch.equal(masked, model(ids).logits)
-    with bh.gates(model, bh.find_units(model, "head"), per="kv_head") as gates:
-        assert {len(gate) for gate in gates.values()} == {4}
-        of_kv = torch.autograd.grad(model(ids).logits.square().mean(), list(gates.values()))
-    with bh.gates(model, bh.find_units(model, "head")) as gates:
-        of_query = torch.autograd.grad(model(ids).logits.square().mean(), list(gates.values()))
-    for kv, query in zip(of_kv, of_query, strict=True):
-        torch.testing.assert_close(kv, query.reshape(4, 2).sum(1))
-
-
 def test_nothing_is_left_on_the_model():
     model, ids = llama(), tokens()
     before, state, plain = hooks(model), dict(model.state_dict()), model(ids).logits

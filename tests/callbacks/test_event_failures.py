@@ -325,7 +325,7 @@ def calls_of(kind, optimizer, tied):
     return calls[0]
 
 
-@settings(ANY, max_examples=10)
+@settings(ANY, max_examples=6)
 @given(kind=st.sampled_from(sorted(ONESHOT)), **{k: v for k, v in CONFIGURATIONS.items() if k in ("optimizer", "tied", "share")})
 def test_an_interrupt_anywhere_without_a_trainer(kind, optimizer, tied, share):
     calls, lit = calls_of(kind, optimizer, tied), Module(optimizer, tie_word_embeddings=tied)

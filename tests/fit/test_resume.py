@@ -73,7 +73,7 @@ def units_then_blocks_then_weights(folder):
         (heads_then_kv_heads_then_weights, False, range(1, 8), {}),
         (heads_then_kv_heads_then_weights, False, (2, 4, 5), {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
         (heads_then_weights, True, (1, 2, 4, 5, 7), {}),
-        (units_then_blocks_then_weights, False, (1, 2, 3, 5, 6), {}),
+        (units_then_blocks_then_weights, False, (1, 3, 5), {}),
     ],
     ids=["all", "accumulated", "lora", "structure"],
 )
@@ -138,7 +138,7 @@ def test_a_module_and_a_loader_of_ones_own(tmp_path, callbacks):
     make = callbacks or (lambda: None)
     straight = own(tmp_path / "all", callbacks=make())
     assert len(set(straight.seen)) > 4
-    for stop in range(1, 12):
+    for stop in (1, 2, 4, 5, 11):
         resumed = own(tmp_path / "again", tmp_path / "all" / f"step={stop}.ckpt", seed=stop, callbacks=make())
         assert resumed.seen == straight.seen[stop:]
         assert same(weights(resumed), weights(straight)), stop

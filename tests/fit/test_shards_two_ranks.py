@@ -71,7 +71,7 @@ def test_two_processes_prune_as_one_does(of_two, files, tmp_path, name):
         torch.testing.assert_close(values[0][both], values[1][both], atol=0.05 if "bf" in name else 2e-3, rtol=1e-2)
 
 
-@pytest.mark.daily("channels", "blocks", "heads in rounds, after masks", "a rank without batches, repaired", "KV heads, matched")
+@pytest.mark.daily("channels", "heads in rounds, after masks", "a rank without batches, repaired", "KV heads, matched")
 @pytest.mark.parametrize("name", SHAPES)
 def test_two_processes_change_shapes_as_one_does(of_two, files, tmp_path, name):
     state, (_, events) = of_two(name)

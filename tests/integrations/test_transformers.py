@@ -43,6 +43,7 @@ def close(model, other):
         torch.testing.assert_close(value, others[name], atol=1e-5, rtol=1e-4, msg=name)
 
 
+@pytest.mark.daily("*-later", "structure-start", "svd-start")
 @pytest.mark.parametrize("at", ["start", 2], ids=["start", "later"])
 @pytest.mark.parametrize("event", EVENTS)
 def test_events_are_those_of_lightning(tmp_path, event, at):

@@ -40,7 +40,7 @@ def cut(model):
     return bh.plan(model, bh.importance.WeightNorm(), **kinds)
 
 
-@pytest.mark.daily("gpt2", "t5")
+@pytest.mark.daily("gpt2")
 @pytest.mark.parametrize("family", KINDS)
 def test_units_go_and_the_model_is_nearer_to_the_dense_one(family):
     torch.manual_seed(0)

@@ -5,18 +5,19 @@ import re
 
 import pytest
 import torch
-from lightning.pytorch import Callback
+from lightning.pytorch import Callback, LightningModule
 from torch.utils.data import DataLoader, IterableDataset
 
 import billhook as bh
 from billhook import KVHeadConversion, RepairConfig
 from billhook.kv_heads.attentions import Attentions
-from billhook.kv_heads.config import kv_heads_of
+from billhook.kv_heads.config import kv_heads_by_layer, kv_heads_of
 from billhook.kv_heads.convert import convert_kv_heads, equal_heads
 from billhook.kv_heads.methods import method_of
 from billhook.kv_heads.plan import plan_kv_heads
-from kit.families import llama
+from kit.families import llama, tokens
 from kit.fits import data, module, same, trainer, weights
+from kit.kv_zoo import build
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 QUICK = {"method": "mean", "calibration": 8, "measure_batches": 0}
@@ -224,3 +225,31 @@ class TestRefused:
         linear = lit.model.model.layers[0].self_attn.k_proj
         linear.weight = torch.nn.Parameter(torch.ones(16, 32, dtype=torch.int8), requires_grad=False)
         self.refused(files, tmp_path, conversion(**WAYS["svd"]), "k_proj.weight is quantized .* before it is quantized", lit)
+
+
+class OfTwo(LightningModule):
+    """An encoder-decoder."""
+
+    def __init__(self, family="bart"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = build(family).train()
+
+    def training_step(self, batch, batch_idx):
+        return self.model(input_ids=batch, labels=batch).loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_the_encoder_too_on_request(tmp_path):
+    lit, callback = OfTwo(), KVHeadConversion(2, 2, "svd", encoder=True, calibration=4, measure_batches=0)
+    trainer(tmp_path, [callback], max_steps=2).fit(lit, DataLoader(tokens(12), batch_size=2))
+    assert set(kv_heads_by_layer(lit).values()) == {2}
+    assert [event["what"] for event in callback.events] == ["8 -> 2 KV heads (svd)"]
+
+
+def test_the_encoder_is_in_scope_on_request():
+    model = build("bart")
+    assert [name.split(".")[1] for name in kv_heads_by_layer(model, encoder=False)] == ["decoder"] * 4
+    assert [name.split(".")[1] for name in kv_heads_by_layer(model)] == ["encoder"] * 2 + ["decoder"] * 4

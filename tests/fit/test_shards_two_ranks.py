@@ -1,7 +1,4 @@
-"""FSDP2 on the CPU: two processes under ModelParallelStrategy, started as in test_lightning_ddp; one trainer after another.
-
-What needs batches, of which a rank has none, is fitted under DDP, too.
-"""
+"""FSDP2 on the CPU: two processes under ModelParallelStrategy, started as in test_lightning_ddp; one trainer after another."""
 
 import pytest
 import torch
@@ -19,7 +16,7 @@ from kit.fits import same
 from kit.four import FOUR
 from kit.ranks import asked_for, run_script
 from kit.settings import MASKED, SETTINGS
-from kit.sharding import ADAPTED, CHANGED, HEADS, MASKS, RESUMED, SHAPES, STEPS
+from kit.sharding import ADAPTED, CHANGED, MASKS, RESUMED, SHAPES, STEPS
 
 SCRIPT = """
 import os
@@ -182,17 +179,6 @@ def test_zeros_are_in_the_checkpoint(of_two, fitted, name):
         assert weight[mask].all()
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("name", ["heads"])
-def test_a_full_checkpoint_loads_elsewhere(of_two, fitted, tmp_path, name):
-    state, _ = of_two(name)
-    path = fitted / name / "step=4.ckpt"
-    lit = bh.TransformerModule.load_from_checkpoint(path, model=llama(vocab_size=2048))
-    assert same(lit.state_dict(), state)
-    export(path, tmp_path / "exported")
-    assert bh.load(tmp_path / "exported").config.num_key_value_heads == 2
-
-
 @pytest.mark.daily("heads changed")
 @pytest.mark.parametrize("name", CHANGED)
 def test_a_checkpoint_whose_shapes_have_changed_is_exported_and_loaded(of_two, fitted, tmp_path, name):
@@ -204,20 +190,6 @@ def test_a_checkpoint_whose_shapes_have_changed_is_exported_and_loaded(of_two, f
     export(path, tmp_path / "exported")
     ids = tokens()
     torch.testing.assert_close(bh.load(tmp_path / "exported")(ids).logits, lit.model.eval()(ids).logits)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("name", ["heads masked"])
-def test_two_processes_mask_the_heads_that_one_does(of_two, files, tmp_path, name):
-    state, (_, (record, heads, events)) = of_two(name)
-    _, single, (_, (record_of_one, heads_of_one, events_of_one)) = HEADS.run(tmp_path, files)
-    assert heads == heads_of_one
-    assert sum(map(len, heads.values())) == 8
-    assert events == events_of_one
-    for own, scores in record_of_one["scores"].items():
-        torch.testing.assert_close(record["scores"][own], scores, rtol=1e-3, atol=1e-5, equal_nan=True)
-    for own, value in single.items():
-        torch.testing.assert_close(state[own], value, atol=2e-4, rtol=1e-3)
 
 
 def test_what_is_exported_loads(fitted):

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
 import billhook as bh
-from billhook import DepthPruning, Export, HeadPruning, KVHeadConversion, RepairConfig, StructuredPruning, Taylor, WeightPruning
+from billhook import DepthPruning, Export, HeadPruning, KVHeadConversion, RepairConfig, StructuredPruning, Taylor
 from billhook.importance.baselines import RandomUnits
 from billhook.schedules import Linear, MultiStep
 from kit import prunes, shrinks
@@ -142,38 +142,11 @@ def converted(strategy):
     return Fit(FitOfTuples, lambda: [KVHeadConversion(1, at=2, measure_batches=0)], told, {}, 4, strategy)
 
 
-def distilled():
-    """LoRA and a teacher, on text, with validation within an epoch."""
-
-    def build():
-        torch.manual_seed(0)
-        given = {"lora": bh.training.LoRA(r=2, dropout=0.0), "distillation": bh.training.Distillation()}
-        return bh.TransformerModule(llama(vocab_size=2048), lr=1e-2, warmup=2, **given)
-
-    return Fit(
-        build,
-        lambda: [
-            StructuredPruning(
-                bh.Amount(channels=0.25, kv_heads=0.5),
-                at=2,
-                importance=bh.importance.ActivationNorm(),
-                calibration=5,
-                measure_batches=1,
-            ),
-            WeightPruning(bh.Magnitude(), sparsity=0.5, at=3, measure_batches=1, mask_adapters=True),
-        ],
-        told,
-        {"val_check_interval": 2, "check_val_every_n_epoch": None, "limit_val_batches": 2},
-        5,
-    )
-
-
 UNEQUAL = {
     "three batches": each(3, examples=9),
     "one batch": each(1, examples=9, drop_last=True),
     "static graph": converted(lambda: DDPStrategy(static_graph=True)),
     "half precision": converted(Hooked),
-    "distilled": distilled(),
 }
 
 

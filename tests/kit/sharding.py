@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,6 @@ class Fit:
     steps: int = 4
     options: Mapping[str, Any] = field(default_factory=dict)  # of the trainer
     batch: int = 2  # rows of text, of all ranks
-    ddp: bool = False  # instead of FSDP2
 
     def run(
         self, folder: Path, files: dict[str, str], ranks: int = 1, full: bool = True, path=None, checkpoints=(), options=None
@@ -115,8 +114,7 @@ class Fit:
         lit, callback = self.module(), self.callback()
         zeros = Zeros(callback)
         text = isinstance(lit, bh.TransformerModule)
-        strategy = "ddp" if self.ddp else sharding(ranks, save_distributed_checkpoint=not full)
-        several = {"devices": ranks, "strategy": strategy}
+        several = {"devices": ranks, "strategy": sharding(ranks, save_distributed_checkpoint=not full)}
         several |= {"use_distributed_sampler": text}
         # a validation leaves gathered what is around the blocks
         often = {"val_check_interval": 2, "check_val_every_n_epoch": None, "limit_val_batches": 2}
@@ -187,15 +185,14 @@ LONGER = list(torch.randint(3, 60, (3, 1, 4, 12), generator=torch.Generator().ma
 
 
 def lacking(of, **own):
-    """What needs batches, of which a rank has none, under FSDP2 and under DDP."""
+    """What needs batches, of which a rank has none."""
     given = SOME | {"calibration": of, "at": 2}
     callbacks = {
         "by svd": lambda: bh.KVHeadConversion(2, method="svd", **given),
         "the best, repaired": lambda: bh.KVHeadConversion(2, method="auto", repair=bh.RepairConfig(), **given),
         "repaired": lambda: bh.StructuredPruning(bh.Amount(channels=0.5), repair=bh.RepairConfig(), **given),
     }
-    made = {f"a rank without batches, {what}": shapes(one, partial(Own, **own)) for what, one in callbacks.items()}
-    return made | {f"{name}, DDP": replace(one, ddp=True) for name, one in made.items()}
+    return {f"a rank without batches, {what}": shapes(one, partial(Own, **own)) for what, one in callbacks.items()}
 
 
 SHAPES |= lacking(OfFirst(LONGER), batch=4)

@@ -1,4 +1,4 @@
-"""FSDP2 on the CPU: two processes under ModelParallelStrategy, started as in test_lightning_ddp; one trainer after another."""
+"""FSDP2 on the CPU: two processes under ModelParallelStrategy, started as in test_lightning_ddp; one fit after another."""
 
 import pytest
 import torch

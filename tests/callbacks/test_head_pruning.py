@@ -31,7 +31,7 @@ WHEN = {
 }
 
 
-@pytest.mark.daily("*-rounds", "start-never", "the end-end")
+@pytest.mark.daily("*-rounds", "start-never", "progress-end")
 @pytest.mark.parametrize(
     ("when", "remove"), [(w, r) for i, w in enumerate(WHEN) for r in (REMOVE if w in ("steps", "ramp") else [REMOVE[i % 3]])]
 )

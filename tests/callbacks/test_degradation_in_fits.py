@@ -12,7 +12,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import Logger
 
 import billhook as bh
-from kit.events import EVENTS, Own, fit, loader
+from kit.events import EVENTS, Own, loader
 from kit.families import BERT
 from kit.fits import data, module, same, trainer, weights
 
@@ -132,19 +132,6 @@ def test_resumed_with_another_model_the_ratio_is_told_and_the_divergence_is_not(
     assert capsys.readouterr().out.count("unknown") == 2
 
 
-def test_a_fit_that_goes_on_keeps_its_dense_model_and_a_new_fit_takes_its_own(tmp_path):
-    lit, mine = Own(), degradation()
-    run = trainer(tmp_path, [mine], max_steps=-1, max_epochs=1)
-    run.fit(lit, loader(), loader(4, 4))
-    (first,), dense = mine.last, mine._dense
-    run.fit_loop.max_epochs = 2
-    run.fit(lit, loader(), loader(4, 4))
-    assert mine._dense is dense
-    assert mine.last[0]["before"] == first["before"]
-    trainer(tmp_path, [mine], max_steps=1).fit(lit, loader(), loader(4, 4))
-    assert mine._dense is not dense
-
-
 def test_texts_in_the_table_the_record_and_the_loggers(tmp_path, files, capsys):
     class Memory(Logger):
         name, version = "memory", 0
@@ -184,12 +171,6 @@ def test_texts_in_the_table_the_record_and_the_loggers(tmp_path, files, capsys):
     last = said.split("end of training\n")[1].splitlines()
     assert [line.split()[0] for line in last[2:5]] == ["train", "generated", "other"]
     assert f"{end[2]['ratio']:.3f} ± {end[2]['ratio_error']:.3f}" in last[4]
-
-
-def test_what_loses_twice_as_much_is_warned_of(tmp_path, monkeypatch):
-    monkeypatch.setattr("billhook.callbacks.degradation.degradation_warning", lambda found: f"{found[0].source} has lost")
-    with pytest.warns(UserWarning, match="Degradation, step 1, (after .*mean.*|end of training): generated has lost"):
-        fit(tmp_path, "mean", at=1, more=[degradation()], max_steps=1)
 
 
 @pytest.mark.parametrize(

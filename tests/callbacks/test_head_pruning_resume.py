@@ -3,18 +3,14 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 import billhook as bh
-from kit.families import llama
 from kit.fits import data, same, trainer, weights
-from kit.head_pruning import LAYERS, REMOVE, Acting, acting, bare, module, pruning, scripted, silent
+from kit.head_pruning import REMOVE, Acting, acting, bare, module, pruning, scripted, silent
 from kit.weight_pruning import checkpoints
 
 # the resumed runs do without the ModelCheckpoint of the straight one
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")]
 ROUNDS = bh.schedules.MultiStep([0.25, 0.5, 0.75], [2, 4, 6])
 SEEN = [16] * 2 + [12] * 2 + [8] * 2 + [4] * 2
 
@@ -30,70 +26,27 @@ def same_record(one, other):
         torch.testing.assert_close(scores, other.record.scores[name], rtol=0, atol=0, equal_nan=True)
 
 
-def same_optimizer(one, other):
-    (mine,), (theirs,) = one.optimizers, other.optimizers
-    for left, right in zip(mine.state.values(), theirs.state.values(), strict=True):
-        assert same(left, right)
-    assert [len(group["params"]) for group in mine.param_groups] == [len(group["params"]) for group in theirs.param_groups]
-
-
-def resumes(files, folder, callback, stops, build=module):
-    """Stops before, right at, between and after rounds."""
-    straight, whole, watch = build(), callback(), Acting()
-    first = trainer(folder, [whole, watch, checkpoints(folder)])
-    first.fit(straight, data(files))
-    for stop in stops:
-        resumed, again, later = build(seed=1), callback(), Acting()
-        torch.manual_seed(stop)
-        run = trainer(folder, [again, later])
-        run.fit(resumed, data(files), ckpt_path=folder / f"step={stop}.ckpt")
-        assert same(weights(resumed), weights(straight)), stop
-        assert later.seen == watch.seen[stop:]
-        same_record(again, whole)
-        same_optimizer(run, first)
-        assert bare(resumed)
-    return straight, whole, watch
-
-
-@pytest.mark.nightly
-def test_batches_of_the_users_own(files, tmp_path):
-    examples = [{"input_ids": ids, "labels": ids} for ids in torch.randint(3, 60, (4, 9))]
-
-    def callback():
-        return pruning(ROUNDS, calibration=DataLoader(examples, 2, shuffle=True))
-
-    resumes(files, tmp_path, callback, [3])
-
-
 @pytest.mark.daily("rounds")
 @pytest.mark.parametrize("remove", REMOVE)
 def test_a_round_that_was_taken_back(files, tmp_path, remove):
     def callback():
         return pruning(ROUNDS, remove=remove, monitor="val_share", mode="max", keep=0.7, measure_batches=1)
 
-    _, whole, watch = resumes(files, tmp_path, callback, [3, 4], scripted)
+    straight, whole, watch = scripted(), callback(), Acting()
+    first = trainer(tmp_path, [whole, watch, checkpoints(tmp_path)])
+    first.fit(straight, data(files))
     assert watch.seen == [16] * 2 + [12] * 6
     assert [event["step"] for event in whole.events] == [2, 4]
     assert whole.record.curve[0] == (0.0, 1.0)
-
-
-@pytest.mark.daily("end")
-@pytest.mark.parametrize("remove", ["never", "end"])
-def test_a_run_that_failed_resumes_too(files, tmp_path, remove):
-    straight = module()
-    trainer(tmp_path, [pruning(ROUNDS, remove=remove)]).fit(straight, data(files))
-
-    class Fails(pl.Callback):
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            if trainer.global_step == 5:
-                raise KeyError("five")
-
-    lit, callback = module(), pruning(ROUNDS, remove=remove)
-    with pytest.raises(KeyError):
-        trainer(tmp_path, [callback, Fails(), checkpoints(tmp_path)]).fit(lit, data(files))
-    assert bare(lit)
-    trainer(tmp_path, [callback]).fit(lit, data(files), ckpt_path=tmp_path / "step=4.ckpt")
-    assert same(weights(lit), weights(straight))
+    for stop in (3, 4):
+        resumed, again, later = scripted(seed=1), callback(), Acting()
+        run = trainer(tmp_path, [again, later])
+        run.fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
+        assert same(weights(resumed), weights(straight)), stop
+        assert later.seen == watch.seen[stop:]
+        same_record(again, whole)
+        assert all(map(same, run.optimizers[0].state.values(), first.optimizers[0].state.values()))
+        assert bare(resumed)
 
 
 def test_a_shorter_run_that_ended_goes_on_to_the_next_rounds(files, tmp_path):
@@ -139,19 +92,3 @@ class Watch(pl.Callback):
         self.seen = [acting(pl_module)]
 
     on_test_batch_start = on_validation_batch_start
-
-
-def test_another_models_checkpoint(files, tmp_path):
-    trainer(tmp_path, [pruning(0.5), checkpoints(tmp_path)], max_steps=2).fit(module(num_hidden_layers=1), data(files))
-    with pytest.raises(ValueError, match=f"the checkpoint contains a different model: it lacks {LAYERS[1][:14]}"):
-        trainer(tmp_path, [pruning(0.5)]).fit(module(), data(files), ckpt_path=tmp_path / "step=2.ckpt")
-
-
-def test_weights_alone(files, tmp_path):
-    """The shape is with them; masks are not."""
-    lit = module()
-    folder = checkpoints(tmp_path, save_weights_only=True)
-    trainer(tmp_path, [pruning(0.5, at=2, ranking="global"), folder], max_steps=4).fit(lit, data(files))
-    build = llama(vocab_size=2048, num_key_value_heads=8)
-    loaded = bh.TransformerModule.load_from_checkpoint(tmp_path / "step=4.ckpt", model=build)
-    assert same(weights(loaded), weights(lit))

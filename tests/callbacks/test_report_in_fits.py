@@ -5,9 +5,8 @@ import pytest
 import torch
 import transformers
 from lightning.pytorch.callbacks import ModelCheckpoint
-from matplotlib.figure import Figure
 
-from billhook import Amount, Export, KVHeadConversion, Report, StructuredPruning, TextDataModule, WeightPruning, load
+from billhook import Amount, Export, KVHeadConversion, Report, StructuredPruning, WeightPruning
 from kit.events import Own, loader
 from kit.fits import data, module, trainer
 from kit.published import record_of
@@ -43,9 +42,7 @@ def test_table_and_picture_say_what_happened(files, tmp_path, capsys):
 
 
 @pytest.mark.nightly
-def test_events_of_many_words_have_short_labels_and_the_rest_below(files, tmp_path, capsys, monkeypatch):
-    drawn = []
-    monkeypatch.setattr("billhook.callbacks.report.validation", lambda *given: drawn.append(given) or Figure())
+def test_events_of_many_words_have_short_labels_and_the_rest_below(files, tmp_path, capsys):
     lit, (pruning, _, _) = run(files, tmp_path, [StructuredPruning(Amount(heads=0.5, channels=0.5), at=3, calibration=6)])
     (event,), out = pruning.events, capsys.readouterr().out
     share = 1 - event["after"]["params"] / event["before"]["params"]
@@ -54,24 +51,7 @@ def test_events_of_many_words_have_short_labels_and_the_rest_below(files, tmp_pa
     assert max(map(len, out.splitlines())) <= 130
     assert f"\nafter {event['label']} " in out
     assert f"step 3 {event['what']} ".split() == out[out.index("\nstep 3 ") : out.index("\ncheckpoint ")].split()
-    assert [what for _, what, _, _ in drawn[0][1]] == [event["label"]]
     assert f"- step 3: {event['label']}\n  - {event['what']}\n" in (tmp_path / "model" / "README.md").read_text()
-
-
-@pytest.mark.nightly
-def test_conversions_before_training(files, tmp_path, capsys):
-    for at, folder in (("start", "a"), (0, "b")):
-        run(files, tmp_path / folder, [KVHeadConversion(2, at=at)])
-        rows = lines_of(capsys.readouterr().out)
-        assert rows["dense"][0] == rows["after 4 -> 2 KV heads (mean)"][0] == "0"
-        assert (rows["dense"][1] == "-") is (at == "start")
-        assert float(rows["after 4 -> 2 KV heads (mean)"][1].replace(",", "")) > 1
-
-
-def test_nothing_happened(files, tmp_path, capsys):
-    run(files, tmp_path, [])
-    rows = lines_of(capsys.readouterr().out)
-    assert {"start of training", "end of training"} <= rows.keys()
 
 
 @pytest.mark.parametrize(
@@ -153,14 +133,6 @@ def test_a_folder_that_fills_during_the_fit_does_not_cost_the_result(files, tmp_
     assert transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "model-2").config.num_key_value_heads == 4
 
 
-def test_the_line_called_dense_is_the_tables_dense(files, tmp_path, monkeypatch, capsys):
-    drawn = []
-    monkeypatch.setattr("billhook.callbacks.report.validation", lambda *given: drawn.append(given) or Figure())
-    _, (_, _, report) = run(files, tmp_path, [KVHeadConversion(1, at=3)])
-    assert drawn[0][3] == report.first["after"]["val_perplexity"]
-    assert drawn[0][3] != drawn[0][1][0][2]  # three steps later it was another
-
-
 def test_a_trial_leaves_the_last_export_alone(files, tmp_path):
     export = Export(str(tmp_path / "model"))
     trainer(tmp_path, [export], max_steps=2).fit(module(), data(files))
@@ -196,21 +168,8 @@ def test_figures_of_any_name(files, tmp_path, capsys):
         fit(metric="val/los")
 
 
-def test_the_tokenizer_beside_a_model_of_any_attribute(files, tmp_path):
-    class Lit(Slashes):
-        def __init__(self):
-            super().__init__()
-            self.net = load("tiny").float().train()
-
-    source = TextDataModule(files, length=16)
-    trainer(tmp_path, [], max_steps=1).fit(Lit(), source)
-    assert source.tokenizer.vocab_size == 2048
-
-
 @pytest.mark.parametrize("at", ["start", 3])
-def test_weight_pruning_is_told_of_like_all_else(files, tmp_path, capsys, monkeypatch, at):
-    drawn = []
-    monkeypatch.setattr("billhook.callbacks.report.validation", lambda *given: drawn.append(given) or Figure())
+def test_weight_pruning_is_told_of_like_all_else(files, tmp_path, capsys, at):
     pruning = WeightPruning(sparsity=0.5, at=at, calibration=6)
     lit, (_, _, report) = run(files, tmp_path, [pruning])
     (event,) = pruning.events
@@ -223,25 +182,7 @@ def test_weight_pruning_is_told_of_like_all_else(files, tmp_path, capsys, monkey
     label = next(row for row in rows if row.startswith("after Wanda"))
     assert rows[label][:3] == [str(step), f"{event['after']['val_perplexity']:,.0f}", "0.50"]
     assert int(rows[label][3].replace(",", "")) == event["after"]["zeros"] > int(rows["dense"][3].replace(",", ""))
-    assert drawn[0][1] == [(step, event["label"], event["before"]["val_perplexity"], event["after"]["val_perplexity"])]
-    assert drawn[0][3] == dense
     assert json.loads((tmp_path / "model" / "billhook.json").read_text())["events"] == pruning.events
-
-
-@pytest.mark.nightly
-def test_events_before_and_in_training(files, tmp_path, capsys):
-    """In the order in which they happened, whatever that of the callbacks."""
-    for at in (3, "start"):
-        run(files, tmp_path, [WeightPruning(sparsity=0.5, at=at, calibration=6), KVHeadConversion(2)])
-        rows = lines_of(capsys.readouterr().out)
-        assert rows["dense"][1] == "-"  # converted before anything could be measured
-        after = [label for label in rows if label.startswith("after")]
-        assert after[0] == "after 4 -> 2 KV heads (mean)"
-        assert after[1].startswith("after Wanda")
-        if at == 3:
-            assert float(rows[after[0]][1].replace(",", "")) > 1
-        events = json.loads((tmp_path / "model" / "billhook.json").read_text())["events"]
-        assert [event["what"][:5] for event in events] == ["4 -> ", "Wanda"]
 
 
 @pytest.mark.parametrize("way", ["folder", "file"])

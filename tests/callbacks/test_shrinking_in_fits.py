@@ -10,18 +10,13 @@ import transformers
 from peft import LoraConfig
 
 import billhook as bh
-from billhook.checkpoints.export import export
 from billhook.fit.resume import check_callbacks
-from billhook.shrinking import scope as candidates
-from billhook.shrinking.modules import find_modules
 from kit import shrinks
 from kit.families import llama, tokens
 from kit.fits import data, module, same, trainer, weights
 from kit.weight_pruning import checkpoints
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")]
 
 
 def shrinking(**options):
@@ -78,51 +73,6 @@ def test_it_happens_at_its_step_and_training_goes_on(files, tmp_path, at, step):
     assert not {"log", "on_save_checkpoint", "on_load_checkpoint"} & vars(lit).keys()
 
 
-@pytest.mark.daily("start-True-2")
-@pytest.mark.parametrize(("at", "changed", "times"), [("start", False, 1), ("start", True, 2), (1, False, 2)])
-def test_a_model_that_is_the_same_at_the_event_is_looked_at_once(files, tmp_path, monkeypatch, at, changed, times):
-    class Changes(pl.Callback):
-        """Changes a weight between setup and the event."""
-
-        def on_fit_start(self, trainer, pl_module):
-            pl_module.model.model.layers[0].mlp.down_proj.weight.data.mul_(2.0)
-
-    calls = []
-    monkeypatch.setattr(candidates, "find_modules", lambda *given: calls.append(given) or find_modules(*given))
-    callback = shrinking(params=0.97, at=at, importance=bh.importance.WeightNorm(), repair=None, generations=0)
-    trainer(tmp_path, [*([Changes()] if changed else []), callback], max_steps=2).fit(module(), data(files))
-    assert callback.shrunk.left <= callback.shrunk.limit
-    assert len(calls) == times
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize(
-    ("options", "blocks"),
-    [({"params": 0.94, "layers": "free"}, 2), ({"params": 0.84, "layers": "free"}, 4), ({"params": 0.82, "round_to": 1}, 4)],
-    ids=["free", "free, without blocks", "alike, without blocks"],
-)
-def test_resumed_equals_straight_through_and_a_checkpoint_is_exported(files, tmp_path, options, blocks):
-    options = options | {"at": 3}
-    lit, whole, watch = module(num_hidden_layers=blocks), shrinking(**options), Watch()
-    first = trainer(tmp_path, [whole, watch, checkpoints(tmp_path)])
-    first.fit(lit, data(files))
-    assert (whole.shrunk.blocks is not None) == (blocks == 4) == (len(lit.model.model.layers) < blocks)
-    for stop in (1, 4):
-        resumed, again, later = module(seed=1, num_hidden_layers=blocks), shrinking(**options), Watch()
-        torch.manual_seed(stop)
-        run = trainer(tmp_path, [again, later])
-        run.fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
-        assert same(weights(resumed), weights(lit)), stop
-        assert later.seen == watch.seen[stop:]
-        assert repr(again.events) == repr(whole.events)
-        for left, right in zip(run.optimizers[0].state.values(), first.optimizers[0].state.values(), strict=True):
-            assert same(left, right)
-    export(tmp_path / "step=8.ckpt", tmp_path / "out")
-    ids = tokens()
-    with torch.no_grad():
-        assert torch.equal(bh.load(tmp_path / "out")(ids).logits, lit.model.eval()(ids).logits)
-
-
 def test_the_dense_model_teaches_the_smaller_one_which_is_saved(files, tmp_path):
     torch.manual_seed(0)
     lit = bh.TransformerModule(llama(vocab_size=2048), lr=1e-2, distillation=bh.training.Distillation())
@@ -143,8 +93,6 @@ def test_the_dense_model_teaches_the_smaller_one_which_is_saved(files, tmp_path)
         ({"params": 0.8, "generations": -1}, "generations=-1 must be a whole number of at least 0"),
         ({"params": 0.8, "candidates": 0}, "candidates=0 must be a whole number of at least 1"),
         ({"params": 0.8, "layers": "all"}, "layers='all' must be one of uniform, free"),
-        ({"params": 0.8, "at": -1}, "at=-1"),
-        ({"params": 0.8, "calibration": iter([])}, "calibration=list_iterator can be read only once"),
     ],
 )
 def test_arguments(options, match):
@@ -160,7 +108,6 @@ DORA = {"lora": LoraConfig(r=2, target_modules=["q_proj"], use_dora=True)}
     ("options", "given", "match"),
     [
         ({"params": 10}, {}, r"params=10 \(10\) is out of reach. Reachable: [\d,]+ to [\d,]+"),
-        ({"params": 0.94, "at": 20}, {}, "at=20"),
         ({"params": 0.94, "at": 3}, LORA, "at=3 must be 'start' if the model has adapters"),
         ({"params": 0.94}, DORA, "Shrinking: the adapter of model.layers.0.self_attn.q_proj is trained or is not plain LoRA"),
         ({"params": 0.94, "calibration": 2}, {}, "calibration: at least 3 examples, .* got 2"),

@@ -3,7 +3,6 @@
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping
 
 import billhook as bh
 from billhook.adapters.lora import attach
@@ -23,16 +22,11 @@ pytestmark = [
     ("options", "seen"),
     [
         ({"sparsity": 0.5}, [0.5] * 8),
-        ({"sparsity": 0.5, "at": 0}, [0.5] * 8),
         ({"sparsity": 0.5, "at": 3}, [0] * 3 + [0.5] * 5),
         ({"sparsity": 0.5, "at": 0.5}, [0] * 4 + [0.5] * 4),
-        ({"sparsity": 0.5, "at": 8}, [0] * 8),
-        ({"pattern": "2:4", "at": 2}, [0] * 2 + [0.5] * 6),
         ({"sparsity": 0.5, "pattern": "2:4", "at": 1.0}, [0] * 8),
-        ({"sparsity": bh.schedules.Constant(0.5, start=2)}, [0] * 2 + [0.5] * 6),
         ({"sparsity": bh.schedules.MultiStep([0.25, 0.5], [2, 0.5])}, [0] * 2 + [0.25] * 2 + [0.5] * 4),
         ({"sparsity": 0.5, "at": bh.schedules.MultiStep([0.5, 1.0], [2, 0.5])}, [0] * 2 + [0.25] * 2 + [0.5] * 4),
-        ({"sparsity": bh.schedules.Linear(final=0.5, end=4, every=2)}, [0] * 2 + [0.25] * 2 + [0.5] * 4),
         (
             {"sparsity": bh.schedules.Linear(final=0.5, initial=0.25, start=0, end=4, every=2)},
             [0.25] * 2 + [0.375] * 2 + [0.5] * 4,
@@ -51,11 +45,8 @@ def test_it_happens_at_its_step(files, tmp_path, options, seen):
 @pytest.mark.parametrize(
     ("criterion", "schedule"),
     [
-        *(
-            (bh.Wanda(), schedule)
-            for schedule in (bh.schedules.Cubic, bh.schedules.Linear, bh.schedules.Cosine, bh.schedules.Exponential)
-        ),
-        *((criterion, bh.schedules.Cubic) for criterion in (bh.Magnitude(), bh.SparseGPT())),
+        (bh.Wanda(), bh.schedules.Linear),
+        *((criterion, bh.schedules.Cubic) for criterion in (bh.Wanda(), bh.Magnitude(), bh.SparseGPT())),
     ],
 )
 def test_rounds_do_not_compound_and_masks_nest(files, tmp_path, criterion, schedule):
@@ -108,13 +99,6 @@ def test_checkpoints_are_plain_small_and_zero(files, tmp_path):
     assert all(mask.nbytes == linears[name].weight.numel() for name, mask in callback.masks.items())
 
 
-def test_weights_only_checkpoints_and_load_from_checkpoint(files, tmp_path):
-    lit = module()
-    trainer(tmp_path, [pruning(sparsity=0.5, at=2), checkpoints(tmp_path, save_weights_only=True)]).fit(lit, data(files))
-    loaded = bh.TransformerModule.load_from_checkpoint(tmp_path / "step=8.ckpt", model=module().model)
-    assert same(weights(loaded), weights(lit))
-
-
 def test_validate_takes_a_checkpoint_as_it_is(files, tmp_path):
     lit = module()
     run = trainer(tmp_path, [pruning(sparsity=0.5, at=4), checkpoints(tmp_path)])
@@ -137,14 +121,6 @@ def test_fast_dev_run_tries_the_last_round_of_a_schedule(files, tmp_path, option
     lit = module()
     trainer(tmp_path, [pruning(**options)], max_steps=-1, fast_dev_run=1).fit(lit, data(files))
     assert zeros(lit) == (0.5, 0.5)
-
-
-def test_training_that_ends_early_says_what_it_left_out(files, tmp_path):
-    stop = EarlyStopping("val_loss", patience=1, min_delta=100.0)
-    with pytest.warns(UserWarning, match=r"training ended at step \d+, before the event at step 90 .the last of 2 pending"):
-        trainer(tmp_path, [pruning(sparsity=bh.schedules.MultiStep([0.3, 0.5], [80, 90])), stop], max_steps=100).fit(
-            module(), data(files)
-        )
 
 
 def test_shapes_change_before_the_first_mask(files, tmp_path):
@@ -333,36 +309,27 @@ class TestRefused:
             trainer(tmp_path, [pruning(sparsity=0.5)]).fit(module(), data(files), ckpt_path=tmp_path / "other.ckpt")
 
 
-class Breaks(bh.Wanda):
-    calls = 0
+def test_two_callbacks_each_have_their_own_linears(files, tmp_path):
+    callbacks = [pruning(sparsity=0.75, skip=["*.mlp.*"]), pruning(pattern="2:4", skip=["*.self_attn.*"], at=2)]
+    straight, resumed = module(), module(seed=1)
+    trainer(tmp_path, [*callbacks, checkpoints(tmp_path)]).fit(straight, data(files))
+    assert zeros(straight) == (0.5, 0.75)
+    assert [len(callback.masks) for callback in callbacks] == [8, 6]
+    again = [pruning(sparsity=0.75, skip=["*.mlp.*"]), pruning(pattern="2:4", skip=["*.self_attn.*"], at=2)]
+    trainer(tmp_path, again).fit(resumed, data(files), ckpt_path=tmp_path / "step=5.ckpt")
+    assert same(weights(resumed), weights(straight))
 
-    def prune(self, *arguments):
-        type(self).calls += 1
-        if type(self).calls == 14 + 5:
-            raise OSError("no memory")
-        return super().prune(*arguments)
+
+class OfMyOwn(bh.Wanda):
+    """A criterion without settings, whose repr says where it lies in memory."""
+
+    __repr__ = object.__repr__
 
 
-def test_a_round_that_fails_leaves_all_as_it_was(files, tmp_path):
-    Breaks.calls = 0
-    lit, callback = module(), pruning(Breaks(), bh.schedules.MultiStep([0.3, 0.6], [2, 5]))
-    run = trainer(tmp_path, [callback])
-    with pytest.raises(OSError, match="no memory"):
-        run.fit(lit, data(files))
-    other, straight = module(), pruning(bh.Wanda(), bh.schedules.MultiStep([0.3], [2]))
-    same_steps = trainer(tmp_path, [straight])
-    same_steps.fit_loop.epoch_loop.max_steps = 8
-
-    class Stop(pl.Callback):
-        def on_train_batch_end(self, trainer, pl_module, *_):
-            trainer.should_stop = trainer.global_step == 5
-
-    same_steps.callbacks.insert(1, Stop())
-    same_steps.fit(other, data(files))
-    assert same(weights(lit), weights(other))
-    assert same(callback.masks, straight.masks)
-    assert "log" not in vars(lit)
-    assert [event["step"] for event in callback.events] == [2]
-    for mine, theirs in zip(run.optimizers[0].state.values(), same_steps.optimizers[0].state.values(), strict=True):
-        assert torch.equal(mine["exp_avg"], theirs["exp_avg"])
-    assert not any("forward" in vars(part) for part in lit.modules())
+def test_a_criterion_of_the_users_own_resumes(files, tmp_path):
+    straight, resumed = module(), module(seed=1)
+    trainer(tmp_path, [pruning(OfMyOwn(), 0.5), checkpoints(tmp_path)]).fit(straight, data(files))
+    callback = pruning(OfMyOwn(), 0.5)
+    trainer(tmp_path, [callback]).fit(resumed, data(files), ckpt_path=tmp_path / "step=3.ckpt")
+    assert same(weights(resumed), weights(straight))
+    assert [event["step"] for event in callback.events] == [0]

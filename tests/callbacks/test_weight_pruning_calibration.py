@@ -10,8 +10,6 @@ from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import DataLoader, Dataset, IterableDataset, SubsetRandomSampler, TensorDataset
 
 import billhook as bh
-from billhook.fit import training_step
-from billhook.fit.calibration import FitCalibration
 from billhook.sparsity.criteria import Random
 from kit.families import llama, tokens
 from kit.fits import data, module, same, trainer, weights
@@ -28,7 +26,7 @@ class Batches(pl.Callback):
         self.seen.append([random.random(), torch.rand(1).item(), *torch.utils._pytree.tree_leaves(dict(batch))])
 
 
-@pytest.mark.parametrize("criterion", [bh.Wanda(), bh.SparseGPT(), bh.Magnitude(), Random()])
+@pytest.mark.parametrize("criterion", [bh.Wanda(), bh.SparseGPT(), Random()])
 def test_a_round_that_prunes_nothing_leaves_no_trace(files, tmp_path, criterion):
     """The same data in the same order, the same random numbers, the same weights bit for bit."""
     runs = []
@@ -49,12 +47,17 @@ def test_a_round_that_prunes_nothing_leaves_no_trace(files, tmp_path, criterion)
         assert runs[0][4] == after[4]
 
 
-def spied(lit, callback, loaders, folder, monkeypatch, **options):
+def spied(lit, callback, loaders, folder, **options):
     """The batches that a round calibrates on, as the model is called with them."""
-    seen, runs_of = [], training_step.runs_of
-    with monkeypatch.context() as patch:
-        patch.setattr(training_step, "runs_of", lambda model, batches: seen.extend(batches) or runs_of(model, batches))
-        trainer(folder, [callback], max_steps=options.pop("max_steps", 2), **options).fit(lit, loaders)
+    seen = []
+
+    def note(model, args, given):
+        if not torch.is_grad_enabled() and "forward" not in vars(model):  # which finds out what a training step calls it with
+            seen.append({name: value for name, value in given.items() if isinstance(value, torch.Tensor)})
+
+    hook = lit.net.register_forward_pre_hook(note, with_kwargs=True)
+    trainer(folder, [callback], max_steps=options.pop("max_steps", 2), **options).fit(lit, loaders)
+    hook.remove()
     return seen
 
 
@@ -114,11 +117,11 @@ LOADERS = {
 
 @pytest.mark.filterwarnings("ignore:.*does not have many workers", "ignore:.*fork", "ignore:The number of training batches")
 @pytest.mark.parametrize("kind", LOADERS)
-def test_examples_of_every_loader(tmp_path, monkeypatch, kind):
+def test_examples_of_every_loader(tmp_path, kind):
     drawn = []
     for _ in range(2):
         lit = Plain()
-        drawn.append(spied(lit, pruning(sparsity=0.5, at=1), LOADERS[kind](), tmp_path, monkeypatch))
+        drawn.append(spied(lit, pruning(sparsity=0.5, at=1), LOADERS[kind](), tmp_path))
     rows = rows_of(drawn[0])
     assert len(rows) == 6
     assert rows == rows_of(drawn[1])
@@ -126,23 +129,7 @@ def test_examples_of_every_loader(tmp_path, monkeypatch, kind):
         assert rows == list(range(6))
     if kind == "subset":
         assert set(rows) < {1, 3, 5, 7, 9, 11, 13}
-    assert all(set(batch) == {"input_ids", "attention_mask", "labels"} for batch in drawn[0])
-
-
-def test_the_seed_draws_others(tmp_path, monkeypatch):
-    rows = [
-        rows_of(
-            spied(
-                Plain(),
-                pruning(sparsity=0.5, calibration=FitCalibration(examples=6, seed=seed)),
-                LOADERS["shuffled"](),
-                tmp_path,
-                monkeypatch,
-            )
-        )
-        for seed in (0, 1)
-    ]
-    assert rows[0] != rows[1]
+    assert all({"input_ids", "attention_mask"} <= batch.keys() for batch in drawn[0])
 
 
 class Augmented(Numbered):
@@ -153,12 +140,12 @@ class Augmented(Numbered):
         return torch.tensor([*noise, 3, 3]), torch.ones(6, dtype=torch.long)
 
 
-def test_augmented_examples_are_the_same_after_a_resume(tmp_path, monkeypatch):
+def test_augmented_examples_are_the_same_after_a_resume(tmp_path):
     drawn = []
     for seed in (0, 1):
         lit = Plain()
         pl.seed_everything(seed, verbose=False)
-        drawn.append(spied(lit, pruning(sparsity=0.5, at=1), DataLoader(Augmented(), 2, shuffle=True), tmp_path, monkeypatch))
+        drawn.append(spied(lit, pruning(sparsity=0.5, at=1), DataLoader(Augmented(), 2, shuffle=True), tmp_path))
     for one, other in zip(*drawn, strict=True):
         assert torch.equal(one["input_ids"], other["input_ids"])
 
@@ -172,10 +159,10 @@ class Named(Plain):
         return kept.logits.square().mean()
 
 
-def test_a_batch_is_what_training_step_makes_of_it(tmp_path, monkeypatch):
+def test_a_batch_is_what_training_step_makes_of_it(tmp_path):
     words = tokens(16)
     rows = [{"words": row, "number": i} for i, row in enumerate(words)]
-    seen = spied(Named(), pruning(sparsity=0.5, at=1), DataLoader(rows, 2), tmp_path, monkeypatch)
+    seen = spied(Named(), pruning(sparsity=0.5, at=1), DataLoader(rows, 2), tmp_path)
     assert [set(batch) for batch in seen] == [{"inputs_embeds", "attention_mask"}] * 3
 
 
@@ -205,10 +192,10 @@ class Several(Plain):
 
 
 @pytest.mark.parametrize("combined", [False, True])
-def test_several_loaders(tmp_path, monkeypatch, combined):
+def test_several_loaders(tmp_path, combined):
     loaders = {"a": DataLoader(Numbered(), 2), "b": DataLoader(TensorDataset(torch.ones(9)), 3)}
     given = CombinedLoader(loaders, "max_size_cycle") if combined else loaders
-    assert len(rows_of(spied(Several(), pruning(sparsity=0.5, at=1), given, tmp_path, monkeypatch))) in (4, 6)
+    assert len(rows_of(spied(Several(), pruning(sparsity=0.5, at=1), given, tmp_path))) in (4, 6)
 
 
 class Moves(Plain):
@@ -221,8 +208,8 @@ class Moves(Plain):
         return batch[0] + 10, batch[1]
 
 
-def test_batches_are_moved_as_in_training(tmp_path, monkeypatch):
-    rows = rows_of(spied(Moves(), pruning(sparsity=0.5), DataLoader(Numbered(), 2), tmp_path, monkeypatch))
+def test_batches_are_moved_as_in_training(tmp_path):
+    rows = rows_of(spied(Moves(), pruning(sparsity=0.5), DataLoader(Numbered(), 2), tmp_path))
     assert min(rows) >= 20
 
 
@@ -258,7 +245,7 @@ def test_data_that_can_be_read_only_once_is_refused_before_training(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["dictionaries", "tuples", "loader"])
-def test_calibration_batches_of_ones_own(tmp_path, monkeypatch, form):
+def test_calibration_batches_of_ones_own(tmp_path, form):
     ids = tokens(8)
     given = {
         "dictionaries": [{"input_ids": part} for part in ids.split(4)],
@@ -266,7 +253,7 @@ def test_calibration_batches_of_ones_own(tmp_path, monkeypatch, form):
         "loader": DataLoader(TensorDataset(ids, torch.ones_like(ids)), 4, shuffle=True),
     }[form]
     callback = pruning(sparsity=bh.schedules.MultiStep([0.25, 0.5], [1, 2]), calibration=given)
-    seen = spied(Plain(), callback, loader(), tmp_path, monkeypatch, max_steps=3)
+    seen = spied(Plain(), callback, loader(), tmp_path, max_steps=3)
     assert sum(len(batch["input_ids"]) for batch in seen) == 2 * 8
     other = llama()
     other.load_state_dict(Plain().net.state_dict())

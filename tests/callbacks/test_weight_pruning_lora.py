@@ -16,7 +16,7 @@ from billhook.model.layers import prunable
 from kit.adapters import gpt2
 from kit.families import llama
 from kit.fits import data, same, trainer, weights
-from kit.weight_pruning import EPOCHS, RAMP, ROUNDS, Plain, checkpoints, injected, loader, pruning
+from kit.weight_pruning import EPOCHS, RAMP, Plain, checkpoints, injected, loader, pruning
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 
@@ -109,32 +109,6 @@ def test_it_is_what_masking_by_hand_is(tmp_path):
     assert not all(torch.allclose(value, expected[name], atol=1e-4) for name, value in weights(third).items())
 
 
-KINDS = {
-    "rounds": {"sparsity": RAMP, "mask_adapters": True},
-    "start": {"pattern": "2:4"},
-}
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("kind", KINDS)
-def test_resumed_equals_straight_through(files, tmp_path, kind):
-    """Stopped before, at, between and after rounds; in a new module, or in one whose adapters are masked already."""
-    straight, whole = injected(), pruning(**{"mask_adapters": True} | KINDS[kind])
-    watch = Watch(whole)
-    trainer(tmp_path, [whole, watch, checkpoints(tmp_path)]).fit(straight, data(files))
-    assert watch.seen == ([0.5] * 8 if kind == "start" else ROUNDS)
-    used = copy.deepcopy(straight)
-    for stop, resumed in ((2, used), (3, injected(seed=1)), (4, used), (6, injected(seed=1))):
-        callback = pruning(**{"mask_adapters": True} | KINDS[kind])
-        watch = Watch(callback)
-        trainer(tmp_path, [callback, watch]).fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
-        assert watch.seen == ([0.5] * 8 if kind == "start" else ROUNDS)[stop:]
-        assert same(weights(resumed), weights(straight)), stop
-        assert same(callback.masks, whole.masks)
-        assert torch.equal(logits(resumed.model), logits(straight.model))
-    merges_exactly(resumed, callback)
-
-
 def test_a_validation_alone_computes_as_the_fit_did(files, tmp_path):
     lit, callback = injected(), pruning(bh.Magnitude(), RAMP, mask_adapters=True)
     run = trainer(tmp_path, [callback, checkpoints(tmp_path)], val_check_interval=1, limit_val_batches=2)
@@ -157,49 +131,10 @@ def test_a_validation_alone_computes_as_the_fit_did(files, tmp_path):
     assert abs(found["val_loss"] - seen[8]) > 1e-5
 
 
-def test_frozen_weights_are_not_multiplied(tmp_path, monkeypatch):
-    """With LoRA alone in training a step of the optimizer costs the masks nothing; what is trained is held."""
-    counts, multiply = [], torch._foreach_mul_
-
-    def spy(tensors, by):
-        if isinstance(by, list) and by[0].dtype == torch.uint8:
-            counts.append(len(tensors))
-        return multiply(tensors, by)
-
-    monkeypatch.setattr(torch, "_foreach_mul_", spy)
-    lit, callback = wrapped(), pruning(bh.Magnitude(), 0.5, mask_adapters=True)
-    trainer(tmp_path, [callback]).fit(lit, loader())
-    merges_exactly(lit, callback)
-    assert counts.count(14) == len(counts) <= 4  # when masks are made, and at the end
-    counts.clear()
-    lit = wrapped()
-    lit.net.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight.requires_grad = True
-    callback = pruning(bh.Magnitude(), 0.5)
-    trainer(tmp_path, [callback]).fit(lit, loader())
-    assert counts.count(1) == 8
-    linears = prunable(transformer(lit))
-    assert all(torch.equal(linears[name].weight != 0, mask) for name, mask in callback.masks.items())
-
-
 def test_averaged_weights(tmp_path):
     lit, callback = wrapped(), pruning(bh.Magnitude(), 0.5, at=5, mask_adapters=True)
     trainer(tmp_path, [callback, EMAWeightAveraging(decay=0.9)], **EPOCHS).fit(lit, loader())
     merges_exactly(lit, callback)
-
-
-def test_two_callbacks_each_mask_their_own(files, tmp_path):
-    def callbacks():
-        return [
-            pruning(bh.Magnitude(), RAMP, skip=["*.mlp.*"], mask_adapters=True),
-            pruning(pattern="2:4", skip=["*.self_attn.*"], at=2, mask_adapters=True),
-        ]
-
-    straight, resumed = injected(), injected(seed=1)
-    trainer(tmp_path, [*callbacks(), checkpoints(tmp_path)]).fit(straight, data(files))
-    assert all(type(layer) is MaskedLora for layer in layers_of(straight).values())
-    trainer(tmp_path, callbacks()).fit(resumed, data(files), ckpt_path=tmp_path / "step=4.ckpt")
-    assert same(weights(resumed), weights(straight))
-    assert set(bh.training.merge(resumed.model).error.values()) == {0.0}
 
 
 def test_the_result_is_exported_as_it_computes(files, tmp_path):

@@ -2,7 +2,6 @@
 
 import gc
 import sys
-import tempfile
 
 import lightning.pytorch as pl
 import pytest
@@ -10,10 +9,8 @@ import torch
 from torch.distributed import checkpoint as dcp
 
 import billhook as bh
-from billhook.checkpoints.export import build_model, export, read_checkpoint
-from billhook.engine import sharded_files
+from billhook.checkpoints.export import export
 from billhook.model.checkpoint_shape import save_shape
-from kit.alive import alive_now
 from kit.families import llama, tokens
 from kit.fits import same
 from kit.held import Held
@@ -51,20 +48,6 @@ def sharded(lit, folder):
     return lit
 
 
-@pytest.fixture
-def reads(monkeypatch):
-    """The bytes of tensors that are alive at each read, and which tensor it is; no temporary file can be made."""
-    seen, load = [], sharded_files.load
-
-    def counted(tensors, **options):
-        load(tensors, **options)
-        seen.append((alive_now(), *tensors))
-
-    monkeypatch.setattr(sharded_files, "load", counted)
-    monkeypatch.setattr(tempfile, "tempdir", "nowhere")
-    return seen
-
-
 def in_a_file(lit, path):
     """Writes all into one file, with what optimizers keep, as Lightning does."""
     checkpoint, state = described(lit), lit.state_dict()
@@ -79,22 +62,6 @@ WRITE = {"full": in_a_file, "sharded": lambda lit, path: path.mkdir() or sharded
 
 def size(state):
     return sum(value.nbytes for value in {value.data_ptr(): value for value in state.values()}.values())
-
-
-@pytest.mark.daily("TransformerModule")
-@pytest.mark.parametrize("kind", [Plain, bh.TransformerModule])
-def test_a_module_is_loaded_a_tensor_at_a_time(tmp_path, reads, kind):
-    options = {"model": llama(vocab_size=2048)} if kind is bh.TransformerModule else {}
-    lit = sharded(kind(**options), tmp_path)
-    options = {"model": llama(vocab_size=2048)} if options else {}
-    expected, there, before = lit.state_dict(), sorted(tmp_path.iterdir()), alive_now()
-    found = bh.training.load_from_checkpoint(kind, tmp_path, **options)
-    assert type(found) is kind
-    assert same(found.state_dict(), expected)
-    assert sorted(tmp_path.iterdir()) == there
-    largest = max(value.nbytes for value in expected.values())
-    assert {name for _, name in reads} == {f"state_dict.{name}" for name in expected}
-    assert 0 < max(alive for alive, _ in reads) - before <= size(expected) + 1.1 * largest
 
 
 @pytest.mark.daily("sharded")
@@ -130,13 +97,6 @@ def test_a_file_is_loaded_as_lightning_would(tmp_path, told):
     assert all(torch.equal(found.seen[name], value.sum()) for name, value in lit.state_dict().items())
 
 
-def test_a_model_is_built_a_tensor_at_a_time(tmp_path, reads):
-    expected, before = sharded(Plain(), tmp_path).model.state_dict(), alive_now()
-    model = build_model(read_checkpoint(tmp_path), str(tmp_path))
-    assert same(model.state_dict(), expected)
-    assert max(alive for alive, _ in reads) - before <= size(expected) + 1.1 * max(value.nbytes for value in expected.values())
-
-
 def test_what_is_exported_computes_the_same(tmp_path):
     (tmp_path / "shards").mkdir()
     lit = sharded(Plain(), tmp_path / "shards")
@@ -157,26 +117,6 @@ def test_loading_takes_the_module_and_a_tensor(tmp_path, how, kind):
         found = bh.training.load_from_checkpoint(kind, tmp_path / "a.ckpt", **options)
     assert same(found.state_dict(), expected)
     assert held.most <= size(expected) + 1.1 * max(value.nbytes for value in expected.values())
-
-
-class Deep(Plain):
-    """Its blocks are most of it, and each a small part."""
-
-    def __init__(self):
-        pl.LightningModule.__init__(self)
-        self.model = llama(hidden_size=128, intermediate_size=128, num_hidden_layers=6)
-
-
-@pytest.mark.nightly
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux says in /proc/self/maps what is mapped")
-@pytest.mark.parametrize("how", WRITE)
-def test_an_export_takes_the_model_and_no_more_than_two_blocks(tmp_path, how):
-    expected = WRITE[how](Deep(), tmp_path / "a.ckpt").model.state_dict()
-    with Held(but=tmp_path / "a.ckpt") as held:
-        export(tmp_path / "a.ckpt", tmp_path / "exported")
-    block = size({name: value for name, value in expected.items() if ".layers.0." in name})
-    assert held.most <= size(expected) + 2 * block < 1.4 * size(expected)
-    assert same(bh.load(tmp_path / "exported").state_dict(), expected)
 
 
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="the device is there")

@@ -29,31 +29,24 @@ pytestmark = [
 CONVERSIONS = [event for event in EVENTS if event not in ("wanda", "masked")]
 
 
-CLIPS = {"norm": (0.1, lambda grads: torch.cat([grad.flatten() for grad in grads]).norm())}
-CLIPS["value"] = (0.01, lambda grads: max(grad.abs().max() for grad in grads))
-
-
 class Sizes(pl.Callback):
     """How large the gradients are that a step is taken with: of all parameters there are, none is left out."""
 
-    def __init__(self, size):
-        self.size, self.seen = size, []
+    def __init__(self):
+        self.seen = []
 
     def on_fit_start(self, trainer, pl_module):
         def note(*_):
-            self.seen.append(float(self.size([p.grad for p in pl_module.parameters()])))
+            self.seen.append(float(torch.cat([p.grad.flatten() for p in pl_module.parameters()]).norm()))
 
         trainer.optimizers[0].register_step_post_hook(note)
 
 
-@pytest.mark.daily("wanda-*", "*-norm")
-@pytest.mark.parametrize("how", CLIPS)
 @pytest.mark.parametrize("event", EVENTS)
-def test_all_gradients_are_clipped(tmp_path, event, how):
-    limit, size = CLIPS[how]
-    sizes = Sizes(size)
-    fit(tmp_path, event, more=[sizes], gradient_clip_val=limit, gradient_clip_algorithm=how)
-    assert sizes.seen == pytest.approx([limit] * 4, rel=1e-3)
+def test_all_gradients_are_clipped(tmp_path, event):
+    sizes = Sizes()
+    fit(tmp_path, event, more=[sizes], gradient_clip_val=0.1)
+    assert sizes.seen == pytest.approx([0.1] * 4, rel=1e-3)
 
 
 @pytest.mark.daily("wanda", "structure")
@@ -125,17 +118,6 @@ def test_compiled_before_an_event_it_is_what_it_would_be_in_eager_mode(tmp_path,
     assert watch.losses == pytest.approx(beside.losses, rel=1e-5)
     assert backend.ran == 2
     assert backend.made == (1 if event == "wanda" else 2)
-
-
-@pytest.mark.nightly
-@pytest.mark.usefixtures("unmeasured")
-@pytest.mark.parametrize("event", ["structure", "svd"])
-def test_compiled_after_an_event(tmp_path, event):
-    lit, *_ = fit(tmp_path, event, limit_val_batches=0)
-    ids = torch.arange(3, 15).view(2, 6)
-    with torch.no_grad():
-        expected = lit.net.eval()(ids).logits
-        torch.testing.assert_close(torch.compile(lit.net, backend="eager")(ids).logits, expected)
 
 
 @pytest.mark.nightly
@@ -246,36 +228,12 @@ def test_looking_for_a_learning_rate_leaves_all_as_it_was(tmp_path, event, at):
     assert same(weights(third), weights(other))
 
 
-class Batches(pl.LightningDataModule):
-    batch_size = 2
-
-    def train_dataloader(self):
-        return loader(self.batch_size)
-
-    def val_dataloader(self):
-        return loader(4, 4)
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize("event", ["wanda", "mean"])
-def test_looking_for_a_batch_size_leaves_all_as_it_was(tmp_path, event):
-    lit, callback = Own(), EVENTS[event]("start")
-    before = weights(lit)
-    run = trainer(tmp_path, [callback], max_steps=4)
-    assert Tuner(run).scale_batch_size(lit, datamodule=Batches(), steps_per_trial=1, max_trials=1) == 2
-    assert same(weights(lit), before)
-    run.fit(lit, datamodule=Batches())
-    assert same(weights(lit), weights(fit(tmp_path, event, at="start")[0]))
-
-
 AVERAGES = [EMAWeightAveraging, WeightAveraging, lambda: StochasticWeightAveraging(1e-2, swa_epoch_start=1)]
 
 
-@pytest.mark.daily("wanda-2-*", "masked-start-EMA*", "mean-start-W*")
+@pytest.mark.daily("masked-start-EMA*", "mean-start-W*")
 @pytest.mark.parametrize("average", AVERAGES)
-@pytest.mark.parametrize(
-    ("event", "at"), [("wanda", 2), ("wanda", "start"), ("masked", 2), ("masked", "start"), ("mean", "start")]
-)
+@pytest.mark.parametrize(("event", "at"), [("masked", 2), ("masked", "start"), ("mean", "start")])
 def test_averaged_weights_are_pruned_or_converted_too(tmp_path, event, at, average):
     lit, *_ = fit(tmp_path, event, at=at, more=[average()], max_steps=-1, max_epochs=3)
     assert same_after_reload(lit, tmp_path)

@@ -1,20 +1,15 @@
 """Whatever number format training uses, events happen at their step and leave a model that trains on and is saved as it is."""
 
-from types import SimpleNamespace
-
 import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 import billhook as bh
-from billhook.fit.lightning import LightningFit
 from kit.events import END, EVENTS, FEW, Own, Watch, figures, fit, loader, same_after_reload
 from kit.fits import same, trainer, weights
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
-]
+pytestmark = [pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")]
 
 
 def float16(scale=2.0**12):
@@ -101,15 +96,6 @@ def test_gradients_that_float16_would_lose_are_not_lost(tmp_path, importance):
         scores.append(callback.record.scores)
     for name, score in scores[0].items():
         torch.testing.assert_close(scores[1][name], score, atol=1e-2, rtol=1e-2)
-
-
-def test_bfloat16_in_the_place_of_float16_keeps_no_casts():
-    strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    run = SimpleNamespace(precision_plugin=float16()["plugins"], strategy=strategy)
-    with LightningFit(run, Own()).gradient_context():
-        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
-        assert torch.is_autocast_enabled("cpu")
-        assert not torch.is_autocast_cache_enabled()
 
 
 def test_a_resumed_scaler_goes_on(tmp_path):

@@ -68,7 +68,7 @@ def loader(model):
     return DataLoader(TensorDataset(given, words), batch_size=2)
 
 
-@pytest.mark.daily("vit-wanda", "convnext-structure", "clip-heads", "whisper-wanda")
+@pytest.mark.daily("convnext-structure", "clip-heads", "whisper-wanda")
 @pytest.mark.parametrize(
     ("model", "event"),
     [

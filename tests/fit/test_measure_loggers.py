@@ -1,9 +1,7 @@
 """Metrics reach each logger that a fit has."""
 
-import csv
-
 import pytest
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import billhook as bh
@@ -21,16 +19,6 @@ def fitted(files, folder, loggers):
     callbacks = [bh.KVHeadConversion(1, at=2, measure_batches=1), bh.Degradation(calibration, examples=2)]
     callbacks += [bh.Report(str(folder / "report.png"), measure_batches=1)]
     trainer(folder, callbacks, max_steps=3, logger=loggers, limit_val_batches=1).fit(module(), data(files))
-
-
-def test_csv(files, tmp_path):
-    logger = CSVLogger(tmp_path)
-    fitted(files, tmp_path, logger)
-    with open(f"{logger.log_dir}/metrics.csv") as file:
-        rows = list(csv.DictReader(file))
-    assert [row["kv_cache_bytes"] for row in rows if row["kv_cache_bytes"]] == ["256.0", "64.0"]
-    assert all(row["epoch"] for row in rows)
-    assert len([row for row in rows if row["degradation/train/perplexity_ratio"]]) == 2  # after the event, and at the end
 
 
 def test_tensorboard(files, tmp_path):

@@ -53,28 +53,8 @@ def last(folder, step):
     return checkpoint
 
 
-def heads_then_weights_then_kv_heads(folder):
-    return [
-        bh.HeadPruning(TWICE["heads"], **FEW),
-        prunes.WeightPruning(bh.Wanda(), bh.schedules.MultiStep([0.25, 0.5], [3, 6]), **FEW),
-        bh.KVHeadConversion(1, at=5, measure_batches=0),
-    ]
-
-
-def recorded(folder):
-    own = [bh.Export(str(folder / "model")), bh.Report(str(folder / "report.png"), measure_batches=1)]
-    return heads_then_kv_heads_then_weights(folder) + own
-
-
 def heads_then_weights(folder):
     return [bh.HeadPruning(TWICE["heads"], **FEW), prunes.WeightPruning(bh.Wanda(), TWICE["late"], mask_adapters=True, **FEW)]
-
-
-def masked_heads_and_weights(folder):
-    return [
-        bh.HeadPruning(bh.schedules.MultiStep([0.25, 0.5], [2, 5]), remove="never", **FEW),
-        bh.WeightPruning(bh.Magnitude(), TWICE["late"], measure_batches=0),
-    ]
 
 
 def units_then_blocks_then_weights(folder):
@@ -85,13 +65,6 @@ def units_then_blocks_then_weights(folder):
     ]
 
 
-def turned_kv_heads_then_weights(folder):
-    return [
-        bh.KVHeadConversion([2, 1], at=[2, 4], method="aligned", **FEW),
-        prunes.WeightPruning(bh.Wanda(), TWICE["late"], **FEW),
-    ]
-
-
 @pytest.mark.daily("accumulated", "structure")
 @pytest.mark.filterwarnings("ignore:X.T X is not positive definite")
 @pytest.mark.parametrize(
@@ -99,14 +72,10 @@ def turned_kv_heads_then_weights(folder):
     [
         (heads_then_kv_heads_then_weights, False, range(1, 8), {}),
         (heads_then_kv_heads_then_weights, False, (2, 4, 5), {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
-        (heads_then_weights_then_kv_heads, False, (2, 3, 4, 5, 6), {}),
-        (recorded, False, (3,), {}),
         (heads_then_weights, True, (1, 2, 4, 5, 7), {}),
-        (masked_heads_and_weights, False, (1, 3, 5), {}),
-        (units_then_blocks_then_weights, False, (1, 2, 3, 5, 6), {}),
-        (turned_kv_heads_then_weights, False, (1, 2, 3, 5), {}),
+        (units_then_blocks_then_weights, False, (1, 3, 5), {}),
     ],
-    ids=["all", "accumulated", "weights between", "recorded", "lora", "masked", "structure", "turned"],
+    ids=["all", "accumulated", "lora", "structure"],
 )
 @pytest.mark.slow
 def test_stopped_at_any_step(files, tmp_path, callbacks, lora, stops, options):
@@ -121,35 +90,6 @@ def test_stopped_at_any_step(files, tmp_path, callbacks, lora, stops, options):
         run.fit(resumed, data(files), ckpt_path=tmp_path / "all" / f"step={stop}.ckpt")
         assert differing(last(folder, 8), expected) == [], stop
         assert same(weights(resumed), weights(straight)), stop
-
-
-@pytest.mark.nightly
-@pytest.mark.filterwarnings("ignore:.*training ended at step .*, before the")
-@pytest.mark.slow
-def test_stopped_again_and_again(files, tmp_path):
-    """Each part of the run goes on with what the one before has saved, across the end of an epoch."""
-    straight, steps = module(lora=True), 23
-    trainer(tmp_path, [*heads_then_weights(tmp_path), every_step(tmp_path / "all")], steps).fit(straight, data(files))
-    path = None
-    for stop in (3, 5, 21, 22, steps):
-        lit, folder = module(seed=0 if path is None else stop, lora=True), tmp_path / str(stop)
-        run = trainer(tmp_path, [*heads_then_weights(tmp_path), every_step(folder), Stop(stop)], steps)
-        run.fit(lit, data(files), ckpt_path=path)
-        path = folder / f"step={stop}.ckpt"
-    assert same(weights(lit), weights(straight))
-    found = differing(last(folder, steps), last(tmp_path / "all", steps))
-    # stopped where validation was due, Lightning does not validate again: it does not count it, and there is nothing it said
-    assert [path for path in found if "val_loop" not in path and path != "/billhook_trained"] == []
-
-
-class Stop(pl.Callback):
-    """As EarlyStopping does."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_train_batch_end(self, trainer, *_):
-        trainer.should_stop |= trainer.global_step == self.step
 
 
 @pytest.mark.daily("steps then epochs")
@@ -198,7 +138,7 @@ def test_a_module_and_a_loader_of_ones_own(tmp_path, callbacks):
     make = callbacks or (lambda: None)
     straight = own(tmp_path / "all", callbacks=make())
     assert len(set(straight.seen)) > 4
-    for stop in range(1, 12):
+    for stop in (1, 2, 4, 5, 11):
         resumed = own(tmp_path / "again", tmp_path / "all" / f"step={stop}.ckpt", seed=stop, callbacks=make())
         assert resumed.seen == straight.seen[stop:]
         assert same(weights(resumed), weights(straight)), stop

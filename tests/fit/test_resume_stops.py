@@ -1,12 +1,8 @@
-"""Runs that are stopped by a signal or killed, and go on from what they had saved."""
+"""Runs that are stopped by a signal or an error, and go on from what they had saved."""
 
-import json
 import os
 import random
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
@@ -17,7 +13,7 @@ from torch.utils.data import DataLoader
 
 import billhook as bh
 from kit.fits import data, same, trainer, weights
-from kit.resumable import Own, Seed, fit, heads_then_kv_heads_then_weights, module, rows
+from kit.resumable import Own, Seed, heads_then_kv_heads_then_weights, module, rows
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
@@ -32,30 +28,9 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def straight(files, tmp_path_factory):
-    return weights(fit(tmp_path_factory.mktemp("straight"), files))
-
-
-@pytest.mark.nightly
-@pytest.mark.slow
-def test_killed(files, tmp_path, straight):
-    """By SIGKILL, in the middle of a step, or of writing a checkpoint: those that are there are whole, and the last resumes."""
-    here = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
-    command = [
-        sys.executable,
-        Path(__file__).parents[1] / "kit" / "resumable.py",
-        tmp_path,
-        json.dumps(files),
-        str(torch.get_num_threads()),
-    ]
-    ran = subprocess.run(command, env=here, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert json.loads(ran.stdout.splitlines()[-1]) == {"step": signal.SIGKILL, "writing": signal.SIGKILL}, ran.stderr
-    for how, other in (("step", 2), ("writing", 6)):
-        found = sorted((tmp_path / how / "kept").glob("*.ckpt"))
-        assert found
-        steps = {path.name: torch.load(path, weights_only=True)["global_step"] for path in found}
-        assert steps == {"step=4.ckpt": 4, "last.ckpt": 4, f"step={other}.ckpt": other}
-        assert same(weights(fit(tmp_path / how, files, tmp_path / how / "kept" / "last.ckpt", seed=1)), straight), how
+    folder, lit = tmp_path_factory.mktemp("straight"), module()
+    trainer(folder, [*heads_then_kv_heads_then_weights(folder), Seed()]).fit(lit, data(files))
+    return weights(lit)
 
 
 class Interrupt(pl.Callback):

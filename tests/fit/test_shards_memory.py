@@ -7,7 +7,7 @@ from kit.beside import EVENTS, beside
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.daily("KV heads, with data", "zeros, matched")
+@pytest.mark.daily("zeros, matched")
 @pytest.mark.parametrize("name", EVENTS)
 def test_two_blocks_at_most_are_there_beside_what_the_fit_has(tmp_path, alone, name):
     found = beside(tmp_path, name, alone)

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import weakref
 
 import pytest
 import torch
@@ -10,7 +9,6 @@ import transformers
 from torch import nn
 
 import billhook as bh
-from billhook.engine.batches import examples_of
 from kit.families import build, llama, tokens
 from kit.losses import BERT, LOUD, loud, own_loss
 
@@ -148,33 +146,6 @@ def test_shares_change_nothing(kind):
     assert all(torch.equal(one, found[0]) for one in found)
 
 
-def living(model, run):
-    """The most gradients of parameters that lived at one time."""
-    seen, most = [], [0]
-
-    def see(gradient):
-        seen.append(weakref.ref(gradient))
-        most[0] = max(most[0], sum(one() is not None for one in seen))
-
-    handles = [parameter.register_hook(see) for parameter in model.parameters()]
-    try:
-        run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    assert seen
-    return most[0]
-
-
-def test_no_two_gradients_live_at_a_time():
-    model, batch = LOUD["llama"](), BATCHES[0]
-    whole = living(model, lambda: torch.autograd.grad(own_loss(model, batch), list(model.parameters())))
-    assert whole == len(list(model.parameters()))
-    for order in ORDERS:
-        for kind in ("head", "channel", "residual"):
-            assert living(model, lambda order=order, kind=kind: scores(model, [batch], bh.Taylor(order), kind)) == 1
-
-
 def test_gradients_that_are_there_stay_and_nobody_else_is_called():
     model, called = LOUD["llama"](), []
     own_loss(model, BATCHES[1]).backward()
@@ -304,19 +275,6 @@ def test_a_gradient_that_is_not_finite_is_said(order, where):
         ValueError, match=r"batches: batch 1 \(counted from 0\) has a NaN or infinite gradient for model\.layers\.1\.mlp"
     ):
         scores(model, batches, bh.importance.GateGradient(), "channel", loss=loss)
-
-
-def test_examples():
-    batch = {"input_ids": tokens(3, 4), "more": [torch.arange(3), "text"], "position_ids": torch.arange(4)[None]}
-    found = examples_of(batch)
-    assert len(found) == 3
-    for row, one in enumerate(found):
-        assert torch.equal(one["input_ids"], batch["input_ids"][row : row + 1])
-        assert one["more"][0].tolist() == [row]
-        assert one["more"][1] == "text"
-        assert torch.equal(one["position_ids"], batch["position_ids"])
-    single = examples_of({"input_ids": tokens(1, 4)})
-    assert [one["input_ids"].shape for one in single] == [(1, 4)]
 
 
 @pytest.mark.parametrize(("batch", "shapes"), [

@@ -1,12 +1,10 @@
 """How many bytes of tensors are alive at most."""
 
-import gc
 import weakref
 
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from billhook.engine.sharded_files import DeferredTensor
 from billhook.engine.trees import tree_leaves
 
 
@@ -34,11 +32,3 @@ class Alive(TorchDispatchMode):
     def _gone(self, number, size):
         self._known.discard(number)
         self.now -= size
-
-
-def alive_now() -> int:
-    """Returns the bytes of all tensors that Python has, those included that no operation of a mode has given."""
-    found = [
-        one for one in gc.get_objects() if issubclass(type(one), Tensor) and not one.is_meta and type(one) is not DeferredTensor
-    ]
-    return sum({one.untyped_storage()._cdata: one.untyped_storage().nbytes() for one in found}.values())

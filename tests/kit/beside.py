@@ -6,12 +6,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import pytest
 import torch
 
 import billhook as bh
-from billhook.shrinking.variants import VariantCache
-from kit import prunes, shrinks
+from kit import prunes
 from kit.families import llama
 from kit.fits import trainer
 from kit.held import Held
@@ -21,7 +19,6 @@ LAYERS, WIDTH = 4, 256
 FEW = {"calibration": [(torch.tensor([[5, 6, 7]]),)] * 2, "measure_batches": 0}
 MORE = {"calibration": [(torch.arange(3, 27).view(8, 3),)] * 4, "measure_batches": 0}
 """Tokens enough to repair what reads a tenth of the channels, and little that is computed of them."""
-SEARCH = MORE | {"at": 1, "repair": None, "generations": 0}
 EVENTS = {
     "masks, by gates": lambda: bh.HeadPruning(0.5, at=1, remove="never", **FEW),
     "heads": lambda: bh.HeadPruning(0.5, at=1, **FEW),
@@ -34,13 +31,9 @@ EVENTS = {
     "KV heads": lambda: bh.KVHeadConversion(2, at=1, measure_batches=0),
     "KV heads, with data": lambda: bh.KVHeadConversion(2, at=1, method="svd", **FEW),
     "blocks": lambda: bh.DepthPruning(2, at=1, **FEW),
-    "a smaller model": lambda: shrinks.Shrinking(params=0.8, **SEARCH),
 }
 ASIDE = {"channels, repaired": 1, "KV heads, with data": 3}
 """Of how many weights of WIDTH x WIDTH in each block new values wait, as shards, until tensors are cut."""
-VARIANTS = {"a smaller model": 4}
-"""Weights of WIDTH x WIDTH that are whole while a model is measured: two of a block in variants, and what gathers them."""
-
 HALF = {"sparsity": 0.5, "at": 1, "measure_batches": 0, "calibration": FEW["calibration"] * 2}
 ZEROS = {
     "zeros, all linears together": lambda: prunes.WeightPruning(bh.Magnitude(compares="global"), **HALF),
@@ -82,14 +75,13 @@ class Beside:
     rest: int
     moments: int
     shards: int  # of what has changed, twice, as it was and as it is, and of what waited, on this rank
-    held: int  # by a search: shards of variants of places, and those of one block whole
     tuned: int  # what tuning a block takes besides
     what: str  # happened
 
     @property
     def allowed(self):
         """Two blocks, what is in none, shards, and second moments; and what Adam has while it tunes a block."""
-        return 2 * self.block + self.rest + self.shards + self.held + self.moments + self.tuned
+        return 2 * self.block + self.rest + self.shards + self.moments + self.tuned
 
 
 def kept(lit, run):
@@ -100,18 +92,6 @@ def kept(lit, run):
 
 def size(parameters):
     return sum(one.numel() * one.element_size() for one in parameters)
-
-
-def searched(patch, add=VariantCache.add):
-    """Bytes of each variant that a search holds, of which ranks have shards; it has second moments of one block at a time."""
-    found = []
-
-    def counted(cache, module, kept, error, weights):
-        found.extend(size([value]) for value in weights.values())
-        add(cache, module, kept, error, weights)
-
-    patch.setattr(VariantCache, "add", counted)
-    return found
 
 
 def zeroed(name, layers):
@@ -139,14 +119,11 @@ def beside(folder, name, strategy, ranks=1, layers=LAYERS):
 
     callback.apply_event = apply_event
     options = {"devices": ranks, "use_distributed_sampler": False} if ranks > 1 else {}
-    with pytest.MonkeyPatch.context() as patch:
-        held = searched(patch)
-        trainer(folder, [callback], max_steps=2, strategy=strategy, limit_val_batches=0, **options).fit(lit)
+    trainer(folder, [callback], max_steps=2, strategy=strategy, limit_val_batches=0, **options).fit(lit)
     (most,), (event,) = found, callback.events
-    held.append(ranks * VARIANTS.get(name, 0) * 4 * WIDTH**2)
     shards = size(set(lit.net.model.layers.parameters()) - there) + ASIDE.get(name, 0) * 4 * layers * WIDTH**2 + zeros
     moments, tuned = MOMENTS.get(name, 4 * WIDTH**2), TUNED.get(name, 0) * block
-    return Beside(most, block, rest, moments, shards // ranks, int(sum(held)) // ranks, tuned, event["what"])
+    return Beside(most, block, rest, moments, shards // ranks, tuned, event["what"])
 
 
 def measure_all():

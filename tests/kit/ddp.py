@@ -8,25 +8,21 @@ from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
-import peft
 import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import fp16_compress_hook
-from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import MeanMetric
 
 import billhook as bh
-from billhook import DepthPruning, Export, HeadPruning, KVHeadConversion, RepairConfig, StructuredPruning, Taylor, WeightPruning
+from billhook import DepthPruning, Export, HeadPruning, KVHeadConversion, RepairConfig, StructuredPruning, Taylor
 from billhook.importance.baselines import RandomUnits
 from billhook.schedules import Linear, MultiStep
-from billhook.sparsity import masks
 from kit import prunes, shrinks
 from kit.families import llama
-from kit.fits import module, trainer
+from kit.fits import module
 from kit.ranks import Fit, FitOfTuples, draw, fit_all
-from kit.syncs import steps_counted
 
 SCRIPT = """
 import os
@@ -36,12 +32,12 @@ fit_two()
 """
 
 
-def conversion(heads, at):
+def conversion():
     options = {"val_check_interval": 3, "check_val_every_n_epoch": None, "limit_val_batches": 4}
-    return Fit(module, lambda: KVHeadConversion(heads, at), lambda one: one.events, options)
+    return Fit(module, lambda: KVHeadConversion([2, 1], [2, 4]), lambda one: one.events, options)
 
 
-def weight_pruning(module, calibration=7, match=None):
+def weight_pruning(calibration=7, match=None):
     ramp = Linear(final=0.5, start=1, end=5, every=2)
     return Fit(
         module,
@@ -51,41 +47,21 @@ def weight_pruning(module, calibration=7, match=None):
     )
 
 
-def head_pruning(remove, given):
-    """With batches of the user's own, two to a process, or ten examples of the training data."""
-    ids = draw(4, 2, 12, seed=1)
-    options = {"calibration": [(one,) for one in ids], "importance": Taylor("first")} if given else {"calibration": 10}
+def head_pruning():
+    """On ten examples of the training data."""
     return Fit(
         lambda: FitOfTuples(8),
-        lambda: HeadPruning(MultiStep([0.25, 0.5], [2, 4]), remove=remove, measure_batches=0, **options),
+        lambda: HeadPruning(MultiStep([0.25, 0.5], [2, 4]), remove="rounds", measure_batches=0, calibration=10),
         lambda one: [vars(one.record), one.heads, one.events],
     )
 
 
-class ByHand(FitOfTuples):
-    """Steps its optimizer itself, and says which batches the model is scored on."""
-
-    def __init__(self):
-        super().__init__()
-        self.automatic_optimization = False
-
-    def calibration_batches(self):
-        return [{"input_ids": ids, "labels": ids} for ids in draw(8, 4, 12, seed=1)]
-
-    def training_step(self, batch, batch_idx):
-        optimizer = self.optimizers()
-        optimizer.zero_grad()
-        self.manual_backward(super().training_step(batch, batch_idx))
-        optimizer.step()
-
-
-def structured_pruning(module=FitOfTuples):
+def structured_pruning():
     """In two events, on batches of the user's own, of which the same choose the ridge."""
     options = {"importance": Taylor("first"), "repair": RepairConfig(), "measure_batches": 0}
-    if module is FitOfTuples:
-        options["calibration"] = [(ids,) for ids in draw(8, 4, 12, seed=1)]
+    options["calibration"] = [(ids,) for ids in draw(8, 4, 12, seed=1)]
     return Fit(
-        module,
+        FitOfTuples,
         lambda: StructuredPruning(bh.Amount(channels=0.5, kv_heads=0.5), MultiStep([0.5, 1.0], [2, 4]), **options),
         lambda one: one.events,
     )
@@ -100,18 +76,6 @@ def shrinking():
         lambda one: [one.events, one.shrunk.kept],
         steps=4,
     )
-
-
-def shrinking_to_a_loss():
-    """On text, of which every process reads all."""
-    options = {"at": 2, "calibration": 8, "generations": 1, "candidates": 2, "measure_batches": 0}
-    return Fit(module, lambda: shrinks.Shrinking(max_loss=1.1, **options), lambda one: [one.events, one.shrunk.kept], steps=3)
-
-
-def depth_pruning():
-    options = {"at": 2, "calibration": 8, "greedy": True, "measure_batches": 0}
-    four = {"num_hidden_layers": 4}
-    return Fit(lambda: module(**four), lambda: DepthPruning(2, **options), lambda one: one.plan.units, steps=4)
 
 
 def with_own_batches(at, heads=2, **options):
@@ -131,17 +95,12 @@ def degraded():
 
 
 FITS = {
-    "convert at the start": conversion(2, "start"),
-    "convert in stages": conversion([2, 1], [2, 4]),
-    "weights, tuples": weight_pruning(FitOfTuples),
-    "weights, text": weight_pruning(module),
-    "weights, matched": weight_pruning(module, 8, bh.criteria.BlockMatching()),  # as many examples as make batches of equal parts
-    "heads in rounds": head_pruning("rounds", given=False),
-    "heads at the end": head_pruning("end", given=True),
+    "convert in stages": conversion(),
+    "weights, text": weight_pruning(),
+    "weights, matched": weight_pruning(8, bh.criteria.BlockMatching()),  # as many examples as make batches of equal parts
+    "heads in rounds": head_pruning(),
     "structure": structured_pruning(),
-    "structure, by hand": structured_pruning(ByHand),
     "shrink": shrinking(),
-    "depth": depth_pruning(),
     "KV heads in stages": with_own_batches([1, 3], heads=[2, 1], method="svd"),
     "degradation": degraded(),
 }
@@ -171,55 +130,23 @@ def each(number, **options):
 class Hooked(DDPStrategy):
     """Lightning registers hooks on GPUs only."""
 
-    def __init__(self, state, hook):
-        super().__init__(ddp_comm_state=state, ddp_comm_hook=hook)
-
     def _register_ddp_hooks(self):
-        self.model.register_comm_hook(self._ddp_comm_state, self._ddp_comm_hook)
+        self.model.register_comm_hook(None, fp16_compress_hook)
 
 
 def told(callbacks):
     return [(event["step"], event["what"]) for one in callbacks if hasattr(one, "events") for event in one.events]
 
 
-def converted(strategy, at=2):
-    return Fit(FitOfTuples, lambda: [KVHeadConversion(1, at=at, measure_batches=0)], told, {}, at + 2, strategy)
-
-
-def distilled():
-    """LoRA and a teacher, on text, with validation within an epoch."""
-
-    def build():
-        torch.manual_seed(0)
-        given = {"lora": bh.training.LoRA(r=2, dropout=0.0), "distillation": bh.training.Distillation()}
-        return bh.TransformerModule(llama(vocab_size=2048), lr=1e-2, warmup=2, **given)
-
-    return Fit(
-        build,
-        lambda: [
-            StructuredPruning(
-                bh.Amount(channels=0.25, kv_heads=0.5),
-                at=2,
-                importance=bh.importance.ActivationNorm(),
-                calibration=5,
-                measure_batches=1,
-            ),
-            WeightPruning(bh.Magnitude(), sparsity=0.5, at=3, measure_batches=1, mask_adapters=True),
-        ],
-        told,
-        {"val_check_interval": 2, "check_val_every_n_epoch": None, "limit_val_batches": 2},
-        5,
-    )
+def converted(strategy):
+    return Fit(FitOfTuples, lambda: [KVHeadConversion(1, at=2, measure_batches=0)], told, {}, 4, strategy)
 
 
 UNEQUAL = {
     "three batches": each(3, examples=9),
     "one batch": each(1, examples=9, drop_last=True),
-    "unused and views": converted(lambda: DDPStrategy(find_unused_parameters=True, gradient_as_bucket_view=True)),
     "static graph": converted(lambda: DDPStrategy(static_graph=True)),
-    "half precision": converted(lambda: Hooked(None, fp16_compress_hook)),
-    "low rank": converted(lambda: Hooked(PowerSGDState(None, 64, 2, min_compression_rate=0.1), powerSGD_hook), at=4),
-    "distilled": distilled(),
+    "half precision": converted(Hooked),
 }
 
 
@@ -295,15 +222,6 @@ def of_rank():
     return [(one,) for one in draw(4, 2, 12, seed=rank())]
 
 
-class Fails(bh.importance.WeightNorm):
-    """On the second rank."""
-
-    def sums(self, *given):
-        if rank():
-            raise IndexError("out of range")
-        return super().sums(*given)
-
-
 def stop(callback, module=FitOfTuples):
     return Fit(module, callback, told, {"limit_val_batches": 0}, 3)
 
@@ -313,12 +231,7 @@ NONE = {"measure_batches": 0}
 
 DRIFTING = {
     "drifting, shrink": drifting(shrinking()),
-    "drifting, shrink to a loss": drifting(shrinking_to_a_loss()),
-    "drifting, mean": drifting(with_own_batches(2)),
     "drifting, svd": drifting(with_own_batches(2, method="svd")),
-    "drifting, aligned": drifting(with_own_batches(3, method="aligned")),
-    "drifting, structure": drifting(structured_pruning()),
-    "drifting, heads scored apart": scored_apart(lambda score: HeadPruning(0.5, 2, score, measure_batches=0)),
     "drifting, structure scored apart": scored_apart(
         lambda score: StructuredPruning(bh.Amount(channels=0.5), at=2, importance=score, measure_batches=0)
     ),
@@ -329,16 +242,9 @@ DRIFTING = {
 DIFFER = {
     "WeightPruning: the masks": stop(lambda: [prunes.WeightPruning(OfRank(), sparsity=0.5, at=1, **NONE)]),
     "KVHeadConversion: the pooled heads": stop(lambda: [Apart(), KVHeadConversion(2, at=1, **NONE)]),
-    "HeadPruning: the masked heads": stop(lambda: [HeadPruning(0.5 - rank() / 4, 1, RandomUnits(), remove="never", **NONE)]),
     "StructuredPruning: the plan": stop(
         lambda: [StructuredPruning(bh.Amount(channels=0.5 - rank() / 4), at=1, importance=RandomUnits(), **NONE)]
     ),
-    "Shrinking: the settings": stop(
-        lambda: [
-            shrinks.Shrinking(params=0.8, at=1, importance=RandomUnits(rank()), generations=0, repair=None, calibration=6, **NONE)
-        ]
-    ),
-    "Shrinking: the model": stop(lambda: [Apart(), shrinks.Shrinking(params=0.8, at=1, generations=0, calibration=6, **NONE)]),
     "Shrinking: the batches": stop(lambda: [shrinks.Shrinking(params=0.8, at=1, calibration=of_rank(), **NONE)]),
     "HeadPruning: whether monitor='own' is worse": replace(
         stop(lambda: [HeadPruning(0.5, 1, bh.importance.WeightNorm(), stop=bh.StopWhenWorse("own", mode="max"))], Validated),
@@ -348,12 +254,7 @@ DIFFER = {
 
 
 FAIL = {
-    "weights fails": stop(lambda: [prunes.WeightPruning(sparsity=0.5, at=1, **stray())]),
-    "heads fails": stop(lambda: [HeadPruning(0.5, at=1, **stray())]),
     "structure fails": stop(lambda: [StructuredPruning(bh.Amount(channels=0.5), at=1, **stray())]),
-    "shrink fails": stop(lambda: [shrinks.Shrinking(params=0.8, at=1, importance=Fails(), calibration=batches(4), **NONE)]),
-    "depth fails": stop(lambda: [DepthPruning(1, at=1, **stray())]),
-    "conversion fails": stop(lambda: [KVHeadConversion(2, at=1, method="svd", **stray())]),
     "validation fails": replace(stop(lambda: [KVHeadConversion(2, at=1)], partial(Validated, fails=True)), options={}),
     "export fails": stop(lambda: [Full("unused")]),
 }
@@ -381,34 +282,6 @@ RESUMED = {
         steps=8,
     ),
 }
-
-
-class Adapted(FitOfTuples):
-    """With LoRA on all linears."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = peft.get_peft_model(self.net, peft.LoraConfig(r=2, target_modules="all-linear"))
-
-
-ZEROS = {"sparsity": 0.5, "at": 1, "measure_batches": 0}
-STEPS = {
-    "plain": (FitOfTuples, lambda: []),
-    "held masks": (FitOfTuples, lambda: [prunes.WeightPruning(bh.Magnitude(), **ZEROS)]),
-    "masked adapters": (Adapted, lambda: [prunes.WeightPruning(bh.Magnitude(), mask_adapters=True, **ZEROS)]),
-}
-"""Fits whose steps ask the device for nothing once weights are zero."""
-
-
-def syncs_of_steps(name, folder):
-    """Counts the syncs of each step of a fit by two processes, by place."""
-    make, callbacks = STEPS[name]
-    options = {"devices": 2, "strategy": "ddp", "use_distributed_sampler": False, "limit_val_batches": 0}
-    run = trainer(folder, callbacks(), 5, **options)
-    with pytest.MonkeyPatch.context() as patch, steps_counted(run) as counted:
-        patch.setattr(masks, "HOST", "none")  # what NumPy selects on a CPU does not count as a sync
-        run.fit(make())
-    return counted
 
 
 class Keep(pl.Callback):
@@ -445,8 +318,6 @@ def fit_two():
         own = [type(caught.value).__name__, str(caught.value), told(callbacks)]
         torch.distributed.all_gather_object(stopped[name], own)
     Path(out, "stopped.json").write_text(json.dumps(stopped))
-    steps = {name: syncs_of_steps(name, Path(out)) for name in STEPS if name in {*names, "plain"}}
-    Path(out, f"steps {rank()}.json").write_text(json.dumps(steps))
     for name in (name for name in RESUMED if name in names):
         kept(name, Path(out, "two")).run(Path(out), files, ranks=2)
     fit_all({name: resumed(name, Path(out, "one")) for name in RESUMED})

@@ -1,4 +1,4 @@
-"""What `Export` saves under FSDP2, and how much memory it takes on each rank beside what the fit has."""
+"""What `Export` saves under FSDP2."""
 
 import json
 import sys
@@ -13,10 +13,8 @@ import transformers
 import billhook as bh
 from billhook.adapters.merge import has_adapters
 from billhook.engine.sharding import full_tensor
-from kit.beside import kept, model, size
 from kit.families import llama
 from kit.fits import trainer
-from kit.held import Held
 from kit.sharding import Own, sharding
 
 
@@ -44,7 +42,6 @@ def masked():
 
 
 MODELS = {
-    "large": model,
     "tied": lambda: llama(tie_word_embeddings=True),
     "experts": experts,
     "adapted": adapted,
@@ -53,44 +50,33 @@ MODELS = {
 }
 
 
-class Measured(bh.Export):
-    """Notes the weights that it begins with, and the bytes that it takes at most."""
+class Noted(bh.Export):
+    """Notes the weights that it begins with."""
 
     def on_train_end(self, run, module):
         self.state = {name: full_tensor(value).clone() for name, value in module.net.state_dict().items()}
         self.parts = [name for name, _ in module.net.named_modules()]
-        for part in (module.net, *module.net.modules()):
-            if hasattr(part, "reshard"):
-                part.reshard()
-        with Held(kept(module, run)) as held:
-            before = held.now()
-            super().on_train_end(run, module)
-        self.most = held.most - before
+        super().on_train_end(run, module)
 
 
 @dataclass(frozen=True)
 class Exported:
-    """How a model was saved, what it held then, and what it took on this rank, in bytes beside what the fit had."""
+    """How a model was saved, and what it held then."""
 
     saved: Any
     state: dict[str, torch.Tensor]
-    most: int
-    allowed: int  # two blocks, and a few times what is in none: whole, gathered, read again, and what is computed of it
     unchanged: bool  # the module, in its parts and values
 
 
 def exported(folder, name, ranks=1):
     """Fits for a step."""
-    lit, callback = Own(MODELS[name]), Measured(str(folder / name))
-    every, layers = size(lit.parameters()), next(m for m in lit.net.modules() if isinstance(m, torch.nn.ModuleList))
-    block = max(size(layer.parameters()) for layer in layers)
+    lit, callback = Own(MODELS[name]), Noted(str(folder / name))
     several = {"devices": ranks, "use_distributed_sampler": False} if ranks > 1 else {}
     trainer(folder, [callback], max_steps=1, strategy=sharding(ranks), limit_val_batches=0, **several).fit(lit)
     now = {name: full_tensor(value) for name, value in lit.net.state_dict().items()}
     unchanged = [name for name, _ in lit.net.named_modules()] == callback.parts
     unchanged &= all(torch.equal(now[name], value) for name, value in callback.state.items())
-    allowed = 2 * block + 4 * (every - len(layers) * block)
-    return Exported(callback.saved, callback.state, callback.most, allowed, unchanged)
+    return Exported(callback.saved, callback.state, unchanged)
 
 
 def merged(name, state):

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,7 +9,7 @@ import torch
 import billhook as bh
 from kit.forked import forked_ranks
 from kit.settings import Descends, fit
-from kit.sharding import ADAPTED, GIVEN, SOME, Own, shapes
+from kit.sharding import GIVEN, SOME, Own, shapes
 
 
 def of_two_nodes():
@@ -19,12 +18,9 @@ def of_two_nodes():
 
 ENOUGH = SOME | {"calibration": 8}
 """Two batches for each rank."""
-EACH = SOME | {"calibration": list(torch.randint(3, 60, (4, 1, 2, 12), generator=torch.Generator().manual_seed(5)))}
-"""A batch for each rank."""
 
 
 FOUR = {
-    "four ranks": shapes(lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **SOME), lambda: Own(batch=4)),
     "two nodes of two": shapes(lambda: bh.HeadPruning(0.5, at=2, **SOME), lambda: Own(batch=4, nodes=2)),
     "accumulated, clipped": shapes(
         lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=1, **SOME),
@@ -32,11 +28,7 @@ FOUR = {
         accumulate_grad_batches=2, gradient_clip_val=0.1, max_epochs=-1,
     ),
     "a rank without calibration": shapes(lambda: bh.DepthPruning(1, at=2, **GIVEN), lambda: Own(batch=4)),
-    "by gradients": shapes(
-        lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, importance=bh.Taylor(), repair=None, **EACH), of_two_nodes
-    ),
     "KV heads by svd": shapes(lambda: bh.KVHeadConversion(2, at=2, method="svd", **ENOUGH), of_two_nodes),
-    "masked adapters": replace(ADAPTED, batch=4, told=lambda one: one.events),
 }  # fmt: skip
 
 

@@ -45,12 +45,7 @@ ZOO: dict[str, tuple[str, dict[str, object], tuple[str, ...], str]] = {
     "t5": ("T5ForConditionalGeneration", T5, ("k", "v"), "separate"),
     "bart": ("BartForConditionalGeneration", IDS | SEQ2SEQ | {"forced_eos_token_id": None}, SEPARATE, "separate"),
     "pegasus": ("PegasusForConditionalGeneration", IDS | SEQ2SEQ, SEPARATE, "separate"),
-    "whisper": (
-        "WhisperForConditionalGeneration",
-        IDS | SEQ2SEQ | AUDIO | {"begin_suppress_tokens": None},
-        SEPARATE,
-        "separate",
-    ),
+    "whisper": ("WhisperForConditionalGeneration", IDS | SEQ2SEQ | AUDIO | {"begin_suppress_tokens": None}, SEPARATE, "separate"),
     "bert": ("BertForMaskedLM", IDS | BASE, ("key", "value"), "separate"),
     "roberta": ("RobertaForMaskedLM", IDS | BASE, ("key", "value"), "separate"),
     "distilbert": (

@@ -14,7 +14,6 @@ from billhook.engine.sharding import full_tensor
 from billhook.fit.ranks import RanksDiffer
 from billhook.importance.baselines import RandomUnits
 from kit import shrinks
-from kit.beside import measure
 from kit.families import llama
 from kit.fits import trainer
 from kit.sent import sent_all
@@ -38,14 +37,7 @@ class MadeLate(Own):
 MODULES = {"whole at first": Own, "made late": MadeLate}
 
 
-SEARCHES = {
-    "whole at first": {"params": 0.8, "at": 1},
-    "made late": {"params": 0.9, "layers": "free", "at": "start"},
-}
-
-
-SEARCHED = ["a smaller model"]
-"""Events of which each rank says how much memory they take."""
+SEARCHES = {"whole at first": {"params": 0.8, "at": 1}, "made late": {"params": 0.9, "layers": "free", "at": "start"}}
 
 
 def fit(folder, name, ranks, callbacks):
@@ -90,6 +82,5 @@ def fit_all():
         for what in (told, shrunk):
             run, found = what(Path(out), name, 2)
             keep(Path(out, f"{what.__name__}, {name}.pt"), found)
-    measure(SEARCHED, out)
     sent_all(out)
     keep(Path(out, "differing.pt"), differing(out).partition(": ")[2])

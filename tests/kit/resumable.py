@@ -1,24 +1,15 @@
-"""Fits of several callbacks that can be stopped and resumed; run as a script, one that is killed."""
+"""Fits of several callbacks that can be stopped and resumed."""
 
-import json
-import os
 import random
-import signal
-import sys
-from pathlib import Path
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from fsspec.implementations.local import LocalFileOpener
-from lightning.pytorch.callbacks import ModelCheckpoint
-from transformers.models.llama import modeling_llama as modeling_llama  # once, and not in each process that is killed
 
 import billhook as bh
 from billhook import HeadPruning, KVHeadConversion
 from kit import prunes
 from kit.families import llama
-from kit.fits import data, trainer
 
 SIZES = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 4, "num_key_value_heads": 4}
 
@@ -71,59 +62,8 @@ def rows(count):
     return [{"input_ids": row, "labels": row} for row in torch.randint(3, 60, (count, 6))]
 
 
-STEPS = 8
-
-
-def fit(folder, files, ckpt_path=None, seed=0, more=(), max_steps=STEPS):
-    lit = module(seed)
-    keep = ModelCheckpoint(
-        folder / "kept", filename="{step}", every_n_train_steps=2, save_top_k=2, monitor="step", mode="max", save_last=True
-    )
-    trainer(folder, [*heads_then_kv_heads_then_weights(folder), keep, Seed(), *more], max_steps=max_steps).fit(
-        lit, data(files), ckpt_path=ckpt_path
-    )
-    return lit
-
-
 class Seed(pl.Callback):
     """The same random numbers in each process, however many have been drawn in it."""
 
     def on_train_start(self, *_):
         torch.manual_seed(0)
-
-
-class Kill(pl.Callback):
-    """In the middle of a step, after the forward."""
-
-    def on_before_zero_grad(self, trainer, *_):
-        if trainer.global_step == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def kill_while_writing():
-    """In the middle of the sixth file, which is to be the third `last.ckpt`."""
-    write, count = LocalFileOpener.write, [0]
-
-    def half(self, content):
-        count[0] += 1
-        written = write(self, content if count[0] < 6 else bytes(content)[: len(content) // 2])
-        if count[0] == 6:
-            self.f.flush()
-            os.kill(os.getpid(), signal.SIGKILL)
-        return written
-
-    LocalFileOpener.write = half
-
-
-if __name__ == "__main__":  # with a folder, the text files and how many threads; prints how each of two processes ended
-    where, files, threads = sys.argv[1:]
-    torch.set_num_threads(int(threads))
-    ended = {}
-    for how in ("step", "writing"):
-        if (process := os.fork()) == 0:
-            if how == "writing":
-                kill_while_writing()
-            fit(Path(where, how), json.loads(files), more=[Kill()] if how == "step" else [])
-            os._exit(0)
-        ended[how] = os.waitpid(process, 0)[1]
-    print(json.dumps(ended))

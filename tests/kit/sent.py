@@ -6,15 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import billhook as bh
-from billhook.shrinking import divergence
-from kit import prunes, shrinks
+from kit import prunes
 from kit.families import llama
 from kit.fits import trainer
 from kit.sharding import Own, sharding
@@ -93,15 +91,11 @@ class Event:
 
     Attributes:
         scores: How many the first rank sends.
-        scattered: How names of the linears end of which the first rank sends something, each as often as others of its size.
-        parts: What it sends of each, as parts of the bytes of its weight.
     """
 
     make: Callable[[], Any]
     summed: Callable[[Any], int]
     gathered: Callable[[Any, int, int], int]
-    scattered: tuple[str, ...] = ()
-    parts: tuple[float, ...] = (1,)
     scores: int = 0
 
 
@@ -122,9 +116,6 @@ def tuned(model):
 
 BITS = 1 / 32
 """Of a weight in float32, which is a bit of a mask."""
-MASKS = {"scattered": ("_proj",), "parts": (BITS,)}
-VALUES = {"scattered": ("_proj",), "parts": (BITS, 0.5)}
-"""Masks, and with them the half of the weights that is kept, where they are new."""
 
 
 def masked(model, around, blocks):
@@ -139,12 +130,12 @@ def solved_for(model, around, blocks):
 
 ATTENTION, FORWARD, KV = ".self_attn.", ".mlp.", ("k_proj", "v_proj")
 SENT = {
-    "Magnitude": Event(lambda: bh.WeightPruning(bh.Magnitude(), 0.5, at=1, measure_batches=0), lambda _: 0, masked, **MASKS),
-    "Wanda": Event(lambda: prunes.WeightPruning(bh.Wanda(), 0.5, **FEW), wanda, masked, **MASKS),
+    "Magnitude": Event(lambda: bh.WeightPruning(bh.Magnitude(), 0.5, at=1, measure_batches=0), lambda _: 0, masked),
+    "Wanda": Event(lambda: prunes.WeightPruning(bh.Wanda(), 0.5, **FEW), wanda, masked),
     "Wanda, matched": Event(
-        lambda: prunes.WeightPruning(bh.Wanda(), 0.5, match=bh.criteria.BlockMatching(), **FEW), tuned, solved_for, **VALUES
+        lambda: prunes.WeightPruning(bh.Wanda(), 0.5, match=bh.criteria.BlockMatching(), **FEW), tuned, solved_for
     ),
-    "SparseGPT": Event(lambda: prunes.WeightPruning(bh.SparseGPT(), 0.5, **FEW), solved, solved_for, **VALUES),
+    "SparseGPT": Event(lambda: prunes.WeightPruning(bh.SparseGPT(), 0.5, **FEW), solved, solved_for),
     "channels": Event(
         lambda: bh.StructuredPruning(bh.Amount(channels=0.5), repair=None, **FEW),
         lambda _: 16 * 2 * 160,
@@ -163,12 +154,6 @@ SENT = {
         lambda model, a, b: a + 2 * N * b + carried_out(model, a, b, ATTENTION),
         scores=2 * 8,
     ),
-    "heads, masked": Event(
-        lambda: bh.HeadPruning(0.5, remove="never", **FEW),
-        lambda _: 16 * 2 * 8,
-        lambda _, a, b: a + 2 * N * b,
-        scores=2 * 8,
-    ),
     "blocks": Event(lambda: bh.DepthPruning(1, **FEW), lambda _: 16 * 2, lambda _, a, b: a + (13 + N) * b, scores=2),
     "KV heads": Event(
         lambda: bh.KVHeadConversion(2, at=1, measure_batches=0), lambda _: 0, lambda model, a, b: a + b + 2 * weights(model, *KV)
@@ -177,47 +162,23 @@ SENT = {
         lambda: bh.KVHeadConversion(2, method=bh.kv_methods.SVD(frequencies="fixed"), **FEW),
         lambda _: 2 * OF_HEADS,
         lambda model, a, b: a + 6 * b + 2 * weights(model, ATTENTION) + 2 * weights(model, *KV),
-        ("q_proj", "k_proj", "v_proj", "o_proj"),
-    ),
-    "KV heads, by svd with frequencies": Event(
-        lambda: bh.KVHeadConversion(2, method="svd", **FEW),
-        lambda _: 2 * 2 * OF_HEADS,
-        lambda model, a, b: a + (10 + 5 * N) * b + 2 * weights(model, ATTENTION) + 2 * weights(model, *KV),
-        ("q_proj", "k_proj", "v_proj", "o_proj"),
-    ),
-    "degradation": Event(
-        lambda: bh.Degradation(bh.Calibration(length=12, tokens=48), examples=3), lambda _: 24 * 2, lambda _, a, b: a + N * b
-    ),
-    "shrink": Event(
-        lambda: shrinks.Shrinking(params=0.8, repair=None, generations=0, **FEW),
-        lambda _: 0,
-        lambda _, a, b: 2 * a + (8 + 3 * 3) * b,
-        ("o_proj", "down_proj"),
     ),
 }
-"""Of two blocks, in each 8 heads, of which four pairs share KV heads of width 8, and 160 channels; three batches fit a search."""
+"""Of two blocks, in each 8 heads, of which four pairs share KV heads of width 8, and 160 channels."""
 
 
 def sent_all(out):
-    """What each of two processes runs: the bytes of each collective in an event, and how often a search has run the model."""
+    """What each of two processes runs: the bytes of each collective in an event."""
     for name, event in SENT.items():
-        callback, counted, passes, run_on = event.make(), Sent(), [], divergence.eval_logits
-        happens = "_measure" if name == "degradation" else "apply_event"
-        happen = getattr(callback, happens)
+        callback, counted = event.make(), Sent()
 
-        def counting(*given, happen=happen, counted=counted):
+        def counting(*given, happen=callback.apply_event, counted=counted):
             with counted:
                 return happen(*given)
 
-        def passing(*given, passes=passes, run_on=run_on):
-            passes.append(given)
-            return run_on(*given)
-
-        setattr(callback, happens, counting)
+        callback.apply_event = counting
         options = {"devices": 2, "strategy": sharding(2), "use_distributed_sampler": False, "limit_val_batches": 0}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(divergence, "eval_logits", passing)
-            run = trainer(out, [callback], 2, **options)
-            run.fit(Own(model))
+        run = trainer(out, [callback], 2, **options)
+        run.fit(Own(model))
         if run.is_global_zero:
-            torch.save([dict(counted.bytes), len(passes)], Path(out, f"{name}, sent.pt"))
+            torch.save(dict(counted.bytes), Path(out, f"{name}, sent.pt"))

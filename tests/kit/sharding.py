@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import billhook as bh
 from billhook.engine.sharding import full_tensor, is_sharded
-from billhook.engine.shards import ShardStore
 from billhook.fit.lightning import LightningFit
 from kit import prunes
 from kit.families import llama, recompute
@@ -107,7 +106,6 @@ class Fit:
     steps: int = 4
     options: Mapping[str, Any] = field(default_factory=dict)  # of the trainer
     batch: int = 2  # rows of text, of all ranks
-    ddp: bool = False  # instead of FSDP2
 
     def run(
         self, folder: Path, files: dict[str, str], ranks: int = 1, full: bool = True, path=None, checkpoints=(), options=None
@@ -116,8 +114,7 @@ class Fit:
         lit, callback = self.module(), self.callback()
         zeros = Zeros(callback)
         text = isinstance(lit, bh.TransformerModule)
-        strategy = "ddp" if self.ddp else sharding(ranks, save_distributed_checkpoint=not full)
-        several = {"devices": ranks, "strategy": strategy}
+        several = {"devices": ranks, "strategy": sharding(ranks, save_distributed_checkpoint=not full)}
         several |= {"use_distributed_sampler": text}
         # a validation leaves gathered what is around the blocks
         often = {"val_check_interval": 2, "check_val_every_n_epoch": None, "limit_val_batches": 2}
@@ -156,23 +153,15 @@ def masks(criterion, module=Own, **options):
 
 SHAPES = {
     "channels": shapes(lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **SOME)),
-    "channels, by gradients": shapes(
-        lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, importance=bh.Taylor(), repair=None, **GIVEN)
-    ),
     "heads in rounds, after masks": shapes(lambda: bh.HeadPruning(RAMP, remove="rounds", **SOME)),
     "blocks": shapes(lambda: bh.DepthPruning(1, at=2, **SOME)),
     "hidden dimensions": shapes(lambda: bh.StructuredPruning(bh.Amount(residual=0.25), at=2, **SOME)),
-    "KV heads, by mean": shapes(lambda: bh.KVHeadConversion(2, at=2, measure_batches=1)),
-    "KV heads, by svd": shapes(lambda: bh.KVHeadConversion(2, method="svd", **SOME)),
     "KV heads, of what it writes": shapes(lambda: bh.KVHeadConversion(2, method="svd", **WRITTEN)),
     "KV heads, in stages": shapes(lambda: bh.KVHeadConversion([4, 2], at=["start", 2], measure_batches=1)),
     "tied, Conv1D": shapes(lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=1, **SOME), lambda: Own(gpt2)),
     "offloaded, computing in bfloat16": shapes(
         lambda: bh.KVHeadConversion(2, at=2, measure_batches=1),
         lambda: Own(policy=MixedPrecisionPolicy(torch.bfloat16), offload_policy=CPUOffloadPolicy(pin_memory=False)),
-    ),
-    "gradient checkpointing": shapes(
-        lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **SOME), lambda: Own(checkpointed)
     ),
     "as one": shapes(lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **SOME), lambda: Own(blocks=False)),
 }
@@ -196,15 +185,14 @@ LONGER = list(torch.randint(3, 60, (3, 1, 4, 12), generator=torch.Generator().ma
 
 
 def lacking(of, **own):
-    """What needs batches, of which a rank has none, under FSDP2 and under DDP."""
+    """What needs batches, of which a rank has none."""
     given = SOME | {"calibration": of, "at": 2}
     callbacks = {
         "by svd": lambda: bh.KVHeadConversion(2, method="svd", **given),
         "the best, repaired": lambda: bh.KVHeadConversion(2, method="auto", repair=bh.RepairConfig(), **given),
         "repaired": lambda: bh.StructuredPruning(bh.Amount(channels=0.5), repair=bh.RepairConfig(), **given),
     }
-    made = {f"a rank without batches, {what}": shapes(one, partial(Own, **own)) for what, one in callbacks.items()}
-    return made | {f"{name}, DDP": replace(one, ddp=True) for name, one in made.items()}
+    return {f"a rank without batches, {what}": shapes(one, partial(Own, **own)) for what, one in callbacks.items()}
 
 
 SHAPES |= lacking(OfFirst(LONGER), batch=4)
@@ -217,21 +205,6 @@ SHAPES |= {
 }
 
 
-ROUNDED = "KV heads, by svd"
-"""Done once more with what the second rank has solved for rounded otherwise, as on another card."""
-
-
-def rounding(stage):
-    """Has the second rank round otherwise what it is to rest in shards."""
-
-    def rounded(store, block, values, *rest, **more):
-        if torch.distributed.get_rank() == 1:
-            values = {name: value * (1 + 1e-6) for name, value in values.items()}
-        return stage(store, block, values, *rest, **more)
-
-    return rounded
-
-
 ONE = [(torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(3)),)]
 
 
@@ -239,13 +212,11 @@ MASKS = {
     "magnitude": masks(bh.Magnitude(), sparsity=RAMP, at="start"),
     "magnitude, global": masks(bh.Magnitude(compares="global")),
     "wanda": masks(bh.Wanda(), sparsity=RAMP, at="start"),
-    "wanda, none": masks(bh.Wanda(), sequential="none", at="start"),
     "wanda, layer": masks(bh.Wanda(), sequential="layer", output_embeddings=True),
     "wanda, global": masks(bh.Wanda(compares="global"), sequential="none"),
     "wanda, of what it writes": masks(bh.Wanda(), **WRITTEN),
     "wanda, 2:4": masks(bh.Wanda(), pattern="2:4"),
     "wanda, one batch": masks(bh.Wanda(), calibration=ONE),
-    "wanda, as one": masks(bh.Wanda(), lambda: Own(blocks=False)),
     "wanda, Conv1D": masks(bh.Wanda(), lambda: Own(gpt2)),
     "owl": masks(bh.Wanda(), allocation=bh.criteria.OWL()),
     "wanda, matched": masks(bh.Wanda(), match=bh.criteria.BlockMatching(), calibration=6),
@@ -283,10 +254,7 @@ def adapted():
 
 
 ADAPTED = Fit(
-    adapted,
-    lambda: prunes.WeightPruning(sparsity=RAMP, mask_adapters=True, **FEW),
-    lambda one: [one.masks, one.events],
-    steps=5,
+    adapted, lambda: prunes.WeightPruning(sparsity=RAMP, mask_adapters=True, **FEW), lambda one: [one.masks, one.events], steps=5
 )
 """With LoRA that counts and is masked; it has learned something before the last round."""
 
@@ -313,11 +281,6 @@ def fit_all() -> None:
         if name in names:
             run, *result = one.run(out, files, ranks=2)
             keep(out / f"{name}.pt", result)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ShardStore, "stage", rounding(ShardStore.stage))
-        if "rounded otherwise" in names:
-            run, *result = SHAPES[ROUNDED].run(out, files, ranks=2)
-            keep(out / "rounded otherwise.pt", result)
     for name, (full, one) in (RESUMED | CHANGED | {"adapted": (True, ADAPTED)}).items():
         if name in names:
             stop_and_resume(one, name, full, files, out)

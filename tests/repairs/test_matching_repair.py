@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import billhook as bh
-from billhook.engine.batches import Run, runs_of
+from billhook.engine.batches import Run
 from billhook.engine.lazy import LazyTensors
 from billhook.kv_heads.convert import find_attentions
 from billhook.kv_heads.plan import plan_kv_heads
@@ -40,7 +40,7 @@ def cut(model):
     return bh.plan(model, bh.importance.WeightNorm(), **kinds)
 
 
-@pytest.mark.daily("gpt2", "t5")
+@pytest.mark.daily("gpt2")
 @pytest.mark.parametrize("family", KINDS)
 def test_units_go_and_the_model_is_nearer_to_the_dense_one(family):
     torch.manual_seed(0)
@@ -171,16 +171,15 @@ def test_padding_does_not_count():
         torch.testing.assert_close(value, two[name], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("ranks", [2])
-def test_ranks_come_to_the_same(ranks):
+def test_ranks_come_to_the_same():
     dense = build("llama")
     batches, plan = batches_for(dense, 8), cut(dense)
-    copies = [copy.deepcopy(dense) for _ in range(ranks)]
+    copies = [copy.deepcopy(dense) for _ in range(2)]
 
     def one(rank, reduce):
-        return bh.repair(copies[rank], plan, batches[rank::ranks], bh.RepairConfig(match=FEW), reduce=reduce)
+        return bh.repair(copies[rank], plan, batches[rank::2], bh.RepairConfig(match=FEW), reduce=reduce)
 
-    first, *others = Ranks(ranks).run(one)
+    first, *others = Ranks(2).run(one)
     assert any("norm" in name for name in first)
     for other in others:
         assert all(torch.equal(value, other[name]) for name, value in first.items())
@@ -198,7 +197,7 @@ def test_a_rank_with_one_batch_is_refused_on_all_ranks():
         Ranks(2).run(one)
 
 
-def test_adapters_and_what_is_beneath_them_stay(monkeypatch):
+def test_adapters_and_what_is_beneath_them_stay():
     from peft import LoraConfig, get_peft_model
 
     model = build("llama")
@@ -207,19 +206,6 @@ def test_adapters_and_what_is_beneath_them_stay(monkeypatch):
     weights = bh.repair(with_lora, plan, batches, bh.RepairConfig(match=FEW))
     assert any(".k_proj." in name for name in weights)
     assert not [name for name in weights if "q_proj" in name or "v_proj" in name]
-
-
-def test_without_a_repair():
-    """`match_blocks` takes any values."""
-    dense = build("llama")
-    runs = runs_of(dense, batches_for(dense))
-    name = "model.layers.0.mlp.down_proj.weight"
-    values = LazyTensors.of({name: dense.get_parameter(name).detach() * (torch.rand(dense.get_parameter(name).shape) > 0.5)})
-    reports = []
-    tuned = match_blocks(dense, values, runs, FEW, progress=lambda done, total: reports.append((done, total)))
-    assert not tuned[name][values[name] == 0].any()
-    assert not torch.equal(tuned[name], values[name])
-    assert reports == [(1, 2), (2, 2)]
 
 
 def test_blocks_that_are_called_again_are_refused():

@@ -11,7 +11,6 @@ from billhook.engine.batches import Run
 from billhook.engine.comm import Comm
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.passes import blockwise
-from billhook.engine.shards import ShardStore
 from billhook.engine.walk import blocks_of
 from billhook.pruning.repair import repair_with
 from kit.families import build, tokens
@@ -56,11 +55,10 @@ REPAIRS = {
 @pytest.mark.daily("llama-*", "t5-compensating", "mixtral-independent", "mixtral-matched")
 @pytest.mark.parametrize("how", REPAIRS)
 @pytest.mark.parametrize("family", MODELS)
-def test_as_in_memory_a_block_at_a_time(mesh, family, how, monkeypatch):
+def test_as_in_memory_a_block_at_a_time(mesh, family, how):
     plain, sharded = both(mesh, family)
     plan, given, repair = cut(plain), batches(plain), REPAIRS[how]
     expected = bh.repair(plain, plan, given, repair)
-    monkeypatch.setattr(ShardStore, "all_loaded", None)
     with blockwise(sharded):
         found = bh.repair(sharded, plan, given, repair, reduce=lambda tensor: tensor)
     assert found.keys() == expected.keys()

@@ -64,8 +64,7 @@ def test_in_a_search_and_in_kv_heads(told):
 
 @pytest.mark.daily("sources0-*")
 @pytest.mark.parametrize(
-    ("sources", "expected"),
-    [(["generated"], [("WARNING", calibration.ONLY_SELF_GENERATED)]), (["text", "generated"], [])],
+    ("sources", "expected"), [(["generated"], [("WARNING", calibration.ONLY_SELF_GENERATED)]), (["text", "generated"], [])]
 )
 def test_where_heads_are_merged_on_nothing_but_its_own_text(sources, expected, told):
     batches = [Batch({"input_ids": tokens(2, 16)}, source) for source in sources * (4 // len(sources))]

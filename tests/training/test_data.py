@@ -230,12 +230,7 @@ def test_a_tokenizer_that_cannot_pad(table, tmp_path):
     [
         ("causal-lm", LlamaConfig, Seq2SeqDataModule, "cannot train LlamaForCausalLM, which is not an encoder-decoder"),
         ("causal-lm", LlamaConfig, ClassificationDataModule, "cannot train LlamaForCausalLM, which predicts tokens"),
-        (
-            "sequence-classification",
-            LlamaConfig,
-            TextDataModule,
-            "cannot train LlamaForSequenceClassification, which does",
-        ),
+        ("sequence-classification", LlamaConfig, TextDataModule, "cannot train LlamaForSequenceClassification, which does"),
     ],
 )
 def test_batches_that_the_model_does_not_take(text, task, config, kind, match):
@@ -271,51 +266,36 @@ def test_arguments_that_are_refused(make, message):
 
 
 @pytest.mark.parametrize("streaming", [False, True])
-def test_a_block_longer_than_the_text(text, streaming):
-    data = TextDataModule({"train": text}, "tiny", length=5000, batch_size=1, streaming=streaming)
-    with pytest.raises(ValueError, match="length=5000 is longer than the text of the split 'train'|batch_size=1: "):
-        batches(data)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_batch_that_never_fills(text, streaming):
-    data = TextDataModule({"train": text}, "tiny", length=16, batch_size=500, streaming=streaming)
-    with pytest.raises(ValueError, match="batch_size=500(: the stream ended| is too large: the split 'train' has)"):
-        batches(data)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_fit_on_nothing_is_refused(text, streaming):
-    config = LlamaConfig(vocab_size=4096, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2)
-    data = TextDataModule({"train": text}, "tiny", length=16, batch_size=500, streaming=streaming)
-    with pytest.raises(ValueError, match="batch_size=500"):
-        trainer(max_steps=2).fit(TransformerModule(config), datamodule=data)
-
-
-@pytest.mark.parametrize("streaming", [False, True])
-@pytest.mark.parametrize("content", ["\n\n  \n", "\n" * 500])
-def test_blank_text(tmp_path, content, streaming):
-    path = tmp_path / "blank.txt"
+@pytest.mark.parametrize(
+    ("content", "length", "batch_size", "match"),
+    [
+        (TEXT, 5000, 1, "length=5000 is longer than the text of the split 'train'|batch_size=1: "),
+        (TEXT, 16, 500, "batch_size=500(: the stream ended| is too large: the split 'train' has)"),
+        ("\n" * 500, 2, 1, "length=2 is longer than the text|the stream ended before"),
+    ],
+    ids=["a long block", "a large batch", "blank text"],
+)
+def test_text_that_fills_no_batch(tmp_path, content, length, batch_size, match, streaming):
+    path = tmp_path / "train.txt"
     path.write_text(content)
-    data = TextDataModule({"train": str(path)}, "tiny", length=2, batch_size=1, streaming=streaming)
-    with pytest.raises(ValueError, match="length=2 is longer than the text|the stream ended before"):
+    data = TextDataModule({"train": str(path)}, "tiny", length=length, batch_size=batch_size, streaming=streaming)
+    with pytest.raises(ValueError, match=match):
         batches(data)
 
 
-@pytest.mark.parametrize("streaming", [False, True])
-def test_a_missing_text_column(table, streaming):
-    data = TextDataModule({"train": table}, "tiny", column="content", streaming=streaming)
-    with pytest.raises(ValueError, match="no column 'content', no chats .* It has text, other, label"):
-        data.setup("fit")
-
-
-def test_missing_columns_of_pairs(table):
-    with pytest.raises(ValueError, match="no column 'third'"):
-        ClassificationDataModule({"train": table}, "tiny", text_columns=["text", "third"]).setup("fit")
-    with pytest.raises(ValueError, match="no column 'grade'"):
-        ClassificationDataModule({"train": table}, "tiny", label_column="grade").setup("fit")
-    with pytest.raises(ValueError, match="no column 'source'"):
-        Seq2SeqDataModule({"train": table}, "tiny").setup("fit")
+@pytest.mark.parametrize(
+    ("kind", "options", "match"),
+    [
+        (TextDataModule, {"column": "content"}, "no column 'content', no chats .* It has text, other, label"),
+        (TextDataModule, {"column": "content", "streaming": True}, "no column 'content', no chats .* It has text, other, label"),
+        (ClassificationDataModule, {"text_columns": ["text", "third"]}, "no column 'third'"),
+        (ClassificationDataModule, {"label_column": "grade"}, "no column 'grade'"),
+        (Seq2SeqDataModule, {}, "no column 'source'"),
+    ],
+)
+def test_missing_columns(table, kind, options, match):
+    with pytest.raises(ValueError, match=match):
+        kind({"train": table}, "tiny", **options).setup("fit")
 
 
 def test_a_tokenizer_with_tokens_that_the_model_has_lost(text, tokenizer, tmp_path):

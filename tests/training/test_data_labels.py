@@ -1,15 +1,12 @@
 """Labels that are words: numbered, kept in the model's config, and exported."""
 
-import json
-
 import datasets
 import lightning.pytorch as pl
 import pytest
-from transformers import AutoConfig, LlamaConfig
+from transformers import AutoConfig
 
 import billhook as bh
 from billhook.checkpoints.export import export
-from billhook.training.dataset_module import number_labels
 from kit.families import llama
 
 pytestmark = [
@@ -82,13 +79,6 @@ def test_names_that_datasets_knows():
         assert model.config.id2label == dict(enumerate(names or ["no", "yes"]))
 
 
-def test_numbers_leave_the_names_of_a_model(tmp_path):
-    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": "a", "label": n % 2}) for n in range(4)))
-    classifier = module(["yes", "no"])
-    fit(classifier, str(tmp_path / "a.jsonl"))
-    assert classifier.model.config.id2label == {0: "yes", 1: "no"}
-
-
 def test_another_number_of_classes_is_refused_before_anything_changes(table):
     classifier = module()
     with pytest.raises(
@@ -96,12 +86,6 @@ def test_another_number_of_classes_is_refused_before_anything_changes(table):
     ):
         fit(classifier, table)
     assert classifier.model.config.id2label == {0: "LABEL_0", 1: "LABEL_1"}
-
-
-def test_many_labels_are_not_all_listed():
-    with pytest.raises(ValueError, match=r"9 labels \(0, 1, 2, 3, 4, ...\), but the model has 2"):
-        number_labels([str(n) for n in range(9)], LlamaConfig(), "label")
-    assert number_labels([], LlamaConfig(), "label") == {}
 
 
 def test_names_are_exported(table, tmp_path):

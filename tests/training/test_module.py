@@ -15,7 +15,7 @@ from billhook.model.shape import shape_of
 from billhook.training import ClassificationDataModule, LoRA
 from billhook.training.data import Seq2SeqDataModule
 from billhook.training.metrics import TokenPerplexity
-from kit.families import BERT, SMALL, T5, VIT, build, llama, tokens
+from kit.families import BERT, SMALL, T5, VIT, llama, tokens
 from kit.fits import data, module, same, trainer, weights
 from kit.shaped import SHAPED, uneven_llama
 
@@ -99,16 +99,6 @@ class TestTasks:
 
 
 class TestModel:
-    @pytest.mark.nightly
-    def test_tiny_beats_guessing_and_generates(self, tmp_path):
-        lit = TransformerModule("tiny")
-        assert lit.model.dtype == torch.float32
-        source = TextDataModule("tiny", batch_size=4)
-        said = trainer(tmp_path, [], limit_val_batches=4).validate(lit, source, verbose=False)[0]
-        assert said["val_perplexity"] < 80  # a unigram model has 446, a uniform guess 2048
-        ids = source.tokenizer("Enter ", return_tensors="pt")["input_ids"]
-        assert lit.generate(input_ids=ids, max_new_tokens=4, do_sample=False).shape == (1, ids.shape[1] + 4)
-
     def test_folder_config_file_config_and_ready_model(self, tmp_path):
         model = llama()
         model.save_pretrained(tmp_path)
@@ -148,16 +138,6 @@ class TestModel:
         assert output.logits.shape == (2, 3)
         output.loss.backward()
         assert TransformerModule(str(tmp_path / "a"), "sequence-classification").model.num_labels == 2
-
-    @pytest.mark.parametrize("family", SHAPED)
-    def test_such_a_folder_of_a_model_without_a_head(self, family, tmp_path):
-        model = SHAPED[family]()
-        assert save(model.base_model, tmp_path / "a").way == "shaped"
-        lit = TransformerModule(str(tmp_path / "a"), "masked-lm" if family == "bert" else "causal-lm")
-        expected = model.base_model.state_dict()
-        assert type(lit.model) is type(model)
-        assert same({name: lit.model.base_model.state_dict()[name] for name in expected}, expected)
-        assert shape_of(lit.model.base_model).attributes.items() >= shape_of(model.base_model).attributes.items()
 
     def test_such_a_folder_is_checked(self, tmp_path):
         save(uneven_llama(), tmp_path / "a")
@@ -235,25 +215,17 @@ class TestOptimizer:
             ("cosine", lambda s: (1 + math.cos(math.pi * (s - 2) / 8)) / 2),
         ],
     )
-    @pytest.mark.parametrize("warmup", [2, 0.2])
-    def test_learning_rate(self, files, tmp_path, decay, expected, warmup):
+    def test_learning_rate(self, files, tmp_path, decay, expected):
         rates = []
 
         class Watch(pl.Callback):
             def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
                 rates.append(trainer.optimizers[0].param_groups[0]["lr"])
 
-        lit = TransformerModule(llama(vocab_size=2048), lr=0.01, decay=decay, warmup=warmup)
+        lit = TransformerModule(llama(vocab_size=2048), lr=0.01, decay=decay, warmup=0.2 if decay == "linear" else 2)
         trainer(tmp_path, [Watch()], max_steps=10).fit(lit, data(files))
         wanted = [0.01 * (s / 2 if s < 2 else expected(s)) for s in range(10)]
         assert rates == pytest.approx(wanted)
-
-    def test_frozen_parameters_are_left_out(self, files, tmp_path):
-        lit = module()
-        lit.model.model.embed_tokens.requires_grad_(False)
-        run = trainer(tmp_path, [], max_steps=1)
-        run.fit(lit, data(files))
-        assert all(p.requires_grad for g in run.optimizers[0].param_groups for p in g["params"])
 
     def test_endless_training_needs_a_length(self, files, tmp_path):
         with pytest.raises(ValueError, match="decay='cosine' .* Set Trainer.max_steps="):
@@ -281,25 +253,14 @@ class TestTrainable:
         return TransformerModule(llama(vocab_size=2048, **changes), lr=1e-2, warmup=2, trainable=trainable)
 
     @pytest.mark.parametrize(
-        ("family", "part"),
-        [("llama", ".self_attn."), ("qwen3", ".self_attn."), ("phi", ".self_attn."), ("mixtral", ".self_attn.")],
-    )
-    def test_attention_of_decoders(self, family, part):
-        lit = TransformerModule(build(family), trainable="attention")
-        assert trained(lit) == {name for name, _ in lit.model.named_parameters() if part in name}
-
-    @pytest.mark.parametrize(
         ("config", "task", "parts"),
         [
-            (transformers.BertConfig(**BERT), "masked-lm", (".attention.",)),
             (transformers.BertConfig(**BERT, pad_token_id=0), "sequence-classification", (".attention.", "classifier.")),
-            (transformers.T5Config(**T5), "seq2seq-lm", ("SelfAttention.", "EncDecAttention.")),
             (transformers.ViTConfig(**VIT), "image-classification", (".attention.", "classifier.")),
-            (transformers.GPT2Config(n_embd=32, n_layer=1, n_head=4, vocab_size=64), "causal-lm", (".attn.",)),
         ],
-        ids=["bert", "classifier", "t5", "vit", "gpt2"],
+        ids=["text", "images"],
     )
-    def test_attention_of_others_and_the_head_of_a_classifier(self, config, task, parts):
+    def test_attention_and_the_head_of_a_classifier(self, config, task, parts):
         lit = TransformerModule(config, task, trainable="attention")
         assert trained(lit) == {name for name, _ in lit.model.named_parameters() if any(part in name for part in parts)}
 

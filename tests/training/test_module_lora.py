@@ -6,7 +6,6 @@ import re
 import shlex
 from pathlib import Path
 
-import lightning.pytorch as pl
 import peft
 import pytest
 import torch
@@ -25,10 +24,7 @@ from kit.cli import pytestmark as quiet
 from kit.families import BERT, T5, VIT, llama, tokens
 from kit.fits import data, same, trainer, weights, write_text
 
-pytestmark = [
-    *quiet,
-    pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided"),
-]
+pytestmark = [*quiet, pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")]
 CLASSES = {"num_labels": 3}
 # what trains beside adapters
 HEAD = {
@@ -124,23 +120,6 @@ def test_half_weights_have_adapters_in_float32():
     assert all(p.grad.isfinite().all() for p in lit.parameters() if p.requires_grad)
 
 
-def test_gradient_checkpointing_changes_no_gradient():
-    gradients = []
-    for checkpointing in (False, True):
-        model = stirred(module(lora=bh.training.LoRA(r=2, dropout=0.0), gradient_checkpointing=checkpointing)).train()
-        assert model.model.is_gradient_checkpointing == checkpointing
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        gradients.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad})
-        if not checkpointing:
-            torch.manual_seed(0)
-            state = model.state_dict()
-        else:
-            assert same(state, model.state_dict())
-    assert all(gradient.any() for gradient in gradients[0].values())
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient)
-
-
 class TestAFit:
     def test_the_optimizer_has_the_adapters_alone_and_decays_them(self, files, tmp_path):
         lit = module(weight_decay=0.1)
@@ -161,17 +140,6 @@ class TestAFit:
             resumed = module(seed=stop, lora=bh.training.LoRA(r=2, dropout=0.3))
             trainer(tmp_path, [], max_steps=15).fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
             assert same(weights(resumed), weights(straight)), stop
-
-    def test_what_others_draw_does_not_change_dropout(self, files, tmp_path):
-        class Draws(pl.Callback):
-            def on_train_batch_end(self, *_):
-                torch.rand(3)
-
-        lits = [module(lora=bh.training.LoRA(r=2, dropout=0.3)) for _ in range(2)]
-        for lit, callbacks in zip(lits, ([], [Draws()]), strict=True):
-            torch.manual_seed(4)
-            trainer(tmp_path, callbacks, max_steps=3).fit(lit, data(files))
-        assert same(weights(lits[0]), weights(lits[1]))
 
     @pytest.mark.parametrize(
         "lora", [bh.training.LoRA(r=2), peft.LoraConfig(r=2, target_modules=["q_proj", "up_proj"])], ids=["ours", "peft"]
@@ -210,7 +178,7 @@ class TestSaved:
         bh.save(model, tmp_path / "again")
         self.checked(lit, tmp_path / "again")
 
-    @pytest.mark.nightly
+    @pytest.mark.daily("rounds")
     @pytest.mark.parametrize("remove", ["rounds", "end"])
     def test_heads_that_are_removed_while_it_is_on(self, remove, files, tmp_path):
         lit, out = module(), tmp_path / "out"
@@ -228,18 +196,6 @@ class TestSaved:
             bh.save(exported(tmp_path / "step=8.ckpt"), tmp_path / "again")
             self.checked(lit, tmp_path / "again")
 
-    def test_gradients_of_the_frozen_base_score_heads_as_without_it(self, files, tmp_path):
-        """At the start adapters add nothing."""
-        scores = []
-        for lora in (bh.training.LoRA(r=2), None):
-            pruning = bh.HeadPruning(0.5, at=0, importance=bh.Taylor(), calibration=4, measure_batches=0)
-            trainer(tmp_path, [pruning], max_steps=1).fit(module(lora=lora), data(files))
-            scores.append(pruning.record.scores)
-        assert scores[0].keys() == scores[1].keys()
-        for name, own in scores[0].items():
-            assert own.count_nonzero() > 4
-            torch.testing.assert_close(own, scores[1][name])
-
     def test_a_folder_that_was_cut_before(self, files, tmp_path):
         dense = llama(vocab_size=2048, num_key_value_heads=8)
         bh.pruning.prune_units(dense, {name: [1, 5] for name in ("model.layers.0.self_attn", "model.layers.1.self_attn")})
@@ -248,15 +204,6 @@ class TestSaved:
         trainer(tmp_path, [bh.Export(str(tmp_path / "out"))]).fit(lit, data(files))
         assert lit.model.model.layers[1].self_attn.v_proj.weight.shape == (24, 32)
         self.checked(lit, tmp_path / "out")
-
-    def test_layers_that_differ(self, files, tmp_path):
-        lit = module()
-        bh.pruning.prune_units(lit, {"model.layers.1.self_attn": [1, 5]})
-        run = trainer(tmp_path, [], max_steps=4)
-        run.fit(lit, data(files))
-        run.save_checkpoint(tmp_path / "a.ckpt")
-        model = exported(tmp_path / "a.ckpt")
-        assert torch.equal(logits(model), logits(lit.model))
 
     def test_masked_adapters_on_pruned_weights(self, files, tmp_path):
         lit = module()
@@ -321,23 +268,6 @@ class TestYaml:
         saved = json.loads(Path("outputs/model/billhook.json").read_text())["saved"]
         assert saved["adapters"] == "merged adapters of 28 layers in place, all in full, because none is sparse"
 
-    @pytest.mark.nightly
-    def test_its_checkpoint_is_validated_and_loaded(self, quick, tmp_path):
-        self.fit(f"--model.lora '{{r: 3}}' --model.distillation '{{}}' {quick}")
-        (ckpt,) = tmp_path.glob("checkpoints/*.ckpt")
-        main(shlex.split(f"validate --model.model tiny --ckpt_path '{ckpt}' {quick}"))
-        loaded = bh.TransformerModule.load_from_checkpoint(ckpt)
-        assert loaded.model.model.layers[0].mlp.up_proj.r == {"default": 3}
-        assert loaded.teacher.settings == bh.training.Distillation()
-
-    @pytest.mark.filterwarnings("ignore:`loftq_config` specified but will be ignored")
-    def test_pefts_own_config(self, quick, tmp_path):
-        config = "{class_path: peft.LoraConfig, init_args: {r: 5, target_modules: [q_proj]}}"
-        self.fit(f"--model.lora '{config}' {quick}")
-        (ckpt,) = tmp_path.glob("checkpoints/*.ckpt")
-        state = torch.load(ckpt, weights_only=True)["state_dict"]
-        assert {name.split(".")[5] for name in state if ".lora_A" in name} == {"q_proj"}
-
     @pytest.mark.parametrize(
         ("line", "words"),
         [
@@ -352,13 +282,6 @@ class TestYaml:
             self.fit(f"{line} {quick}")
         told = capsys.readouterr().err + str(stopped.value.code)
         assert [word for word in words if word not in told] == []
-
-    def test_help_tells_what_they_take(self, capsys):
-        asked = {"lora.help LoRA": "Fraction of the inputs of A", "help TransformerModule": "weight T^2 KL(teacher || student)"}
-        for line, word in asked.items():
-            with pytest.raises(SystemExit):
-                main(shlex.split(f"fit --model.{line}"))
-            assert word in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from billhook.importance.baselines import RandomUnits
 from billhook.model.inputs import outputs_match, run_outputs
 from billhook.tracing.trace import trace
 from billhook.units.find import find_units, of_kind, units_of
-from kit.families import build, llama, t5, tokens
+from kit.families import build, llama, tokens
 from kit.removal import make
 from kit.shaped import bert, gpt2
 from kit.units import EVERY, EXPERTS, HELD, WITHOUT_CHANNELS, down_projections
@@ -121,18 +121,6 @@ class TestByName:
             f"transformer.h.{n}.{own}" for n in (0, 1) for own in ("attn.c_attn", "mlp.c_fc")
         }
 
-    def test_bert(self):
-        found = find_units(bert(), ALL)
-        layer = "bert.encoder.layer.1"
-        assert self.members(found[layer]) == {
-            (f"{layer}.intermediate.dense.weight", 0, False), (f"{layer}.intermediate.dense.bias", 0, False),
-            (f"{layer}.output.dense.weight", 1, True),
-        }  # fmt: skip
-        assert found[layer].readers == (f"{layer}.output.dense",)
-        tables = ("word_embeddings.weight", "position_embeddings.weight", "token_type_embeddings.weight")
-        expected = {f"bert.embeddings.{n}" for n in (*tables, "LayerNorm.weight", "LayerNorm.bias")}
-        assert {n for n, _, _ in self.members(found[""]) if "embeddings" in n} == expected
-
     def test_mixtral(self):
         found = find_units(build("mixtral"), ALL)
         mlp = "model.layers.0.mlp"
@@ -145,15 +133,6 @@ class TestByName:
             (f"{mlp}.gate.weight", 0), (f"{mlp}.experts.gate_up_proj", 0), (f"{mlp}.experts.down_proj", 0),
         }  # fmt: skip
         assert (found[mlp].kind, found[mlp].count(), found[mlp].readers) == ("expert", 4, ())
-
-    def test_t5_has_one_stream_for_encoder_and_decoder(self):
-        found = find_units(t5(), ["channel", "residual"])
-        assert list(found) == [
-            *(f"encoder.block.{n}.layer.1.DenseReluDense" for n in (0, 1)),
-            *(f"decoder.block.{n}.layer.2.DenseReluDense" for n in (0, 1)),
-            "",
-        ]
-        assert {m.name.split(".")[0] for m in found[""].members} == {"shared", "encoder", "decoder"}
 
 
 class TestWhichOnes:

@@ -78,22 +78,18 @@ class ResidualStatistics:
                 add_products(self.residual_products, weighted, as_float(x))
                 self.residual_squares += (weighted * as_float(r)).sum(0, dtype=dtype).to(device)
 
-    def mixed(self) -> Self:
-        """Returns statistics of random mixtures of residuals, for more than `MAX_OUTPUTS` outputs.
+    def mixed(self, most: int = MAX_OUTPUTS) -> Self:
+        """Returns statistics of random mixtures of residuals, for more than `most` outputs.
 
         The expected error on mixtures equals the error, and all ridge penalties use the same mixtures.
         """
         rows = len(self.residual_products)
-        if rows <= MAX_OUTPUTS:
+        if rows <= most:
             return self
-        mixing = (
-            torch.randn(MAX_OUTPUTS, rows, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / MAX_OUTPUTS**0.5
-        )
+        mixing = torch.randn(most, rows, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) / most**0.5
         mixing = mixing.to(self.tokens.device)
-        products = mixing.new_zeros(MAX_OUTPUTS, self.residual_products.shape[1])
-        for columns, part in zip(
-            torch.split(mixing, MAX_OUTPUTS, 1), torch.split(self.residual_products, MAX_OUTPUTS), strict=True
-        ):
+        products = mixing.new_zeros(most, self.residual_products.shape[1])
+        for columns, part in zip(torch.split(mixing, most, 1), torch.split(self.residual_products, most), strict=True):
             products.addmm_(columns, part)
         return self._with(self.sums, self.products, mixing @ self.residual_sums, products, self.residual_squares)
 

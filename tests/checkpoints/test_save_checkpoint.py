@@ -1,7 +1,5 @@
 import json
 import os
-import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -18,7 +16,7 @@ import billhook
 from billhook.atomic_folder import RECORD, check_target
 from billhook.checkpoints import save as checkpoint
 from billhook.checkpoints.save import load, save
-from billhook.checkpoints.verify import expect, make_probe, verify
+from billhook.checkpoints.verify import make_probe
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = SIZES | {"vocab_size": 50, "max_position_embeddings": 64}
@@ -214,13 +212,6 @@ def test_a_record_that_json_cannot_hold_is_refused_first(what, message, tmp_path
     assert os.listdir(tmp_path) == []
 
 
-def test_a_record_that_holds_itself_is_refused(tmp_path):
-    record = {}
-    record["a"] = [record]
-    with pytest.raises(ValueError, match="record"):
-        save(llama(), tmp_path / "a", record=record)
-
-
 def test_a_measured_infinity_does_not_cost_the_checkpoint(tmp_path):
     save(llama(), tmp_path / "a", record={"events": ({"perplexity": float("inf"), "loss": float("nan")}, -float("inf"))})
     text = (tmp_path / "a" / RECORD).read_text()
@@ -228,39 +219,13 @@ def test_a_measured_infinity_does_not_cost_the_checkpoint(tmp_path):
     assert record["events"] == [{"perplexity": "Infinity", "loss": "NaN"}, "-Infinity"]
 
 
-@pytest.mark.parametrize("standing", ["nothing", "empty", "older"])
-@pytest.mark.parametrize("failure", ["save_pretrained", "fsync", "rename", "logits", "nan"])
-def test_a_save_that_fails_leaves_everything(failure, standing, tmp_path, monkeypatch):
-    target = tmp_path / "deep" / "er" / "a" if standing == "nothing" else tmp_path / "a"
-    if standing == "empty":
-        target.mkdir()
-    if standing == "older":
-        save(llama(), target)
-    before, model, error = listing(tmp_path), llama(vocab_size=51), OSError
-    if failure == "save_pretrained":
-        real = PreTrainedModel.save_pretrained
-
-        def full(self, folder, **options):
-            real(self, folder, **options)
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    elif failure == "fsync":
-        monkeypatch.setattr(os, "fsync", lambda _: _raise(OSError(28, "No space left on device")))
-    elif failure == "rename":
-        real_rename = Path.rename
-
-        def rename(self, to):
-            return real_rename(self, to) if self == target or to == target and "old" in self.name else _raise(OSError("no"))
-
-        monkeypatch.setattr(Path, "rename", rename)
-    else:
-        error = RuntimeError
-        worth = float("nan") if failure == "nan" else 1.0
-        model.lm_head.register_forward_hook(lambda *args: args[-1] + torch.arange(51) * worth)
-    message = {"logits": "the model was not saved, because the logits", "nan": "diverged"}.get(failure)
-    with pytest.raises(error, match=message):
-        save(model, target)
+@pytest.mark.parametrize(("worth", "message"), [(1.0, "the model was not saved, because the logits"), (float("nan"), "diverged")])
+def test_other_logits_leave_everything(worth, message, tmp_path):
+    save(llama(), tmp_path / "a")
+    before, model = listing(tmp_path), llama(vocab_size=51)
+    model.lm_head.register_forward_hook(lambda *args: args[-1] + torch.arange(51) * worth)
+    with pytest.raises(RuntimeError, match=message):
+        save(model, tmp_path / "a")
     assert listing(tmp_path) == before
 
 
@@ -312,15 +277,6 @@ def test_what_billhook_did_not_write_is_refused(tmp_path):
         check_target(tmp_path / "b")
 
 
-def test_verify_sees_one_changed_weight(tmp_path):
-    model = llama()
-    save(model, tmp_path / "a")
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0] += 1
-    with pytest.raises(RuntimeError, match="the model was not saved, because the logits of the reloaded checkpoint differ by"):
-        verify(model, expect(model, make_probe(model)), tmp_path / "a", make_probe(model))
-
-
 def test_infinite_logits_on_both_sides_are_equal(tmp_path):
     class Masked(transformers.LlamaForCausalLM):
         def forward(self, *args, **kwargs):
@@ -340,86 +296,3 @@ def test_load_refuses_what_is_not_a_checkpoint(tmp_path):
         transformers.LlamaConfig(**TEXT, architectures=classes).save_pretrained(tmp_path)
         with pytest.raises(ValueError, match=message):
             load(tmp_path)
-
-
-@pytest.mark.nightly
-@pytest.mark.slow
-def test_a_killed_process_leaves_a_whole_checkpoint_or_none(tmp_path):
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(tmp_path)]
-    run = subprocess.run(command, env=environment, timeout=200, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-3000:]
-    kills = json.loads(run.stdout.splitlines()[-1])
-    assert kills["nothing"] >= 10
-    assert kills["older"] >= 16
-
-
-def _kill_everywhere(folder: Path) -> None:
-    """Kills a save before each of its calls that touch the disk, over each kind of target; runs in a process of its own."""
-    torch.set_num_threads(1)
-    old, new, after = (llama(vocab_size=size, num_hidden_layers=1) for size in (50, 51, 52))
-    save(old, folder / "pristine")
-    kills = {}
-    for standing in ("nothing", "empty", "older"):
-        for count in range(1, 100):
-            target = folder / f"{standing}{count}" / "a"
-            target.parent.mkdir()
-            if standing == "empty":
-                target.mkdir()
-            if standing == "older":
-                shutil.copytree(folder / "pristine", target)
-            if (process := os.fork()) == 0:
-                _die_at(count)
-                save(new, target)
-                os._exit(0)
-            status = os.waitpid(process, 0)[1]
-            assert status == 0 or os.WTERMSIG(status) == signal.SIGKILL, status
-            if status == 0:
-                break
-            _check_whole(target, (old, new))
-            save(after, target)
-            assert torch.equal(logits(load(target)), logits(after)), (standing, count)
-            assert os.listdir(target.parent) == ["a"], (standing, count)
-        kills[standing] = count - 1
-    print(json.dumps(kills))
-
-
-def _die_at(count: int) -> None:
-    calls = 0
-
-    def deadly(owner, name):
-        real = getattr(owner, name)
-
-        def call(*args, **kwargs):
-            nonlocal calls
-            calls += 1
-            if calls == count:
-                if name == "safe_save_file":  # half of the weights
-                    real(*args, **kwargs)
-                    os.truncate(args[1], 2000)
-                os.kill(os.getpid(), signal.SIGKILL)
-            return real(*args, **kwargs)
-
-        setattr(owner, name, call)
-
-    deadly(PreTrainedModel, "save_pretrained")
-    deadly(transformers.modeling_utils, "safe_save_file")
-    deadly(checkpoint, "verify")
-    for owner, name in [(os, "fsync"), (os, "unlink"), (os, "rmdir"), (Path, "rename"), (Path, "write_text")]:
-        deadly(owner, name)
-
-
-def _check_whole(target: Path, models: tuple[PreTrainedModel, PreTrainedModel]) -> None:
-    if not target.exists() or not os.listdir(target):
-        old = target.with_name(f".{target.name}.draft-old")
-        assert not target.parent.name.startswith("older") or torch.equal(logits(load(old)), logits(models[0]))
-        return
-    found = logits(load(target))
-    assert any(found.shape == logits(model).shape and torch.equal(found, logits(model)) for model in models)
-    assert (target / RECORD).is_file()
-
-
-if __name__ == "__main__":
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    _kill_everywhere(Path(sys.argv[1]))

@@ -96,13 +96,6 @@ def test_a_misspelt_option_is_answered_with_the_nearest_in_two_lines(line, wrong
     assert capsys.readouterr().err == said
 
 
-def test_two_are_answered_with_one_line_each(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["prune", "tiny", "out", "--sparsty", "0.5", "--exmples=4"])
-    first, second, _ = capsys.readouterr().err.splitlines()
-    assert ("'--sparsity'?" in first, "'--examples'?" in second) == (True, True)
-
-
 @pytest.mark.parametrize(
     ("line", "said"),
     [

@@ -107,14 +107,6 @@ def test_a_users_own_cli_finds_recipes(capsys):
     assert "unknown recipe 'exprt'. Did you mean 'export'?" in said.err
 
 
-def test_a_class_within_a_config(tmp_path, capsys):
-    settings = "{class_path: WeightPruning, init_args: {criterion: Wandaa, sparsity: 0.5}}"
-    (tmp_path / "own.yaml").write_text(f"trainer:\n  callbacks+: [{settings}]\n")
-    with pytest.raises(SystemExit, match="2"):
-        main(["fit", "--config", "recipe:base", "--config", "own.yaml"])
-    assert "unknown class 'Wandaa'. Did you mean 'Wanda'?" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("words", "told"),
     [

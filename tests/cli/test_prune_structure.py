@@ -146,14 +146,6 @@ def test_with_what_the_model_writes_among_the_texts_shares_are_equal(small, two_
     assert {one["inside"] for one in record["degradation"]} == {True}
 
 
-def test_a_dry_run_prints_and_writes_nothing(small, files, tmp_path, capsys):
-    main(["prune-structure", str(small), str(tmp_path / "out"), "--channels", "0.5", "--dry_run", *SHORT, *option(files)])
-    said = capsys.readouterr().out
-    assert "48 -> 24 channels in each of 2" in said
-    assert f"Dry run: {tmp_path / 'out'} was not written." in said
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.nightly
 def test_blocks_and_then_what_is_within(small, files, tmp_path):
     record = prune(small, tmp_path / "out", "--blocks", "1", "--channels", "0.5", "--supplement", "0", *SHORT, *option(files))
@@ -193,10 +185,3 @@ def test_refused_before_anything_is_written(small, tmp_path, arguments, match):
     with pytest.raises(SystemExit, match=match):
         main(["prune-structure", str(small), str(tmp_path / "out"), *arguments])
     assert not (tmp_path / "out").exists()
-
-
-def test_too_many_blocks_are_refused_before_anything_is_measured(small, tmp_path, monkeypatch):
-    for name in ("batches", "measure"):
-        monkeypatch.setattr(f"billhook.cli.one_shot.OneShot.{name}", lambda self: pytest.fail("too late"))
-    with pytest.raises(SystemExit, match="blocks=99 would remove 99 of . blocks of model.layers"):
-        main(["prune-structure", str(small), str(tmp_path / "out"), "--blocks", "99"])

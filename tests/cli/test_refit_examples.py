@@ -25,7 +25,6 @@ SEARCH = ["--generations", "0", "--importance", "WeightNorm"]
 CUTS = {"shrink": ["--params", "0.92", *SEARCH], "prune-structure": ["--channels", "0.5"]}
 
 
-@pytest.mark.parametrize("dry", [[], ["--dry_run"]], ids=["run", "dry run"])
 @pytest.mark.parametrize(
     ("command", "given", "says"),
     [
@@ -58,7 +57,7 @@ CUTS = {"shrink": ["--params", "0.92", *SEARCH], "prune-structure": ["--channels
         ),
     ],
 )
-def test_too_few_examples_are_refused_before_the_work(small, files, tmp_path, monkeypatch, command, given, says, dry):
+def test_too_few_examples_are_refused_before_the_work(small, files, tmp_path, monkeypatch, command, given, says):
     for name in ("batches", "measure"):
         monkeypatch.setattr(f"billhook.cli.one_shot.OneShot.{name}", lambda self: pytest.fail("too late"))
     cuts = CUTS | {
@@ -67,7 +66,7 @@ def test_too_few_examples_are_refused_before_the_work(small, files, tmp_path, mo
     }
     must = ["--repair", "RepairConfig"] if command in ("shrink", "prune-structure") else []
     with pytest.raises(SystemExit, match=says):
-        main([command, str(small), str(tmp_path / "out"), *cuts[command], *must, *given, *dry, *option(files)])
+        main([command, str(small), str(tmp_path / "out"), *cuts[command], *must, *given, *option(files)])
     assert not (tmp_path / "out").exists()
 
 

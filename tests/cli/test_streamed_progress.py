@@ -2,7 +2,6 @@
 
 import io
 import re
-from dataclasses import dataclass
 from math import prod
 
 import pytest
@@ -66,13 +65,6 @@ def test_a_pass_over_blocks(terminal):
     assert "batches" not in shown
 
 
-def test_a_model_in_memory_has_the_bar_of_the_work(terminal):
-    model, stderr = bh.load("tiny"), terminal()
-    with model_progress(model, "reading", "batches") as told:
-        told(5, 7)
-    assert "5/7 batches" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stderr.getvalue())
-
-
 def plan_of(dense, passes):
     """What is said of so many passes over the blocks of a small Llama."""
     model = bh.load(dense)
@@ -95,12 +87,10 @@ def test_the_plan_says_what_is_read_and_written(files, tmp_path, capsys, read, h
 
 
 CONVERSIONS = {
-    "mean": 0,
     "svd": 3,  # to compare frequencies, to see what they keep, and to see the heads
     "svd --repair RepairConfig": 5,  # one more to see which linears are called, and one to refit them
     # two to see the heads of groups of either kind, three for each of two that choose frequencies, five to compare methods, and
     # three at most on all batches
-    "auto": 16,
 }
 
 
@@ -136,23 +126,6 @@ def test_the_plan_of_a_removal_says_what_is_read(files, tmp_path, capsys, read, 
     often = sum(key.endswith("layers.0.input_layernorm.weight") for key, _ in read)
     before = 2 if command == "prune-blocks" else 1
     assert often == before + passes, "once to count zeros, and to find blocks, before it is said"
-
-
-@dataclass(frozen=True)
-class Own(bh.OutputNorm):
-    """An importance of a user's own, of which nobody knows how often it reads the model."""
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize(("command", "asked", "passes"), [("prune-structure", "--channels", 8), ("prune-heads", "--ratio", 8)])
-def test_the_plan_says_that_an_own_importance_reads_as_often_as_it_needs(files, tmp_path, capsys, read, command, asked, passes):
-    dense = small_llama(tmp_path / "dense", num_hidden_layers=4)
-    own = [asked, "0.5", "--importance", f"{__name__}.Own", *(["--repair", "null"] if command == "prune-structure" else [])]
-    main([command, str(dense), str(tmp_path / "out"), *SHORT, "--batch_size", "1", *option(files), *own, "--stream"])
-    said = re.search(r"stream 4 blocks in (\d+) passes, (.*) \(read", capsys.readouterr().out)
-    assert (int(said[1]), said[2]) == (passes, "plus the passes of Own()")
-    often = sum(key.endswith("layers.0.input_layernorm.weight") for key, _ in read)
-    assert often == 1 + passes + 2, "once to count zeros, and twice by the importance"
 
 
 def test_the_plan_says_how_often_is_read_at_most_where_linears_may_not_be_refitted(files, tmp_path, capsys, read):

@@ -5,9 +5,6 @@ import torch
 import transformers
 
 import billhook as bh
-from billhook.kv_heads.attentions import Attentions
-from billhook.kv_heads.config import kv_heads_by_layer
-from billhook.kv_heads.convert import best_method
 from kit import stopped
 from kit.families import build
 from kit.streams import same, written
@@ -34,10 +31,6 @@ def texts():
     """As many tokens as a refit needs."""
     rows = [torch.cat([batch["input_ids"].roll(7 * place) + place for place in range(4)]) for batch in stopped.batches()]
     return [{"input_ids": ids % 2048} for ids in rows]
-
-
-def groups(model):
-    return dict.fromkeys(kv_heads_by_layer(model), 2)
 
 
 @pytest.mark.daily("llama-*", "gemma2-aligned")
@@ -94,19 +87,6 @@ def test_repaired_with_the_same_bytes(tmp_path, method):
     assert same(tmp_path / "out", dense)
 
 
-@pytest.mark.daily("llama", "phi")
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_same_method_is_taken(tmp_path, family):
-    build(family).save_pretrained(tmp_path / "dense")
-    dense, streamed = bh.load(tmp_path / "dense"), bh.stream(tmp_path / "dense", tmp_path / "out")
-    found = []
-    for attentions in (Attentions(dense, groups(dense)), Attentions(streamed, groups(dense))):
-        methods, trials = bh.kv_methods.Auto().candidates, [attentions.trial(batch) for batch in rows(masked=True)]
-        found.append(best_method(attentions, methods, trials))
-    assert found[0] == found[1]
-    assert len(set(found[0][1].values())) > 1
-
-
 @pytest.mark.daily("phi")
 def test_the_best_method_with_the_same_bytes(folder, tmp_path):
     dense, streamed = bh.load(folder), bh.stream(folder, tmp_path / "out")
@@ -114,24 +94,6 @@ def test_the_best_method_with_the_same_bytes(folder, tmp_path):
         bh.convert_kv_heads(model, 2, "auto", rows(masked=True))
     bh.save(streamed, tmp_path / "out")
     assert same(tmp_path / "out", dense)
-
-
-@pytest.mark.nightly
-def test_stopped_at_each_block_and_called_again(tmp_path, monkeypatch):
-    def work(model):
-        bh.convert_kv_heads(model, 2, "svd", texts(), repair=bh.RepairConfig())
-        return model
-
-    made, every = [], 3 * 4
-    for _ in range(1, every):
-        with monkeypatch.context() as patch:
-            own, _ = stopped.stop_after(1, patch)
-            with pytest.raises(KeyboardInterrupt):
-                work(bh.stream("tiny", tmp_path / "out", dtype="float32"))
-            made += own
-    bh.save(work(bh.stream("tiny", tmp_path / "out", dtype="float32")), tmp_path / "out")
-    assert made == [f"model.layers.{number % 4}" for number in range(every - 1)]
-    assert same(tmp_path / "out", work(bh.load("tiny", dtype="float32")))
 
 
 def test_refused(tmp_path):

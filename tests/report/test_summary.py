@@ -198,12 +198,6 @@ def test_table_says_what_is_known():
     assert stage_table(stages, dtype="float16").splitlines()[0].endswith("  KV-cache bytes/token in float16")
 
 
-def test_table_without_validation():
-    assert stage_table([Stage("at the end", 3, {})]).splitlines()[0].split() == ["step"]
-    assert stage_table([]).splitlines()[0].split() == ["step"]
-    assert "val_loss" in stage_table([Stage("at the end", 3, {"val_loss": math.nan})])
-
-
 def test_adapters_are_not_the_models_parameters_or_zeros():
     model = llama(num_key_value_heads=2)
     dense = summary(model)
@@ -215,11 +209,3 @@ def test_adapters_are_not_the_models_parameters_or_zeros():
     assert [text.strip() for text in said] == [f"{dense.params:,}", f"{adapted.adapters:,}"]
     billhook.training.merge(model)
     assert summary(model) == dense
-
-
-def test_heads_of_a_model_whose_config_cannot_say_them():
-    model = llama()
-    billhook.pruning.prune_units(model, {0: [1], 1: [2], 2: [3]})  # three heads do not divide 16
-    assert (summary(model).query_heads, summary(model).kv_heads) == (3, 3)
-    billhook.pruning.prune_units(model, {0: [0]})
-    assert (summary(model).query_heads, summary(model).kv_heads) == (None, None)

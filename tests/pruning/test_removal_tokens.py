@@ -371,17 +371,14 @@ IDS = torch.tensor([[4, 5, 6]])
     [
         ([], "batches is empty. Pass text to count tokens in"),
         ([{"pixel_values": torch.zeros(1, 3)}], r"one has no input_ids to count tokens in \(pixel_values\)"),
-        ([IDS], r"one has no input_ids to count tokens in \(Tensor\)"),
         ([{"input_ids": IDS + 420}], r"token ids are in 424\.\.426, but must be in 0\.\.423"),
-        ([{"input_ids": IDS - 5}], r"token ids are in -1\.\.1, but must be in 0\.\.423"),
         ([{"input_ids": IDS.numpy()}], "input_ids must be a tensor of token ids, not a ndarray"),
-        ([{"input_ids": IDS.tolist()}], "input_ids must be a tensor of token ids, not a list"),
         (
             [{"input_ids": IDS, "attention_mask": torch.ones(1, 1, 3, 3)}],
             r"attention_mask must have the shape of input_ids, \[1, 3\]",
         ),
     ],
-    ids=["none", "images", "no dictionary", "too large", "negative", "numpy", "list", "mask of pairs"],
+    ids=["none", "images", "too large", "numpy", "mask of pairs"],
 )
 def test_batches_without_tokens_to_count(trained, batches, why):
     with pytest.raises(ValueError, match=f"batches.*{why.removeprefix('batches')}"):

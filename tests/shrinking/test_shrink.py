@@ -1,7 +1,6 @@
 """The best smaller model within a budget: met, the same again, alike layers or free ones, saved and loaded."""
 
 import copy
-import math
 
 import pytest
 import torch
@@ -9,14 +8,9 @@ import transformers
 
 import billhook as bh
 from billhook.engine.batches import Batch, runs_of
-from billhook.importance.obs import OBS
-from billhook.shrinking import selection as choice
-from billhook.shrinking import shrink, space
+from billhook.shrinking import shrink
 from billhook.shrinking import variants as cache
 from billhook.shrinking.divergence import Divergence, split_batches
-from billhook.shrinking.measurement import measure
-from billhook.shrinking.planning import apply_plans, plan
-from billhook.shrinking.scope import SearchScope
 from kit import shrinks
 from kit.families import BERT, T5, build, llama, tokens
 
@@ -80,33 +74,6 @@ def test_free_layers_lose_less_and_are_saved(tmp_path):
     again, ids = bh.load(tmp_path / "out"), tokens()
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
-
-
-@pytest.mark.daily("turned")
-@pytest.mark.parametrize("turn", [1, -1], ids=["as_is", "turned"])
-def test_where_layers_stay_alike_what_loses_least_once_repaired_is_taken(turn, monkeypatch):
-    """Channels alone and a block alone, in either order: each is cut and repaired by hand, and measured."""
-    monkeypatch.setattr(space, "NEAR", math.inf)
-    several, last = [], choice.choose
-
-    def chosen(*given):
-        kept, *rest = last(*given)
-        several.extend(kept[::turn])
-        return kept[::turn], *rest
-
-    monkeypatch.setattr(choice, "choose", chosen)
-    _, shrunk = measure_result(params=0.8, generations=0)
-    (fitted, held_out), lost = split_batches(texts()), []
-    for kept in several:
-        model = trained()
-        candidates = SearchScope.find(model, bh.Amount(params=0.8, round_to="auto"), uniform=True)
-        measured = measure(candidates, fitted, held_out, OBS(), bh.RepairConfig())
-        planned = plan(measured, candidates.limit, kept, fitted, bh.RepairConfig())
-        apply_plans(model, planned.plans, weights=planned.weights)
-        lost.append(measured.divergence.mean())
-    assert len(several) == space.MOST
-    assert sum(shrunk.measured.values()) / 2 == pytest.approx(min(lost), rel=1e-4)
-    assert max(lost) > 2 * min(lost)
 
 
 @pytest.mark.nightly

@@ -105,11 +105,6 @@ def test_configured_by_name(kind):
         assert parser.instantiate(parser.parse_object({"allocation": plain})).allocation == kind(**settings)
 
 
-def test_only_owl_measures():
-    assert [kind for kind in EVERY if kind(**SETTINGS.get(kind.__name__, {})).measures] == [OWL]
-    assert Uniform().measure([torch.ones(2, 2)]) == 0
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [

@@ -84,12 +84,6 @@ def test_zeros_go_first_so_pruning_again_goes_on(criterion):
         assert sparsity_of([twice]) == pytest.approx(0.6, abs=0.01)
 
 
-def test_all_weights_zero(criterion):
-    pruned, keep = criterion.prune(torch.zeros(OUT, IN), seen(criterion, make_inputs()), 0.5)
-    assert pruned.eq(0).all()
-    assert sparsity_of([keep]) == 0.5
-
-
 def test_dead_inputs_and_outputs_go_first(criterion):
     weight, inputs = torch.randn(OUT, IN), make_inputs()
     inputs[:, ::4] = 0

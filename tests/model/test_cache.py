@@ -11,7 +11,6 @@ import peft
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import billhook as bh
 from billhook.model import cache, costs
@@ -189,28 +188,6 @@ def test_what_else_decides_it_and_the_default_dtype_count():
     assert len(runs) == 3
 
 
-def test_the_latest_are_remembered_and_errors_are_not(monkeypatch):
-    monkeypatch.setattr(cache, "MOST", 2)
-    model, runs = llama(), []
-    for given in ("a", "b", "a", "c", "a", "b"):
-        cached(lambda given=given: runs.append(given), model, given)
-    assert runs == ["a", "b", "c", "b"]
-    with pytest.raises(ZeroDivisionError):
-        cached(lambda: 1 // 0, model, "d")
-    assert cached(lambda: 5, model, "d") == 5
-
-
-def test_what_is_too_deep_to_be_written_is_not_remembered():
-    model, deep, runs = llama(), [], []
-    for _ in range(100_000):
-        deep = [deep]
-    for _ in range(2):
-        assert cached(lambda: runs.append(1) or deep, model, "deep") is deep
-    assert len(runs) == 2
-    while deep:  # Python itself would go too deep to free it
-        deep = deep.pop()
-
-
 def test_neither_a_model_nor_its_class_is_held():
     model = llama()
     another_class(model)
@@ -234,59 +211,6 @@ def test_threads_find_the_same():
     for model, figures, shown in found:
         assert figures == costs_of(model)
         assert shown == str(bh.trace(model))
-
-
-def test_what_a_class_builds_is_remembered_by_the_config(monkeypatch):
-    monkeypatch.setattr(cache, "MOST", 8)
-    model, found = llama(), []
-
-    def find(config, kind=None):
-        return cached(lambda: found.append(1) or {"found": len(found)}, (kind or type(model), config), "test")
-
-    first_time = find(model.config)
-    first_time["found"] = None
-    assert find(copy.deepcopy(model.config)) == {"found": 1}
-    other = copy.deepcopy(model.config)
-    other.rope_parameters["rope_theta"] = 7.0
-    assert [find(other), find(model.config, nn.Module), find(other)] == [{"found": 2}, {"found": 3}, {"found": 2}]
-    torch.set_default_dtype(torch.float64)
-    assert find(model.config) == {"found": 4}
-    torch.set_default_dtype(torch.float32)
-    clear_cache()
-    assert find(model.config) == {"found": 5}
-    other.own = Held()
-    assert [find(other), find(other)] == [{"found": 6}, {"found": 7}]
-    for number in range(cache.MOST + 1):
-        other = copy.deepcopy(model.config)
-        other.number = number
-        find(other)
-    assert find(model.config) == {"found": cache.MOST + 9}
-
-
-class Done(TorchDispatchMode):
-    """Notes the ops that are really done."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func._schema.name.removeprefix("aten::")
-        self.names += [name] * (name != "empty_strided")  # which gives what is known
-        return func(*args, **kwargs or {})
-
-
-def test_ops_on_meta_are_done_once_for_all_that_are_alike():
-    x, other = torch.empty(2, 3, device="meta"), torch.empty(3, 2, device="meta").T
-    with torch.no_grad(), Done() as done, cache.CachedShapes():
-        found = [torch.add(one, number) for one in (x, other, x) for number in (1, 1, 1.0)]
-        x.add_(1), x.add_(1), torch.rand_like(x), torch.rand_like(x)
-        here = torch.ones(2) + 1
-        again = torch.ones(2) + 1
-    assert done.names == ["add"] * 4 + ["add_"] * 2 + ["rand_like"] * 2 + ["ones", "add"] * 2
-    assert {(one.shape, one.dtype, one.is_meta) for one in found} == {(x.shape, x.dtype, True)}
-    assert [one.stride() for one in found] == [x.stride()] * 3 + [other.stride()] * 3 + [x.stride()] * 3
-    assert torch.equal(here, again)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "phi"])

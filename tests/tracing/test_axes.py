@@ -283,17 +283,6 @@ def test_notes_pass_to_pieces_and_to_what_is_unified():
     assert notes_of(concat([b, Axis(5)])) == {"const": "second"}
 
 
-def test_crossed_and_beside():
-    h, q, k, v, x = axes(4, 2, 2, 2, 3)
-    assert multiplied_with(product([h, concat([q, k, v])]), q) == {h}
-    assert multiplied_with(product([h, concat([q, k, v])]), h) == {q, k, v}
-    assert multiplied_with(concat([product([h, q]), q]), q) == set()
-    assert multiplied_with(concat([product([h, q]), product([x, h, q])]), q) == {h}
-    assert crossed(product([h, x, concat([h, q])]), h)
-    assert not crossed(concat([product([h, x]), h]), h)
-    assert layout(product([q, q]), q).tolist() == [0, 1, 1, 1]
-
-
 def test_sums_with_other_borders_are_cut_at_all_of_them():
     a, b, c, d = axes(2, 5, 4, 3)
     unify(concat([a, b]), concat([c, d]))
@@ -331,63 +320,6 @@ def test_a_failure_halfway_leaves_what_was_true():
     assert all(find(axis) is axis and axis.op == "leaf" for axis in (b, c, e, f))
 
 
-def test_gpt2_has_its_heads_in_q_k_and_v():
-    qkv, out = axes(24, 8)
-    (q,), rest = cut(qkv, 8)
-    (k,), (v,) = cut(concat(rest), 8)
-    heads, dims = zip(*[[product(part) for part in split(x, 4)] for x in (q, k, v)], strict=True)
-    unify(heads[0], heads[1])
-    unify(dims[0], dims[1])
-    unify(heads[1], heads[2])
-    unify(product([heads[2], dims[2]]), out)
-    h, d, w = find(heads[0]), find(dims[0]), find(dims[2])
-    assert set(leaves(qkv)) == {h, d, w}
-    assert layout(qkv, h).tolist() == [0, 0, 1, 1, 2, 2, 3, 3] * 3
-    assert layout(qkv, d).tolist() == [0, 1] * 8 + [-1] * 8
-    assert factors(out) == [h, w]
-    assert (multiplied_with(qkv, d), multiplied_with(qkv, h)) == ({h}, set())
-
-
-def test_neox_has_q_k_and_v_in_each_head():
-    qkv, out, bias = axes(24, 8, 24)
-    unify(bias, qkv)
-    h, rest = split(qkv, 4)
-    (q,), rest = cut(product(rest), 2)
-    (k,), (v,) = cut(concat(rest), 2)
-    unify(q, k)
-    unify(out, product([*h, v]))
-    assert layout(bias, find(h[0])).tolist() == np.repeat(range(4), 6).tolist()
-    assert layout(bias, find(q)).tolist() == [0, 1, 0, 1, -1, -1] * 4
-    assert factors(out) == found([h[0], v])
-
-
-def test_grouped_heads_have_their_queries_beside_a_key_and_a_value():
-    qkv = Axis(2 * (3 + 2) * 2)
-    kv, rest = split(qkv, 2)
-    slots, dims = split(product(rest), 5)
-    queries, others = cut(product(slots), 3)
-    key, value = cut(concat(others), 1)
-    g, d = find(queries[0]), find(dims[0])
-    assert (key[0].size, value[0].size, g.size, find(kv[0]).size) == (1, 1, 3, 2)
-    assert layout(qkv, g).tolist() == [0, 0, 1, 1, 2, 2, -1, -1, -1, -1] * 2
-    assert layout(qkv, d).tolist() == [0, 1] * 10
-    unify(product([*kv, *key, *dims]), keys := Axis(4))
-    assert factors(keys) == [find(kv[0]), d]
-
-
-def test_phi3_shares_its_heads_between_segments_of_other_sizes():
-    qkv, kv, g, d = axes(24, 2, 4, 2)
-    (q,), rest = cut(qkv, 16)
-    (k,), (v,) = cut(concat(rest), 4)
-    for x, heads in ((q, product([kv, g])), (k, kv), (v, kv)):
-        unify(product(split(x, heads.size)[0]), heads)
-    unify(product(split(q, 8)[1]), d)
-    unify(product(split(k, 2)[1]), d)
-    assert layout(qkv, find(kv)).tolist() == [0] * 8 + [1] * 8 + [0, 0, 1, 1] * 2
-    assert layout(qkv, find(g)).tolist() == np.tile(np.repeat(range(4), 2), 2).tolist() + [-1] * 8
-    assert layout(qkv, find(d)).tolist() == [0, 1] * 10 + [-1] * 4
-
-
 def test_a_sum_that_repeats_is_a_product_whose_outer_factor_has_no_units():
     a, b, c, d, x = axes(3, 5, 3, 5, 2)
     whole = concat([a, b, c, d])
@@ -422,15 +354,3 @@ def test_what_cannot_be_the_same():
         unify(a, Axis(5))
     with pytest.raises(Irregular, match="is made of"):
         unify(Axis(4, "product", [a, Axis(1)]), a)
-
-
-def test_thousands_of_pieces_are_no_matter():
-    long, first, last = axes(3000, 2, 2)
-    shifted = concat([first, long])
-    unify(shifted, concat([long, last]))
-    leaf = find(first)
-    assert set(leaves(long)) == {leaf}
-    assert layout(shifted, leaf).tolist() == [0, 1] * 1501
-    assert repr(shifted).count(":2") == 1501
-    assert not crossed(shifted, leaf)
-    assert multiplied_with(shifted, leaf) == set()

@@ -282,8 +282,3 @@ def test_tasks_go_to_lm_eval(tmp_path, cut, capsys, monkeypatch):
     }  # fmt: skip
     with pytest.raises(SystemExit, match=r"^billhook evaluate: tasks=local: lm-eval has no task of this name. Pass the path of"):
         main(["evaluate", "tiny", "--tasks", "one,local", "--batch_size", "2"])
-
-
-def test_the_embedded_text(capsys):
-    main(["evaluate", "tiny", "--text", "tiny", "--examples", "1", "--length", "32"])
-    assert "perplexity" in capsys.readouterr().out

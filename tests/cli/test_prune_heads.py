@@ -249,19 +249,3 @@ def test_models_whose_heads_cannot_go(files, tmp_path):
         with pytest.raises(SystemExit, match=message):
             main(["prune-heads", str(tmp_path / name), str(tmp_path / "out"), "--ratio", "0.5", *option(files)])
         assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.nightly
-def test_data_without_labels_or_training_rows_and_an_occupied_folder(classifier, table, files, tmp_path):
-    occupied = tmp_path / "occupied"
-    occupied.mkdir()
-    (occupied / "mine.txt").write_text("mine")
-    for out, given, message in (
-        ("out", {split: files[split] for split in ("train", "validation")}, "label"),
-        ("out", {"test": table["test"]}, "has no split 'train' to calibrate on, only test"),
-        ("occupied", table, "occupied"),
-    ):
-        with pytest.raises(SystemExit, match=message):
-            main(["prune-heads", str(classifier), str(tmp_path / out), "--ratio", "0.5", *option(given)])
-        assert not (tmp_path / "out").exists()
-    assert [path.name for path in occupied.iterdir()] == ["mine.txt"]

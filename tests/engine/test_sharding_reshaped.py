@@ -153,20 +153,6 @@ def test_another_fsdp_is_refused_before_anything_changes(mesh, where, name):
     assert isinstance(model, FSDPModule)
 
 
-@pytest.mark.parametrize("name", [internals.STATE_KEY, "_mp_policy"])
-def test_where_shapes_stay_another_fsdp_is_refused_too(mesh, name):
-    model, _ = sharded(mesh)
-    layer = model.model.layers[1]
-    if name == "_mp_policy":
-        del vars(layer._get_fsdp_state())[name]
-    else:
-        for key in [key for key in vars(layer) if str(key).startswith(name)]:
-            del vars(layer)[key]
-    with pytest.raises(RuntimeError, match=rf"torch {torch.__version__.partition('+')[0]}.*: its FSDP2 lacks {name}.*which"):
-        bh.prune(model, bh.Wanda(), [{"input_ids": tokens()}], sparsity=0.5)
-    assert isinstance(model, FSDPModule)
-
-
 def test_a_torch_with_one_group_at_most(mesh):
     """Torch 2.10 keeps that under another name, and some settings not at all."""
     model, optimizer = sharded(mesh)

@@ -30,19 +30,6 @@ def stays(monkeypatch):
     return order
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_a_model_in_files_on_a_gpu(tmp_path):
-    expected = family("llama").eval()
-    expected.save_pretrained(tmp_path / "dense")
-    data = batches_of(expected)
-    model = bh.stream(tmp_path / "dense", tmp_path / "pruned", device="cuda")
-    bh.prune(expected, bh.Wanda(), data, 0.5)
-    bh.prune(model, bh.Wanda(), data, 0.5)
-    bh.save(model, tmp_path / "pruned")
-    found = bh.load(tmp_path / "pruned").state_dict()
-    assert all((value == found[name]).float().mean() > 0.99 for name, value in expected.state_dict().items())
-
-
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("sequential", ["block", "layer", "none"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])

@@ -199,20 +199,6 @@ def test_neither_a_model_nor_its_class_is_held():
     assert [one() for one in held] == [None, None]
 
 
-def test_threads_find_the_same():
-    models, found = [llama(num_hidden_layers=n) for n in (1, 2)], []
-    threads = [threading.Thread(target=lambda m=m: found.append((m, costs_of(m), str(bh.trace(m))))) for m in models * 3]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(found) == 6
-    clear_cache()
-    for model, figures, shown in found:
-        assert figures == costs_of(model)
-        assert shown == str(bh.trace(model))
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3", "phi"])
 def test_figures_are_those_of_runs_in_which_each_op_is_done(family, monkeypatch):
     model = build(family)

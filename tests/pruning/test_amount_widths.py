@@ -1,7 +1,5 @@
 """Widths that quantisers and kernels like: which multiple is taken, that budgets stay upper bounds, and what is told."""
 
-import json
-from dataclasses import asdict
 from fractions import Fraction
 
 import jsonargparse
@@ -13,8 +11,7 @@ import billhook as bh
 from billhook.model.costs import costs_of
 from billhook.pruning.amount import Amount, round_units
 from billhook.pruning.planning import plan_from_search
-from billhook.pruning.target import Baseline, RatioSearch
-from billhook.units.find import find_units
+from billhook.pruning.target import RatioSearch
 from kit.families import MLPS, llama
 
 
@@ -92,39 +89,6 @@ class TestTargets:
             for name in MLPS:
                 left, asked = plan.after[name][0], exact.after[name][0]
                 assert left == (asked if asked == 1536 else by_trial(asked, 1536, more=False))
-
-
-class TestParts:
-    @pytest.mark.daily("progress0-amount0", "progress1-amount2")
-    @pytest.mark.parametrize("amount", [
-        {"channels": 0.2}, {"channels": 0.19}, {"channels": 0.3, "kv_heads": 0.5},
-    ])  # fmt: skip
-    @pytest.mark.parametrize("progress", [(0.5, 1.0), (0.1, 0.3, 0.95, 1.0)])
-    def test_come_to_what_the_whole_is_at_once(self, amount, progress):
-        amount, model = Amount(**amount), wide()
-        whole, first = (
-            planned(wide(), amount),
-            Baseline(**json.loads(json.dumps(asdict(Baseline.of(RatioSearch(model, amount)))))),
-        )
-        for share in progress:
-            due = first.part(RatioSearch(model, amount), share)
-            if due is not None:
-                bh.apply(model, planned(model, due.amount, first.counts))
-        assert {name: one.count() for name, one in find_units(model, ["channel"]).items()} == {
-            name: whole.after[name][0] for name in MLPS
-        }
-        assert model.num_parameters() == whole.parameters[1]
-
-    def test_of_layers_of_two_widths(self):
-        """Each place is rounded by what it had, and so loses in parts what it loses at once."""
-        model = wide()
-        bh.pruning.prune_units(model, {MLPS[0]: range(512)}, kind="channel")
-        amount = Amount(channels=0.2)
-        first, whole = Baseline.of(RatioSearch(model, amount)), planned(model, amount)
-        for share in (0.5, 1.0):
-            bh.apply(model, planned(model, first.part(RatioSearch(model, amount), share).amount, first.counts))
-        assert [one.count() for one in find_units(model, ["channel"]).values()] == [832, 1216]
-        assert [own[0] for own in whole.after.values()] == [832, 1216]
 
 
 class TestArguments:

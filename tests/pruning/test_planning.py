@@ -14,7 +14,7 @@ from billhook.model.costs import costs_of
 from billhook.model.shape import shape_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.planning import plan_from_search
-from billhook.pruning.target import Baseline, RatioSearch, first_within
+from billhook.pruning.target import Baseline, RatioSearch
 from billhook.units.find import find_units, of_kind
 from kit.families import ATTENTIONS, MLPS, build, llama, t5, tokens
 from kit.removal import make
@@ -222,20 +222,6 @@ class TestTargets:
             bh.plan(llama(), RandomUnits(), params=now)
         with pytest.raises(ValueError, match="kv_cache_bytes=0.5 cannot be measured for BertForMaskedLM"):
             bh.plan(bert(), RandomUnits(), amount=bh.Amount(kv_cache_bytes=0.5))
-
-    def test_the_first_that_is_low_enough(self):
-        for count in (1, 2, 3, 10, 57):
-            costs = [1000 - 3 * number - number**2 // 9 for number in range(count)]
-            for limit in range(costs[-1] - 2, 1002):
-                tried = []
-
-                def cost(number, costs=costs, tried=tried):
-                    tried.append(number)
-                    return costs[number]
-
-                expected = next((number for number, value in enumerate(costs) if value <= limit), None)
-                assert first_within(count, cost, limit) == expected
-                assert len(tried) <= 16
 
 
 class TestRefused:

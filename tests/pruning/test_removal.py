@@ -15,14 +15,11 @@ from torch import nn
 
 import billhook as bh
 from billhook.importance.baselines import RandomUnits
-from billhook.model import surgery
 from billhook.model.layers import read_dim
 from billhook.model.shape import shape_of
-from billhook.pruning import removal
-from billhook.units.find import find_units, of_kind, units_of
+from billhook.units.find import find_units, units_of
 from kit.families import build, llama, recompute, t5, tokens
 from kit.removal import ALIKE, make, questions, some_heads
-from kit.removal import TestNothingIsHalfDone as _OfHeads
 from kit.shaped import bert, gpt2
 from kit.units import EVERY, EXPERTS, HELD, WITHOUT_CHANNELS, down_projections
 
@@ -124,24 +121,6 @@ class TestSlicedEqualsMasked:
             assert parameter.is_contiguous()
         mlp = model.model.layers[1].mlp
         assert (mlp.up_proj.out_features, mlp.down_proj.in_features, mlp.gate_proj.out_features) == (9, 9, 9)
-
-    @pytest.mark.parametrize("name", ["llama", "gpt2", "T5ForConditionalGeneration"])
-    def test_generation_from_a_cache(self, name):
-        model = make(name)
-        units = find_units(model, ["head", "channel"])
-        gone = {place: a_third(one.count(), number) for number, (place, one) in enumerate(of_kind(units, "channel").items())}
-        gone |= some_heads(of_kind(units, "head"))
-        bh.apply(model, bh.pruning.plan_units(model, gone, ["head", "channel"]))
-        ids = torch.randint(11, 100, (2, 6), generator=torch.Generator().manual_seed(0))
-        options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-        options |= {"decoder_start_token_id": 0} if model.config.is_encoder_decoder else {}
-        cached, plain = (model.generate(ids, use_cache=use, **options) for use in (True, False))
-        assert torch.equal(cached, plain)
-        model.train()
-        more = {} if not model.config.is_encoder_decoder else {"decoder_input_ids": ids}
-        model(ids, labels=ids, **more).loss.backward()
-        assert all(p.grad is None or p.grad.shape == p.shape for p in model.parameters())
-        assert sum(p.grad is not None for p in model.parameters()) > len(gone)
 
 
 def assert_permutation_exact(model, kinds, gone, inputs):
@@ -467,32 +446,6 @@ class TestTraining:
         optimizer.step()
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         assert held == {id(p) for p in adapted.parameters() if p.requires_grad}
-
-
-class TestNothingIsHalfDone:
-    everything, trained = staticmethod(_OfHeads.everything), staticmethod(_OfHeads.trained)
-
-    @pytest.mark.parametrize("where", ["change_values", "set_shape", "set_fields", "run_outputs"])
-    def test_an_error_in_the_middle(self, where, monkeypatch):
-        model, optimizer = self.trained(llama())
-        plan = every_kind(model)
-        before = self.everything(model, optimizer)
-        place = surgery if where == "change_values" else removal
-        real, calls = getattr(place, where), []
-
-        def fails(*args):
-            calls.append(args)
-            if len(calls) == 1:
-                raise KeyError("in the middle")
-            return real(*args)
-
-        monkeypatch.setattr(place, where, fails)
-        with pytest.raises(KeyError, match="in the middle"):
-            bh.apply(model, plan, optimizer)
-        assert self.everything(model, optimizer) == before
-        monkeypatch.undo()
-        bh.apply(model, plan, optimizer)
-        optimizer.step()
 
 
 class TestRoundTrip:

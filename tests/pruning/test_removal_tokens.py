@@ -238,18 +238,6 @@ def test_more_than_can_go_or_without_its_tokenizer(trained):
         bh.plan(model, batches=batches, tokens=0.5)
 
 
-def test_a_folder_is_not_saved_with_the_tokenizer_of_before(trained, tmp_path):
-    bh.save(trained[0], tmp_path / "dense", trained[1])
-    model, tokenizer = bh.load(tmp_path / "dense"), transformers.AutoTokenizer.from_pretrained(tmp_path / "dense")
-    plan = bh.plan(model, batches=trained[2], tokens=0.3)
-    bh.apply(model, plan)
-    with pytest.raises(
-        ValueError, match=r"it has 420 tokens, but the model only 288. After .*, pass plan.trim_tokenizer\(tokenizer\)"
-    ):
-        bh.save(model, tmp_path / "out", tokenizer)
-    bh.save(model, tmp_path / "out", plan.trim_tokenizer(tokenizer))
-
-
 @pytest.mark.parametrize(
     ("token", "why"),
     [("~", "it spells text"), ("<unk>", "it is a special token"), ("qu", "'.*' is made of it")],

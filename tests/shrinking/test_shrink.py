@@ -9,7 +9,6 @@ import transformers
 import billhook as bh
 from billhook.engine.batches import Batch, runs_of
 from billhook.shrinking import shrink
-from billhook.shrinking import variants as cache
 from billhook.shrinking.divergence import Divergence, split_batches
 from kit import shrinks
 from kit.families import BERT, T5, build, llama, tokens
@@ -120,16 +119,6 @@ def test_what_was_measured_is_told_on_batches_that_were_not_fitted():
     sizes = [choice.left for choice in shrunk.curve]
     assert sizes == sorted(sizes)
     assert shrunk.curve[-1].measured == pytest.approx(0, abs=1e-5)
-
-
-@pytest.mark.nightly
-def test_a_search_with_a_library_finds_the_same_again(tmp_path, monkeypatch):
-    _, memory = measure_result(params=0.7)
-    _, first = measure_result(params=0.7, variant_cache=tmp_path)
-    monkeypatch.setattr(cache, "watch", None)  # nothing is run for it again
-    _, second = measure_result(params=0.7, variant_cache=tmp_path)
-    assert memory.to_json() == first.to_json() == second.to_json()
-    assert len(list(tmp_path.iterdir())) == 1
 
 
 def test_a_kind_that_cannot_be_removed_and_protected_blocks_stay_whole():

@@ -4,7 +4,6 @@ import copy
 import inspect
 import itertools
 
-import jsonargparse
 import pytest
 import torch
 
@@ -130,14 +129,6 @@ def test_settings_are_plain_values(criterion):
     assert eval(repr(criterion), {one.__name__: one for one in CRITERIA}) == criterion
     with pytest.raises(AttributeError):
         criterion.compares = "row"
-
-
-def test_configured_by_name(criterion):
-    parser = jsonargparse.ArgumentParser()
-    parser.add_argument("--criterion", type=Criterion)
-    kind = type(criterion)
-    arguments = parser.parse_args([f"--criterion={kind.__module__}.{kind.__name__}"])
-    assert parser.instantiate(arguments).criterion == criterion
 
 
 # the papers' formulas

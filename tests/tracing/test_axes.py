@@ -254,10 +254,6 @@ def axes(*sizes):
     return [Axis(n) for n in sizes]
 
 
-def found(parts):
-    return [find(part) for part in parts]
-
-
 def test_products_and_sums_are_flat():
     a, b, c, one, none = axes(2, 3, 4, 1, 0)
     assert factors(product([product([a, one]), product([b, product([c])])])) == [a, b, c]
@@ -281,57 +277,6 @@ def test_notes_pass_to_pieces_and_to_what_is_unified():
     assert notes_of(c) == {"const": "first", "normed": ""}
     assert all(find(leaf).notes.keys() >= {"const"} for leaf in leaves(a))
     assert notes_of(concat([b, Axis(5)])) == {"const": "second"}
-
-
-def test_sums_with_other_borders_are_cut_at_all_of_them():
-    a, b, c, d = axes(2, 5, 4, 3)
-    unify(concat([a, b]), concat([c, d]))
-    assert [leaf.size for leaf in leaves(c)] == [2, 2]
-    assert found(leaves(b)) == [leaves(c)[1], find(d)]
-    assert leaves(c)[0] is find(a)
-    q, k, x, y = axes(4, 4, 4, 4)
-    unify(concat([q, k]), concat([x, y]))
-    assert (find(q) is find(x), find(k) is find(y), find(q) is find(k)) == (True, True, False)
-
-
-def test_a_product_is_cut_where_a_sum_is_if_the_sum_cannot_be_split():
-    x, y, z, u, w, outer, inner = axes(4, 2, 4, 2, 2, 9, 4)
-    unify(concat([product([x, y, z]), u, w]), product([outer, inner]))
-    assert leaves(inner) == leaves(z) == found([u, w])
-    assert [leaf.size for leaf in leaves(outer)] == [4, 2, 1]
-
-
-def test_products_with_other_borders_are_split_or_irregular():
-    a, b, c, d = axes(2, 6, 4, 3)
-    unify(product([a, b]), product([c, d]))
-    assert [leaf.size for leaf in leaves(c)] == [2, 2]
-    assert found(leaves(b)) == [leaves(c)[1], find(d)]
-    e, f, g, h = axes(2, 3, 3, 2)
-    with pytest.raises(Irregular):
-        unify(product([e, f]), product([g, h]))
-    assert all(find(axis) is axis and axis.op == "leaf" for axis in (e, f, g, h))
-
-
-def test_a_failure_halfway_leaves_what_was_true():
-    a, b, c, d, e, f = axes(2, 2, 3, 2, 3, 2)
-    with pytest.raises(Irregular):
-        unify(product([a, b, c]), product([d, e, f]))
-    assert find(a) is find(d)
-    assert all(find(axis) is axis and axis.op == "leaf" for axis in (b, c, e, f))
-
-
-def test_a_sum_that_repeats_is_a_product_whose_outer_factor_has_no_units():
-    a, b, c, d, x = axes(3, 5, 3, 5, 2)
-    whole = concat([a, b, c, d])
-    head, tail = split(whole, 2)
-    assert (find(a) is find(c), find(b) is find(d), find(a) is find(b)) == (True, True, False)
-    unify(product(head), x)  # who drops an index of x must drop a and b, and others hold these
-    assert [leaf.size for leaf in leaves(x)] == [1, 1]
-    assert segments(product(tail)) == [find(a), find(b)]
-    e, y, z = axes(4, 2, 4)
-    unify(concat([e, e]), product([y, z]))
-    assert find(e) is find(z)
-    assert [leaf.size for leaf in leaves(y)] == [1, 1]
 
 
 def test_sizes_0_and_1_have_no_identity():

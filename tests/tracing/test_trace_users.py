@@ -407,22 +407,6 @@ def test_refusals_of_what_came(name):
         bh.trace(model, inputs)
 
 
-CONFIGS = {
-    '{"model_type": "nobody knows"}': "is not a config of a family that transformers knows.*nobody knows",
-    '{"model_type": ': "has no config that can be read.*not a valid JSON file",
-    "[]": "is not a config of a family",
-    '{"model_type": "llama", "hidden_size": "many"}': "is not a config of a family.*hidden_size",
-    '{"model_type": "own", "auto_map": {"AutoConfig": "x.Y"}}': "contains custom code",
-}
-
-
-@pytest.mark.parametrize("text", CONFIGS)
-def test_folders_with_configs_that_say_nothing(text, tmp_path: Path):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=CONFIGS[text]):
-        bh.trace(tmp_path)
-
-
 def test_a_quantised_config_is_taken_as_not_quantised(tmp_path: Path):
     config = llama().config
     config.quantization_config = {"quant_method": "gptq", "bits": 4}

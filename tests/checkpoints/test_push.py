@@ -118,11 +118,6 @@ def test_only_what_was_saved_and_verified(held, folder, tmp_path):
             "'/home/me/text.txt', which would be published",
         ),
         (
-            "billhook.json",
-            lambda text: text.replace('"text.txt"', "\"A('/home/me/a'), B('/data/b')\""),
-            "'/home/me/' and 1 more,",
-        ),
-        (
             "config.json",
             lambda text: text.replace("{", '{"_name_or_path": "/home/me/dense",', 1),
             "'/home/me/dense', which would be published",

@@ -169,13 +169,11 @@ class TestRefused:
                 ["'mean', 'first', 'random'", "median"],
             ),
             ("{class_path: KVHeadConversion, init_args: {num_key_value_heads: four}}", ["num_key_value_heads", "four"]),
-            ("{class_path: KVHeadConversion, init_args: {num_key_value_heads: 4, at: 1.5}}", ["billhook fit: at=1.5 as a float"]),
             (
                 "{class_path: KVHeadConversion, init_args: {num_key_value_heads: 3}}",
                 ["billhook fit: num_key_value_heads=3 must", "Use 1, 2, 4."],
             ),
             ("{class_path: KVHeadConversion}", ["num_key_value_heads"]),
-            ("{class_path: KVHeadConversions}", ["KVHeadConversions"]),
         ],
     )
     def test_a_wrong_callback(self, callback, words, tmp_path, capsys):

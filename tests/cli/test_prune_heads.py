@@ -236,16 +236,3 @@ def test_text_beside_labels_is_refused(classifier, table, tmp_path):
     ):
         main(["prune-heads", str(classifier), str(tmp_path / "out"), "--ratio", "0.5", "--supplement", "0.5", *option(table)])
     assert not (tmp_path / "out").exists()
-
-
-def test_models_whose_heads_cannot_go(files, tmp_path):
-    config = transformers.BloomConfig(vocab_size=2048, hidden_size=32, n_layer=2, n_head=4)
-    for name, model, message in (
-        ("bloom", transformers.BloomForCausalLM(config), "cannot be removed"),
-        ("mamba", transformers.MambaForCausalLM(transformers.MambaConfig(vocab_size=2048, hidden_size=32)), "has no heads"),
-    ):
-        model.save_pretrained(tmp_path / name)
-        tokenizer().save_pretrained(tmp_path / name)
-        with pytest.raises(SystemExit, match=message):
-            main(["prune-heads", str(tmp_path / name), str(tmp_path / "out"), "--ratio", "0.5", *option(files)])
-        assert not (tmp_path / "out").exists()

@@ -146,21 +146,6 @@ def test_with_what_the_model_writes_among_the_texts_shares_are_equal(small, two_
     assert {one["inside"] for one in record["degradation"]} == {True}
 
 
-@pytest.mark.nightly
-def test_blocks_and_then_what_is_within(small, files, tmp_path):
-    record = prune(small, tmp_path / "out", "--blocks", "1", "--channels", "0.5", "--supplement", "0", *SHORT, *option(files))
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert (again.config.num_hidden_layers, again.config.intermediate_size) == (1, 24)
-    dense, batches = bh.load(small), drawn(blocks(files["train"]), 4)
-    scores = bh.score(dense, bh.find_units(dense, "block"), bh.importance.BlockInfluence(), batches)
-    (gone,) = record["plans"][0]["units"]["model.layers"]
-    assert gone == int(scores["model.layers"].argmin())
-    assert record["plans"][1]["before"] == {"model.layers.0.mlp": [48]}
-    assert record["events"][0]["what"] == "without 1 of 2 blocks, 24 channels in 1 module"
-    alone = prune(small, tmp_path / "alone", "--blocks", "1", "--first", "1", *SHORT, *option(files))
-    assert alone["plans"][0]["units"] == {"model.layers": [1]}
-
-
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [

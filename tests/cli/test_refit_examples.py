@@ -30,11 +30,6 @@ CUTS = {"shrink": ["--params", "0.92", *SEARCH], "prune-structure": ["--channels
     [
         ("shrink", TOO_FEW, rf"{FEW_TOKENS} 15 tokens, and model\.layers\.0\.self\S* needs at least \d+"),
         (
-            "shrink",
-            ["--examples", "2", *TOO_FEW[2:]],
-            "--examples, --length, and --batch_size: at least 3 examples, .*; got 2 of",
-        ),
-        (
             "prune-structure",
             TOO_FEW,
             rf"{FEW_TOKENS} 20 tokens, and model\.layers\.0\.mlp\S* needs at least \d+",
@@ -45,11 +40,6 @@ CUTS = {"shrink": ["--params", "0.92", *SEARCH], "prune-structure": ["--channels
             "repair needs at least 2 examples, to choose the ridge penalty, got 1",
         ),
         ("convert", TOO_FEW, rf"{FEW_TOKENS} 20 tokens, and model\.layers\.0\.self\S* needs at least \d+"),
-        (
-            "convert",
-            ["--examples", "1", *TOO_FEW[2:]],
-            "--examples 1 is too few: repair needs at least 2, because it holds some out",
-        ),
         (
             "prune",
             ["--examples", "1", *TOO_FEW[2:]],

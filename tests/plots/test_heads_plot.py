@@ -34,13 +34,6 @@ def test_the_last_round_is_drawn_to_a_file(files, tmp_path):
     assert curve.get_ylabel() == "validation loss"
 
 
-def test_the_monitored_value_is_what_is_drawn(files, tmp_path):
-    callback = pruning(0.25, monitor="val_perplexity", mode="min", keep=0.1, measure_batches=1, at=2)
-    trainer(tmp_path, [callback], max_steps=3).fit(module(), data(files))
-    event = callback.events[0]
-    assert callback.record.curve == [(0.0, event["before"]["val_perplexity"]), (0.25, event["after"]["val_perplexity"])]
-
-
 class TestPlot:
     def draw(self, path, *arguments, **options):
         figure = plots.heads(*arguments, **options)

@@ -63,19 +63,6 @@ def test_layers_stay_alike_and_plain_transformers_loads_them(tmp_path):
 
 
 @pytest.mark.nightly
-def test_free_layers_lose_less_and_are_saved(tmp_path):
-    _, alike = measure_result(params=0.7, generations=0)
-    model, free = measure_result(params=0.7, layers="free", generations=0)
-    assert len(set(free.kept.values())) > 2
-    assert free.predicted < 0.9 * alike.predicted
-    assert free.tried[0].measured < alike.tried[0].measured
-    bh.save(model, tmp_path / "out")
-    again, ids = bh.load(tmp_path / "out"), tokens()
-    with torch.no_grad():
-        assert torch.equal(again(ids).logits, model(ids).logits)
-
-
-@pytest.mark.nightly
 def test_the_smallest_that_can_be_reached_is():
     _, some = measure_result(params=0.7, layers="free", generations=0)
     least = some.curve[0].left

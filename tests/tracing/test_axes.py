@@ -1,7 +1,6 @@
 """The axis algebra by itself, against maps that list for each position which indices of which leaves it is."""
 
 import itertools
-from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -180,35 +179,6 @@ def test_unified_axes_are_the_same_and_stay_so(world, pairs):
             assert unify(b, a) is result
             assert [places(axis) for axis in world.held] == now
         assert all(places(one) == places(other) for one, other in done)
-
-
-@many
-@given(worlds(), st.tuples(st.integers(0, 2), st.integers(0, 2)))
-def test_it_does_not_matter_which_axis_is_unified_with_which(world, pair):
-    a, b = (world.axes[i] for i in pair)
-    copies = {}
-
-    def copied(axis):
-        if axis not in copies:
-            copies[axis] = Axis(axis.size, axis.op, [copied(part) for part in axis.parts], axis.notes)
-        return copies[axis]
-
-    c, d = copied(a), copied(b)
-    others = [copied(axis) for axis in world.held]
-    one, other = world.tried(unify, a, b), None
-    try:
-        other = unify(d, c)
-    except Irregular:
-        assert one is None
-        return
-    assert one is not None
-    assert other is find(c)
-    numbers = [defaultdict(itertools.count().__next__) for _ in range(2)]  # leaves by the order in which they come
-    said = [
-        [[(numbers[n][leaf], i) for leaf, i in place] for axis in held for place in places(axis)]
-        for n, held in enumerate((world.held, others))
-    ]
-    assert said[0] == said[1]
 
 
 @many

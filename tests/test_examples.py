@@ -100,6 +100,7 @@ def test_transformers_trainer(tmp_path):
     assert bh.load(tmp_path / "model").config.num_key_value_heads == 2
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 def test_trl_sft(tmp_path):
     run("trl_sft.py", tmp_path, "--steps", "2")

@@ -12,7 +12,6 @@ from torch.utils.data import DataLoader
 
 import billhook as bh
 from billhook.cli.main import main
-from billhook.model.layers import prunable
 from kit.cli import pytestmark as quiet
 from kit.fits import trainer
 from kit.pages import ROOT, blocks_in
@@ -145,18 +144,6 @@ def test_torchs_prune():
     assert torch.equal(magnitudes(made["old"]), magnitudes(made["new"]))
 
 
-def test_torchs_prune_of_each_layer():
-    from torch.nn.utils import prune
-
-    old, new = tiny(), tiny()
-    for module in layers(old).values():
-        prune.l1_unstructured(module, "weight", amount=0.5)
-    bh.prune(new, bh.Magnitude(), sparsity=0.5)  # as the table has it
-    assert "| `l1_unstructured` for each layer | `bh.Magnitude()` |" in (ROOT / "docs" / "migrate.md").read_text()
-    for layer, other in zip(layers(old).values(), layers(new).values(), strict=True):
-        assert torch.equal(layer.weight.abs().flatten().sort().values, other.weight.abs().flatten().sort().values)
-
-
 @pytest.mark.filterwarnings("ignore:::torch_pruning.*")
 def test_torch_pruning():
     pytest.importorskip("torch_pruning")
@@ -167,12 +154,6 @@ def test_torch_pruning():
     assert model.config.hidden_size == new.config.hidden_size
     for layer, other in zip(layers(model).values(), layers(new).values(), strict=True):
         assert layer.weight.shape == other.weight.shape
-
-
-def test_settings_of_llm_compressor():
-    assert bh.SparseGPT(damping=0.01, block_size=128) == bh.SparseGPT()
-    model = tiny()
-    assert set(prunable(model)) == {f"model.layers.{name}" for name in layers(model)}  # `targets` are layers
 
 
 @pytest.mark.nightly

@@ -7,8 +7,6 @@ from kit.ranks import asked_for
 from kit.standin import said_by
 
 DAILY = [
-    "on a device-reduce",
-    "on a device-activations",
     *("on the default device-" + name for name in ("prune Magnitude", "prune SparseGPT", "plan channels", "save")),
     "half kernel-prune match",
     "half kernel-repair match",

@@ -16,7 +16,6 @@ from billhook.schedules import (
     MultiStep,
     Ramp,
     Schedule,
-    check_step,
     resolve_step,
 )
 
@@ -71,15 +70,6 @@ def test_every_holds_between_and_end_is_reached_off_beat():
     assert [ramp(step) for step in range(5, 14)] == pytest.approx([0, 0, 0, 3 / 7, 3 / 7, 3 / 7, 6 / 7, 1, 1])
 
 
-def test_every_longer_than_the_ramp_jumps_at_the_end():
-    assert list(Linear(final=0.5, end=10, every=100).changes(20)) == [10]
-
-
-def test_a_ramp_of_no_length_is_a_jump():
-    ramp = Cubic(final=0.5, start=7, end=7)
-    assert (ramp(6), ramp(7)) == (0.0, 0.5)
-
-
 @pytest.mark.parametrize("kind", RAMPS)
 def test_a_ramp_first_changes_after_its_first_interval(kind):
     # 0.7 + (0.1 - 0.7) is not 0.1 in floating point: that must not count as a change
@@ -112,54 +102,25 @@ def test_stairs_given_as_fractions_bind_to_any_length():
 
 
 @pytest.mark.parametrize(
-    ("schedule", "step"),
-    [(Linear(final=0.5), 3), (Constant(0.5, start=0.5), 0), (MultiStep(values=[0.5], steps=[0.5]), 1)],
-)
-def test_unbound_fractions_are_refused(schedule, step):
-    with pytest.raises(ValueError, match=r"fraction of training: call bind\(total_steps\) first"):
-        schedule(step)
-
-
-@pytest.mark.parametrize(
     ("make", "message"),
     [
         (lambda: Linear(final=1.0, every=0), "every=0 must be a whole number of at least 1"),
         (lambda: Linear(final=1.0, start=5, end=4), "end=4 must not be before start=5"),
-        (lambda: Linear(final=1.0, start=0.5, end=0.4), "end=0.4 must not be before start=0.5"),
         (lambda: Linear(final=1.0, start=50, end=0.4).bind(100), "end=40 must not be before start=50"),
         (lambda: Linear(final=math.nan), "final=nan must be a number"),
-        (lambda: Linear(final=0.5, initial=math.inf), "initial=inf must be a number"),
-        (lambda: Constant(math.inf), "value=inf must be a number"),
         (lambda: Constant(0.5, start=-1), "start=-1 is negative"),
         (lambda: Linear(final=0.5, end=1.5), "end=1.5 as a float is a fraction"),
-        (lambda: Linear(final=0.5, end=True), "end=True must be an int"),
         (lambda: Linear(final=0.5, end="10"), "end='10' must be an int"),
         (lambda: Linear(final=0.5, end=101).bind(100), "end=101 is past the end of training, which has 100"),
-        (lambda: Constant(0.5, start=101).bind(100), "start=101 is past the end"),
         (lambda: Exponential(final=1.0), "final=1.0 must be below 1"),
-        (lambda: Exponential(final=0.5, initial=1.0), "initial=1.0 must be below 1"),
         (lambda: MultiStep(values=[], steps=[]), "same length, at least 1"),
-        (lambda: MultiStep(values=[0.1], steps=[1, 2]), "got 1 and 2"),
         (lambda: MultiStep(values=[0.1, 0.2], steps=[2, 1]), r"steps=\[2, 1\] must ascend"),
-        (lambda: MultiStep(values=[0.1, 0.2], steps=[60, 0.5]).bind(100), r"steps=\[60, 50\] must ascend"),
-        (lambda: MultiStep(values=[0.1, math.nan], steps=[1, 2]), "values=nan must be a number"),
-        (lambda: MultiStep(values=[0.1], steps=[1], initial=math.inf), "initial=inf must be a number"),
         (lambda: MultiStep(values=[0.1], steps=[-1]), "steps=-1 is negative"),
-        (lambda: MultiStep(values=[0.1], steps=[200]).bind(100), "steps=200 is past the end"),
     ],
 )
 def test_what_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
-
-
-def test_steps_and_fractions():
-    assert (resolve_step(0, 10), resolve_step(10, 10), resolve_step(0.0, 10), resolve_step(1.0, 10)) == (0, 10, 0, 10)
-    assert resolve_step(1, 10) == 1  # not the end of training, which is 1.0
-    with pytest.raises(ValueError, match="at=11 is past"):
-        resolve_step(11, 10, "at")
-    with pytest.raises(ValueError, match="at=nan as a float"):
-        check_step(math.nan, "at")
 
 
 @given(
@@ -237,10 +198,6 @@ class TestEverySchedule:
     def test_fractions_must_be_bound(self, kind):
         with pytest.raises(ValueError, match="is a fraction of training: call bind"):
             kind(**settings_of(kind, 0.5, 0.25))(7)
-
-    def test_values_must_be_finite(self, kind):
-        with pytest.raises(ValueError, match="must be a number|must be below 1"):
-            kind(**settings_of(kind, math.inf, 3))
 
     def test_configured_by_its_place_or_its_short_name(self, kind):
         settings, parser = settings_of(kind, 0.5, 3), jsonargparse.ArgumentParser()

@@ -9,7 +9,6 @@ import torch
 
 import billhook as bh
 from billhook.calibration.calibration import read_batches
-from billhook.calibration.examples import pack
 from billhook.calibration.reading import load_splits
 from billhook.model.preprocessors import tokenizer_of
 from kit.families import llama
@@ -74,16 +73,6 @@ def test_the_seed_decides_which_rows(model, play):
 def test_each_source_gives_a_row_at_least():
     given = bh.Calibration(["tiny", "generated"], weights=[1000, 1], tokens=64, length=16)
     assert given.examples(16) == {"tiny": 4, "generated": 1}
-
-
-def test_chats_are_packed_through_the_template(model):
-    tokenizer = tokenizer_of(model)
-    tokenizer.chat_template = "{% for m in messages %}<{{ m['role'] }}> {{ m['content'] }}\n{% endfor %}"
-    chats = [[{"role": "user", "content": f"question {n}"}, {"role": "assistant", "content": f"answer {n}"}] for n in range(9)]
-    blocks = pack({"messages": chats}, tokenizer, 16, ["messages"], documents=True)["input_ids"]
-    text = tokenizer.decode([token for block in blocks for token in block])
-    assert {len(block) for block in blocks} == {16}
-    assert "<user> question 0\n<assistant> answer 0\n<user> question 1" in text
 
 
 @pytest.mark.nightly

@@ -162,13 +162,3 @@ def test_which_rows_are_plain_text():
 def test_labels_of_a_batch_are_those_of_its_blocks_or_else_all_tokens():
     batch = collate_packed([{"input_ids": [1, 2], "labels": [IGNORE_INDEX, 2]}, {"input_ids": [3, 4], "labels": None}])
     assert batch["labels"].tolist() == [[IGNORE_INDEX, 2], [3, 4]]
-
-
-@pytest.mark.parametrize("most", [1, 30, 10_000])
-def test_texts_that_are_encoded_a_few_at_once_have_the_same_tokens(monkeypatch, most):
-    tokenizer = AutoTokenizer.from_pretrained(model_path("tiny"))
-    texts = ["The old gardener knew.", "And why?", "", "Nobody knows, they say. " * 9, "Once upon a time"]
-    expected = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts if text]
-    monkeypatch.setattr("billhook.calibration.conversations.CHARACTERS", most)
-    found = [one.ids for one in encode({"text": texts}, tokenizer, ["text"], True, False)]
-    assert [ids[:-1] for ids in found] == expected

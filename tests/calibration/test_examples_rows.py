@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from billhook.assets import model_path
-from billhook.calibration.examples import DeterministicMasking, classify, collate_packed, map_rows, pack, translate
+from billhook.calibration.examples import DeterministicMasking, classify, map_rows, pack, translate
 from billhook.calibration.reading import check_columns, is_line_text, load_splits
 
 DOCUMENTS = ["The first document, of some length.", "A second: shorter.", 'The "third",\nwith a line break & ümlauts.']
@@ -109,13 +109,6 @@ def test_the_remainder_is_left_out(tokenizer):
     assert pack({"text": ["one"]}, tokenizer, 99, ["text"], True)["input_ids"] == []
 
 
-def test_several_files_and_splits(tmp_path, tokenizer):
-    one, two = write(tmp_path, "a.jsonl", DOCUMENTS[:2]), write(tmp_path, "b.jsonl", DOCUMENTS[2:])
-    splits = load_splits({"train": [one, two], "validation": two})
-    assert flat(blocks(splits["train"], tokenizer)) == by_hand(tokenizer, DOCUMENTS)
-    assert splits["validation"]["text"][:] == DOCUMENTS[2:]
-
-
 def test_null_and_blank_documents_do_not_count(tmp_path, tokenizer):
     path = tmp_path / "a.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in (None, DOCUMENTS[0], "", " \n", DOCUMENTS[1], None)))
@@ -124,11 +117,6 @@ def test_null_and_blank_documents_do_not_count(tmp_path, tokenizer):
     path.write_text('number,text\n1,"One document, then nothing"\n2,\n3,And another one of these\n')
     expected = by_hand(tokenizer, ["One document, then nothing", "And another one of these"])
     assert flat(blocks(load_splits({"train": str(path)})["train"], tokenizer)) == expected
-
-
-def test_a_file_name_is_the_training_split(tmp_path):
-    path = write(tmp_path, "a.jsonl", DOCUMENTS)
-    assert {split: rows["text"][:] for split, rows in load_splits(path).items()} == {"train": DOCUMENTS}
 
 
 @pytest.mark.parametrize("streaming", [False, True])
@@ -145,19 +133,6 @@ def test_a_folder_of_text_runs_on(tmp_path, tokenizer):
     assert is_line_text(rows)
     ids = tokenizer("One line\nand the next,\nand the last", add_special_tokens=False)["input_ids"]
     assert flat(blocks(rows, tokenizer)) == ids[: len(ids) // 4 * 4]
-
-
-def test_a_folder_named_like_a_file(tmp_path):
-    folder = tmp_path / "corpus.txt"
-    folder.mkdir()
-    write(folder, "train.jsonl", DOCUMENTS)
-    assert load_splits(str(folder))["train"]["text"][:] == DOCUMENTS
-
-
-def test_the_embedded_text():
-    splits = load_splits("tiny")
-    assert set(splits) == {"train", "validation"}
-    assert all("text" in rows.column_names and len(rows) for rows in splits.values())
 
 
 def test_rows_are_cached(tmp_path, tokenizer, monkeypatch):
@@ -181,15 +156,6 @@ def test_rows_are_cached(tmp_path, tokenizer, monkeypatch):
     other = encode(length=6)
     assert other._fingerprint != first._fingerprint
     assert {len(row) for row in other["input_ids"]} == {6}
-
-
-def test_another_end_token_is_another_cache_entry(tmp_path, tokenizer):
-    rows = load_splits({"train": write(tmp_path, "a.jsonl", DOCUMENTS)})["train"]
-    other = AutoTokenizer.from_pretrained(model_path("tiny"))
-    other.eos_token = "a"
-    assert other.eos_token_id not in (None, tokenizer.eos_token_id)
-    assert flat(blocks(rows, tokenizer)) != flat(blocks(rows, other))
-    assert flat(blocks(rows, other))[-8:].count(other.eos_token_id) >= 1
 
 
 def test_a_document_ends_with_the_separator_where_there_is_no_end_token():
@@ -257,12 +223,6 @@ def test_texts_must_be_texts(tokenizer):
         translate({"a": ["x"], "b": [None]}, tokenizer, ("a", "b"), (9, 9))
     with pytest.raises(ValueError, match="'text' must hold text in every row. Got 5"):
         pack({"text": [5, 6]}, tokenizer, 2, ["text"], True)
-
-
-def test_blocks_to_batch():
-    batch = collate_packed([{"input_ids": [1, 2]}, {"input_ids": [3, 4]}])
-    assert batch["input_ids"].tolist() == batch["labels"].tolist() == [[1, 2], [3, 4]]
-    assert batch["input_ids"].data_ptr() != batch["labels"].data_ptr()
 
 
 def test_masks_depend_on_the_blocks_alone():

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 import billhook as bh
-import billhook.calibration.generated as module_of_rows
 from billhook.assets import model_path
 from billhook.model.preprocessors import tokenizer_of
 from kit.families import llama
@@ -30,34 +29,6 @@ def test_rows_are_full_and_the_same_again(model):
     assert not torch.equal(found, rows(bh.generated(model, examples=3, length=24, seed=1)))
     assert torch.equal(before, torch.get_rng_state())
     assert model.training == mode
-
-
-def test_an_interrupted_call_goes_on_after_the_finished_rows(model, tmp_path, monkeypatch):
-    for name, value in {"AT_ONCE": 2, "CACHES": 1}.items():
-        monkeypatch.setattr(module_of_rows, name, value)
-    whole, sampled, lengths = rows(bh.generated(model, examples=5, length=16)), module_of_rows._continued, []
-
-    def stops(model, ids, *rest):
-        if len(lengths) == 2:
-            raise KeyboardInterrupt
-        lengths.append(len(ids))
-        return sampled(model, ids, *rest)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(module_of_rows, "_continued", stops)
-        with pytest.raises(KeyboardInterrupt):
-            bh.generated(model, examples=5, length=16, folder=tmp_path)
-    made = []
-    monkeypatch.setattr(
-        module_of_rows, "_continued", lambda model, ids, *rest: made.append(len(ids)) or sampled(model, ids, *rest)
-    )
-    assert torch.equal(whole, rows(bh.generated(model, examples=5, length=16, folder=tmp_path)))
-    assert made == [1]
-    other = rows(bh.generated(model, examples=5, length=16, seed=1, folder=tmp_path))
-    assert torch.equal(other, rows(bh.generated(model, examples=5, length=16, seed=1)))
-    for file in tmp_path.iterdir():
-        file.write_bytes(b"damaged")
-    assert torch.equal(whole, rows(bh.generated(model, examples=5, length=16, folder=tmp_path)))
 
 
 def test_rows_begin_within_an_eighth_of_their_length():

@@ -10,6 +10,7 @@ import transformers
 from peft import LoraConfig
 
 import billhook as bh
+from billhook.checkpoints.export import export
 from billhook.fit.resume import check_callbacks
 from kit import shrinks
 from kit.families import llama, tokens
@@ -192,3 +193,31 @@ def test_another_search_is_refused_on_resume():
     with pytest.raises(ValueError, match=r"run has Shrinking\{.*0\.8.*, but this run has Shrinking\{.*0\.7"):
         check_callbacks([callback], states)
     check_callbacks([callback], {callback.state_key: {}})
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize(
+    ("options", "blocks"),
+    [({"params": 0.94, "layers": "free"}, 2), ({"params": 0.84, "layers": "free"}, 4), ({"params": 0.82, "round_to": 1}, 4)],
+    ids=["free", "free, without blocks", "alike, without blocks"],
+)
+def test_resumed_equals_straight_through_and_a_checkpoint_is_exported(files, tmp_path, options, blocks):
+    options = options | {"at": 3}
+    lit, whole, watch = module(num_hidden_layers=blocks), shrinking(**options), Watch()
+    first = trainer(tmp_path, [whole, watch, checkpoints(tmp_path)])
+    first.fit(lit, data(files))
+    assert (whole.shrunk.blocks is not None) == (blocks == 4) == (len(lit.model.model.layers) < blocks)
+    for stop in (1, 4):
+        resumed, again, later = module(seed=1, num_hidden_layers=blocks), shrinking(**options), Watch()
+        torch.manual_seed(stop)
+        run = trainer(tmp_path, [again, later])
+        run.fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
+        assert same(weights(resumed), weights(lit)), stop
+        assert later.seen == watch.seen[stop:]
+        assert repr(again.events) == repr(whole.events)
+        for left, right in zip(run.optimizers[0].state.values(), first.optimizers[0].state.values(), strict=True):
+            assert same(left, right)
+    export(tmp_path / "step=8.ckpt", tmp_path / "out")
+    ids = tokens()
+    with torch.no_grad():
+        assert torch.equal(bh.load(tmp_path / "out")(ids).logits, lit.model.eval()(ids).logits)

@@ -16,7 +16,7 @@ from billhook.model.layers import prunable
 from kit.adapters import gpt2
 from kit.families import llama
 from kit.fits import data, same, trainer, weights
-from kit.weight_pruning import EPOCHS, RAMP, Plain, checkpoints, injected, loader, pruning
+from kit.weight_pruning import EPOCHS, RAMP, ROUNDS, Plain, checkpoints, injected, loader, pruning
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*callbacks used to create the checkpoint need to be provided")
 
@@ -178,3 +178,29 @@ def test_what_will_be_left_out_is_told_before_training(masked, tmp_path, caplog)
     assert [line.partition(".")[0] for line in told] == [
         f"WeightPruning: {len(callback.masks)} of the pruned linear layers have adapters"
     ] * (not masked)
+
+
+KINDS = {
+    "rounds": {"sparsity": RAMP, "mask_adapters": True},
+    "start": {"pattern": "2:4"},
+}
+
+
+@pytest.mark.nightly
+@pytest.mark.parametrize("kind", KINDS)
+def test_resumed_equals_straight_through(files, tmp_path, kind):
+    """Stopped before, at, between and after rounds; in a new module, or in one whose adapters are masked already."""
+    straight, whole = injected(), pruning(**{"mask_adapters": True} | KINDS[kind])
+    watch = Watch(whole)
+    trainer(tmp_path, [whole, watch, checkpoints(tmp_path)]).fit(straight, data(files))
+    assert watch.seen == ([0.5] * 8 if kind == "start" else ROUNDS)
+    used = copy.deepcopy(straight)
+    for stop, resumed in ((2, used), (3, injected(seed=1)), (4, used), (6, injected(seed=1))):
+        callback = pruning(**{"mask_adapters": True} | KINDS[kind])
+        watch = Watch(callback)
+        trainer(tmp_path, [callback, watch]).fit(resumed, data(files), ckpt_path=tmp_path / f"step={stop}.ckpt")
+        assert watch.seen == ([0.5] * 8 if kind == "start" else ROUNDS)[stop:]
+        assert same(weights(resumed), weights(straight)), stop
+        assert same(callback.masks, whole.masks)
+        assert torch.equal(logits(resumed.model), logits(straight.model))
+    merges_exactly(resumed, callback)

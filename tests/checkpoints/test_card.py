@@ -1,7 +1,6 @@
 """The model card beside a checkpoint says what its record says."""
 
 import json
-import os
 from importlib import metadata
 
 import pytest
@@ -9,7 +8,6 @@ import transformers
 from huggingface_hub import ModelCard
 
 import billhook as bh
-from billhook.checkpoints.origin import hub_name
 from kit.families import llama
 
 SIZES = {"params": 1000, "zeros": 0, "kv_cache_bytes": None, "flops": 20}
@@ -102,13 +100,6 @@ def test_metadata_as_the_hub_reads_it(tmp_path):
     assert front(tmp_path / "third") == plain  # a folder is none of the hub's
 
 
-def test_the_packaged_model_is_named_by_its_name(tmp_path):
-    bh.save(bh.load("tiny"), tmp_path / "out")
-    text = (tmp_path / "out" / "README.md").read_text()
-    assert "\n# tiny, saved with billhook\n" in text
-    assert "Made from a local folder, tiny (" in text
-
-
 def test_the_folder_that_it_was_made_of_is_named_without_its_place(tmp_path):
     llama().save_pretrained(tmp_path / "dense")
     bh.save(bh.load(tmp_path / "dense"), tmp_path / "small", record={"events": EVENTS})
@@ -149,12 +140,6 @@ def test_what_a_record_holds_is_neither_html_nor_markdown(tmp_path):
     assert "<script" not in text
     assert "](http://" not in text.replace("\\](http://", "")
     assert all(line.count("|") == line.count("\\|") for line in text.splitlines() if "alert" in line and line[0] != "|")
-
-
-def test_a_few_words_for_an_event_and_the_rest_below_it(tmp_path):
-    said = {"label": "structure, -10 %", "what": "1,000 -> 900 parameters (without 6 heads in 3 attention modules; Taylor)"}
-    text = saved(tmp_path, {"events": [EVENTS[0] | said, EVENTS[1] | {"label": EVENTS[1]["what"]}]})
-    assert f"- step 2: structure, -10 %\n  - {said['what']}\n- step 3: a\\|b c\n" in text
 
 
 def test_tags_and_library_say_what_it_is(tmp_path):
@@ -238,20 +223,6 @@ def test_of_a_family_of_the_users_own(tmp_path):
     model = OwnForCausalLM(OwnConfig.from_dict({**llama().config.to_dict(), "model_type": "own"}))
     bh.save(model, tmp_path / "small", record={"steps": 1})
     assert 'billhook.load("small")' in (tmp_path / "small" / "README.md").read_text()
-
-
-def test_names_of_the_hub(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    os.makedirs("runs/1")
-    assert [hub_name(name) for name in ("gpt2", "owner/model")] == ["gpt2", "owner/model"]
-    assert [hub_name(name) for name in ("", "runs/1", "runs/1/model", "/work/model", "../model")] == [None] * 5
-
-
-def test_an_earlier_card_is_replaced(tmp_path):
-    saved(tmp_path, {"steps": 8})
-    record = json.loads((tmp_path / "small" / "billhook.json").read_text())
-    assert sorted(record["files"]) == sorted(os.listdir(tmp_path / "small"))
-    assert "8 training steps" not in saved(tmp_path, {"note": "unchanged"})
 
 
 def test_without_a_record_the_card_says_what_is_known(tmp_path):

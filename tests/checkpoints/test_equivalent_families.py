@@ -3,11 +3,10 @@ import json
 import pytest
 import torch
 import transformers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 import billhook
 from billhook import TransformerModule
-from billhook.assets import model_path
 from billhook.checkpoints import equivalent
 from billhook.checkpoints.equivalent import EQUIVALENT, Family
 from billhook.checkpoints.export import export
@@ -15,9 +14,8 @@ from billhook.checkpoints.save import FORMATS, load, save
 from billhook.model.shape import KEY, shape_of
 from billhook.pruning.planning import prune_units
 from kit.equivalents import FOUR, same, three_of_four, written
-from kit.families import EXTRA, build, llama, tokens
+from kit.families import EXTRA, build, tokens
 from kit.fits import trainer
-from kit.shaped import narrow
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -80,21 +78,6 @@ def test_a_llama_with_biases_is_saved_as_what_has_them(case, tmp_path):
     assert torch.equal(again.train()(ids, labels=ids).loss, model.train()(ids, labels=ids).loss)
 
 
-@pytest.mark.daily("Mistral-*-default", "SeedOss-*-llama3")
-@pytest.mark.parametrize("rope", [{}, {"rope_parameters": LLAMA3}], ids=["default", "llama3"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-@pytest.mark.parametrize("family", EQUIVALENT["Llama"], ids=lambda f: f.name)
-def test_every_equivalence_holds(family, tied, rope, tmp_path, monkeypatch):
-    monkeypatch.setattr(equivalent, "EQUIVALENT", {"Llama": (family,)})
-    model = three_of_four(tie_word_embeddings=tied, **rope)
-    saved = save(model, tmp_path / "a")
-    assert saved.way == "equivalent"
-    again = AutoModelForCausalLM.from_pretrained(tmp_path / "a")
-    assert type(again).__name__ == f"{family.name}ForCausalLM"
-    assert same(again, model)
-    assert (again.lm_head.weight is again.model.embed_tokens.weight) == tied
-
-
 @pytest.mark.daily("olmo", "granite")
 @pytest.mark.parametrize("family", OWN)
 def test_a_class_that_reads_the_width_of_heads_says_it(family, tmp_path):
@@ -125,22 +108,6 @@ def test_a_config_of_another_family_with_the_same_code(tmp_path):
     model = three_of_four("internlm3")
     assert save(model, tmp_path / "a").family == "mistral"
     assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "a"), model)
-
-
-def test_all_layers_narrower_by_hand_is_plain(tmp_path):
-    model = llama()
-    narrow(model, 0, 20)
-    narrow(model, 1, 20)
-    assert save(model, tmp_path / "a").way == "plain"
-    assert written(tmp_path / "a")["intermediate_size"] == 20
-    assert same(AutoModelForCausalLM.from_pretrained(tmp_path / "a"), model)
-
-
-def test_layers_that_differ_are_shaped(tmp_path):
-    model = build("llama", **FOUR)
-    prune_units(model, {0: [1]})
-    assert save(model, tmp_path / "a").way == "shaped"
-    assert same(load(tmp_path / "a"), model)
 
 
 @pytest.mark.parametrize("task", ["Model", "ForSequenceClassification", "ForTokenClassification"])
@@ -199,13 +166,6 @@ def test_the_generation_config_comes_along(tmp_path):
     model.generation_config.max_new_tokens = 7
     save(model, tmp_path / "a")
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "a").generation_config.max_new_tokens == 7
-
-
-def test_a_tokenizer_reads_the_same_beside_it(tmp_path):
-    tokenizer = AutoTokenizer.from_pretrained(model_path("tiny"))
-    save(three_of_four(vocab_size=2048), tmp_path / "a", tokenizer)
-    text = "To be, or not to be:\n  that is the question?"
-    assert AutoTokenizer.from_pretrained(tmp_path / "a")(text)["input_ids"] == tokenizer(text)["input_ids"]
 
 
 def test_it_is_said(tmp_path):

@@ -90,14 +90,6 @@ def test_a_module_of_the_users_own(name, tmp_path):
     assert same_logits(tmp_path / "out", getattr(module, name))
 
 
-def test_a_model_in_bfloat16_keeps_its_dtype(tmp_path):
-    model = transformers.LlamaForCausalLM._from_config(build().config, dtype=torch.bfloat16)
-    module = billhook.TransformerModule(model)
-    path = fit(module, tmp_path, [conversion()], precision="bf16-true")
-    assert export(path, tmp_path / "out").difference == 0
-    assert billhook.load(tmp_path / "out").dtype == torch.bfloat16
-
-
 def test_the_tokenizer_is_the_one_that_training_started_from(tmp_path, recwarn):
     module = billhook.TransformerModule("tiny")
     path = fit(module, tmp_path, [])
@@ -212,43 +204,28 @@ SCALING = "model.layers.0.self_attn.scaling"
 HOSTILE = {
     "class is no model": _set(**{"class": "Trainer"}),
     "class is abstract": _set(**{"class": "PreTrainedModel"}),
-    "class is a module": _set(**{"class": "models"}),
     "class is dotted": _set(**{"class": "os.system"}),
     "class is of another config": _set(**{"class": "BertForMaskedLM"}),
-    "class is a number": _set(**{"class": 3}),
     "class is missing": lambda held: held.pop("class"),
     "prefix is a number": _set(prefix=0),
     "prefix is another": _set(prefix="net."),
     "name is a list": _set(name_or_path=["a"]),
     "config is no JSON": _set(config="{"),
-    "config is a list": _set(config="[1]"),
     "config is deep": _set(config="[" * 100000),
-    "config has no type": _set(config="{}"),
     "type is unknown": _config(model_type="own"),
-    "type is a list": _config(model_type=["llama"]),
     "key is a method": _config(to_dict=1, get_text_config=2),
     "dtype is none": _config(dtype="load"),
     "size is negative": _config(hidden_size=-16),
-    "size is zero": _config(num_attention_heads=0),
     "size is huge": _config(hidden_size=2**40, intermediate_size=2**40),
-    "size is text": _config(hidden_size="16"),
     "layers are endless": _config(num_hidden_layers=10**12),
-    "layers are too few": _config(num_hidden_layers=1),
     "activation is unknown": _config(hidden_act="__import__"),
-    "shape is a list": _set(shape=[1]),
-    "shape is empty": _set(shape={}),
-    "shape has text": _shape("tensors", lm_head__weight=["a", "b"]),
-    "shape is not a size": _shape("tensors", lm_head__weight=3),
-    "shape is negative": _shape("tensors", lm_head__weight=[-50, 16]),
     "shape is huge": _shape("tensors", lm_head__weight=[2**40, 2**40]),
-    "shape has a dimension more": _shape("tensors", lm_head__weight=[50, 16, 1]),
     "shape has fewer than the weights": _shape("tensors", model__layers__0__mlp__down_proj__weight=[16, 8]),
     "shape is of another": _shape("tensors", other__weight=[1]),
     "shape contradicts": _shape("config", num_hidden_layers=10**9),
     "shape lacks one": lambda held: held["shape"]["tensors"].pop("lm_head.weight"),
     "constants are text": _set(constants="x"),
     "a constant is text": _constant(**{SCALING: "0.5"}),
-    "a constant is a list": _constant(**{SCALING: [0.5]}),
     "a constant is past 64 bits": _constant(**{SCALING: 10**5000}),
     "a constant is another": _constant(**{SCALING: 1e18}),
     "constants are missing": lambda held: held.pop("constants"),
@@ -286,13 +263,6 @@ def test_constants_from_a_file_are_only_compared(good, tmp_path):
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert again.model.layers[0].self_attn.attention_dropout == 0.0
     assert "x" not in vars(again.model)
-
-
-def test_an_entry_that_is_no_dict_is_refused(good, tmp_path):
-    for entry in ("text", [1], 3):
-        torch.save(good | {KEY: entry}, tmp_path / "hostile.ckpt")
-        with pytest.raises(ValueError, match="has a malformed entry 'billhook"):
-            export(tmp_path / "hostile.ckpt", tmp_path / "out")
 
 
 def test_what_would_fetch_code_is_not_looked_at(good, tmp_path, monkeypatch):
@@ -345,13 +315,6 @@ def test_a_config_that_derives_fields_of_those_within_it(tmp_path):
     config = transformers.MoshiConfig(**SIZES, ffn_dim=16, audio_vocab_size=50)
     config.depth_decoder_config.input_size += 1
     assert exported(transformers.MoshiForCausalLM(config), tmp_path).way == "plain"
-
-
-def test_experts_of_any_size(tmp_path):
-    model = transformers.MixtralForCausalLM(
-        transformers.MixtralConfig(**SIZES | {"intermediate_size": 21}, num_key_value_heads=2, num_local_experts=2)
-    )
-    assert exported(model, tmp_path).way == "plain"
 
 
 def test_a_model_that_lost_tokens_before_training_is_exported_with_the_tokenizer_that_is_left(tmp_path):

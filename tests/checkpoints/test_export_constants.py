@@ -6,14 +6,11 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import transformers
-from torch import nn
 
 import billhook as bh
 from billhook.adapters.checkpoint import save_adapters
 from billhook.checkpoints.export import export
 from billhook.model.checkpoint_shape import save_shape
-from billhook.model.constants import record_constants
-from billhook.model.transformers_internals import follows_inputs
 from kit.families import build, recompute, tokens
 from kit.fits import data, trainer
 from kit.weight_pruning import checkpoints
@@ -155,44 +152,7 @@ def test_residual_channels_of_a_model_that_scales_its_embeddings(precision, file
         export(path, tmp_path / "other")
 
 
-class Table(nn.Module):
-    def __init__(self, *values, saved=False):
-        super().__init__()
-        self.register_buffer("table", torch.tensor(*values), persistent=saved)
-
-
 def test_a_table_in_bfloat16(tmp_path):
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64, "rotary_dim": 8, "vocab_size": 64}
     model = transformers.GPTJForCausalLM(transformers.GPTJConfig(**sizes, bos_token_id=1, eos_token_id=2))
     assert exported(model.bfloat16(), tmp_path).way == "plain"
-
-
-def test_what_forwards_change():
-    assert follows_inputs(build("llama", rope_parameters=DYNAMIC).model.rotary_emb, "inv_freq")
-    assert not follows_inputs(build("llama", rope_parameters=DYNAMIC).model.rotary_emb, "original_inv_freq")
-    assert not follows_inputs(build("llama").model.rotary_emb, "inv_freq")
-    two = build("gemma3_text", layer_types=["sliding_attention", "full_attention"]).model.rotary_emb
-    assert not follows_inputs(two, "full_attention_inv_freq")
-    two.rope_type["full_attention"] = "dynamic"
-    assert follows_inputs(two, "full_attention_inv_freq")
-
-
-def test_what_is_recorded():
-    table = Table([1.0, 2.0])
-    table.count, table.flag, table.rate, table.none, table.name, table._hidden, table.dropout = 1, True, 0.5, None, "a", 2, 0.1
-    record = record_constants(nn.ModuleDict({"a": table, "saved": Table([1.0], saved=True)}))
-    assert record.keys() == {"a.count", "a.flag", "a.rate", "a.none", "checksum of a.table [2]"}
-    assert record["a.rate"] == 0.5
-
-
-@pytest.mark.parametrize(
-    ("then", "now"), [([1.0, 2.0], [2.0, 1.0]), ([1.0], [-1.0]), ([True, False], [True, True]), ([1 + 2j], [1 + 3j])]
-)
-def test_other_values_have_another_checksum(then, now):
-    (name, before), (same, after) = (next(iter(record_constants(Table(values)).items())) for values in (then, now))
-    assert name == same
-    assert before != after
-
-
-def test_a_table_that_has_grown_is_another():
-    assert record_constants(Table([1.0])).keys().isdisjoint(record_constants(Table([1.0, 2.0])))

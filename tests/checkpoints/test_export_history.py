@@ -81,11 +81,7 @@ EVENT = {"number": 0, "step": 1, "what": "less", "before": {}, "after": {}}
 LOSS = dict.fromkeys(["source", "inside", "before", "after", "ratio", "ratio_error", "kl", "kl_error"], 1.0)
 HOSTILE = {
     "no states": {},
-    "how it was trained is text": {"billhook_trained": "x"},
     "how it was trained is no plain data": {"billhook_trained": {"training": {"seed": {1}}, "metrics": 3}},
-    "states are a list": {"callbacks": [1]},
-    "a state is text": {"callbacks": {"a": "b"}},
-    "events are text": {"callbacks": {"a": {"events": "b"}}},
     "an event is text": {"callbacks": {"a": {"events": ["b"], "last": "c"}}},
     "an event has no step": {"callbacks": {"a": {"events": [{name: EVENT[name] for name in EVENT if name != "step"}]}}},
     "a step is text": {"callbacks": {"a": {"events": [EVENT | {"step": "1"}]}}},

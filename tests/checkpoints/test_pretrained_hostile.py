@@ -81,18 +81,12 @@ FOLDERS = {
     "code for its type": (config(auto_map=AUTO, model_type="evil"), "custom code|not a config of a family"),
     "code, and a word for it": (config(auto_map=AUTO, model_type="evil", trust_remote_code=True), "custom code|not a config"),
     "a kernel": (config(_attn_implementation="evil/kernel"), "asks for the kernel 'evil/kernel', which is code"),
-    "a kernel by another name": (config(attn_implementation="evil/kernel@v1"), "asks for the kernel"),
-    "a kernel for a part": (config(attn_implementation={"text": "evil/kernel"}), "asks for the kernel"),
     "a kernel for experts": (config(experts_implementation="evil/kernel"), "asks for the kernel"),
     "endless layers": (config(num_hidden_layers=10**12), "asks for 1000000000000 blocks"),
-    "endless experts": (config(num_local_experts=10**12), "asks for 2 blocks and 1000000000000 experts"),
     "a huge width": (config(hidden_size=10**18), "cannot be loaded|not a config"),
-    "a huge vocabulary": (config(vocab_size=10**18), "cannot be loaded|not a config"),
-    "a negative width": (config(hidden_size=-16), "cannot be loaded|not a config"),
     "a width of text": (config(hidden_size="16"), "not a config of a family"),
     "no heads": (config(num_attention_heads=0), "cannot be loaded|not a config"),
     "a dunder class": (config(architectures=["__class__"]), "which transformers does not have"),
-    "a dotted class": (config(architectures=["os.system"]), "which transformers does not have"),
     "a class of numbers": (config(architectures=3), "which transformers does not have|not a config"),
     "a class of another family": (config(architectures=["BertForMaskedLM"]), "no BertForMaskedLM is built"),
     "an abstract class": (config(architectures=["PreTrainedModel"]), "no PreTrainedModel is built"),
@@ -100,17 +94,12 @@ FOLDERS = {
     "no such dtype": (config(dtype="load_library"), "cannot be loaded|not a config"),
     "a type that is a list": (config(model_type=["llama"]), "not a config of a family"),
     "a rope of its own": (config(rope_parameters={"rope_type": "evil"}), "cannot be loaded|not a config"),
-    "a list": (written("config.json", "[1]"), "not a config of a family"),
     "deep": (written("config.json", "[" * 200000), "not a config of a family .*: RecursionError"),
     "no text": (written("config.json", b"\xff\xfe\x00"), "has no config that can be read"),
     "a header far too long": (header(b"", 2**63 - 1), "cannot be loaded: SafetensorError"),
-    "a header that is long": (header(b"{}", 10**9), "cannot be loaded: SafetensorError"),
-    "a header of junk": (header(b"junk"), "cannot be loaded: SafetensorError"),
     "far offsets": (header(FAR), "cannot be loaded: SafetensorError"),
     "a pickle": (pickled, "cannot be loaded: UnpicklingError"),
     "a shard elsewhere": (index(metadata={}, weight_map={"model.norm.weight": "../evil.py"}), "cannot be loaded"),
-    "a list of shards": (index(weight_map=[1]), "cannot be loaded"),
-    "no shards": (index(), "cannot be loaded"),
     "generation by a list": (written("generation_config.json", "[]"), "cannot be loaded"),
 }
 
@@ -151,12 +140,6 @@ def test_a_tokenizer_with_code(good, tmp_path):
     config(model_type="evil", auto_map=AUTO)(folder)
     with pytest.raises(ValueError, match="code that comes with it"):
         _ = bh.TextDataModule("tiny", str(folder)).tokenizer
-
-
-def test_where_it_says_that_it_came_from_does_not_matter(good, tmp_path):
-    folder = shutil.copytree(good, tmp_path / "bad")
-    config(_name_or_path="../../../etc", auto_map=AUTO, trust_remote_code=True)(folder)
-    assert bh.load(folder).name_or_path == str(folder)
 
 
 @pytest.mark.parametrize(
@@ -223,23 +206,16 @@ def size(value):
 
 CKPTS = {
     "a class for weights": (lambda held, bomb: held.update(state_dict=bomb), "Weights only load failed"),
-    "a class beside": (lambda held, bomb: held.update(other=bomb), "Weights only load failed"),
     "a class for a shape": (lambda held, bomb: held.update(billhook=bomb), "Weights only load failed"),
     "an entry of text": (lambda held, _: held.update(billhook="x"), "class is missing or has the wrong type"),
-    "an entry of nothing": (lambda held, _: held.update(billhook={}), "class is missing or has the wrong type"),
     "no class": (entry(**{"class": 3}), "class is missing or has the wrong type"),
     "no config": (entry(config=3), "config is missing or has the wrong type"),
     "a config that is no JSON": (entry(config="{"), "config: Expecting property name"),
     "a deep config": (entry(config="[" * 200000), "config: maximum recursion"),
-    "a config of a list": (entry(config="[1]"), "config is not a mapping"),
     "a later version": (entry(version=9), "has version 9"),
     "no shape": (entry(shape={}), r"shape.tensors is 'None', but must be a mapping"),
-    "a shape of a list": (entry(shape=[1]), "shape is missing or has the wrong type"),
     "a huge size": (size([10**9, 10**9]), r"gives .*k_proj.weight the size .*, but its weight has \(8, 16\)"),
-    "a size past 64 bits": (size([10**30, 1]), "must be a short list of integers"),
     "a negative size": (size([-16, 16]), "must be a short list of integers"),
-    "a fraction": (size([8.5, 16]), "must be a short list of integers"),
-    "a number for a size": (size(3), "must be a short list of integers"),
     "a dimension more": (size([8, 16, 1]), "but its weight has"),
     "a size that is not held": (shape("tensors", other=[2**30, 2**20]), "values without weights"),
     "a tensor that is not there": (shape("tensors", other=[2]), "contains a different model"),
@@ -248,13 +224,10 @@ CKPTS = {
         shape("attributes", model__layers__0__self_attn__num_key_value_groups=10**30),
         "must be a 64-bit integer",
     ),
-    "a config past 64 bits": (shape("config", num_key_value_heads=10**30), "must be a 64-bit integer"),
     "lists that are none": (shape("lists", layer_types=3), "must be a list of plain values"),
-    "a list of lists": (shape("lists", layer_types=[[1]]), "must be a list of plain values"),
     "a list that no config takes": (shape("lists", eos_token_id=["a"]), "eos_token_id"),
     "blocks of text": (shape("blocks", model__layers="x"), "must be a number of blocks"),
     "blocks that are far": (shape("blocks", model__layers=[2, [0, 5]]), "must be a number of blocks"),
-    "blocks below": (shape("blocks", model__layers=[2, [-1]]), "must be a number of blocks"),
     "a block twice": (shape("blocks", model__layers=[2, [0, 0]]), "must be a number of blocks"),
     "endless blocks": (shape("blocks", model__layers=[10**9, [0]]), "had 1000000000 blocks originally"),
     "a function to be called": (lambda held, _: held.update(hyper_parameters={"_instantiator": "evil.go"}), None),

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import billhook
-from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.shape import KEY
 from kit.families import llama, tokens
 from kit.shaped import SHAPED, gpt2_of_two_heads, uneven_llama
@@ -58,28 +57,6 @@ def test_from_the_load_on(family, tmp_path):
     billhook.load(tmp_path / "a").save_pretrained(tmp_path / "b")
     assert same(tmp_path / "b", model)
     assert json.loads((tmp_path / "b" / "config.json").read_text())[KEY]
-
-
-def test_from_a_lightning_checkpoint_on(tmp_path):
-    model, again, checkpoint = uneven_llama(), llama(), {}
-    save_shape(model, checkpoint)
-    load_shape(again, checkpoint)
-    again.load_state_dict(model.state_dict())
-    again.save_pretrained(tmp_path / "a")
-    assert same(tmp_path / "a", model)
-
-
-def test_until_the_config_can_say_it():
-    model, plain, checkpoint = llama(), llama(), {}
-    CUTS["channels"](model)
-    assert hasattr(model.config, KEY)
-    save_shape(plain, checkpoint)
-    load_shape(model, checkpoint)
-    model.load_state_dict(plain.state_dict())
-    assert not hasattr(model.config, KEY)
-    both = {f"model.layers.{layer}.mlp": [0, 1] for layer in (0, 1)}
-    billhook.apply(model, billhook.pruning.plan_units(model, both, kind="channel"))
-    assert not hasattr(model.config, KEY)
 
 
 def test_a_cut_that_fails_leaves_the_config(monkeypatch):

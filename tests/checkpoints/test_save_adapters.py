@@ -17,7 +17,7 @@ from billhook.model.find import find_transformer
 from billhook.model.layers import prunable
 from kit.adapters import BUILD, IDS, logits, lora, pruned
 from kit.families import llama
-from kit.fits import data, module, trainer
+from kit.fits import data, trainer
 from kit.weight_pruning import checkpoints, injected
 
 LOSSY = pytest.mark.filterwarnings("ignore:the checkpoint differs from the model")
@@ -122,9 +122,6 @@ class TestOtherThings:
     def test_dora(self, tmp_path):
         self.check(lora(llama(), use_dora=True), tmp_path)
 
-    def test_other_kinds(self, tmp_path):
-        self.check(peft.get_peft_model(llama(), peft.LoHaConfig(r=2, target_modules=["q_proj"], init_weights=False)), tmp_path)
-
     def test_disabled_or_merged(self, tmp_path):
         model = lora(llama())
         with model.disable_adapter():
@@ -175,14 +172,6 @@ def test_the_callback_says_what_zeros_cost(files, tmp_path, caplog):
     assert f"from_pretrained loads it; {export.saved.adapters}" in caplog.text
     assert "was lost on average" in export.saved.adapters
     assert bh.load(tmp_path / "out")(input_ids=IDS).logits.isfinite().all()
-
-
-def test_without_adapters_nothing_is_said(files, tmp_path, caplog):
-    export = bh.Export(str(tmp_path / "out"))
-    with caplog.at_level(logging.INFO):
-        trainer(tmp_path, [export], max_steps=1).fit(module(), data(files))
-    assert export.saved.adapters is None
-    assert caplog.text.rstrip().endswith("from_pretrained loads it")
 
 
 def test_a_lightning_checkpoint_with_adapters_is_exported_merged(files, tmp_path):

@@ -18,7 +18,7 @@ import billhook
 from billhook.atomic_folder import RECORD, check_target
 from billhook.checkpoints import save as checkpoint
 from billhook.checkpoints.save import load, save
-from billhook.checkpoints.verify import expect, make_probe, verify
+from billhook.checkpoints.verify import make_probe
 
 SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 TEXT = SIZES | {"vocab_size": 50, "max_position_embeddings": 64}
@@ -214,13 +214,6 @@ def test_a_record_that_json_cannot_hold_is_refused_first(what, message, tmp_path
     assert os.listdir(tmp_path) == []
 
 
-def test_a_record_that_holds_itself_is_refused(tmp_path):
-    record = {}
-    record["a"] = [record]
-    with pytest.raises(ValueError, match="record"):
-        save(llama(), tmp_path / "a", record=record)
-
-
 def test_a_measured_infinity_does_not_cost_the_checkpoint(tmp_path):
     save(llama(), tmp_path / "a", record={"events": ({"perplexity": float("inf"), "loss": float("nan")}, -float("inf"))})
     text = (tmp_path / "a" / RECORD).read_text()
@@ -228,39 +221,13 @@ def test_a_measured_infinity_does_not_cost_the_checkpoint(tmp_path):
     assert record["events"] == [{"perplexity": "Infinity", "loss": "NaN"}, "-Infinity"]
 
 
-@pytest.mark.parametrize("standing", ["nothing", "empty", "older"])
-@pytest.mark.parametrize("failure", ["save_pretrained", "fsync", "rename", "logits", "nan"])
-def test_a_save_that_fails_leaves_everything(failure, standing, tmp_path, monkeypatch):
-    target = tmp_path / "deep" / "er" / "a" if standing == "nothing" else tmp_path / "a"
-    if standing == "empty":
-        target.mkdir()
-    if standing == "older":
-        save(llama(), target)
-    before, model, error = listing(tmp_path), llama(vocab_size=51), OSError
-    if failure == "save_pretrained":
-        real = PreTrainedModel.save_pretrained
-
-        def full(self, folder, **options):
-            real(self, folder, **options)
-            raise OSError(28, "No space left on device")
-
-        monkeypatch.setattr(PreTrainedModel, "save_pretrained", full)
-    elif failure == "fsync":
-        monkeypatch.setattr(os, "fsync", lambda _: _raise(OSError(28, "No space left on device")))
-    elif failure == "rename":
-        real_rename = Path.rename
-
-        def rename(self, to):
-            return real_rename(self, to) if self == target or to == target and ".old-" in self.name else _raise(OSError("no"))
-
-        monkeypatch.setattr(Path, "rename", rename)
-    else:
-        error = RuntimeError
-        worth = float("nan") if failure == "nan" else 1.0
-        model.lm_head.register_forward_hook(lambda *args: args[-1] + torch.arange(51) * worth)
-    message = {"logits": "the model was not saved, because the logits", "nan": "diverged"}.get(failure)
-    with pytest.raises(error, match=message):
-        save(model, target)
+@pytest.mark.parametrize(("worth", "message"), [(1.0, "the model was not saved, because the logits"), (float("nan"), "diverged")])
+def test_other_logits_leave_everything(worth, message, tmp_path):
+    save(llama(), tmp_path / "a")
+    before, model = listing(tmp_path), llama(vocab_size=51)
+    model.lm_head.register_forward_hook(lambda *args: args[-1] + torch.arange(51) * worth)
+    with pytest.raises(RuntimeError, match=message):
+        save(model, tmp_path / "a")
     assert listing(tmp_path) == before
 
 
@@ -300,15 +267,6 @@ def test_what_billhook_did_not_write_is_refused(tmp_path):
     (tmp_path / "b" / RECORD).write_text("[")
     with pytest.raises(ValueError, match="is malformed"):
         check_target(tmp_path / "b")
-
-
-def test_verify_sees_one_changed_weight(tmp_path):
-    model = llama()
-    save(model, tmp_path / "a")
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[0] += 1
-    with pytest.raises(RuntimeError, match="the model was not saved, because the logits of the reloaded checkpoint differ by"):
-        verify(model, expect(model, make_probe(model)), tmp_path / "a", make_probe(model))
 
 
 def test_infinite_logits_on_both_sides_are_equal(tmp_path):

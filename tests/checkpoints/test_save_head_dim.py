@@ -6,7 +6,6 @@ import transformers
 from transformers import AutoModelForCausalLM
 
 import billhook as bh
-from billhook.checkpoints.equivalent import set_head_dim
 from billhook.checkpoints.save import load, save
 from billhook.model.meta import from_name
 from billhook.pruning.planning import prune_units
@@ -96,10 +95,3 @@ def test_an_empty_width_of_heads_is_written_as_a_number(tmp_path):
     ids = tokens()
     with torch.no_grad():
         assert torch.equal(load(tmp_path)(ids).logits, model(ids).logits)
-
-
-def test_widths_that_differ_are_no_number():
-    model = build("mixtral")
-    model.model.layers[1].self_attn.head_dim = 5
-    set_head_dim(model)
-    assert model.config.head_dim is None

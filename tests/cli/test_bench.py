@@ -10,7 +10,6 @@ import billhook as bh
 from billhook.cli import bench as command
 from billhook.cli.bench import timing_table
 from billhook.cli.main import main
-from billhook.cli.options import description
 from billhook.report.speed import Timing
 from kit.families import EXTRA, SMALL
 from kit.shaped import uneven_llama
@@ -102,15 +101,6 @@ def test_what_is_assumed_or_missing_is_said(tmp_path, capsys, monkeypatch):
     assert "ideal: all experts of moe count as read in each step" in printed
 
 
-def test_without_contexts_as_many_tokens_are_read_as_all_models_can(folders, capsys):
-    bench(
-        *folders, "--random", "--new_tokens", "2", "--rounds", "1", "--warmup", "0", "--batch_sizes", "1", "--phases", "prefill"
-    )
-    dense, mqa = (line.split() for line in capsys.readouterr().out.splitlines() if line.startswith(("dense", "mqa")))
-    assert (dense[2], mqa[2]) == ("62", "62")  # of 64
-    assert command._supported_contexts([], 16) == [512, 2048]
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -135,17 +125,3 @@ def test_random_weights_have_no_shape_of_their_own(tmp_path):
     with pytest.raises(SystemExit, match=r"random=True does not support the billhook checkpoint '.*uneven'\. Remove --random"):
         bench(tmp_path / "uneven", "--random", *QUICK)
     bench(tmp_path / "uneven", *QUICK)
-
-
-def test_weights_that_are_missing_are_refused_without_random(folders):
-    with pytest.raises(SystemExit):
-        bench(*folders, *QUICK)
-
-
-def test_help_names_it(capsys):
-    assert "billhook bench MODEL" in description()
-    with pytest.raises(SystemExit):
-        bench("--help")
-    printed = " ".join(capsys.readouterr().out.split())
-    for word in ("static", "reserved", "dynamic", "enable_gqa", "--new_tokens"):
-        assert word in printed

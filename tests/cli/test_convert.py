@@ -101,14 +101,6 @@ def test_a_model_that_writes_nothing_needs_no_data(tmp_path, capsys):
         main(["convert", str(tmp_path / "t5"), str(tmp_path / "two"), "--num_key_value_heads", "2", "--method", "svd"])
 
 
-def test_a_dry_run_prints_and_writes_nothing(small, tmp_path, capsys):
-    main(["convert", str(small), str(tmp_path / "out"), "--num_key_value_heads", "1", "--method", "auto", "--dry_run"])
-    said = capsys.readouterr().out
-    assert f"Dry run: {tmp_path / 'out'} was not written." in said
-    assert "\n\nLlamaForCausalLM: 4 -> 1 KV heads in 2 attention modules (auto); the KV cache shrinks" in said
-    assert not (tmp_path / "out").exists()
-
-
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [

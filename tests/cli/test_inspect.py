@@ -72,17 +72,6 @@ def test_counts_are_those_of_the_parameters(capsys, config) -> None:
     assert plain["conversion"] == {"num_key_value_heads": 2, "legal": [1], "says": "2 KV heads to 1"}
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("group", CHOICES)
-def test_one_kind_of_units(capsys, config, group) -> None:
-    text = printed(capsys, config, "--group", group)
-    plain = json.loads(printed(capsys, config, "--group", group, "--json"))
-    assert {one["kind"] for one in plain["groups"]} <= set(CHOICES[group])
-    assert ("no such units" in text) == (not plain["groups"])
-    assert ("conversion" in text) == (group == "heads")
-    assert "attention  " not in text
-
-
 def test_all_kinds_are_in_one_choice() -> None:
     kinds = [kind for choice in CHOICES.values() for kind in choice]
     assert sorted(kinds) == sorted(set(kinds))

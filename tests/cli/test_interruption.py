@@ -36,10 +36,7 @@ def stopped(words, capsys, status=130):
 
 
 COMMANDS = {
-    "convert": ["--num_key_value_heads", "1"],
     "prune": ["--sparsity", "0.5"],
-    "prune-heads": ["--ratio", "0.5", "--importance", "OutputNorm"],
-    "prune-blocks": ["--blocks", "1"],
     "prune-structure": ["--channels", "0.25", "--importance", "WeightNorm"],
 }
 
@@ -139,8 +136,6 @@ def test_a_search_goes_on_with_what_it_has_made(small, files, tmp_path, monkeypa
     "command",
     [
         ["convert", "--num_key_value_heads", "1", "--method", "svd"],
-        ["prune", "--sparsity", "0.5"],
-        ["prune-heads", "--ratio", "0.5"],
         ["prune-structure", "--channels", "0.25"],
         ["shrink", *SHRINK],
     ],

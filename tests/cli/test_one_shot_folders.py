@@ -16,9 +16,6 @@ SHORT = ["--length", "16", "--examples", "4", "--device", "cpu"]
 HALF = ["--criterion", "Magnitude", "--sparsity", "0.5", "--evaluate", "0"]
 COMMANDS = {
     "prune": ["--sparsity", "0.5"],
-    "convert": ["--num_key_value_heads", "1"],
-    "prune-heads": ["--ratio", "0.25"],
-    "prune-blocks": ["--blocks", "1"],
     "prune-structure": ["--channels", "0.5"],
     "shrink": ["--params", "0.9"],
 }
@@ -67,10 +64,6 @@ class TestWithoutATokenizer:
     def test_nor_where_it_reads_what_it_writes(self, bare, tmp_path):
         main(["prune", bare, str(tmp_path / "out"), *COMMANDS["prune"], *SHORT, "--evaluate", "2"])
         assert not (tmp_path / "out" / "tokenizer.json").exists()
-
-    def test_one_that_is_not_there(self, bare, tmp_path):
-        with pytest.raises(SystemExit, match="has no tokenizer"):
-            main(["prune", bare, str(tmp_path / "out"), *HALF, *SHORT, "--tokenizer", bare])
 
     def test_one_that_is_code(self, bare, text, tmp_path):
         own = tmp_path / "own"

@@ -42,12 +42,6 @@ def test_weights_become_zero(here, tmp_path, capsys):
     assert "Calibration data: photos, split 'train', 12 examples\nEvaluation data: photos, split 'validation', " in told
 
 
-def test_heads_are_removed(here, tmp_path):
-    model, record = pruned(here, tmp_path / "out", "prune-heads", "--ratio", "0.5", "--data", str(here / "photos"))
-    assert model.vit.layers[0].attention.q_proj.weight.shape == (8, 16)
-    assert record["accuracy"]["before"] is not None
-
-
 def test_blocks_and_channels_are_removed(here, tmp_path, capsys):
     options = ["--blocks", "1", "--channels", "0.5"]
     model, record = pruned(here, tmp_path / "out", "prune-structure", *options, "--data", str(here / "photos"))
@@ -59,23 +53,14 @@ def test_blocks_and_channels_are_removed(here, tmp_path, capsys):
     assert "Calibration data: photos, split 'train', " in capsys.readouterr().out
 
 
-@pytest.mark.daily("prune-structure-*")
-@pytest.mark.parametrize(
-    ("command", "options"),
-    [
-        ("prune", ["--sparsity", "0.5"]),
-        ("prune-heads", ["--ratio", "0.5"]),
-        ("prune-structure", ["--channels", "0.5"]),
-    ],
-)
-def test_files_of_parquet_do_what_a_folder_does(here, tmp_path, command, options):
+def test_files_of_parquet_do_what_a_folder_does(here, tmp_path):
     """With a file for each split of the folder."""
     files = {}
     for split, rows in datasets.load_dataset("imagefolder", data_dir=str(here / "photos")).items():
         files[split] = str(tmp_path / f"{split}.parquet")
         rows.to_parquet(files[split])
-    by_folder, folder = pruned(here, tmp_path / "folder", command, *options, "--data", str(here / "photos"))
-    by_file, record = pruned(here, tmp_path / "file", command, *options, "--data", json.dumps(files))
+    by_folder, folder = pruned(here, tmp_path / "folder", "prune-structure", "--channels", "0.5", "--data", str(here / "photos"))
+    by_file, record = pruned(here, tmp_path / "file", "prune-structure", "--channels", "0.5", "--data", json.dumps(files))
     assert record["accuracy"] == folder["accuracy"]
     assert record["accuracy"]["examples"] == 6
     assert all(torch.equal(one, other) for one, other in zip(by_file.parameters(), by_folder.parameters(), strict=True))

@@ -8,7 +8,6 @@ import torch
 
 import billhook as bh
 from billhook.cli.main import main
-from billhook.engine.passes import ActivationFiles
 from kit.cli import option, small_llama
 
 SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5"]
@@ -79,48 +78,6 @@ def test_without_data_it_reads_packaged_text_and_the_model_writes_none(small, tm
     assert json.loads((tmp_path / "d" / "billhook.json").read_text())["calibration"]["sources"] == "generated"
 
 
-def test_what_blocks_hand_on_rests_in_files_where_memory_is_short(small, files, tmp_path, monkeypatch):
-    rests = []
-    monkeypatch.setattr("billhook.cli.one_shot.fits", lambda *given: bool(rests.append(given)))
-    kept = []
-    monkeypatch.setattr(ActivationFiles, "copy", lambda files, tensor: kept.append(tensor.shape) or tensor)
-    ran("prune", small, tmp_path / "out", *SHORT, *option(files), "--sparsity", "0.5", "--stream", "--memory", "1GiB")
-    (stream, moments, activations, memory) = rests[0]
-    model = stream.model
-    assert memory == 2**30
-    widest = max(layer.in_features for layer in model.modules() if isinstance(layer, torch.nn.Linear))
-    logits = 4 * 16 * model.config.vocab_size  # of an example
-    assert moments == 4 * (4 * widest + 8) + logits  # a sum of squares for each input, and how many tokens there were
-    assert activations == 2 * 6 * 16 * 32 * 4 + 5 * logits  # what goes into a block, and what comes out
-    assert kept.count((15, model.config.vocab_size)) == 5  # predictions
-    passed = [shape for shape in kept if len(shape) == 3 and shape[1:] == (16, 32)]
-    assert len(passed) >= (6 + 5 + 5) * 2  # what comes out of blocks, where they are pruned, and measured before and after
-
-
-@pytest.mark.nightly
-def test_a_refit_runs_two_models_side_by_side(small, files, tmp_path, monkeypatch):
-    rests = []
-    monkeypatch.setattr("billhook.cli.one_shot.fits", lambda *given: bool(rests.append(given)))
-    kept = []
-    monkeypatch.setattr(ActivationFiles, "copy", lambda files, tensor: kept.append(tensor.shape) or tensor)
-    made, zeros = [], ActivationFiles.zeros
-    monkeypatch.setattr(ActivationFiles, "zeros", lambda *given, **dtype: made.append(given[1:]) or zeros(*given, **dtype))
-    asked = ["--channels", "0.25", "--importance", "WeightNorm", "--stream", "--memory", "1GiB"]
-    text = ["--length", "32", "--examples", "8", "--batch_size", "1", "--evaluate", "5", "--supplement", "0", *option(files)]
-    tokens, logits = 8 * 32, 4 * 32 * bh.load(small).config.vocab_size
-    for name, more in (("both", []), ("cut", ["--repair", "null"])):
-        ran("prune-structure", small, tmp_path / name, *text, *asked, *more)
-        (_, moments, activations, _), repaired = rests[-1], not more
-        rows, columns = 32, 36  # of what reads 48 channels, of which a quarter goes
-        refit = 8 * columns * (columns + 8 * rows) + 2 * 4 * rows * columns
-        waiting = 2 * tokens * (48 + 32) * 4  # both runs, within a block
-        sums = 8 * 2 * columns * (columns + rows)  # of two parts of the text
-        assert moments == repaired * (refit + waiting) + logits
-        assert activations == repaired * sums + (1 + repaired) * 2 * tokens * 32 * 4 + 5 * logits
-    assert kept.count((31, bh.load(small).config.vocab_size)) == 2 * 5  # predictions of the dense model, each time
-    assert made.count((1, 32, 32)) == 3 * 8  # what three linears that follow each other owe in each run
-
-
 def test_memory_that_is_too_little(small, files, tmp_path):
     with pytest.raises(
         SystemExit, match=r"memory=0\.00 GiB is too small: streaming one block at a time needs at least \d\.\d\d GiB"
@@ -134,18 +91,6 @@ def test_memory_that_is_too_little(small, files, tmp_path):
     [
         (["prune", "--sparsity", "0.5", "--data", "generated"], f"data='generated' {GENERATES}"),
         (["prune", "--sparsity", "0.5", "--data", "tiny", "--offload", "true"], "offload=True keeps the model in memory"),
-        (
-            ["shrink", "--params", "0.8", "--data", "tiny"],
-            "stream=True is not supported by this command, which needs gradients or all weights",
-        ),
-        (
-            ["prune-structure", "--params", "0.8", "--data", "tiny", "--importance", "Taylor"],
-            "needs gradients, which a streamed model does not have",
-        ),
-        (
-            ["prune-heads", "--ratio", "0.5", "--data", "tiny"],
-            "importance=GateGradient(each='token') needs gradients, which a streamed model does not have",
-        ),
     ],
 )
 def test_refused(small, tmp_path, arguments, refusal):

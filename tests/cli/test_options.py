@@ -96,13 +96,6 @@ def test_a_misspelt_option_is_answered_with_the_nearest_in_two_lines(line, wrong
     assert capsys.readouterr().err == said
 
 
-def test_two_are_answered_with_one_line_each(capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(["prune", "tiny", "out", "--sparsty", "0.5", "--exmples=4"])
-    first, second, _ = capsys.readouterr().err.splitlines()
-    assert ("'--sparsity'?" in first, "'--examples'?" in second) == (True, True)
-
-
 @pytest.mark.parametrize(
     ("line", "said"),
     [
@@ -118,10 +111,3 @@ def test_other_errors_are_told_without_the_usage_too(line, said, capsys):
     assert told.startswith(f"billhook prune: {said}\n")
     assert told.endswith("\n`billhook prune --help` lists all options.\n")
     assert "usage:" not in told
-
-
-def test_one_in_a_file_is_too(tmp_path, capsys):
-    (tmp_path / "own.yaml").write_text("sparsty: 0.5\n")
-    with pytest.raises(SystemExit, match="2"):
-        main(["prune", "tiny", "out", "--config", str(tmp_path / "own.yaml")])
-    assert capsys.readouterr().err.startswith("billhook prune: unknown option 'sparsty'. Did you mean 'sparsity'?\n")

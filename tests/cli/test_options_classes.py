@@ -105,32 +105,3 @@ def test_a_users_own_cli_finds_recipes(capsys):
     code, said = cli("exprt")
     assert code == 2
     assert "unknown recipe 'exprt'. Did you mean 'export'?" in said.err
-
-
-def test_a_class_within_a_config(tmp_path, capsys):
-    settings = "{class_path: WeightPruning, init_args: {criterion: Wandaa, sparsity: 0.5}}"
-    (tmp_path / "own.yaml").write_text(f"trainer:\n  callbacks+: [{settings}]\n")
-    with pytest.raises(SystemExit, match="2"):
-        main(["fit", "--config", "recipe:base", "--config", "own.yaml"])
-    assert "unknown class 'Wandaa'. Did you mean 'Wanda'?" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("words", "told"),
-    [
-        (
-            ["fit", "--trainer.callbacks+=HeadPrunning"],
-            "unknown class 'HeadPrunning'. Did you mean 'HeadPruning'? Classes: ",
-        ),
-        (["fit", "--trainer.max_stepps=1"], "lightning.pytorch.Trainer has no argument 'max_stepps'. Did you mean 'max_steps'?"),
-        (["fti"], "unknown command 'fti'. Did you mean 'fit'? See `mine.py --help`.\nCommands: fit, "),
-    ],
-)
-def test_a_users_own_cli_suggests_names_too(words, told, capsys):
-    with pytest.raises(SystemExit, match="2"), pytest.warns(UserWarning, match="args parameter"):
-        LightningCLI(
-            bh.TransformerModule, bh.TextDataModule, parser_class=ArgumentParser, parser_kwargs={"prog": "mine.py"}, args=words
-        )
-    said = capsys.readouterr().err
-    assert told in said
-    assert "serve-check" not in said

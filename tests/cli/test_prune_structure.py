@@ -146,29 +146,6 @@ def test_with_what_the_model_writes_among_the_texts_shares_are_equal(small, two_
     assert {one["inside"] for one in record["degradation"]} == {True}
 
 
-def test_a_dry_run_prints_and_writes_nothing(small, files, tmp_path, capsys):
-    main(["prune-structure", str(small), str(tmp_path / "out"), "--channels", "0.5", "--dry_run", *SHORT, *option(files)])
-    said = capsys.readouterr().out
-    assert "48 -> 24 channels in each of 2" in said
-    assert f"Dry run: {tmp_path / 'out'} was not written." in said
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.nightly
-def test_blocks_and_then_what_is_within(small, files, tmp_path):
-    record = prune(small, tmp_path / "out", "--blocks", "1", "--channels", "0.5", "--supplement", "0", *SHORT, *option(files))
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    assert (again.config.num_hidden_layers, again.config.intermediate_size) == (1, 24)
-    dense, batches = bh.load(small), drawn(blocks(files["train"]), 4)
-    scores = bh.score(dense, bh.find_units(dense, "block"), bh.importance.BlockInfluence(), batches)
-    (gone,) = record["plans"][0]["units"]["model.layers"]
-    assert gone == int(scores["model.layers"].argmin())
-    assert record["plans"][1]["before"] == {"model.layers.0.mlp": [48]}
-    assert record["events"][0]["what"] == "without 1 of 2 blocks, 24 channels in 1 module"
-    alone = prune(small, tmp_path / "alone", "--blocks", "1", "--first", "1", *SHORT, *option(files))
-    assert alone["plans"][0]["units"] == {"model.layers": [1]}
-
-
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
@@ -193,10 +170,3 @@ def test_refused_before_anything_is_written(small, tmp_path, arguments, match):
     with pytest.raises(SystemExit, match=match):
         main(["prune-structure", str(small), str(tmp_path / "out"), *arguments])
     assert not (tmp_path / "out").exists()
-
-
-def test_too_many_blocks_are_refused_before_anything_is_measured(small, tmp_path, monkeypatch):
-    for name in ("batches", "measure"):
-        monkeypatch.setattr(f"billhook.cli.one_shot.OneShot.{name}", lambda self: pytest.fail("too late"))
-    with pytest.raises(SystemExit, match="blocks=99 would remove 99 of . blocks of model.layers"):
-        main(["prune-structure", str(small), str(tmp_path / "out"), "--blocks", "99"])

@@ -2,7 +2,6 @@
 
 import pytest
 
-from billhook.cli import recipes
 from billhook.cli.main import main
 from billhook.cli.recipes import resolve_recipes
 from kit.cli import ROOT
@@ -46,12 +45,3 @@ def test_fit_takes_them(tmp_path, monkeypatch, capsys):
         main(["fit", "--config", "recipe:base", "--config=recipe:gqa", "--print_config"])
     assert stopped.value.code == 0
     assert "class_path: billhook.KVHeadConversion" in capsys.readouterr().out
-
-
-def test_those_in_the_package_come_before_those_of_a_clone(tmp_path, monkeypatch):
-    package = tmp_path / "src" / "billhook"
-    for place, name in (("callbacks", "of_the_clone"), ("src/billhook/recipes", "of_the_package")):
-        (tmp_path / place).mkdir(parents=True)
-        (tmp_path / place / f"{name}.yaml").write_text("trainer: {}")
-    monkeypatch.setattr(recipes, "PACKAGE", package)
-    assert recipes.recipe_files() == {"of_the_package": package / "recipes" / "of_the_package.yaml"}

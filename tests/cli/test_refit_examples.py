@@ -25,16 +25,10 @@ SEARCH = ["--generations", "0", "--importance", "WeightNorm"]
 CUTS = {"shrink": ["--params", "0.92", *SEARCH], "prune-structure": ["--channels", "0.5"]}
 
 
-@pytest.mark.parametrize("dry", [[], ["--dry_run"]], ids=["run", "dry run"])
 @pytest.mark.parametrize(
     ("command", "given", "says"),
     [
         ("shrink", TOO_FEW, rf"{FEW_TOKENS} 15 tokens, and model\.layers\.0\.self\S* needs at least \d+"),
-        (
-            "shrink",
-            ["--examples", "2", *TOO_FEW[2:]],
-            "--examples, --length, and --batch_size: at least 3 examples, .*; got 2 of",
-        ),
         (
             "prune-structure",
             TOO_FEW,
@@ -47,18 +41,13 @@ CUTS = {"shrink": ["--params", "0.92", *SEARCH], "prune-structure": ["--channels
         ),
         ("convert", TOO_FEW, rf"{FEW_TOKENS} 20 tokens, and model\.layers\.0\.self\S* needs at least \d+"),
         (
-            "convert",
-            ["--examples", "1", *TOO_FEW[2:]],
-            "--examples 1 is too few: repair needs at least 2, because it holds some out",
-        ),
-        (
             "prune",
             ["--examples", "1", *TOO_FEW[2:]],
             "--examples 1 is too few: match needs at least 2",
         ),
     ],
 )
-def test_too_few_examples_are_refused_before_the_work(small, files, tmp_path, monkeypatch, command, given, says, dry):
+def test_too_few_examples_are_refused_before_the_work(small, files, tmp_path, monkeypatch, command, given, says):
     for name in ("batches", "measure"):
         monkeypatch.setattr(f"billhook.cli.one_shot.OneShot.{name}", lambda self: pytest.fail("too late"))
     cuts = CUTS | {
@@ -67,7 +56,7 @@ def test_too_few_examples_are_refused_before_the_work(small, files, tmp_path, mo
     }
     must = ["--repair", "RepairConfig"] if command in ("shrink", "prune-structure") else []
     with pytest.raises(SystemExit, match=says):
-        main([command, str(small), str(tmp_path / "out"), *cuts[command], *must, *given, *dry, *option(files)])
+        main([command, str(small), str(tmp_path / "out"), *cuts[command], *must, *given, *option(files)])
     assert not (tmp_path / "out").exists()
 
 

@@ -12,8 +12,6 @@ import billhook as bh
 from billhook.cli.examples import Examples
 from billhook.cli.main import main
 from billhook.cli.one_shot import OneShot
-from billhook.shrinking import scope as candidates
-from billhook.shrinking.modules import find_modules
 from kit.cli import blocks, option, small_llama, tokenizer
 from kit.cli import pytestmark as quiet
 from kit.published import record_of
@@ -85,14 +83,6 @@ def test_a_dry_run_says_what_a_search_may_try_and_measures_nothing(small, tmp_pa
     said = capsys.readouterr().out
     assert [word for word in (*words, f"Dry run: {tmp_path / 'out'} was not written.") if word not in said] == []
     assert not (tmp_path / "out").exists()
-
-
-def test_the_model_is_looked_at_once(small, files, tmp_path, monkeypatch):
-    calls = []
-    monkeypatch.setattr(candidates, "find_modules", lambda *given: calls.append(given) or find_modules(*given))
-    options = ["--params", "0.95", "--importance", "WeightNorm", "--repair", "null"]
-    main(["shrink", str(small), str(tmp_path / "out"), *options, *SHORT, *option(files)])
-    assert len(calls) == 1
 
 
 def test_a_budget_in_quality(small, files, tmp_path, capsys):

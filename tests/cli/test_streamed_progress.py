@@ -2,7 +2,6 @@
 
 import io
 import re
-from dataclasses import dataclass
 from math import prod
 
 import pytest
@@ -66,13 +65,6 @@ def test_a_pass_over_blocks(terminal):
     assert "batches" not in shown
 
 
-def test_a_model_in_memory_has_the_bar_of_the_work(terminal):
-    model, stderr = bh.load("tiny"), terminal()
-    with model_progress(model, "reading", "batches") as told:
-        told(5, 7)
-    assert "5/7 batches" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stderr.getvalue())
-
-
 def plan_of(dense, passes):
     """What is said of so many passes over the blocks of a small Llama."""
     model = bh.load(dense)
@@ -94,29 +86,6 @@ def test_the_plan_says_what_is_read_and_written(files, tmp_path, capsys, read, h
     assert "peak" not in said.err
 
 
-CONVERSIONS = {
-    "mean": 0,
-    "svd": 3,  # to compare frequencies, to see what they keep, and to see the heads
-    "svd --repair RepairConfig": 5,  # one more to see which linears are called, and one to refit them
-    # two to see the heads of groups of either kind, three for each of two that choose frequencies, five to compare methods, and
-    # three at most on all batches
-    "auto": 16,
-}
-
-
-@pytest.mark.daily("svd --repair RepairConfig")
-@pytest.mark.parametrize(("how", "more"), CONVERSIONS.items(), ids=CONVERSIONS)
-def test_the_plan_of_a_conversion_says_what_is_read(files, tmp_path, capsys, read, how, more):
-    dense, asked = small_llama(tmp_path / "dense"), ["--num_key_value_heads", "2", "--batch_size", "1", "--method", *how.split()]
-    main(["convert", str(dense), str(tmp_path / "out"), *SHORT, *option(files), *asked, "--stream"])
-    assert plan_of(dense, 6 + more) in capsys.readouterr().out
-    often = sum(key.endswith("layers.0.input_layernorm.weight") for key, _ in read)
-    before = 1 + 4 * bool(more)
-    assert before + 6 + more - often in ((0, 2) if how == "auto" else (0,)), (
-        "once to count zeros, twice to see how heads may be mixed, and twice how they rotate, before it is said"
-    )
-
-
 REMOVALS = {
     "prune-heads --ratio 0.5 --importance OutputNorm": 5,  # scored in two, masked, cut and compared
     "prune-structure --channels 0.25 --importance OBS --repair RepairConfig": 6,  # scored in one, and refitted in two
@@ -136,29 +105,3 @@ def test_the_plan_of_a_removal_says_what_is_read(files, tmp_path, capsys, read, 
     often = sum(key.endswith("layers.0.input_layernorm.weight") for key, _ in read)
     before = 2 if command == "prune-blocks" else 1
     assert often == before + passes, "once to count zeros, and to find blocks, before it is said"
-
-
-@dataclass(frozen=True)
-class Own(bh.OutputNorm):
-    """An importance of a user's own, of which nobody knows how often it reads the model."""
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize(("command", "asked", "passes"), [("prune-structure", "--channels", 8), ("prune-heads", "--ratio", 8)])
-def test_the_plan_says_that_an_own_importance_reads_as_often_as_it_needs(files, tmp_path, capsys, read, command, asked, passes):
-    dense = small_llama(tmp_path / "dense", num_hidden_layers=4)
-    own = [asked, "0.5", "--importance", f"{__name__}.Own", *(["--repair", "null"] if command == "prune-structure" else [])]
-    main([command, str(dense), str(tmp_path / "out"), *SHORT, "--batch_size", "1", *option(files), *own, "--stream"])
-    said = re.search(r"stream 4 blocks in (\d+) passes, (.*) \(read", capsys.readouterr().out)
-    assert (int(said[1]), said[2]) == (passes, "plus the passes of Own()")
-    often = sum(key.endswith("layers.0.input_layernorm.weight") for key, _ in read)
-    assert often == 1 + passes + 2, "once to count zeros, and twice by the importance"
-
-
-def test_the_plan_says_how_often_is_read_at_most_where_linears_may_not_be_refitted(files, tmp_path, capsys, read):
-    dense = small_llama(tmp_path / "dense", num_hidden_layers=4)
-    asked = ["--channels", "0.25", "--length", "2", "--examples", "3", "--evaluate", "5", "--batch_size", "1"]
-    main(["prune-structure", str(dense), str(tmp_path / "out"), *asked, "--supplement", "0", *option(files), "--stream"])
-    said = re.search(r"stream 4 blocks in at most (\d+) passes", capsys.readouterr().out)
-    often = sum(key.endswith("layers.0.input_layernorm.weight") for key, _ in read)
-    assert int(said[1]) // 2 < often - 1 <= int(said[1])

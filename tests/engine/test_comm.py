@@ -34,31 +34,6 @@ def summed(sent):
     return Comm(sums, size=2)
 
 
-def tensors():
-    return [torch.ones(3), torch.tensor(5), torch.ones(4, 2)[:, 1], torch.full((2, 2), 7), torch.ones(2, dtype=torch.bfloat16)]
-
-
-def test_tensors_of_one_dtype_are_summed_in_one_collective_where_they_lie():
-    given, sent = tensors(), []
-    summed(sent).sum_(*given)
-    assert all(torch.equal(found, 2 * before) for found, before in zip(given, tensors(), strict=True))
-    assert sent == [4 * (3 + 4), 8 * (1 + 4), 2 * 2]
-
-
-def test_large_tensors_are_not_copied_to_be_summed(monkeypatch):
-    monkeypatch.setattr(module, "PACKED", 32)
-    given, sent = [torch.ones(4), torch.ones(2), torch.ones(20), torch.ones(0), torch.ones(1), torch.ones(6)], []
-    large = given[2].data_ptr()
-
-    def sums(tensor):
-        assert tensor.numel() != 20 or tensor.data_ptr() == large
-        return summed(sent)(tensor)
-
-    Comm(sums, size=2).sum_(*given)
-    assert [int(tensor.sum()) for tensor in given] == [8, 4, 40, 0, 2, 12]
-    assert sent == [4 * 6, 4 * 20, 4 * 7]
-
-
 @pytest.mark.parametrize("lists", [[[7, 8], [], [9]], [[], []], [list(range(1000)), [1], ["a" * 3000]]])
 def test_every_rank_gathers_what_all_have(lists):
     assert Ranks(len(lists)).run(lambda rank, comm: comm.gather(lists[rank])) == [lists] * len(lists)

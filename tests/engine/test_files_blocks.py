@@ -5,7 +5,6 @@ import torch
 import transformers
 
 import billhook as bh
-from billhook.engine.files import FileStore
 from billhook.engine.store import store_of
 from kit import stopped
 from kit.streams import same, written
@@ -63,37 +62,6 @@ def test_what_was_done_without_other_blocks_is_not_taken(tmp_path, monkeypatch):
     bh.pruning.prune_units(dense, [2], kind="block")
     bh.prune(dense, bh.Magnitude(), sparsity=0.5)
     assert same(tmp_path / "out", dense)
-
-
-def test_each_block_is_read_once_for_all_batches(tmp_path, monkeypatch):
-    model = bh.stream("tiny")
-    blocks = bh.find_units(model, "block")
-    read, load = [], FileStore._load
-    monkeypatch.setattr(FileStore, "_load", lambda self, keys, *read_ahead: read.append(keys) or load(self, keys, *read_ahead))
-    bh.score(model, blocks, bh.importance.BlockInfluence(), stopped.batches())
-    assert len(read) == 4
-
-
-def test_after_an_error_blocks_are_as_they_were(tmp_path, monkeypatch):
-    model, dense = bh.stream("tiny"), bh.load("tiny")
-
-    def fails(*_):
-        raise KeyboardInterrupt
-
-    plan = bh.pruning.plan_units(model, [1], "block")
-    monkeypatch.setattr("billhook.pruning.block_plan.outputs_match", fails)
-    with pytest.raises(KeyboardInterrupt):
-        bh.apply(model, plan)
-    batch = stopped.batches()[0]
-    with torch.no_grad():
-        assert torch.equal(model(**batch).logits, dense(**batch).logits)
-
-
-@pytest.mark.parametrize("importance", [bh.Taylor(), bh.importance.GateGradient()], ids=lambda one: type(one).__name__)
-def test_gradients_are_refused(importance):
-    model = bh.stream("tiny")
-    with pytest.raises(ValueError, match=r"importance=\w+\(.*\) needs gradients, which a streamed model does not have"):
-        bh.score(model, bh.find_units(model, "head"), importance, stopped.batches())
 
 
 @torch.no_grad()

@@ -158,21 +158,6 @@ def test_the_same_bytes_where_all_weights_compete_by_what_they_see(tmp_path, fam
     assert saved_alike(dense, streamed, tmp_path)
 
 
-@pytest.mark.parametrize("blocks", [2, 5])
-def test_stopped_and_called_again_where_all_weights_compete(tmp_path, monkeypatch, blocks):
-    def work(model):
-        bh.prune(model, bh.Magnitude(compares="global"), sparsity=0.5)
-        return model
-
-    made, go_on = stopped.stop_after(blocks, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        work(bh.stream("tiny", tmp_path / "out"))
-    go_on()
-    bh.save(work(bh.stream("tiny", tmp_path / "out")), tmp_path / "out")
-    assert made == [f"model.layers.{number}" for number in range(4)] * 2
-    assert same(tmp_path / "out", work(bh.load("tiny")))
-
-
 def test_masks_where_all_weights_compete():
     plans = [
         bh.prune(model, bh.Magnitude("global"), sparsity=0.5, dry_run=True) for model in (bh.load("tiny"), bh.stream("tiny"))

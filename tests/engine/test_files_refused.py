@@ -143,9 +143,3 @@ def test_a_model_that_is_called_with_gradients_keeps_no_block():
     assert loss.requires_grad
     assert len(were) == len(model.model.layers)
     assert sum(one() is not None for one in were) <= 1  # the last, which nothing has followed
-
-
-def test_reading_is_seen(read):
-    model = bh.stream("tiny")
-    bh.score(model, bh.find_units(model, "head"), bh.importance.WeightNorm())
-    assert len(read) > 10

@@ -6,9 +6,6 @@ import transformers
 from small_configs import small_config
 
 import billhook as bh
-from billhook.engine import passes
-from billhook.engine.passes import ActivationFiles
-from billhook.engine.store import store_of
 from kit import stopped
 
 MATCHED = bh.RepairConfig(match=bh.criteria.BlockMatching(steps=3))
@@ -50,23 +47,6 @@ def test_repaired_with_the_same_bytes(tmp_path, kind, how):
     bh.save(streamed, tmp_path / "out")
     bh.save(dense, tmp_path / "in memory")
     assert same(tmp_path / "out", bh.load(tmp_path / "in memory"))
-
-
-@pytest.mark.daily("T5*")
-@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
-def test_the_same_bytes_where_all_that_may_rests_in_files(tmp_path, kind, monkeypatch):
-    monkeypatch.setattr(passes, "SMALL", 1)
-    mapped, zeros = [], ActivationFiles.zeros
-    monkeypatch.setattr(ActivationFiles, "zeros", lambda *given, **dtype: mapped.append(given[1:]) or zeros(*given, **dtype))
-    torch.manual_seed(0)
-    kind(small_config(kind.config_class)).eval().save_pretrained(tmp_path / "dense")
-    streamed = bh.stream(tmp_path / "dense", tmp_path / "out")
-    store_of(streamed).spill_folder = str(tmp_path)
-    bh.save(repaired(streamed, MATCHED), tmp_path / "out")
-    bh.save(repaired(bh.load(tmp_path / "dense"), MATCHED), tmp_path / "in memory")
-    assert same(tmp_path / "out", bh.load(tmp_path / "in memory"))
-    assert any(len(shape) == 2 for shape in mapped), "moments"
-    assert not list(tmp_path.glob("billhook_*"))
 
 
 @pytest.mark.daily("while matching")

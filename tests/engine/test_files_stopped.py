@@ -1,11 +1,9 @@
 """Streamed work that is stopped goes on where it was; what fails says so, and changes nothing."""
 
-import itertools
 import json
 import os
 import subprocess
 import sys
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -15,7 +13,6 @@ from safetensors.torch import load_file
 from small_configs import OVERRIDES, small_config
 
 import billhook as bh
-from billhook.engine.parts import Parts
 from kit import prunes, stopped
 
 TESTS = Path(__file__).parents[1]
@@ -49,46 +46,6 @@ def test_killed_at_any_moment(source, tmp_path, times):
     assert resumed > times // 6, "nothing was there to go on with"
     assert same(tmp_path / "out", tmp_path / "out-straight")
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
-
-
-def test_stopped_at_any_removal(tmp_path, monkeypatch):
-    """What is left of parts that were being removed is known as billhook's, and no record names a file that is gone."""
-    out, unlink, rmdir = tmp_path / "out", os.unlink, os.rmdir
-    left = [0]
-
-    def counted(removal):
-        def remove(*arguments, **options):
-            if not left[0]:
-                raise KeyboardInterrupt
-            left[0] -= 1
-            removal(*arguments, **options)
-
-        return remove
-
-    monkeypatch.setattr(os, "unlink", counted(unlink))
-    monkeypatch.setattr(os, "rmdir", counted(rmdir))
-    for removals in itertools.count():
-        left[0] = 1000
-        parts = Parts(out)
-        for key in ("first", "second"):
-            parts.begin(key)
-            for name in ("a", "b"):
-                parts.write(name, {"weight": torch.ones(2)}, None)
-        parts.release()
-        left[0], again = removals, Parts(out)
-        with suppress(KeyboardInterrupt):
-            again.begin("another")
-            again.begin("second")
-            again.remove()
-        ended, left[0] = bool(left[0]), 1000
-        again.release()
-        after = Parts(out)
-        for key in ("first", "second"):
-            assert all(after.path(name).exists() for name in after.begin(key))
-        after.release()
-        if ended:
-            break
-    assert removals > 8, "nothing was removed"
 
 
 @pytest.mark.daily("4")
@@ -216,15 +173,6 @@ def test_a_broken_shard(source, tmp_path):
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(ValueError, match=rf"'{source}': a safetensors file cannot be read"):
         bh.stream(source, tmp_path / "out")
-
-
-def test_a_tensor_that_is_not_there(source):
-    index = source / "model.safetensors.index.json"
-    plain = json.loads(index.read_text())
-    del plain["weight_map"]["model.layers.1.mlp.up_proj.weight"]
-    index.write_text(json.dumps(plain))
-    with pytest.raises(ValueError, match="model.layers.1.mlp.up_proj.weight of LlamaForCausalLM is missing in the files"):
-        bh.stream(source)
 
 
 def test_a_full_disk(source, tmp_path, monkeypatch):

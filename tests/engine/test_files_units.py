@@ -5,7 +5,6 @@ import torch
 import transformers
 
 import billhook as bh
-from kit import stopped
 from kit.streams import check_the_same, same, written
 
 KINDS = {
@@ -38,33 +37,6 @@ def test_scores_are_the_same(importance):
     models = bh.load("tiny"), bh.stream("tiny")
     dense, streamed = (bh.score(model, bh.find_units(model, kind), importance, batches) for model in models)
     assert all(torch.equal(scores, streamed[name]) for name, scores in dense.items())
-
-
-def test_stopped_and_called_again(tmp_path, monkeypatch):
-    def work(model):
-        bh.apply(model, bh.plan(model, bh.OutputNorm(), stopped.batches(), kv_heads=0.5, channels=0.25))
-        bh.save(model, tmp_path / "out")
-
-    written, go_on = stopped.stop_after(2, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        work(bh.stream("tiny", tmp_path / "out"))
-    go_on()
-    work(bh.stream("tiny", tmp_path / "out"))
-    assert written == [f"model.layers.{number}" for number in range(4)]
-    dense = bh.load("tiny")
-    bh.apply(dense, bh.plan(dense, bh.OutputNorm(), stopped.batches(), kv_heads=0.5, channels=0.25))
-    assert same(tmp_path / "out", dense)
-
-
-def test_after_an_error_the_model_is_as_it_was(tmp_path, monkeypatch):
-    model, dense = bh.stream("tiny", tmp_path / "out"), bh.load("tiny")
-    plan = bh.pruning.plan_units(model, {0: [3]}, "channel")
-    monkeypatch.setattr("billhook.pruning.removal.outputs_match", lambda *_: False)
-    with pytest.raises(ValueError, match="channels cannot be removed from"):
-        bh.apply(model, plan)
-    batch = stopped.batches()[0]
-    with torch.no_grad():
-        assert torch.equal(model(**batch).logits, dense(**batch).logits)
 
 
 def test_new_values_are_taken(tmp_path):

@@ -58,19 +58,3 @@ def test_residual_channels_after_others(tmp_path):
 
     bh.save(changed(bh.stream("tiny", tmp_path / "out")), tmp_path / "out")
     assert same(tmp_path / "out", changed(bh.load("tiny")))
-
-
-def test_stopped_and_called_again(tmp_path, monkeypatch):
-    def work(model):
-        bh.pruning.prune_units(model, [0, 5, 7], kind="residual")
-        bh.save(model, tmp_path / "out")
-
-    done, go_on = stopped.stop_after(2, monkeypatch)
-    with pytest.raises(KeyboardInterrupt):
-        work(bh.stream("tiny", tmp_path / "out"))
-    go_on()
-    work(bh.stream("tiny", tmp_path / "out"))
-    assert done == [f"model.layers.{number}" for number in range(4)]
-    dense = bh.load("tiny")
-    bh.pruning.prune_units(dense, [0, 5, 7], kind="residual")
-    assert same(tmp_path / "out", dense)

@@ -1,8 +1,6 @@
 """A process that may not take as much memory as a model has bytes prunes it where it is streamed, and only there."""
 
 import json
-import shutil
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +10,7 @@ import torch
 import transformers
 
 import billhook as bh
-from kit import limited
-from kit.limited import GROUP, LIMITS, WAYS
+from kit.limited import LIMITS, WAYS
 
 SCRIPT = Path(__file__).parents[1] / "kit" / "limited.py"
 
@@ -54,37 +51,3 @@ def test_half_of_the_model_fits(large, ended, limit):
     assert "memory" in (out / "in memory.txt").read_text().lower()
     assert bh.summary(bh.stream(out / "streamed")).zeros > 0.4 * size_of(large) / 2
     assert not (out / "in memory").exists()
-
-
-@pytest.mark.nightly
-@pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no control groups")
-def test_half_of_the_model_fits_in_a_control_group(large, ended):
-    out, how = ended[0] / GROUP, ended[1]
-    if GROUP in how:
-        pytest.skip(f"no control group can be made: {how[GROUP]}")
-    assert how[f"{GROUP}, streamed"] == 0, (out / "streamed.txt").read_text()
-    assert how[f"{GROUP}, in memory"] == -signal.SIGKILL, (out / "in memory.txt").read_text()
-    assert bh.summary(bh.stream(out / "streamed")).zeros > 0.4 * size_of(large) / 2
-    assert not (out / "in memory").exists()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no control groups")
-def test_a_group_that_cannot_be_joined_is_none(tmp_path, monkeypatch):
-    made, mkdir, root = [], Path.mkdir, tmp_path / "groups"
-
-    def as_the_system_does(folder):
-        mkdir(folder)
-        (folder / "memory.max").write_text("max")
-        mkdir(folder / "cgroup.procs")  # which cannot be written to
-        made.append(folder)
-
-    mkdir(root)
-    (root / "cgroup.procs").touch()
-    monkeypatch.setattr(limited, "GROUPS", {str(root): "memory.max"})
-    monkeypatch.setattr(Path, "mkdir", as_the_system_does)
-    monkeypatch.setattr(Path, "rmdir", shutil.rmtree)
-    with pytest.raises(OSError, match="cannot be joined"), limited.group(2**30):
-        pass
-    assert len(made) == 1
-    assert not made[0].exists()

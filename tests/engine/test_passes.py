@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 from billhook.engine.passes import watch_call_order
-from billhook.engine.store import store_of
 
 
 class Model(nn.Module):
@@ -44,10 +43,3 @@ def test_what_is_orderly(name):
         model(torch.ones(1, 4))
     assert seen.orderly == orderly
     assert not any(part._forward_pre_hooks or part._forward_hooks for part in owner)
-
-
-def test_where_all_blocks_are_there_anything_is():
-    model = Model(WAYS["one again"][0])
-    with watch_call_order(store_of(model), model) as seen:
-        model(torch.ones(1, 4))
-    assert seen.orderly

@@ -1,7 +1,5 @@
 """A sharded model of which one block at a time is whole, in one process."""
 
-import weakref
-
 import pytest
 import torch
 from torch import nn
@@ -11,7 +9,6 @@ from torch.distributed.tensor import DTensor
 import billhook as bh
 from billhook.engine.comm import Comm
 from billhook.engine.passes import blockwise
-from billhook.engine.statistics import InputGram
 from billhook.engine.store import store_of
 from billhook.importance.baselines import RandomUnits
 from billhook.importance.score import Importance, Sums
@@ -61,24 +58,6 @@ def test_units_are_scored_as_in_memory(mesh, name):
         found = bh.score(sharded, units, importance, batches, reduce=lambda tensor: tensor)
     assert all(torch.equal(found[place], own) for place, own in expected.items())
     assert all(isinstance(own, DTensor) for own in sharded.parameters())
-
-
-def test_obs_has_the_moments_of_one_block(mesh, monkeypatch):
-    plain, sharded = both(mesh)
-    units, batches = bh.find_units(plain, "channel"), [{"input_ids": tokens()} for _ in range(3)]
-    expected = bh.score(plain, units, bh.OBS(), batches)
-    alive, most, begin = weakref.WeakSet(), [], InputGram.__init__
-
-    def begun(self, *given):
-        begin(self, *given)
-        alive.add(self)
-        most.append(len(alive))
-
-    monkeypatch.setattr(InputGram, "__init__", begun)
-    with blockwise(sharded):
-        found = bh.score(sharded, units, bh.OBS(), batches)
-    assert all(torch.equal(found[place], own) for place, own in expected.items())
-    assert most == [1] * len(units)
 
 
 def test_one_block_is_there(mesh):

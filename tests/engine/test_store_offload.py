@@ -1,9 +1,6 @@
 """Blocks on a device one at a time, activations in files: what comes out is the same, and nothing stays behind."""
 
 import copy
-import gc
-from contextlib import closing
-from functools import partial
 
 import pytest
 import torch
@@ -12,10 +9,8 @@ from torch import nn
 import billhook as bh
 from billhook.engine import passes
 from billhook.engine.device import DeviceCopies
-from billhook.engine.passes import ActivationFiles, SideBySide, spilled_outputs
-from billhook.engine.state import evaluating_without_grad
+from billhook.engine.passes import ActivationFiles
 from billhook.engine.store import store_of
-from billhook.engine.walk import blocks_of
 from kit import prunes
 from kit.families import llama, tokens
 from kit.sparsity import batches_of, family
@@ -33,19 +28,6 @@ def stays(monkeypatch):
     order, enter = [], DeviceCopies.enter
     monkeypatch.setattr(DeviceCopies, "enter", lambda self, block: order.append(block) or enter(self, block))
     return order
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
-def test_a_model_in_files_on_a_gpu(tmp_path):
-    expected = family("llama").eval()
-    expected.save_pretrained(tmp_path / "dense")
-    data = batches_of(expected)
-    model = bh.stream(tmp_path / "dense", tmp_path / "pruned", device="cuda")
-    bh.prune(expected, bh.Wanda(), data, 0.5)
-    bh.prune(model, bh.Wanda(), data, 0.5)
-    bh.save(model, tmp_path / "pruned")
-    found = bh.load(tmp_path / "pruned").state_dict()
-    assert all((value == found[name]).float().mean() > 0.99 for name, value in expected.state_dict().items())
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -67,15 +49,6 @@ def test_each_block_is_there_once_and_the_result_is_the_same(name, sequential, d
             assert homes[name] == value.data_ptr()
         else:
             assert (value == expected.state_dict()[name]).float().mean() > 0.99
-
-
-def test_encoder_and_decoder_offloaded(stays):
-    model = family("t5").eval()
-    expected, data = copy.deepcopy(model), batches_of(model)
-    for one, device in ((expected, None), (model, "cpu")):
-        bh.prune(one, bh.Wanda(), data, 0.5, offload=device)
-    assert [block for block in stays if len(list(block.children()))] == [*model.encoder.block, *model.decoder.block]
-    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in model.state_dict().items())
 
 
 class OnAnother(nn.Module):
@@ -132,46 +105,6 @@ def test_activations_on_disk_change_nothing(sequential, tmp_path, monkeypatch):
     hidden = [one for one in kept if one.shape == (4, 16, 32)]
     assert len(hidden) >= 6
     assert all(tensor.untyped_storage().filename for tensor in hidden)
-
-
-@pytest.mark.daily("llama", "t5")
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
-def test_all_that_blocks_hand_on_lies_in_files_while_runs_rest(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(passes, "SMALL", 256)
-    model, seen = family(name).eval(), []
-    data = batches_of(model)
-    width = model.config.hidden_size if name != "t5" else model.config.d_model
-
-    def tensors():
-        return [one for one in gc.get_objects() if type(one) is torch.Tensor and one.dim() == 3 and one.shape[-1] == width]
-
-    gc.collect()
-    others = tensors()  # of tests before this
-
-    def look(block):
-        alive = [one for one in tensors() if not any(one is other for other in others)]
-        seen.append([one.untyped_storage().filename is not None for one in alive])
-
-    with closing(ActivationFiles(str(tmp_path))) as files, spilled_outputs(files, model), evaluating_without_grad(model):
-        SideBySide(model, leave=look)([partial(model, **batch) for batch in data])
-    assert len(seen) == len(blocks_of(model))
-    assert all(all(one) and len(one) >= len(data) for one in seen[:-1])
-    assert not list(tmp_path.iterdir())
-    assert not any(module._forward_hooks for module in model.modules())
-
-
-def test_what_lies_in_files_is_a_copy_and_others_keep_theirs(tmp_path):
-    files, tensor, small = ActivationFiles(str(tmp_path)), torch.rand(64, 512), torch.rand(3)
-    pointer, learns = tensor.data_ptr(), torch.rand(64, 512, requires_grad=True)
-    copied = files.copy(tensor)
-    assert torch.equal(copied, tensor)
-    assert (tensor.data_ptr(), bool(copied.untyped_storage().filename)) == (pointer, True)
-    assert files.copy(copied) is copied, "what is there already stays"
-    assert files.copy(copied[3:].view(-1)).data_ptr() == copied[3:].data_ptr()
-    assert (files.copy(small), files.copy(learns)) == (small, learns)
-    files.close()
-    assert not list(tmp_path.iterdir())
-    assert torch.equal(copied, tensor)
 
 
 @pytest.mark.parametrize(

@@ -69,33 +69,6 @@ def test_each_shard_comes_when_it_is_needed(hub, tmp_path, monkeypatch):
     assert shards(hub.asked) == [], "no shard is fetched twice"
 
 
-def test_stopped_while_shards_are_still_to_come(hub, tmp_path, monkeypatch):
-    written, write, stops = [], Parts.write, [True]
-
-    def stopping(parts, name, tensors, note):
-        if stops and len(written) == 2:
-            raise KeyboardInterrupt
-        written.append(name)
-        write(parts, name, tensors, note)
-
-    monkeypatch.setattr(Parts, "write", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        bh.prune(bh.stream(NAME, tmp_path / "out"), bh.Magnitude(), sparsity=0.5)
-    stops.clear()
-    bh.prune(bh.stream(NAME, tmp_path / "out"), bh.Magnitude(), sparsity=0.5)
-    assert written == [f"model.layers.{number}" for number in range(4)] * 2
-
-
-@pytest.mark.nightly
-def test_summary_and_inspect_fetch_none(hub, capsys):
-    main(["summary", NAME, "--stream"])
-    said = capsys.readouterr().out
-    assert said == bh.summary(bh.load("tiny")).text().replace("3 (0.0%)", "not counted") + "\n"
-    main(["inspect", NAME, "--stream"])
-    assert "4 blocks of up to" in capsys.readouterr().out
-    assert shards(hub.asked) == []
-
-
 def test_one_file(tmp_path, monkeypatch):
     bh.load("tiny").save_pretrained(tmp_path / "served")
     with shelf(tmp_path / "served", monkeypatch, tmp_path / "cache") as held:

@@ -1,12 +1,9 @@
 """Tensors in files, read a few rows at a time."""
 
-import os
-
 import pytest
 import torch
 from safetensors.torch import save_file
 
-import billhook as bh
 from billhook.engine.tensors import TensorFiles
 
 TENSORS = {
@@ -34,36 +31,9 @@ def test_rows_are_those_of_the_tensor(files, name, elements):
     assert len(rows) == 1 or all(one.numel() <= max(elements, whole[0].numel()) for one in rows)
 
 
-def test_no_more_is_read_than_the_rows(files):
-    first = next(iter(files.rows("float32", 6)))
-    assert first.untyped_storage().nbytes() == 6 * 4
-
-
 def test_rows_under_another_name(files):
     files.rename({"float32": "then"}, ["bool"])
     assert torch.equal(torch.cat(list(files.rows("then", 6))), TENSORS["float32"])
-
-
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system has no way to be told")
-def test_what_is_read_ahead_are_the_bytes_of_the_tensors(files, tmp_path, monkeypatch):
-    asked, content = [], (tmp_path / "model.safetensors").read_bytes()
-    monkeypatch.setattr(os, "posix_fadvise", lambda _, start, length, how: asked.append((content[start : start + length], how)))
-    files.rename({"float32": "then"}, [])
-    files.read_ahead(["then", "none", "whole numbers"])
-    expected = [TENSORS[name].numpy().tobytes() for name in ("float32", "whole numbers")]
-    assert asked == [(one, os.POSIX_FADV_WILLNEED) for one in expected]
-
-
-def test_the_next_block_is_read_ahead_while_one_computes(monkeypatch):
-    model, ahead = bh.stream("tiny"), []
-    monkeypatch.setattr(
-        TensorFiles, "read_ahead", lambda _, names: ahead.append({name.rpartition("layers.")[2][0] for name in names})
-    )
-    with torch.no_grad():
-        model(torch.arange(8)[None])
-    count = model.config.num_hidden_layers
-    assert ahead[-1] == {"0"}
-    assert ahead[:-1] == [{str(number)} for number in range(count - len(ahead) + 1, count)]
 
 
 def test_a_file_that_ends_early(tmp_path):

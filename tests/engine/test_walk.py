@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.engine.state import evaluating_without_grad
 from billhook.engine.walk import Visitor, Walk, find_sites
-from kit.sparsity import Routed, batches_of
+from kit.sparsity import batches_of
 
 FAMILIES = [
     "llama",
@@ -112,41 +112,6 @@ def test_what_linears_are_given(family, sequential):
     for name, sums in expected.items():
         torch.testing.assert_close(visitor.sums[name], sums, rtol=1e-5, atol=1e-9)
     assert all(torch.equal(linear.weight, before[name]) for name, linear in linears.items())
-
-
-def test_an_experts_linears_that_few_runs_call():
-    class Block(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
-
-        def forward(self, x, chosen):
-            return sum(self.experts[e](x) for e in chosen)
-
-    model = Routed(Block)
-    seen = {}
-
-    class Count(Halve):
-        def observe(self, name, linear, inputs, run):
-            seen.setdefault(name, []).append(run)
-
-        def complete(self, site):
-            pass
-
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    runs = [([0, 1], [2]), ([1], [0, 2]), ([0, 1], [0])]
-    for sequential in ("block", "layer"):
-        seen.clear()
-        forwards = [lambda chosen=chosen: model(torch.ones(1, 4), chosen) for chosen in runs]
-        unseen = Walk(find_sites(model, linears, sequential), Count())(forwards)
-        if sequential == "layer":
-            assert unseen == ["blocks.0.experts.2", "blocks.1.experts.1"]
-        assert {name: sorted(set(own)) for name, own in seen.items()} == {
-            "blocks.0.experts.0": [0, 2],
-            "blocks.0.experts.1": [0, 1, 2],
-            "blocks.1.experts.0": [1, 2],
-            "blocks.1.experts.2": [0, 1],
-        }
 
 
 def test_everything_is_as_before_after_an_exception():

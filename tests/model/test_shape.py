@@ -84,23 +84,6 @@ def test_a_kernel_as_long_as_a_bias_stays():
     assert convolution(torch.ones(1, 4, 6)).shape == (1, 5, 4)
 
 
-def test_it_is_plain_data():
-    shape = shape_of(llama())
-    assert Shape.from_dict(json.loads(json.dumps(shape.to_dict()))) == shape
-
-
-def test_a_part_of_a_shape_leaves_the_rest():
-    model = build_kv("bert")
-    convert_kv_heads(model, 2)
-    whole = shape_of(model)
-    part = Shape({"bert.embeddings.word_embeddings.weight": (64, 16)}, {}, {})
-    over = part.over(whole)
-    assert (over.config, over.lists, over.blocks) == (whole.config, whole.lists, whole.blocks)
-    assert over.tensors == whole.tensors | part.tensors
-    set_shape(model, Shape(whole.tensors, whole.attributes, {}))
-    assert shape_of(model) == whole
-
-
 def test_the_flag_of_multi_query_attention_is_part_of_a_shape():
     dense, small = build_kv("gpt_bigcode"), build_kv("gpt_bigcode", multi_query=True)
     held = Shape.from_dict(json.loads(json.dumps(shape_of(small).to_dict())))
@@ -110,21 +93,6 @@ def test_the_flag_of_multi_query_attention_is_part_of_a_shape():
     assert dense.config.multi_query is True
     ids = tokens()
     assert torch.equal(dense(ids).logits, small(ids).logits)
-
-
-def test_tied_parameters_stay_tied():
-    model = llama(tie_word_embeddings=True)
-    wide = llama(tie_word_embeddings=True, hidden_size=64)
-    set_shape(model, shape_of(wide))
-    assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert model.lm_head.weight.shape == (64, 64)
-
-
-def test_a_tensor_of_the_right_size_is_left_alone():
-    model = llama()
-    before = {name: id(p) for name, p in model.named_parameters()}
-    set_shape(model, shape_of(model))
-    assert {name: id(p) for name, p in model.named_parameters()} == before
 
 
 def test_another_model_is_refused_before_anything_changes():

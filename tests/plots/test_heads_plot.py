@@ -34,18 +34,6 @@ def test_the_last_round_is_drawn_to_a_file(files, tmp_path):
     assert curve.get_ylabel() == "validation loss"
 
 
-def test_without_a_file_or_a_logger_nothing_is_drawn(files, tmp_path, monkeypatch):
-    monkeypatch.setattr("billhook.callbacks.head_ranking.heads", None)
-    trainer(tmp_path, [pruning(0.25)], max_steps=2).fit(module(), data(files))
-
-
-def test_the_monitored_value_is_what_is_drawn(files, tmp_path):
-    callback = pruning(0.25, monitor="val_perplexity", mode="min", keep=0.1, measure_batches=1, at=2)
-    trainer(tmp_path, [callback], max_steps=3).fit(module(), data(files))
-    event = callback.events[0]
-    assert callback.record.curve == [(0.0, event["before"]["val_perplexity"]), (0.25, event["after"]["val_perplexity"])]
-
-
 class TestPlot:
     def draw(self, path, *arguments, **options):
         figure = plots.heads(*arguments, **options)
@@ -77,10 +65,6 @@ class TestPlot:
         least, most = self.draw(tmp_path, {"layers.0": torch.tensor(scores)}, {}).axes[0].images[0].get_clim()
         assert (least, most) == (pytest.approx(min(0.0, *scores)), pytest.approx(max(scores)))
 
-    @pytest.mark.parametrize("score", [0.0, torch.nan])
-    def test_scores_of_which_none_is_more_than_another(self, tmp_path, score):
-        self.draw(tmp_path, {"layers.0": torch.full([4], score)}, {"layers.0": [0]})
-
     @pytest.mark.parametrize("curve", [[(0.0, 2.0)], [(0.0, 2.0), (0.25, float("nan")), (0.5, 3.0)]])
     def test_curves(self, tmp_path, curve):
         figure = self.draw(tmp_path, {"a.0": torch.rand(4), "a.1": torch.rand(4)}, {"a.0": [2]}, curve, "val_loss")
@@ -94,8 +78,3 @@ class TestPlot:
         assert len(figure.axes[1].lines) == 1
         assert figure.axes[1].lines[0].get_linestyle() == "None"  # two points make no line, but an arrow
         assert len(figure.axes[1].texts) == 1
-
-    def test_many_layers(self, tmp_path):
-        scores = {f"model.layers.{layer}.self_attn": torch.rand(32) for layer in range(80)}
-        figure = self.draw(tmp_path, scores, {}, [(0.0, 1.0), (0.5, 2.0)], "val_accuracy")
-        assert [label.get_text() for label in figure.axes[0].get_yticklabels()] == [str(layer) for layer in range(80)]

@@ -23,19 +23,13 @@ def png_size(path: Path) -> tuple[int, int]:
 CASES = {
     "one event": (HISTORY, [EVENT]),
     "three events": (HISTORY, [EVENT, (100, "4 -> 2 KV heads (mean)", 62, 300), (240, "2 -> 1 KV heads (mean)", 46.9, 800)]),
-    "near steps": (HISTORY, [(step, f"{step} KV heads", 40.0 + step, 90.0) for step in (20, 21, 22, 23)]),
-    "one step": (HISTORY, [EVENT, EVENT]),
-    "one point": ([(5, 1.0)], []),
     "nothing": ([], []),
     "no figures": ([], [(5, "8 -> 1 KV heads (mean)", None, None)]),
-    "only before": (HISTORY, [(20, "8 -> 1 KV heads (mean)", 42.5, None)]),
     "not finite": (
         [(0, 40.0), (10, math.inf), (20, math.nan), (30, 50.0)],
         [(10, "a", 41.0, math.inf), (20, "b", math.nan, 1e9)],
     ),
     "never finite": ([(0, math.nan), (1, math.inf)], [(1, "a", math.inf, -math.inf)]),
-    "negative": ([(0, -1.0), (1, 0.0), (2, 5.0)], []),
-    "huge": ([(0, 1.0), (1, 1e300)], [(1, "a name that is far too long for any picture " * 5, 1.0, 1e300)]),
     "$names$": ([(0, 1.0)], [(0, "100 % of $x_1 _ \\frac$", 1.0, 2.0)]),
 }
 

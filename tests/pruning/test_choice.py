@@ -6,15 +6,11 @@ import pytest
 import torch
 import transformers
 
-import billhook as bh
-from billhook.importance.baselines import RandomUnits
 from billhook.pruning.choice import choose
 from billhook.units.find import find_units
-from kit.families import build, llama
-from kit.shaped import bert
+from kit.families import llama
 
 LAYERS = ["model.layers.0.self_attn", "model.layers.1.self_attn"]
-BERT = ["bert.encoder.layer.0.attention", "bert.encoder.layer.1.attention"]  # of four heads each
 
 
 @functools.cache
@@ -144,34 +140,14 @@ def test_any_tensor_is_a_score():
     assert choose(heads_of("mha"), endless, 0.25) == {LAYERS[0]: [6, 7], LAYERS[1]: [1, 3]}
 
 
-def test_of_a_model():
-    model = bert()
-    importance = bh.score(model, bh.find_units(model, "head"), bh.importance.WeightNorm(), normalize=True)
-    chosen = choose(bh.find_units(model, "head"), importance, 0.5)
-    assert chosen == {name: importance[name].argsort()[:2].sort().values.tolist() for name in BERT}
-    plan = bh.pruning.prune_units(model, chosen)
-    assert plan.after == dict.fromkeys(BERT, (2, 2))
-    model = build("qwen3")
-    importance = bh.score(model, bh.find_units(model, "head"), RandomUnits(3), normalize=True)
-    chosen = choose(bh.find_units(model, "head"), importance, 0.5, ranking="global")
-    assert sum(map(len, chosen.values())) == 8
-    assert sum(query for query, _ in bh.pruning.plan_units(model, chosen).after.values()) == 8
-
-
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
         ({"ratio": 1}, r"ratio=1 must be a fraction of the units in \[0, 1\)"),
-        ({"ratio": 1.0}, r"ratio=1.0 must be"),
         ({"ratio": -0.1}, r"ratio=-0.1 must be"),
         ({"ratio": float("nan")}, r"ratio=nan must be"),
-        ({"ratio": True}, r"ratio=True must be"),
-        ({"ratio": False}, r"ratio=False must be"),
-        ({"ratio": "half"}, r"ratio='half' must be"),
         ({"ranking": "model"}, "ranking='model' must be one of layer, global"),
         ({"min_units": -1}, "min_units=-1 must be a whole number of at least 0"),
-        ({"min_units": 1.0}, "min_units=1.0 must be a whole number"),
-        ({"min_units": True}, "min_units=True must be a whole number"),
         ({"min_units": 0}, "min_units=0 must be at least 1 if units are removed"),
         ({"per": "layer"}, "per='layer' must be one of head, kv_head"),
     ],

@@ -12,30 +12,6 @@ from kit.removal import make as small
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(
-    ("family", "amount", "why"),
-    [
-        (
-            "codegen",
-            {"heads": 0.34},
-            "cannot be removed from CodeGenForCausalLM: its forward pass does not work",
-        ),  # heads are dealt to four cores
-        ("dory", {"heads": 0.34}, "a norm spans all of them"),  # written out, as a sum of squares
-        ("dory", {"channels": 0.25}, "a norm spans all of them"),
-    ],
-)
-def test_units_that_code_does_not_follow(family, amount, why):
-    model = small(family)
-    with pytest.raises(ValueError, match=why):
-        bh.plan(model, bh.importance.WeightNorm(), **amount)
-
-
-def test_given_units_that_code_does_not_follow():
-    with pytest.raises(ValueError, match="cannot be removed from CodeGenForCausalLM: its forward pass does not work"):
-        bh.pruning.plan_units(small("codegen"), {0: [2, 6], 1: [0, 2]})
-
-
-@pytest.mark.nightly
 def test_what_a_model_has_computed_from_parameters_is_forgotten():
     model = small("levit")
     first = bh.plan(model, bh.importance.WeightNorm(), heads=0.34)

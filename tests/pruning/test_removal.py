@@ -15,14 +15,11 @@ from torch import nn
 
 import billhook as bh
 from billhook.importance.baselines import RandomUnits
-from billhook.model import surgery
 from billhook.model.layers import read_dim
 from billhook.model.shape import shape_of
-from billhook.pruning import removal
-from billhook.units.find import find_units, of_kind, units_of
+from billhook.units.find import find_units, units_of
 from kit.families import build, llama, recompute, t5, tokens
 from kit.removal import ALIKE, make, questions, some_heads
-from kit.removal import TestNothingIsHalfDone as _OfHeads
 from kit.shaped import bert, gpt2
 from kit.units import EVERY, EXPERTS, HELD, WITHOUT_CHANNELS, down_projections
 
@@ -124,33 +121,6 @@ class TestSlicedEqualsMasked:
             assert parameter.is_contiguous()
         mlp = model.model.layers[1].mlp
         assert (mlp.up_proj.out_features, mlp.down_proj.in_features, mlp.gate_proj.out_features) == (9, 9, 9)
-
-    def test_down_to_one_channel_and_different_ones_in_each_layer(self):
-        model = llama().double()
-        gone = {"model.layers.0.mlp": [n for n in range(48) if n != 7], "model.layers.1.mlp": [0]}
-        ids = tokens()
-        with torch.no_grad(), without_channels(model, "llama", {f"{place}.down_proj": own for place, own in gone.items()}):
-            expected = model(ids).logits
-        bh.apply(model, bh.pruning.plan_units(model, gone, ["channel"]))
-        torch.testing.assert_close(model(ids).logits, expected)
-
-    @pytest.mark.parametrize("name", ["llama", "gpt2", "T5ForConditionalGeneration"])
-    def test_generation_from_a_cache(self, name):
-        model = make(name)
-        units = find_units(model, ["head", "channel"])
-        gone = {place: a_third(one.count(), number) for number, (place, one) in enumerate(of_kind(units, "channel").items())}
-        gone |= some_heads(of_kind(units, "head"))
-        bh.apply(model, bh.pruning.plan_units(model, gone, ["head", "channel"]))
-        ids = torch.randint(11, 100, (2, 6), generator=torch.Generator().manual_seed(0))
-        options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-        options |= {"decoder_start_token_id": 0} if model.config.is_encoder_decoder else {}
-        cached, plain = (model.generate(ids, use_cache=use, **options) for use in (True, False))
-        assert torch.equal(cached, plain)
-        model.train()
-        more = {} if not model.config.is_encoder_decoder else {"decoder_input_ids": ids}
-        model(ids, labels=ids, **more).loss.backward()
-        assert all(p.grad is None or p.grad.shape == p.shape for p in model.parameters())
-        assert sum(p.grad is not None for p in model.parameters()) > len(gone)
 
 
 def assert_permutation_exact(model, kinds, gone, inputs):
@@ -265,14 +235,6 @@ class TestResidual:
         assert (embedded.weight is model.get_output_embeddings().weight) == (tied or name == "t5")
         assert embedded.embedding_dim == model.config.hidden_size == width
 
-    def test_what_norms_keep_of_their_size(self):
-        model = gpt2()
-        bh.apply(model, bh.pruning.plan_units(model, {"transformer": [0, 3, 31]}, "residual"))
-        norms = [module for module in model.modules() if isinstance(module, nn.LayerNorm)]
-        assert {norm.normalized_shape for norm in norms} == {(29,)}
-        assert model.transformer.wpe.embedding_dim == model.transformer.wte.embedding_dim == 29
-        model.train()(tokens(), labels=tokens()).loss.backward()
-
     def test_opt_whose_embeddings_are_narrower(self):
         config = transformers.OPTConfig(
             vocab_size=64, hidden_size=32, word_embed_proj_dim=20, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4,
@@ -284,16 +246,6 @@ class TestResidual:
         assert {one.count() for one in units.values()} >= {32}
         gone = {place: list(range(0, one.count(), 5)) for place, one in units.items()}
         assert_permutation_exact(model, ["residual"], gone, questions(model)[1])
-
-    @pytest.mark.parametrize("name", ["llama", "gpt2"])
-    def test_generation_from_a_cache(self, name):
-        model = make(name)
-        place = next(iter(find_units(model, ["residual"])))
-        bh.apply(model, bh.pruning.plan_units(model, {place: [1, 7, 20, 21]}, ["residual"]))
-        ids = torch.randint(11, 100, (2, 6), generator=torch.Generator().manual_seed(0))
-        options = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
-        options |= {"decoder_start_token_id": 0} if model.config.is_encoder_decoder else {}
-        assert torch.equal(*(model.generate(ids, use_cache=use, **options) for use in (True, False)))
 
 
 @contextmanager
@@ -494,51 +446,6 @@ class TestTraining:
         optimizer.step()
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
         assert held == {id(p) for p in adapted.parameters() if p.requires_grad}
-
-
-class TestNothingIsHalfDone:
-    everything, trained = staticmethod(_OfHeads.everything), staticmethod(_OfHeads.trained)
-
-    @pytest.mark.parametrize("where", ["change_values", "set_shape", "set_fields", "run_outputs"])
-    @pytest.mark.parametrize(("name", "kinds"), [
-        ("llama", {"heads": 0.5, "channels": 0.5, "residual": 0.25}), ("gpt2", {"residual": 0.25}), ("llama", {"channels": 0.25}),
-    ])  # fmt: skip
-    def test_an_error_in_the_middle(self, name, where, kinds, monkeypatch):
-        model, optimizer = self.trained(llama() if name == "llama" else gpt2())
-        plan = bh.plan(model, RandomUnits(), amount=bh.Amount(**kinds))
-        before = self.everything(model, optimizer)
-        place = surgery if where == "change_values" else removal
-        real, calls = getattr(place, where), []
-        last = 2 if where == "run_outputs" and "residual" not in kinds else 1
-
-        def fails(*args):
-            calls.append(args)
-            if len(calls) == last:
-                raise KeyError("in the middle")
-            return real(*args)
-
-        monkeypatch.setattr(place, where, fails)
-        with pytest.raises(KeyError, match="in the middle"):
-            bh.apply(model, plan, optimizer)
-        assert self.everything(model, optimizer) == before
-        monkeypatch.undo()
-        bh.apply(model, plan, optimizer)
-        optimizer.step()
-
-    def test_code_that_does_not_run(self, monkeypatch):
-        model, optimizer = self.trained(gpt2())
-        plan = bh.plan(model, RandomUnits(), residual=0.25)
-        before = self.everything(model, optimizer)
-
-        def fails(*_):
-            raise RuntimeError("strange strides\nand more")
-
-        monkeypatch.setattr(removal, "run_outputs", fails)
-        with pytest.raises(
-            ValueError, match=r"hidden dimensions cannot be removed from GPT2LMHeadModel: .* \(strange strides\)$"
-        ):
-            bh.apply(model, plan, optimizer)
-        assert self.everything(model, optimizer) == before
 
 
 class TestRoundTrip:

@@ -14,11 +14,10 @@ from transformers.modeling_outputs import BaseModelOutput
 
 import billhook as bh
 from billhook.model.shape import shape_of
-from billhook.pruning import removal
 from billhook.units.find import find_units
 from kit.families import build, llama, tokens
 from kit.removal import ALIKE, TestNothingIsHalfDone, counts, make, questions, some_heads
-from kit.shaped import bert, features, gpt2
+from kit.shaped import bert, gpt2
 from kit.units import FAMILIES
 
 NONE = ("mamba", "recurrent_gemma", "convnext", "resnet")  # without attention
@@ -155,11 +154,6 @@ class TestGeneration:
         model = make({"bart": "BartForConditionalGeneration", "t5": "T5ForConditionalGeneration"}.get(name, name))
         self.check(model, some_heads(find_units(model, "head"), alike=name in ALIKE))
 
-    @pytest.mark.nightly
-    def test_where_the_number_of_a_layer_is_that_of_its_heads(self):
-        model = make("gpt2", n_layer=7)  # of six heads
-        self.check(model, {6: [2], 5: [1, 3]})
-
     @torch.no_grad()
     def check(self, model, chosen):
         ids = torch.randint(11, 100, (2, 6), generator=torch.Generator().manual_seed(0))
@@ -217,44 +211,6 @@ class TestWeights:
         assert (attention.q_proj.out_features, attention.k_proj.out_features, attention.o_proj.in_features) == (16, 16, 16)
         assert [layer.self_attn.num_key_value_groups for layer in model.model.layers] == [1, 1]
 
-    def test_bert(self):
-        model = bert()  # 4 heads of 8
-        before = {name: p.detach().clone() for name, p in model.named_parameters()}
-        bh.pruning.prune_units(model, {0: [3], 1: [0, 2]})
-        for name, parameter in model.named_parameters():
-            expected = before[name]
-            if ".attention." in name and "LayerNorm" not in name:
-                rows = features(torch.tensor([[0, 1, 2], [1, 3]][int(name.split(".")[3])]))
-                if name.endswith("output.dense.weight"):
-                    expected = expected[:, rows]
-                elif "output.dense" not in name:
-                    expected = expected[rows]
-            assert torch.equal(parameter, expected), name
-        first, second = (layer.attention for layer in model.bert.encoder.layer)
-        assert (first.self.num_attention_heads, first.self.all_head_size, first.self.attention_head_size) == (3, 24, 8)
-        assert (second.self.num_attention_heads, second.self.all_head_size, second.output.dense.in_features) == (2, 16, 16)
-
-    def test_what_else_parameters_are(self):
-        model = llama(tie_word_embeddings=True).bfloat16().train()
-        frozen = [name for name, _ in model.named_parameters() if "q_proj" in name or "embed" in name]
-        for name in frozen:
-            model.get_parameter(name).requires_grad_(False)
-        kept = {name: p for name, p in model.named_parameters() if "self_attn" not in name}
-        buffers = {name: (buffer, buffer.clone()) for name, buffer in model.named_buffers()}
-        for parameter in kept.values():
-            parameter.grad = torch.ones_like(parameter)
-        random_state = torch.get_rng_state()
-        bh.pruning.prune_units(model, {0: [0, 1], 1: [0, 2, 4, 6]})
-        assert torch.equal(random_state, torch.get_rng_state())
-        assert {name for name, p in model.named_parameters() if not p.requires_grad} == set(frozen)
-        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
-        assert all(model.get_parameter(name) is p and p.grad is not None for name, p in kept.items())
-        assert model.lm_head.weight is model.model.embed_tokens.weight
-        assert dict(model.named_buffers()).keys() == buffers.keys()
-        assert all(model.get_buffer(name) is one and torch.equal(one, value) for name, (one, value) in buffers.items())
-        assert all(module.training for module in model.modules())
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-
     def test_weights_that_layers_share(self):
         model = make("albert")
         before = model.num_parameters()
@@ -270,60 +226,6 @@ class TestOptimizer:
             optimizer.zero_grad()
             model(ids, labels=ids).loss.backward()
             optimizer.step()
-
-    @pytest.mark.parametrize("per", ["head", "kv_head"])
-    @pytest.mark.parametrize("kind", ["AdamW", "amsgrad", "SGD"])
-    def test_in_the_middle_of_training(self, kind, per):
-        make_one = {
-            "AdamW": lambda groups: torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1),
-            "amsgrad": lambda groups: torch.optim.AdamW(groups, lr=1e-2, amsgrad=True),
-            "SGD": lambda groups: torch.optim.SGD(groups, lr=1e-2, momentum=0.9, weight_decay=0.1),
-        }[kind]
-        model = llama().double().train()
-        model.model.layers[0].self_attn.q_proj.weight.requires_grad_(False)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = make_one([{"params": trained[::2]}, {"params": trained[1::2], "lr": 2e-2}])
-        self.steps(model, optimizer, 3)
-        twin, twin_optimizer = copy.deepcopy((model, optimizer))
-        order = [
-            [next(n for n, p in model.named_parameters() if p is one) for one in g["params"]] for g in optimizer.param_groups
-        ]
-        old = {name: copy.deepcopy(optimizer.state.get(p)) for name, p in model.named_parameters()}
-        states = {id(p): optimizer.state[p] for p in trained}
-
-        chosen = {0: [0, 3, 4, 6], 1: [6, 7]} if per == "head" else {0: [1, 3], 1: [3]}
-        plan = bh.pruning.prune_units(model, chosen, optimizer, per=per)
-
-        def cut(name, tensor):
-            for dim in range(tensor.dim()):
-                if (name, dim) in plan.cuts:
-                    tensor = tensor.index_select(dim, torch.from_numpy(plan.cuts[name, dim]))
-            return tensor
-
-        for group, names in zip(optimizer.param_groups, order, strict=True):
-            assert [id(p) for p in group["params"]] == [id(model.get_parameter(name)) for name in names]
-        assert [group["lr"] for group in optimizer.param_groups] == [1e-2, 2e-2]
-        assert {id(p) for p in optimizer.state} == {id(p) for p in model.parameters() if p.requires_grad}
-        for name, parameter in model.named_parameters():
-            state = optimizer.state.get(parameter)
-            assert (state is None) == (old[name] is None)
-            for key, value in (state or {}).items():
-                assert torch.equal(value, cut(name, old[name][key]) if value.dim() else old[name][key]), (name, key)
-            assert "self_attn" in name or state is states[id(parameter)]
-        assert all(torch.equal(p, cut(name, twin.get_parameter(name))) for name, p in model.named_parameters())
-
-        with bh.mask(twin, chosen, per=per):
-            self.steps(twin, twin_optimizer, 1)
-            self.steps(model, optimizer, 1)
-        for name, parameter in model.named_parameters():
-            own = twin.get_parameter(name)
-            torch.testing.assert_close(parameter, cut(name, own), rtol=1e-6, atol=1e-9)
-            assert (parameter.grad is None) == (own.grad is None) == (name == "model.layers.0.self_attn.q_proj.weight")
-            if own.grad is not None:
-                torch.testing.assert_close(parameter.grad, cut(name, own.grad), rtol=1e-6, atol=1e-9)
-        again = make_one([{"params": [model.get_parameter(n) for n in own]} for own in order])
-        again.load_state_dict(optimizer.state_dict())
-        self.steps(model, again, 1)
 
     def test_several_optimizers(self):
         model = gpt2().train()
@@ -407,16 +309,6 @@ class TestAdapters:
         with pytest.raises(ValueError, match=r"removed from .*: a norm spans all of them"):  # of the columns that are read
             bh.pruning.prune_units(dora("o_proj"), {0: [0, 1]})
 
-    @pytest.mark.nightly
-    def test_on_one_matrix_of_all(self):
-        config = peft.LoraConfig(target_modules=["c_attn", "c_proj"], r=2, fan_in_fan_out=True, init_lora_weights=False)
-        model, ids = peft.get_peft_model(gpt2(), config).eval().double(), tokens()
-        with torch.no_grad(), bh.mask(model, {0: [1], 1: [0, 3]}):
-            expected = model(ids).logits
-        bh.pruning.prune_units(model, {0: [1], 1: [0, 3]})
-        torch.testing.assert_close(model(ids).logits, expected)
-        torch.testing.assert_close(model.merge_and_unload()(ids).logits, expected)
-
 
 class OwnConfig(transformers.PretrainedConfig):
     model_type = "own"
@@ -493,15 +385,6 @@ class TestCodeOfSomebodysOwn:
         assert TestNothingIsHalfDone.everything(model, optimizer) == before
         with bh.mask(model, {0: [0, 1]}):
             model(tokens())
-
-    def test_buffers_are_put_back(self, monkeypatch):
-        model = self.own()
-        optimizer = torch.optim.SGD(model.parameters(), 0.1)
-        before = TestNothingIsHalfDone.everything(model, optimizer)
-        monkeypatch.setattr(removal, "outputs_match", lambda *_: False)
-        with pytest.raises(ValueError, match="cannot be removed from OwnModel: its forward pass does not work"):
-            bh.pruning.prune_units(model, {0: [0, 1]}, optimizer)
-        assert TestNothingIsHalfDone.everything(model, optimizer) == before
 
 
 class TestRoundTrip:
@@ -586,10 +469,3 @@ class TestRoundTrip:
             assert said.flops < before.flops
             lost = {llama: 2 * 4 * 4, gpt2: 2 * 2 * 8 * 4}[make_one]  # keys and values of KV heads, in float32
             assert before.kv_cache_bytes - said.kv_cache_bytes == lost
-
-    def test_query_heads_alone_keep_the_cache(self):
-        model = llama()
-        before = bh.summary(model)
-        bh.pruning.prune_units(model, {0: [0, 2, 4, 6], 1: [1, 2, 4, 7]})
-        said = bh.summary(model)
-        assert (said.query_heads, said.kv_heads, said.kv_cache_bytes) == (4, 4, before.kv_cache_bytes)

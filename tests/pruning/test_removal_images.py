@@ -7,7 +7,6 @@ import transformers
 from torch.nn.functional import conv2d
 
 import billhook as bh
-from billhook.cli.main import main
 from billhook.units.find import find_units
 from kit.image_models import MODELS, STAGES, looked, made
 from kit.images import write_photos, write_processor
@@ -80,16 +79,6 @@ def test_a_plan_takes_the_least_and_says_why_nothing_is_refitted():
     assert plan.parameters[1] == sum(one.numel() for one in model.parameters())
     with pytest.raises(ValueError, match="no linear layer consumes the removed units"):
         bh.repair(made("resnet"), bh.plan(made("resnet"), bh.importance.WeightNorm(), channels=0.5), batches)
-
-
-def test_the_command_on_a_folder_of_images(tmp_path):
-    write_photos(tmp_path / "photos")
-    made("resnet").save_pretrained(tmp_path / "resnet")
-    write_processor(tmp_path / "resnet")
-    given = ["--data", str(tmp_path / "photos"), "--device", "cpu", "--channels", "0.5"]
-    main(["prune-structure", str(tmp_path / "resnet"), str(tmp_path / "out"), *given])
-    layer = bh.load(tmp_path / "out").resnet.encoder.stages[3].layers[0].layer[0].convolution
-    assert layer.weight.shape[0] == 4
 
 
 def test_convolutions_beside_feed_forwards_that_cannot_lose_channels_are_no_places():

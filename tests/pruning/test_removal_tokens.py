@@ -238,18 +238,6 @@ def test_more_than_can_go_or_without_its_tokenizer(trained):
         bh.plan(model, batches=batches, tokens=0.5)
 
 
-def test_a_folder_is_not_saved_with_the_tokenizer_of_before(trained, tmp_path):
-    bh.save(trained[0], tmp_path / "dense", trained[1])
-    model, tokenizer = bh.load(tmp_path / "dense"), transformers.AutoTokenizer.from_pretrained(tmp_path / "dense")
-    plan = bh.plan(model, batches=trained[2], tokens=0.3)
-    bh.apply(model, plan)
-    with pytest.raises(
-        ValueError, match=r"it has 420 tokens, but the model only 288. After .*, pass plan.trim_tokenizer\(tokenizer\)"
-    ):
-        bh.save(model, tmp_path / "out", tokenizer)
-    bh.save(model, tmp_path / "out", plan.trim_tokenizer(tokenizer))
-
-
 @pytest.mark.parametrize(
     ("token", "why"),
     [("~", "it spells text"), ("<unk>", "it is a special token"), ("qu", "'.*' is made of it")],
@@ -371,17 +359,14 @@ IDS = torch.tensor([[4, 5, 6]])
     [
         ([], "batches is empty. Pass text to count tokens in"),
         ([{"pixel_values": torch.zeros(1, 3)}], r"one has no input_ids to count tokens in \(pixel_values\)"),
-        ([IDS], r"one has no input_ids to count tokens in \(Tensor\)"),
         ([{"input_ids": IDS + 420}], r"token ids are in 424\.\.426, but must be in 0\.\.423"),
-        ([{"input_ids": IDS - 5}], r"token ids are in -1\.\.1, but must be in 0\.\.423"),
         ([{"input_ids": IDS.numpy()}], "input_ids must be a tensor of token ids, not a ndarray"),
-        ([{"input_ids": IDS.tolist()}], "input_ids must be a tensor of token ids, not a list"),
         (
             [{"input_ids": IDS, "attention_mask": torch.ones(1, 1, 3, 3)}],
             r"attention_mask must have the shape of input_ids, \[1, 3\]",
         ),
     ],
-    ids=["none", "images", "no dictionary", "too large", "negative", "numpy", "list", "mask of pairs"],
+    ids=["none", "images", "too large", "numpy", "mask of pairs"],
 )
 def test_batches_without_tokens_to_count(trained, batches, why):
     with pytest.raises(ValueError, match=f"batches.*{why.removeprefix('batches')}"):

@@ -585,3 +585,21 @@ def test_something_stands_between_a_linear_and_the_sum_it_adds_to():
     assert found.keys() == whole.keys()
     first = "model.layers.0.mlp.down_proj.weight"
     assert torch.allclose(found[first], alone[first], atol=1e-5)
+
+
+def test_where_channels_that_go_are_copies_of_others_nothing_is_lost():
+    model, masks, batches = case("llama", number=8)
+    masks = {name: keep for name, keep in masks.items() if name.endswith("down_proj")}
+    for number, keep in enumerate(masks.values()):
+        mlp, (gone,) = model.model.layers[number].mlp, torch.where(~keep)
+        for part in (mlp.gate_proj, mlp.up_proj):
+            part.weight.data[gone] = part.weight.data[keep][: len(gone)]
+    with torch.no_grad():
+        whole = model(**batches[0]).logits
+        new = refit(model, masks, trials(model, batches), RepairConfig(ridges=[1e-4]))
+        cut = copy.deepcopy(model)
+        put(cut, {name: (cut.get_submodule(name).weight * keep, None) for name, keep in masks.items()})
+        put(model, new)
+        missing, lost = ((one(**batches[0]).logits - whole).norm() / whole.norm() for one in (model, cut))
+    assert missing < 1e-3
+    assert lost > 0.1

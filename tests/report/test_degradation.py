@@ -12,7 +12,6 @@ import billhook as bh
 from billhook.calibration.reading import load_splits
 from billhook.engine.batches import Batch
 from billhook.model.preprocessors import load_tokenizer
-from billhook.report import predictions as module
 from billhook.report.degradation import DenseReference, TextDegradation, degradation_table, degradation_warning
 from billhook.vocabulary.scores import token_shares
 from billhook.vocabulary.tokenizer import Vocabulary
@@ -93,24 +92,6 @@ def test_what_is_kept_goes_on_with_the_same_model_and_tells_no_divergence_with_a
 def test_a_model_that_predicts_nothing_is_refused():
     with pytest.raises(ValueError, match="LlamaModel has no logits"):
         DenseReference(llama().model, texts())
-
-
-def test_few_predictions_are_held_of_a_large_vocabulary(monkeypatch):
-    monkeypatch.setattr(module, "BYTES", 4 * 64 * 6 * 2)
-    model = llama()
-    dense = DenseReference(model, texts())
-    assert {tuple(held.logs.shape) for held in dense._predictions.values()} == {(2, 64)}
-    assert all(one.kl == pytest.approx(0, abs=1e-5) and one.ratio == 1 for one in dense.degradation(model))
-
-
-def test_a_few_positions_at_a_time_say_the_same(monkeypatch):
-    model, changed = llama(), llama()
-    bh.prune(changed, bh.Magnitude(), sparsity=0.5)
-    expected = DenseReference(model, texts()).degradation(changed)
-    monkeypatch.setattr(module, "ELEMENTS", 3 * 64)
-    for found, then in zip(DenseReference(model, texts()).degradation(changed), expected, strict=True):
-        assert found.kl > 1e-6
-        assert (found.before, found.after, found.kl) == pytest.approx((then.before, then.after, then.kl), rel=1e-5)
 
 
 def one(source, ratio, inside, error=0.0):

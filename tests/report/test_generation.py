@@ -82,16 +82,6 @@ def test_states_that_do_not_grow_are_held_too():
 
 
 @torch.inference_mode()
-def test_only_the_last_logits_of_the_prompts_are_computed():
-    model, shapes = llama(), []
-    model.lm_head.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape)))
-    one = Generation(model, tokens(2, 12), 3)
-    one.prefill()
-    one.decode()
-    assert shapes == [(2, 1, 64)] * 4
-
-
-@torch.inference_mode()
 def test_an_encoder_reads_and_says_nothing():
     config = transformers.BertConfig(
         vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48

@@ -7,7 +7,6 @@ import torch
 import transformers
 
 from billhook.report import speed
-from billhook.report.generation import Generation
 from billhook.report.speed import Timing, measure_speed, spread
 from kit.families import build, llama
 
@@ -34,25 +33,6 @@ def test_a_row_for_each_cell_phase_and_model_and_a_cache_smaller_by_the_head_rat
         assert dense.cache_bytes == row.cache_bytes * 8 // heads
         assert row.cache_bytes_per_token == 2 * heads * 4 * 4  # keys and values, heads, their width, float32
         assert row.ratios == tuple(a / b for a, b in zip(dense.seconds, row.seconds, strict=True))
-
-
-def test_rounds_are_interleaved_in_turning_order_and_warm_up_is_not_kept(monkeypatch):
-    models, done, clock = [llama(), llama(num_key_value_heads=2)], [], iter(range(1000))
-    for name in ("prefill", "decode"):
-        plain = getattr(Generation, name)
-        monkeypatch.setattr(
-            Generation, name, lambda one, name=name, plain=plain: (done.append((name, models.index(one.model))), plain(one))[1]
-        )
-    monkeypatch.setattr(speed, "_flops", lambda model, context: 1)
-    monkeypatch.setattr(speed.time, "perf_counter", lambda: next(clock) ** 2)
-    told = []
-    rows = measure_speed(models, [2], [8], 4, rounds=2, warmup=1, progress=lambda: told.append(1))
-    assert done == [(name, model) for name in ("prefill", "decode") for model in (0, 1, 1, 0, 0, 1)]
-    assert len(told) == 12
-    spans = [2 * tick + 1 for tick in range(0, 24, 2)]  # each work takes from one square to the next
-    expected = [(spans[3], spans[4]), (spans[2], spans[5]), (spans[9], spans[10]), (spans[8], spans[11])]
-    steps = [1, 1, 4, 4]
-    assert [row.seconds for row in rows] == [tuple(s / n for s in own) for own, n in zip(expected, steps, strict=True)]
 
 
 @pytest.mark.parametrize("tied", [True, False])

@@ -1,7 +1,6 @@
 """`billhook serve-check`: yes where llama.cpp computes what transformers does, and otherwise no, with the reason."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -185,10 +184,3 @@ def test_a_converter_that_is_given(tmp_path):
 def test_wrong_arguments(wrong, message, converter):
     with pytest.raises(ValueError, match=message):
         serve_check(**{"folder": "tiny", "converter": converter} | wrong)
-
-
-def test_the_scripts_import_nothing_of_billhook():
-    """They start in a fraction of the time, and work where its dependencies would disturb the engine."""
-    for script in Path(converters.__file__).with_name("workers").glob("*.py"):
-        assert "import billhook" not in script.read_text()
-        assert "from billhook" not in script.read_text()

@@ -6,7 +6,6 @@ import torch
 
 import billhook as bh
 from billhook.serving.check import serve_check
-from billhook.serving.worker import WorkerError
 from billhook.serving.written import write_gguf
 from kit import serving
 from kit.serving import beside, longrope, small
@@ -82,23 +81,3 @@ def test_the_file_says_each_layer_and_keeps_the_bits(dtype, tmp_path, converter)
     for row, own in enumerate(held["blk.1.attn_k.weight"]):
         head, place = divmod(row, width)
         assert torch.equal(own, keys[head * width + place // 2 + place % 2 * width // 2])  # halves become pairs
-
-
-@pytest.mark.nightly
-@pytest.mark.parametrize(
-    ("family", "changes", "why"),
-    [
-        ("qwen3", {}, "and llama.cpp's architecture deci does not compute qwen3"),
-        ("llama", {"hidden_act": "gelu"}, "llama.cpp's architecture for it computes silu, not gelu"),
-        (
-            "llama",
-            {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1000.0, "factor": 2.0}},
-            "and its rotary positions .dynamic. are not default, linear, llama3, yarn, or longrope",
-        ),
-    ],
-)  # fmt: skip
-def test_what_deci_does_not_compute_is_refused(family, changes, why, tmp_path, converter):
-    bh.save(narrowed(family, **changes), tmp_path / "model")
-    with pytest.raises(WorkerError, match=why):
-        write_gguf(str(beside(tmp_path / "model")), tmp_path / "out.gguf", converter)
-    assert not (tmp_path / "out.gguf").exists()

@@ -7,7 +7,6 @@ import pytest
 
 from billhook.cli import bench
 from billhook.cli.main import main
-from billhook.serving import engine
 from kit import serving
 from kit.serving import saved
 
@@ -30,44 +29,6 @@ def test_the_table_and_the_figures(tmp_path, capsys, monkeypatch, converter):
     assert [len(row["prefill"]) for row in rows] == [len(row["decoding"]) for row in rows] == [2] * 4
     assert [(row["context"], row["new_tokens"]) for row in rows] == [(16, 3)] * 4
     assert rows[0]["bytes"] > rows[1]["bytes"] > rows[3]["bytes"]
-
-
-class Clocked:
-    """An engine whose seconds are known: those of its file, times the round."""
-
-    order: list[str] = []
-
-    def __init__(self, threads):
-        self.turn = 0
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def load(self, file, context, cache):
-        self.file = file
-        return 100
-
-    def greedy(self, tokens, count):
-        assert len(tokens) == 8
-        assert all(0 < token < 100 for token in tokens)
-        self.order.append(self.file)
-        self.turn += 1
-        return [0] * count, {"a": 4.0, "b": 2.0}[self.file] * self.turn, 1.0 * self.turn
-
-
-def test_rounds_are_interleaved_and_compared_within(monkeypatch):
-    monkeypatch.setattr(engine, "LlamaCpp", Clocked)
-    monkeypatch.setattr(Clocked, "order", [])
-    first, second = engine.measure_engine(["a", "b"], 8, 5, rounds=3, warmup=1)
-    assert Clocked.order == ["a", "b", "b", "a", "a", "b", "b", "a"]
-    assert (first.prefill, second.prefill) == ((8.0, 12.0, 16.0), (4.0, 6.0, 8.0))
-    assert (first.prefill_rate, second.prefill_rate) == (8 / 12, 8 / 6)
-    assert first.decoding_rate == 4 / 3
-    assert engine.speed_up(first.prefill, second.prefill) == (2, 2, 2)
-    assert engine.speed_up((2.0, 2.0, 2.0), (1.0, 2.0, 4.0)) == (0.75, 1.0, 1.5)
 
 
 @pytest.mark.parametrize(

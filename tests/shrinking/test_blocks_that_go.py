@@ -1,7 +1,6 @@
 """Whole blocks within the same budget as layers: found, chosen, repaired, removed with them, saved."""
 
 import copy
-import json
 from dataclasses import replace
 from itertools import product
 
@@ -13,7 +12,6 @@ import transformers
 import billhook as bh
 from billhook.engine.batches import Batch, runs_of
 from billhook.pruning.amount import Amount
-from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.target import RatioSearch
 from billhook.repairs.matching import BlockMatching
 from billhook.repairs.repair import RepairConfig
@@ -25,7 +23,7 @@ from billhook.shrinking.modules import PrunableModule, find_modules, uniform_gro
 from billhook.shrinking.planning import plan_choice, simulated
 from billhook.shrinking.scope import Progress, SearchScope
 from billhook.shrinking.selection import search_within
-from billhook.shrinking.space import best_point, free_space, initial_points, uniform_spaces, with_removal
+from billhook.shrinking.space import best_point, free_space, uniform_spaces, with_removal
 from kit import shrinks
 from kit.families import BERT, T5, build, llama, tokens
 
@@ -203,45 +201,6 @@ def test_models_whose_blocks_cannot_go_say_so():
     assert "changes the output even if" in shrinks.shrink(mixture, texts(), params=0.97, **QUICK).blocks_stay
 
 
-@pytest.mark.nightly
-def test_nothing_is_half_applied(monkeypatch):
-    model = uneven(idle=[2])
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    config = model.config.to_dict()
-    real = BlockPlan.change
-    monkeypatch.setattr(BlockPlan, "change", lambda *given: real(*given) and 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        shrinks.shrink(model, texts(), params=0.5, **FEW)
-    assert model.config.to_dict() == config
-    assert model.state_dict().keys() == before.keys()
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_a_choice_whose_blocks_cannot_go_together_is_passed_over(monkeypatch):
-    model = uneven(idle=[1, 2])
-    work, found = searched(model, "free", model.num_parameters() - size_of_block(model))
-    blocks = work.scope.blocks
-    first = blocks.removed(found.tried[0].kept)
-    monkeypatch.setattr(type(blocks), "refusal", lambda _, removed: "no" if removed == first else "")
-    other = search_within(work, work.scope.limit, [], None, bh.Search(generations=1, candidates=2), 0)
-    assert found.planned.blocks is not None
-    assert blocks.removed(other.kept) != first
-    assert blocks.removed(found.kept) == first
-
-
-@pytest.mark.nightly
-def test_the_damage_of_blocks_is_noted_in_the_library(tmp_path, monkeypatch):
-    first = shrinks.shrink(uneven(), texts(), params=0.8, variant_cache=tmp_path, **FEW)
-    (file,) = tmp_path.glob("*/measured.json")
-    assert f"{LAYERS}.1 block" in file.read_text()
-    dense = uneven()
-    far = Divergence(dense, runs_of(dense, split_batches(texts())[1]))
-    with bh.mask(dense, {LAYERS: [1]}, "block"):
-        noted = next(line for line in json.loads(file.read_text()) if line[:2] == [f"{LAYERS}.1 block", 0])
-        assert noted[2] == pytest.approx(far.mean(), rel=1e-4)
-    assert shrinks.shrink(uneven(), texts(), params=0.8, variant_cache=tmp_path, **FEW).to_json() == first.to_json()
-
-
 def drawn(seed, count=3):
     """Layers of some blocks, heads and channels, one layer outside, what they lose, and what the blocks cost and lose."""
     random = np.random.default_rng(seed)
@@ -311,22 +270,6 @@ def test_alike_blocks_lose_least_of_all_there_is(seed):
         number, found = best_point(spaces, limit)
         assert spaces[number].left(found) <= limit
         assert spaces[number].predicted(found) == pytest.approx(min(lost for price, lost in every if price <= limit))
-
-
-def test_a_search_begins_with_several_numbers_of_blocks_gone():
-    layers, losses, blocks = drawn(0, count=5)
-    ranked = sorted(blocks, key=lambda block: losses[block.name][1])
-    spaces = free_space(layers, losses, blocks, now=500)
-    gone = []
-    for number, found in initial_points(spaces, 420, ranked):
-        assert spaces[number].left(found) <= 420
-        kept = spaces[number].kept(found)
-        gone.append([block.name for block in ranked if kept.get(block.name) == 0])
-    assert [block.name for block in ranked[:1]] in gone
-    assert [block.name for block in ranked[:2]] in gone
-    assert [] in gone
-    uniform = uniform_spaces(layers, losses, blocks, now=500)
-    assert {number for number, _ in initial_points(uniform, 420, ranked)} >= {0, 1, 2}
 
 
 def test_levels_of_a_block_cost_less_and_lose_more_one_after_the_other():

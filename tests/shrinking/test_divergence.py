@@ -4,11 +4,8 @@ import pytest
 import torch
 
 from billhook.engine.batches import Batch, runs_of
-from billhook.report import predictions as module
-from billhook.shrinking import divergence
 from billhook.shrinking.divergence import Divergence
 from kit.families import llama, tokens
-from kit.syncs import Syncs
 
 
 def change(model):
@@ -37,27 +34,6 @@ def test_divergence_by_source_of_positions_that_count():
         expected.append(float((before * (before.log() - chances(model, batch).log())).sum(-1).mean()))
         assert found.by_source()[batch.source] == pytest.approx(expected[-1], rel=1e-4)
     assert found.mean() == pytest.approx(sum(expected) / 2, rel=1e-4)
-
-
-def test_a_candidate_brings_one_number_of_each_run_to_the_host(monkeypatch):
-    monkeypatch.setattr(module, "ELEMENTS", 64 * 5)
-    model = llama()
-    found = Divergence(model, runs_of(model, [{"input_ids": tokens()} for _ in range(3)]))
-    with Syncs() as syncs:
-        found.mean()
-    assert sorted((place.split(":")[0], number) for place, number in syncs.places.items()) == [
-        ("engine/batches.py", 3),  # transformers' forward
-        ("report/predictions.py", 3),  # the sum
-    ]
-    assert syncs.copied < 100
-    assert all(held.logs.device == model.device for _, held in found._dense)
-
-
-def test_few_positions_are_held_of_a_large_vocabulary(monkeypatch):
-    monkeypatch.setattr(module, "BYTES", 4 * 64 * 5 * 2)
-    model = llama()
-    found = Divergence(model, runs_of(model, [{"input_ids": tokens()} for _ in range(2)]))
-    assert {len(held.positions) for _, held in found._dense} == {5}
 
 
 def test_a_model_that_predicts_nothing_is_refused():
@@ -96,13 +72,3 @@ def test_models_whose_blocks_hand_on_more_than_they_return_run_as_a_whole():
     with torch.no_grad():
         model.model.layers[1].mlp.down_proj.weight.mul_(-1)
     assert found.by_source(["model.layers.1.mlp"]) == found.by_source()
-
-
-@pytest.mark.parametrize("held", [2**31, 0])
-def test_no_more_is_held_than_may_be(monkeypatch, held):
-    monkeypatch.setattr(divergence, "BYTES", held)
-    model, calls = llama(num_hidden_layers=2), []
-    found = Divergence(model, runs_of(model, [{"input_ids": tokens()}]))
-    model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(0))
-    assert found.mean(["model.layers.1.mlp"]) == pytest.approx(0, abs=1e-5)
-    assert len(calls) == (0 if held else 1)

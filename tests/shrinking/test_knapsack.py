@@ -5,7 +5,6 @@ from itertools import product
 import numpy as np
 import pytest
 
-from billhook.shrinking import knapsack as module
 from billhook.shrinking.knapsack import Frontier, Slot, cost, fill_budget, interpolated_loss, join_slots, loss, sizes_at_limit
 
 
@@ -38,17 +37,6 @@ def test_the_knapsack_loses_least_of_all_choices(seed):
         else:
             assert cost(slots, found) <= limit
             assert loss(slots, found) == pytest.approx(min(loss(slots, levels) for levels in within))
-
-
-def test_many_partial_choices_are_thinned_and_still_legal(monkeypatch):
-    random = np.random.default_rng(0)
-    slots = slots_of(random, 6, levels=6)
-    limit = cost(slots, (0,) * 6) * 2 // 3
-    exact = Frontier(slots).within(limit)
-    monkeypatch.setattr(module, "MOST", 50)
-    thin = Frontier(slots).within(limit)
-    assert cost(slots, thin) <= limit
-    assert loss(slots, exact) <= loss(slots, thin) < 1.25 * loss(slots, exact)
 
 
 def test_levels_that_lose_no_more_than_smaller_ones_are_not_taken():

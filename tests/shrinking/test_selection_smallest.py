@@ -79,22 +79,6 @@ def test_it_is_met_and_the_next_smaller_size_does_not_meet_it(layers, repair, mo
     assert smaller.left < shrunk.left
 
 
-@pytest.mark.daily("7")
-@pytest.mark.parametrize("start", [0, 7])
-def test_from_a_wrong_guess_it_goes_up_or_down(start, monkeypatch):
-    monkeypatch.setattr(module, "SIZES", 8)
-    monkeypatch.setattr(module, "first_within_loss", lambda *_: start)
-    tries, ratio = [], Perplexity.ratio
-    monkeypatch.setattr(Perplexity, "ratio", lambda self: tries.append(ratio(self)) or tries[-1])
-    options = {"layers": "free", "generations": 0, "repair": None, "importance": bh.importance.WeightNorm()}
-    shrunk = shrinks.shrink(sure(), texts(), max_loss=1.1, **options)
-    met = [one <= 1.1 for one in tries]
-    assert met == ([False] * (len(met) - 1) + [True] if start == 0 else [True] * (len(met) - 1) + [False])
-    assert shrunk.ratio == tries[-1 if start == 0 else -2]
-    assert shrunk.left <= shrunk.limit
-    assert len(met) > 2
-
-
 @pytest.mark.parametrize(
     ("given", "says"),
     [

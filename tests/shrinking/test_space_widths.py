@@ -6,7 +6,6 @@ import billhook as bh
 from billhook.pruning.amount import Amount, multiple_of
 from billhook.pruning.target import RatioSearch
 from billhook.shrinking.modules import PrunableModule, find_modules
-from billhook.shrinking.scope import SearchScope
 from billhook.shrinking.space import round_channels
 from kit import shrinks
 from kit.families import llama, tokens
@@ -75,11 +74,3 @@ def test_a_model_within_its_budget(layers):
         note = f"channels: {width:,} (a multiple of {multiple_of(width)})"
         assert note in shrunk.plan.widths
         assert f"  {note}" in shrunk.text().splitlines()
-
-
-def test_levels_that_just_meet_a_budget_are_rounded_too():
-    rounded = SearchScope.find(llama(**WIDE), Amount(params=0.81), uniform=True)
-    exact = SearchScope.find(llama(**WIDE), Amount(params=0.81, round_to=1), uniform=True)
-    own, others = (next(layer.levels for layer in one.modules if layer.kind == "channel") for one in (rounded, exact))
-    assert all(multiple_of(number) >= 32 for number in own)
-    assert any(multiple_of(number) == 1 for number in others)

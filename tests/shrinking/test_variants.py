@@ -7,7 +7,6 @@ import torch
 from safetensors.torch import save_file
 
 import billhook as bh
-from billhook.engine import memory
 from billhook.engine.batches import Batch, Run, runs_of
 from billhook.importance.score import make_run
 from billhook.pruning.amount import Amount
@@ -15,9 +14,8 @@ from billhook.pruning.target import RatioSearch
 from billhook.shrinking import variants as module
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.measurement import config_losses, probes
-from billhook.shrinking.modules import find_modules, removed_units, uniform_groups
+from billhook.shrinking.modules import find_modules, removed_units
 from billhook.shrinking.scope import Progress
-from billhook.shrinking.space import make_slots
 from billhook.shrinking.variants import VariantCache, cache_key, check_token_count, fill_cache
 from kit.families import build, llama, tokens
 
@@ -111,19 +109,6 @@ def test_without_repair_units_are_only_cut():
     assert torch.equal(own, expected)
 
 
-def test_all_batches_pass_each_block_once_and_its_moments_go_before_the_next(monkeypatch):
-    model, batches, seen = llama(), texts(), []
-    for number, block in enumerate(model.model.layers):
-        block.mlp.register_forward_pre_hook(lambda *_, number=number: seen.append(number))
-    monkeypatch.setattr(module, "ConsumerRefit", lambda *given, make=module.ConsumerRefit: seen.append(given[1]) or make(*given))
-    monkeypatch.setattr(memory, "LEAST", 1)
-    monkeypatch.setattr(memory, "_free_on_host", lambda: 0)
-    made = Made(model, batches)
-    readers = [made.units[layer.name].readers[0] for layer in made.modules]
-    first, second = ([reader for reader in readers if f"layers.{number}." in reader] for number in range(2))
-    assert seen == [*[0] * 4, *first, *[1] * 4, *second]
-
-
 def test_blocks_that_are_called_again_after_others_have_all_calls_counted():
     model, batches = llama(), texts()
     twice = [Run(lambda own=one: (model(**own), model(**own)), source=one.source) for one in batches]
@@ -154,14 +139,6 @@ def test_damage_is_that_of_a_model_cut_and_refitted_in_one_place():
         assert found[0] == 0
         assert found == sorted(found)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_places_of_a_kind_share_a_slot_where_layers_stay_alike():
-    made = Made(llama(), texts())
-    losses = {layer.name: [0.1 * number for number in range(len(layer.levels))] for layer in made.modules}
-    free, uniform = (make_slots(made.modules, losses, alike) for alike in (False, True))
-    assert [len(slot.names) for slot in free] == [1] * 4
-    assert [len(slot.names) for slot in uniform] == [2, 2] == [len(own) for own in uniform_groups(made.modules, True)]
 
 
 def test_inputs_that_are_not_finite_are_refused():

@@ -2,7 +2,6 @@
 
 from inspect import isabstract
 
-import jsonargparse
 import pytest
 import torch
 from hypothesis import given, settings
@@ -94,20 +93,6 @@ def test_every_allocation_gives_each_linear_a_legal_sparsity(kind, sparsity):
     for wrong in (1.0, -0.1):
         with pytest.raises(ValueError, match="sparsity=.* must be"):
             allocation.allocate(BLOCKS, wrong, measured)
-
-
-@pytest.mark.parametrize("kind", EVERY, ids=lambda kind: kind.__name__)
-def test_configured_by_name(kind):
-    settings, parser = SETTINGS.get(kind.__name__, {}), jsonargparse.ArgumentParser()
-    parser.add_argument("--allocation", type=Allocation)
-    for name in (f"{kind.__module__}.{kind.__name__}", kind.__name__):
-        plain = {"class_path": name, "init_args": settings}
-        assert parser.instantiate(parser.parse_object({"allocation": plain})).allocation == kind(**settings)
-
-
-def test_only_owl_measures():
-    assert [kind for kind in EVERY if kind(**SETTINGS.get(kind.__name__, {})).measures] == [OWL]
-    assert Uniform().measure([torch.ones(2, 2)]) == 0
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,9 @@
 """Masks of a checkpoint: packed until weights are there, then each as its weight lies."""
 
-import weakref
-
 import pytest
 import torch
 from torch import nn
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
 
-from billhook.engine.sharding import full_tensor
-from billhook.sparsity import enforcement
 from billhook.sparsity.enforcement import EnforcedMasks
 from kit.fits import same
 
@@ -40,24 +34,6 @@ def test_what_was_saved_is_the_same_before_and_after_there_are_weights(saved):
     again.clear()
     assert not again.masks
     assert not again.state_dict()
-
-
-def test_one_mask_at_a_time_is_whole_where_weights_are_sharded(saved, mesh, monkeypatch):
-    masks, state = saved
-    again, own, unpacked, found, alive = EnforcedMasks(), model(), enforcement._unpacked, [], []
-
-    def watched(*packed):
-        alive.append(sum(one() is not None for one in found))
-        mask = unpacked(*packed)
-        found.append(weakref.ref(mask))
-        return mask
-
-    monkeypatch.setattr(enforcement, "_unpacked", watched)
-    fully_shard(own, mesh=mesh)
-    again.load_state_dict(state)
-    again.attach(own, [])
-    assert alive == [0, 1, 1, 1, 1]
-    assert all(isinstance(mask, DTensor) and torch.equal(full_tensor(mask), masks[name]) for name, mask in again.masks.items())
 
 
 def test_masks_of_another_model_are_refused(saved):

@@ -301,13 +301,6 @@ def test_a_block_that_is_called_again_is_refused():
         prunes.prune(model, bh.Wanda(), [torch.randn(2, 5, 12) for _ in range(3)], 0.5, match=FEW)
 
 
-@pytest.mark.parametrize(("count", "held_out", "expected"), [(2, 0.125, 1), (3, 0.9, 2), (32, 0.125, 4), (40, 0.01, 1)])
-def test_how_many_are_held_out(count, held_out, expected):
-    held = BlockMatching(held_out=held_out).is_held_out([""] * count)
-    assert len(held) == count
-    assert sum(held) == expected
-
-
 def test_a_layer_that_torch_has_compiled_is_tuned_as_it_is_in_eager_mode():
     plain, compiled = small(), small()
     compiled.model.layers[0] = torch.compile(compiled.model.layers[0], backend="eager")

@@ -11,8 +11,6 @@ from billhook.model.layers import prunable
 from billhook.schedules import Ramp
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.criteria import Comparison, Criterion
-from kit import prunes
-from kit.families import llama
 from kit.fits import data, module, trainer
 
 
@@ -73,14 +71,3 @@ def test_in_a_fit_from_yaml(tmp_path, files):
     lit.on_train_batch_start = lambda *_: seen.append(shares(lit.model))
     trainer(tmp_path, [callback], max_steps=5).fit(lit, data(files))
     assert seen == [expected(lit.model, *pair) for pair in [(0, 0)] * 2 + [(0.75, 0.125)] * 2 + [(0.75, 0.5)]]
-
-
-def test_in_one_shot():
-    parser, model = jsonargparse.ArgumentParser(), llama(intermediate_size=32)
-    parser.add_argument("--criterion", type=Criterion)
-    parser.add_argument("--allocation", type=Allocation)
-    given = parser.instantiate(parser.parse_object({"criterion": path(LargestFirst), "allocation": path(FirstBlockMore)}))
-    largest = model.model.layers[1].mlp.up_proj.weight.abs().argmax()
-    prunes.prune(model, given.criterion, sparsity=0.25, allocation=given.allocation)
-    assert shares(model) == expected(model, 0.75, 0.25)
-    assert model.model.layers[1].mlp.up_proj.weight.flatten()[largest] == 0

@@ -1,7 +1,6 @@
 """Ranks that each see a part of the calibration data come to one result, also where only some of them come to a linear."""
 
 import copy
-import threading
 
 import pytest
 import torch
@@ -35,11 +34,6 @@ def planned(model, batches, ranks, **options):
 def agree(one, other):
     assert one.keys() == other.keys()
     return min((mask == other[name]).float().mean().item() for name, mask in one.items())
-
-
-def alone(model, batches, options):
-    """The masks that one process makes."""
-    return prunes.prune(model, batches=batches, **options, dry_run=True).masks(model)
 
 
 @pytest.mark.daily("wanda-*", "*-block-3")
@@ -190,24 +184,6 @@ def test_ranks_come_to_one_mask_of_convolutions(criterion):
     options = {"criterion": criterion, "sparsity": 0.5, "convolutions": "all"}
     expected = prunes.prune(model, batches=given, **options, dry_run=True).masks(model)
     assert agree(planned(model, given, 2, **options), expected) == 1
-
-
-class AtOnce(Counting):
-    """SparseGPT of which every rank waits for the others while it prunes its first linear."""
-
-    def prune(self, weight, statistics=None, sparsity=None, pattern="unstructured"):
-        if not self.seen:
-            self.barrier.wait()
-        return super().prune(weight, statistics, sparsity, pattern)
-
-
-def test_ranks_solve_at_the_same_time():
-    model, barrier = llama(intermediate_size=WIDE), threading.Barrier(2, timeout=20)
-    batches, criteria = [{"input_ids": tokens(4)} for _ in range(2)], [AtOnce() for _ in range(2)]
-    for one in criteria:
-        vars(one).update(barrier=barrier)
-    Ranks(2).run(lambda rank, reduce: bh.prune(copy.deepcopy(model), criteria[rank], batches[rank:], sparsity=0.5, reduce=reduce))
-    assert all(one.seen for one in criteria)
 
 
 def test_a_reduce_that_returns_nothing_is_refused():

@@ -9,7 +9,6 @@ from torch import nn
 import billhook as bh
 from kit import prunes
 from kit.families import llama, recompute, tokens
-from kit.ranks import Ranks
 
 
 def state(model):
@@ -187,17 +186,12 @@ class TestRefused:
         ("arguments", "match"),
         [
             ({"sparsity": 1.0}, r"sparsity=1.0 must be a fraction of the weights in \[0, 1\)"),
-            ({"sparsity": -0.1}, r"sparsity=-0.1 must"),
-            ({"sparsity": float("nan")}, r"sparsity=nan must"),
-            ({"sparsity": True}, r"sparsity=True must"),
-            ({"sparsity": "0.5"}, r"sparsity='0.5' must"),
             ({}, "sparsity=None requires an N:M pattern"),
             ({"sparsity": 0.6, "pattern": "2:4"}, "sparsity=0.6 contradicts pattern='2:4'"),
             ({"pattern": "4:2"}, "pattern='4:2' must be"),
             ({"pattern": "2:5"}, "pattern='2:5': model.layers.0.self_attn.q_proj has 32 inputs, not a multiple of 5"),
             ({"sparsity": 0.5, "skip": ["*.fc1"]}, r"skip='\*.fc1' matches none of the 14 linear layers, such as"),
             ({"sparsity": 0.5, "skip": ["*"]}, r"skip=\['\*'\] excludes all 14 linear layers"),
-            ({"sparsity": 0.5, "skip": "*.proj"}, r"skip='\*.proj' matches none of the 14 linear layers"),
             (
                 {"pattern": "2:4", "allocation": bh.criteria.OWL()},
                 "allocation=OWL.* cannot be combined with pattern='2:4', which determines each layer's sparsity",
@@ -207,10 +201,7 @@ class TestRefused:
             ({"sparsity": 0.5, "batches": ["a text"]}, "batches: a str is not a dictionary, tuple, list, or tensor"),
             ({"sparsity": 0.5, "batches": "a text"}, "batches='a text' must be an Iterable"),
             ({"sparsity": 0.5, "batches": {"input_ids": tokens()}}, r"batches is a single batch \(dict\)\. Pass a list"),
-            ({"sparsity": 0.5, "batches": tokens()}, r"batches is a single batch \(Tensor\)\. Pass a list"),
-            ({"sparsity": 0.5, "batches": 3}, "batches=3 must be an Iterable"),
             ({"sparsity": 0.5, "criterion": bh.Wanda}, "criterion=.*Wanda.* must be a Criterion"),
-            ({"sparsity": 0.5, "criterion": "wanda"}, "criterion='wanda' must be a Criterion"),
         ],
     )  # fmt: skip
     def test_arguments(self, arguments, match):
@@ -243,16 +234,3 @@ class TestRefused:
             model = llama()
         with pytest.raises(ValueError, match="model.layers.0.self_attn.q_proj has no values"):
             bh.prune(model, bh.Magnitude(), sparsity=0.5)
-
-
-def test_statistics_are_those_of_all_ranks():
-    ids, model = tokens(4), llama()
-    halves = [{"input_ids": ids[:2]}, {"input_ids": ids[2:]}]
-
-    def masks(batches, reduce=None):
-        own = copy.deepcopy(model)
-        return prunes.prune(own, bh.Wanda(), batches, 0.5, sequential="none", reduce=reduce, dry_run=True).masks(own)
-
-    whole = masks(halves)
-    for found in Ranks(2).run(lambda rank, comm: masks(halves[rank : rank + 1], lambda tensor: comm(tensor))):
-        assert min((found[name] == mask).float().mean() for name, mask in whole.items()) > 0.99

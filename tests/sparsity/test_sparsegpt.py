@@ -60,16 +60,6 @@ def test_sparsegpt_makes_up_for_what_it_prunes():
     assert errors[SparseGPT] < 0.95 * errors[Wanda] < errors[Magnitude]
 
 
-def test_sparsegpt_score_is_by_the_inverse_factor():
-    weight, statistics = torch.randn(4, 12), seen(SparseGPT(), make_inputs(12))
-    hessian = statistics.products.double()
-    hessian = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(12)
-    upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
-    torch.testing.assert_close(inverse_factor(statistics.products, 0.01).double(), upper, rtol=1e-4, atol=1e-6)
-    expected = weight.double() ** 2 / upper.diagonal() ** 2
-    torch.testing.assert_close(SparseGPT().score(weight, statistics).double(), expected, rtol=1e-4, atol=1e-6)
-
-
 def test_sparsegpt_raises_its_damping_where_it_must():
     statistics = InputGram(2)
     statistics.products.copy_(torch.tensor([[1.0, 1.05], [1.05, 1.0]]))

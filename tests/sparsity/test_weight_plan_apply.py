@@ -22,9 +22,8 @@ def pruned(weight, values):
 
 @pytest.mark.parametrize("values", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", [(1, 1), (7, 5), (64, 13), (33, 40), (0, 4)])
-def test_some_rows_at_a_time_make_the_same(monkeypatch, shape, dtype, values):
-    monkeypatch.setattr(putting, "CPU_BLOCK", 100)
+@pytest.mark.parametrize("shape", [(7, 5), (700, 401), (0, 4)])
+def test_some_rows_at_a_time_make_the_same(shape, dtype, values):
     straight, across = torch.randn(shape).to(dtype), torch.randn(shape[::-1]).to(dtype).t()
     before = [(weight, pruned(weight, values)) for weight in (straight, across)]
     expected = [one.weight(weight) for weight, one in before]

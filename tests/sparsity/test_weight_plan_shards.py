@@ -11,7 +11,6 @@ from torch.distributed.tensor import Replicate, distribute_tensor
 import billhook as bh
 from billhook.engine.sharding import full_tensor
 from billhook.model.plan import ModelPlan, apply
-from billhook.sparsity.weight_plan import PrunedLayer
 from kit.sparsity import batches_of, family
 
 CRITERIA = [bh.Wanda(), bh.Magnitude(compares="global"), bh.criteria.Refit(), bh.SparseGPT(block_size=16)]
@@ -42,14 +41,6 @@ def test_a_plan_of_shares_is_that_of_the_whole_model(mesh, name, criterion):
     apply(model, of_whole)
     for one in (given, other):
         assert all(torch.equal(full_tensor(own), ours) for own, ours in zip(one.parameters(), model.parameters(), strict=True))
-
-
-def test_a_hash_tells_what_is_decided():
-    old, keep = torch.randn(6, 5), torch.rand(6, 5) < 0.5
-    same, again, twice = (PrunedLayer.of(old, new, keep) for new in (old * keep, old * keep, old * keep * 2))
-    assert same.decided == again.decided != twice.decided
-    assert same.values is None
-    assert torch.equal(twice.values, 2 * old[keep])
 
 
 @pytest.mark.parametrize("criterion", [bh.Magnitude(), bh.SparseGPT(block_size=4)], ids=str)

@@ -1,7 +1,6 @@
 """The axis algebra by itself, against maps that list for each position which indices of which leaves it is."""
 
 import itertools
-from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -183,35 +182,6 @@ def test_unified_axes_are_the_same_and_stay_so(world, pairs):
 
 
 @many
-@given(worlds(), st.tuples(st.integers(0, 2), st.integers(0, 2)))
-def test_it_does_not_matter_which_axis_is_unified_with_which(world, pair):
-    a, b = (world.axes[i] for i in pair)
-    copies = {}
-
-    def copied(axis):
-        if axis not in copies:
-            copies[axis] = Axis(axis.size, axis.op, [copied(part) for part in axis.parts], axis.notes)
-        return copies[axis]
-
-    c, d = copied(a), copied(b)
-    others = [copied(axis) for axis in world.held]
-    one, other = world.tried(unify, a, b), None
-    try:
-        other = unify(d, c)
-    except Irregular:
-        assert one is None
-        return
-    assert one is not None
-    assert other is find(c)
-    numbers = [defaultdict(itertools.count().__next__) for _ in range(2)]  # leaves by the order in which they come
-    said = [
-        [[(numbers[n][leaf], i) for leaf, i in place] for axis in held for place in places(axis)]
-        for n, held in enumerate((world.held, others))
-    ]
-    assert said[0] == said[1]
-
-
-@many
 @given(worlds(ops=("leaf", "sum")), PAIRS)
 def test_sums_are_merged_where_positions_are_and_nowhere_else(world, pairs):
     same = {atom: {atom} for atom in world.atoms}
@@ -254,10 +224,6 @@ def axes(*sizes):
     return [Axis(n) for n in sizes]
 
 
-def found(parts):
-    return [find(part) for part in parts]
-
-
 def test_products_and_sums_are_flat():
     a, b, c, one, none = axes(2, 3, 4, 1, 0)
     assert factors(product([product([a, one]), product([b, product([c])])])) == [a, b, c]
@@ -283,125 +249,6 @@ def test_notes_pass_to_pieces_and_to_what_is_unified():
     assert notes_of(concat([b, Axis(5)])) == {"const": "second"}
 
 
-def test_crossed_and_beside():
-    h, q, k, v, x = axes(4, 2, 2, 2, 3)
-    assert multiplied_with(product([h, concat([q, k, v])]), q) == {h}
-    assert multiplied_with(product([h, concat([q, k, v])]), h) == {q, k, v}
-    assert multiplied_with(concat([product([h, q]), q]), q) == set()
-    assert multiplied_with(concat([product([h, q]), product([x, h, q])]), q) == {h}
-    assert crossed(product([h, x, concat([h, q])]), h)
-    assert not crossed(concat([product([h, x]), h]), h)
-    assert layout(product([q, q]), q).tolist() == [0, 1, 1, 1]
-
-
-def test_sums_with_other_borders_are_cut_at_all_of_them():
-    a, b, c, d = axes(2, 5, 4, 3)
-    unify(concat([a, b]), concat([c, d]))
-    assert [leaf.size for leaf in leaves(c)] == [2, 2]
-    assert found(leaves(b)) == [leaves(c)[1], find(d)]
-    assert leaves(c)[0] is find(a)
-    q, k, x, y = axes(4, 4, 4, 4)
-    unify(concat([q, k]), concat([x, y]))
-    assert (find(q) is find(x), find(k) is find(y), find(q) is find(k)) == (True, True, False)
-
-
-def test_a_product_is_cut_where_a_sum_is_if_the_sum_cannot_be_split():
-    x, y, z, u, w, outer, inner = axes(4, 2, 4, 2, 2, 9, 4)
-    unify(concat([product([x, y, z]), u, w]), product([outer, inner]))
-    assert leaves(inner) == leaves(z) == found([u, w])
-    assert [leaf.size for leaf in leaves(outer)] == [4, 2, 1]
-
-
-def test_products_with_other_borders_are_split_or_irregular():
-    a, b, c, d = axes(2, 6, 4, 3)
-    unify(product([a, b]), product([c, d]))
-    assert [leaf.size for leaf in leaves(c)] == [2, 2]
-    assert found(leaves(b)) == [leaves(c)[1], find(d)]
-    e, f, g, h = axes(2, 3, 3, 2)
-    with pytest.raises(Irregular):
-        unify(product([e, f]), product([g, h]))
-    assert all(find(axis) is axis and axis.op == "leaf" for axis in (e, f, g, h))
-
-
-def test_a_failure_halfway_leaves_what_was_true():
-    a, b, c, d, e, f = axes(2, 2, 3, 2, 3, 2)
-    with pytest.raises(Irregular):
-        unify(product([a, b, c]), product([d, e, f]))
-    assert find(a) is find(d)
-    assert all(find(axis) is axis and axis.op == "leaf" for axis in (b, c, e, f))
-
-
-def test_gpt2_has_its_heads_in_q_k_and_v():
-    qkv, out = axes(24, 8)
-    (q,), rest = cut(qkv, 8)
-    (k,), (v,) = cut(concat(rest), 8)
-    heads, dims = zip(*[[product(part) for part in split(x, 4)] for x in (q, k, v)], strict=True)
-    unify(heads[0], heads[1])
-    unify(dims[0], dims[1])
-    unify(heads[1], heads[2])
-    unify(product([heads[2], dims[2]]), out)
-    h, d, w = find(heads[0]), find(dims[0]), find(dims[2])
-    assert set(leaves(qkv)) == {h, d, w}
-    assert layout(qkv, h).tolist() == [0, 0, 1, 1, 2, 2, 3, 3] * 3
-    assert layout(qkv, d).tolist() == [0, 1] * 8 + [-1] * 8
-    assert factors(out) == [h, w]
-    assert (multiplied_with(qkv, d), multiplied_with(qkv, h)) == ({h}, set())
-
-
-def test_neox_has_q_k_and_v_in_each_head():
-    qkv, out, bias = axes(24, 8, 24)
-    unify(bias, qkv)
-    h, rest = split(qkv, 4)
-    (q,), rest = cut(product(rest), 2)
-    (k,), (v,) = cut(concat(rest), 2)
-    unify(q, k)
-    unify(out, product([*h, v]))
-    assert layout(bias, find(h[0])).tolist() == np.repeat(range(4), 6).tolist()
-    assert layout(bias, find(q)).tolist() == [0, 1, 0, 1, -1, -1] * 4
-    assert factors(out) == found([h[0], v])
-
-
-def test_grouped_heads_have_their_queries_beside_a_key_and_a_value():
-    qkv = Axis(2 * (3 + 2) * 2)
-    kv, rest = split(qkv, 2)
-    slots, dims = split(product(rest), 5)
-    queries, others = cut(product(slots), 3)
-    key, value = cut(concat(others), 1)
-    g, d = find(queries[0]), find(dims[0])
-    assert (key[0].size, value[0].size, g.size, find(kv[0]).size) == (1, 1, 3, 2)
-    assert layout(qkv, g).tolist() == [0, 0, 1, 1, 2, 2, -1, -1, -1, -1] * 2
-    assert layout(qkv, d).tolist() == [0, 1] * 10
-    unify(product([*kv, *key, *dims]), keys := Axis(4))
-    assert factors(keys) == [find(kv[0]), d]
-
-
-def test_phi3_shares_its_heads_between_segments_of_other_sizes():
-    qkv, kv, g, d = axes(24, 2, 4, 2)
-    (q,), rest = cut(qkv, 16)
-    (k,), (v,) = cut(concat(rest), 4)
-    for x, heads in ((q, product([kv, g])), (k, kv), (v, kv)):
-        unify(product(split(x, heads.size)[0]), heads)
-    unify(product(split(q, 8)[1]), d)
-    unify(product(split(k, 2)[1]), d)
-    assert layout(qkv, find(kv)).tolist() == [0] * 8 + [1] * 8 + [0, 0, 1, 1] * 2
-    assert layout(qkv, find(g)).tolist() == np.tile(np.repeat(range(4), 2), 2).tolist() + [-1] * 8
-    assert layout(qkv, find(d)).tolist() == [0, 1] * 10 + [-1] * 4
-
-
-def test_a_sum_that_repeats_is_a_product_whose_outer_factor_has_no_units():
-    a, b, c, d, x = axes(3, 5, 3, 5, 2)
-    whole = concat([a, b, c, d])
-    head, tail = split(whole, 2)
-    assert (find(a) is find(c), find(b) is find(d), find(a) is find(b)) == (True, True, False)
-    unify(product(head), x)  # who drops an index of x must drop a and b, and others hold these
-    assert [leaf.size for leaf in leaves(x)] == [1, 1]
-    assert segments(product(tail)) == [find(a), find(b)]
-    e, y, z = axes(4, 2, 4)
-    unify(concat([e, e]), product([y, z]))
-    assert find(e) is find(z)
-    assert [leaf.size for leaf in leaves(y)] == [1, 1]
-
-
 def test_sizes_0_and_1_have_no_identity():
     a, b, none, some = axes(1, 1, 0, 3)
     unify(a, b)
@@ -422,15 +269,3 @@ def test_what_cannot_be_the_same():
         unify(a, Axis(5))
     with pytest.raises(Irregular, match="is made of"):
         unify(Axis(4, "product", [a, Axis(1)]), a)
-
-
-def test_thousands_of_pieces_are_no_matter():
-    long, first, last = axes(3000, 2, 2)
-    shifted = concat([first, long])
-    unify(shifted, concat([long, last]))
-    leaf = find(first)
-    assert set(leaves(long)) == {leaf}
-    assert layout(shifted, leaf).tolist() == [0, 1] * 1501
-    assert repr(shifted).count(":2") == 1501
-    assert not crossed(shifted, leaf)
-    assert multiplied_with(shifted, leaf) == set()

@@ -367,20 +367,6 @@ def test_whatever_is_on_around(name):
             assert str(bh.trace(one)) == expected
 
 
-def test_what_others_have_put_in_the_place_of_indexing_is_there_again(monkeypatch):
-    get, seen = torch.Tensor.__getitem__, []
-
-    def own(x, index):
-        seen.append(index)
-        return get(x, index)
-
-    monkeypatch.setattr(torch.Tensor, "__getitem__", own)
-    bh.trace(Layers(), [X])
-    assert vars(torch.Tensor)["__getitem__"] is own
-    assert torch.ones(3)[1] == 1
-    assert 1 in seen
-
-
 SOURCE = """
 from torch import nn
 
@@ -419,28 +405,6 @@ def test_refusals_of_what_came(name):
     model, inputs, match = INPUTS[name]
     with pytest.raises(ValueError, match=match):
         bh.trace(model, inputs)
-
-
-CONFIGS = {
-    '{"model_type": "nobody knows"}': "is not a config of a family that transformers knows.*nobody knows",
-    '{"model_type": ': "has no config that can be read.*not a valid JSON file",
-    "[]": "is not a config of a family",
-    '{"model_type": "llama", "hidden_size": "many"}': "is not a config of a family.*hidden_size",
-    '{"model_type": "own", "auto_map": {"AutoConfig": "x.Y"}}': "contains custom code",
-}
-
-
-@pytest.mark.parametrize("text", CONFIGS)
-def test_folders_with_configs_that_say_nothing(text, tmp_path: Path):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(ValueError, match=CONFIGS[text]):
-        bh.trace(tmp_path)
-
-
-def test_a_name_that_is_no_folder_and_not_on_the_hub(monkeypatch, tmp_path: Path):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(ValueError, match="there is no folder 'tinny' here, and no model of that name has been downloaded"):
-        bh.trace("tinny")
 
 
 def test_a_quantised_config_is_taken_as_not_quantised(tmp_path: Path):

@@ -1,4 +1,4 @@
-"""Masks that are packed: 8 weights a byte, made where the weights lie, so that bits are all that is copied to the host."""
+"""Masks that are packed: 8 weights a byte, on the host as on a device."""
 
 import numpy as np
 import pytest

@@ -110,10 +110,10 @@ def distances(
             """Reads the new values of a block on all ranks, and drops the previous block's."""
             for index, new in enumerate(news):
                 for name in new.values.modules:
-                    place = owner.get(model.get_submodule(name))
-                    if place is block:
+                    block_of_values = owner.get(model.get_submodule(name))
+                    if block_of_values is block:
                         values[index, name] = new.values.of_module(name)
-                    elif place is not None:
+                    elif block_of_values is not None:
                         values.pop((index, name), None)
 
         def changed(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401

@@ -112,8 +112,8 @@ class Vocabulary:
         new = {int(old): number for number, old in enumerate(kept)}
         needed = dict.fromkeys(self._spelling(set()), "it spells text") | dict.fromkeys(self._special, "it is a special token")
         for number in new:
-            whole = repr(self.tokenizer.convert_ids_to_tokens(number))
-            needed |= dict.fromkeys(self._parts.get(number, ()), f"{whole} is made of it")
+            text = repr(self.tokenizer.convert_ids_to_tokens(number))
+            needed |= dict.fromkeys(self._parts.get(number, ()), f"{text} is made of it")
         for number, why in needed.items():
             if number not in new:
                 name = self.tokenizer.convert_ids_to_tokens(number)

@@ -33,7 +33,6 @@ CHANGES = {
 }
 PRECISIONS = {"bf16-mixed": 2, "bf16-true": 0, "16-true": 2}
 """All but 32-true, in which other fits are, each with the step of its events: in bfloat16 units are near ties after some."""
-STAGES = bh.schedules.MultiStep([0.5, 1.0], [1, 3])
 
 
 SETTINGS = {
@@ -50,7 +49,6 @@ SETTINGS = {
         f"recomputed, {name}": shapes(partial(CHANGES[name], 2), lambda: Descends(checkpointed))
         for name in ("channels by gradients", "KV heads by svd")
     },
-    "KV heads, by a schedule": shapes(lambda: bh.KVHeadConversion(2, at=STAGES, method="svd", **GIVEN), Descends),
     "uneven last batches": shapes(
         lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **(SOME | {"calibration": 10})),
         lambda: Descends(rows=10, batch=4),

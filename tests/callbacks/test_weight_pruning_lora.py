@@ -1,6 +1,7 @@
 """A fit with LoRA: masks grow round by round, adapters act only where weights are kept, and merging changes nothing."""
 
 import copy
+from functools import partial
 
 import lightning.pytorch as pl
 import peft
@@ -107,6 +108,33 @@ def test_it_is_what_masking_by_hand_is(tmp_path):
     expected = weights(other)
     assert all(torch.allclose(value, expected[name], atol=1e-4) for name, value in weights(one).items())
     assert not all(torch.allclose(value, expected[name], atol=1e-4) for name, value in weights(third).items())
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_later_blocks_are_scored_on_what_pruned_blocks_hand_on(tmp_path, masked):
+    """Wanda by hand in the second block: LoRA of the first adds to its pruned weights only if it is not masked."""
+    lit, seen, before = wrapped(lora_alpha=64), [], {}
+    batches = [{"input_ids": torch.randint(3, 60, (2, 12), generator=torch.Generator().manual_seed(n))} for n in range(3)]
+    copies = pl.callbacks.LambdaCallback(
+        on_train_batch_end=lambda trainer, module, *_: before.setdefault(trainer.global_step, copy.deepcopy(module.net).eval())
+    )
+    callback = pruning(bh.Wanda(), 0.5, at=3, calibration=batches, mask_adapters=masked)
+    trainer(tmp_path, [copies, callback]).fit(lit, loader())
+    model, (first, second) = before[3], (".layers.0.", ".layers.1.self_attn.q_proj")
+    masks = {next(n for n, _ in model.named_modules() if n.endswith(name)): mask for name, mask in callback.masks.items()}
+    for name in (name for name in masks if first in name):
+        layer = model.get_submodule(name)
+        layer.base_layer.weight.data *= masks[name]
+        hook = partial(ByHand().forward, mask=masks[name] if masked else torch.tensor(1))
+        layer.register_forward_hook(lambda layer, x, _, hook=hook: hook(layer, x[0]))
+    (name,) = (name for name in masks if second in name)
+    model.get_submodule(name).register_forward_hook(lambda _, x, __: seen.append(x[0].flatten(0, -2)))
+    with torch.no_grad():
+        for batch in batches:
+            model(**batch)
+    weight = model.get_submodule(name).base_layer.weight.detach()
+    scores = weight.abs() * torch.cat(seen).norm(dim=0)
+    assert torch.equal(scores.argsort(1).argsort(1) >= weight.shape[1] // 2, masks[name])
 
 
 def test_a_validation_alone_computes_as_the_fit_did(files, tmp_path):

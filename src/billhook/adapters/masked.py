@@ -1,6 +1,7 @@
 """LoRA on sparse weights: its product, and masks that keep it from changing zeros."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -115,6 +116,25 @@ def mask_nonzero(model: nn.Module) -> None:
         mask_adapters(model)
     else:
         unmask_adapters(model)
+
+
+@contextmanager
+def masked_by_zeros(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
+    """Masks LoRA by the zeros of current weights, which a walk replaces by pruned ones."""
+    from billhook.adapters.masked_layer import Mask, MaskedLora
+
+    adapted = find_adapters(model)
+    layers = [adapted[name] for name in names]
+    before = [(type(layer), vars(layer).get("mask")) for layer in layers]
+    try:
+        for layer in layers:
+            layer.__class__, layer.mask = MaskedLora, Mask(None)
+        yield
+    finally:
+        for layer, (kind, mask) in zip(layers, before, strict=True):
+            layer.__class__, layer.mask = kind, mask
+            if mask is None:
+                del layer.mask
 
 
 def require_plain_adapters(model: nn.Module, linears: Iterable[str], argument: str) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
-from billhook.adapters.masked import find_adapters, mask_nonzero, require_plain_adapters
+from billhook.adapters.masked import find_adapters, mask_nonzero, masked_by_zeros, require_plain_adapters
 from billhook.adapters.merge import adapters_removed
 from billhook.arguments import check_types
 from billhook.engine.passes import blockwise
@@ -196,7 +196,9 @@ class WeightPruning(EventCallback, ShapeFollower):
         """Returns the masks for a sparsity; gathers blocks of a sharded model in turn."""
         model = fit.model
         precision = fit.forward_context() if self.needs_data else nullcontext()
-        with self.calibration.undisturbed(fit), precision, blockwise(fit.module):
+        # pruned blocks compute as they will once LoRA is masked
+        masked = masked_by_zeros(model, self._adapted) if self._adapted else nullcontext()
+        with self.calibration.undisturbed(fit), precision, blockwise(fit.module), masked:
             return prune(
                 model,
                 self.criterion,

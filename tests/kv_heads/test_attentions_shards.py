@@ -1,7 +1,6 @@
 """KV heads of a model whose blocks ranks share, in one process: what they become is as in memory, and lies in shards."""
 
 import copy
-import weakref
 
 import pytest
 import torch
@@ -16,7 +15,6 @@ from billhook.engine.walk import blocks_of
 from billhook.kv_heads.attentions import Attentions
 from billhook.kv_heads.convert import equal_heads
 from billhook.kv_heads.methods import method_of
-from billhook.kv_heads.moments import MomentSums
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.model.surgery import changed_names
 from kit.families import llama, tokens
@@ -69,19 +67,11 @@ def test_blocks_that_are_called_twice_are_made_ready_as_in_memory(mesh):
         torch.testing.assert_close(found.values[name], value, msg=name)
 
 
-def test_moments_of_an_attention_go_with_its_block(mesh, monkeypatch):
+def test_moments_of_an_attention_go_with_its_block(mesh, alive_sums):
     _, sharded, groups, batches = both(mesh)
-    alive, most, begin = weakref.WeakSet(), [], MomentSums.__init__
-
-    def begun(self, *given):
-        begin(self, *given)
-        alive.add(self)
-        most.append(len(alive))
-
-    monkeypatch.setattr(MomentSums, "__init__", begun)
     with blockwise(sharded):
         equal_heads(Attentions(sharded, groups, Comm(lambda tensor: tensor)), bh.kv_methods.SVD(), batches, None)
-    assert most == [1] * 2 * len(groups)  # what frequencies keep, then the heads
+    assert alive_sums == [1] * 2 * len(groups)  # what frequencies keep, then the heads
 
 
 def test_some_are_left_out_and_nothing_is_read():

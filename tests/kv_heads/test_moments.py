@@ -2,7 +2,6 @@
 
 import copy
 import math
-import weakref
 
 import pytest
 import torch
@@ -11,7 +10,6 @@ from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 from billhook.engine.batches import Run
 from billhook.kv_heads.layout import find_projections
-from billhook.kv_heads.moments import MomentSums
 from billhook.model.inputs import small_inputs
 from billhook.tracing.trace import trace
 from kit.families import EXTRA, tokens
@@ -310,15 +308,7 @@ def test_a_model_that_is_called_twice_in_a_run_is_seen_twice(family):
         close(found[name], expected[name])
 
 
-def test_statistics_go_with_their_block(monkeypatch):
+def test_statistics_go_with_their_block(alive_sums):
     model, places = case()
-    alive, most, begin = weakref.WeakSet(), [], MomentSums.__init__
-
-    def begun(self, *given):
-        begin(self, *given)
-        alive.add(self)
-        most.append(len(alive))
-
-    monkeypatch.setattr(MomentSums, "__init__", begun)
     moments_of(model, places, dict.fromkeys(places, 2), [run_of(model, tokens(2, 7)) for _ in range(2)])
-    assert most == [1] * len(places)
+    assert alive_sums == [1] * len(places)

@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import lightning.pytorch as pl
@@ -36,7 +37,6 @@ from billhook.fit.preprocessors import find_preprocessors
 from billhook.fit.ranks import fail_together
 from billhook.fit.run import once_model_exists, training_steps
 from billhook.fit.shards import gathered
-from billhook.fit.training_step import bind_arguments, call_of_model, forward_arguments
 from billhook.model.preprocessors import Preprocessor
 from billhook.private_paths import without_folders
 
@@ -349,3 +349,47 @@ def _names(data: object) -> bool:
     """Returns whether data is given by name, not as an object of `datasets`."""
     parts = data.values() if isinstance(data, dict) else data if isinstance(data, list) else ()
     return isinstance(data, str) or (bool(parts) and all(_names(part) for part in parts))
+
+
+def bind_arguments(method: Callable[..., object], *arguments: object) -> Callable[[], object]:
+    """Binds the first arguments to a step, up to its number of parameters."""
+    parameters = inspect.signature(method).parameters.values()
+    takes_any = any(parameter.kind is inspect.Parameter.VAR_POSITIONAL for parameter in parameters)
+    return partial(method, *(arguments if takes_any else arguments[: len(parameters)]))
+
+
+def forward_arguments(pl_module: pl.LightningModule, batch: Any) -> dict[str, Any]:  # noqa: ANN401
+    """Returns a batch as a dictionary; raises `ValueError` if it is not a mapping."""
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"calibration: {type(pl_module).__name__} uses manual optimization, so batches must be dictionaries of the model's "
+            f"inputs, got {type(batch).__name__}."
+        )
+    return batch if isinstance(batch, dict) else dict(batch)
+
+
+class _Called(BaseException):  # not an `Exception`, which a step might catch
+    """Stops a training step at the call of the model, with the arguments."""
+
+
+def call_of_model(model: nn.Module, step: Callable[[], object], what: str) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Returns the arguments of a training step's first call of the model, or None."""
+
+    def forward(*args: Any, **kwargs: Any) -> None:  # noqa: ANN401
+        raise _Called(args, kwargs)
+
+    try:
+        with (
+            overridden(model, forward=forward),
+            torch.compiler.set_stance("force_eager"),
+        ):  # compiled code skips `forward`
+            step()
+    except _Called as call:
+        args, kwargs = call.args
+        return args, kwargs
+    except Exception as error:
+        raise ValueError(
+            f"calibration: training_step of {what} failed before it called {type(model).__name__} ({error}). Pass batches as "
+            "dictionaries of the model's inputs."
+        ) from error
+    return None

@@ -1,6 +1,5 @@
 """Numbers of KV heads, attention modules to convert, and conversion through the config."""
 
-import copy
 import math
 from collections.abc import Collection, Iterator, Mapping
 
@@ -9,7 +8,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.kv_heads.layout import KVAttention, find_kv
 from billhook.kv_heads.pooling import Pooled, Shrunk
-from billhook.model.config_fields import field
+from billhook.model.config_fields import Fields, field, nested_configs, with_fields
+from billhook.model.field_search import build
 from billhook.model.find import find_transformer
 from billhook.model.meta import to_meta
 from billhook.model.shape import FLAG, Shape, built_shape, set_shape, shape_beyond_config, shape_of
@@ -36,10 +36,8 @@ def cut_by_config(
         every: If True, all chosen modules must follow.
     """
     usual = built_shape(type(model), model.config)
-    for config in _changed(model, heads, encoder):
-        try:
-            built = built_shape(type(model), config)
-        except Exception:  # whatever a class of models raises
+    for fields in _changed(model, heads, encoder):
+        if (built := build(model, fields)) is None:
             continue
         owners = {name: _owner(name, attentions) for name, size in usual.tensors.items() if built.tensors.get(name) != size}
         following = [name for name in chosen if name in owners.values() or attentions[name].rows.keys() & owners.keys()]
@@ -50,39 +48,32 @@ def cut_by_config(
         for name, owner in owners.items():
             if owner is None:
                 raise ValueError(f"{name} follows the number of KV heads in the config, and belongs to no attention module")
-        shape = _difference(usual, built, owners, following, attentions, heads).over(shape_of(model))
+        shape = _difference(usual, built.shape, owners, following, attentions, heads).over(shape_of(model))
         return following, (_matched(model, attentions, following, heads, shape), shape)
     return None
 
 
-def _changed(model: PreTrainedModel, heads: int, encoder: bool) -> Iterator[PretrainedConfig]:
-    """Yields the config changed in each way in which families state the number of KV heads."""
-    ways: list[dict[str, int]] = [{name: heads} for name in FIELDS]
+def _changed(model: PreTrainedModel, heads: int, encoder: bool) -> Iterator[Fields]:
+    """Yields changed fields for each way in which families state the number of KV heads."""
+    ways: list[Fields] = [{name: heads} for name in FIELDS]
     if heads == 1:
-        ways.append({FLAG: True, FIELD: 1})
+        ways += [{FLAG: True, FIELD: 1}, {FLAG: True}]
+    config = model.config
+    parts = [config.get_text_config(decoder=True), *([config.get_text_config(encoder=True)] if encoder else [])]
     for way in ways:
-        config = copy.deepcopy(model.config)
-        parts = [config.get_text_config(decoder=True), *([config.get_text_config(encoder=True)] if encoder else [])]
-        changed = [_set(part, way) for part in parts]
-        if any(changed) and _query_heads(config) == _query_heads(model.config):  # some configs have one number for both
-            yield config
+        fields: Fields = {}
+        for prefix, nested in nested_configs(config):
+            stated = all(type(field(nested, name)) is type(value) for name, value in way.items())
+            if stated and any(nested is part for part in parts):
+                fields |= {f"{prefix}{name}": value for name, value in way.items()}
+        # some configs have one number for both
+        if fields and _query_heads(with_fields(config, fields)) == _query_heads(config):
+            yield fields
 
 
 def _query_heads(config: PretrainedConfig) -> list[object]:
     parts = (config.get_text_config(decoder=True), config.get_text_config(encoder=True))
     return [getattr(part, "num_attention_heads", None) for part in parts]
-
-
-def _set(config: PretrainedConfig, fields: Mapping[str, int]) -> bool:
-    """Sets fields that exist with the same type.
-
-    Returns whether the first one exists, without which none is set.
-    """
-    known = {name: value for name, value in fields.items() if type(field(config, name)) is type(value)}
-    if is_stated := next(iter(fields)) in known:
-        for name, value in known.items():
-            setattr(config, name, value)
-    return is_stated
 
 
 def _owner(name: str, attentions: Mapping[str, KVAttention]) -> str | None:

@@ -3,26 +3,16 @@
 import itertools
 from bisect import bisect_left
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeGuard
+from typing import Any
 
 from transformers import PreTrainedModel
 
-from billhook.model.cache import cached
-from billhook.model.config_fields import Fields, build_on_meta, fields_of, read_back, with_fields
+from billhook.model.config_fields import Fields, fields_of
+from billhook.model.field_search import Built, build, find_fields
 from billhook.units.blocks import block_of
-from billhook.units.fields import TOGETHER
 
 BlockNumbers = dict[str, tuple[int, int]]
 """Integer attributes by new name: values before and after."""
-
-
-@dataclass(frozen=True)
-class Built:
-    """A model as its class builds it: tensor sizes and plain attributes."""
-
-    tensors: dict[str, tuple[int, ...]]
-    attributes: dict[str, Any]
 
 
 def find_block_fields(
@@ -45,9 +35,9 @@ def find_block_fields(
         counts, reason = finder.counts(lists)
         reasons.append(reason)
         for fields in (*counts, *(counts[0] | more for more in finder.numberings(counts))):
-            reason, numbers = finder.compare(finder.build(lists | fields))
+            reason, numbers = finder.compare(build(model, fields))
             if not reason:
-                return lists | fields, numbers
+                return fields, numbers
             reasons.append(reason)
     words = " and ".join(f"blocks {', '.join(map(str, numbers))} of {name}" for name, numbers in removed.items())
     raise ValueError(
@@ -60,25 +50,11 @@ class _Finder:
     def __init__(self, model: PreTrainedModel, stacks: Mapping[str, int], removed: Mapping[str, Sequence[int]]) -> None:
         self.model, self.stacks, self.removed = model, stacks, removed
         self.fields = fields_of(model.config)
-        self._known: dict[str, Built | None] = {}
-        now = self.build({})
+        now = build(model, {})
         if now is None or any(_count(now, name) != count for name, count in stacks.items()):
             raise ValueError(f"blocks: {type(model).__name__} has other blocks than its class builds from its config")
         self.now = now
         self.wanted = {new: size for name, size in now.tensors.items() if (new := self._moved(name)) is not None}
-
-    def build(self, fields: Fields) -> Built | None:
-        """Builds the class from a changed config, read back; None if the class refuses it."""
-        key = str(sorted(fields.items(), key=lambda field: field[0]))
-        if key not in self._known:
-            try:
-                config = read_back(with_fields(self.model.config, fields))
-                self._known[key] = cached(
-                    lambda: _as_built(build_on_meta(self.model, config)), (type(self.model), config), "built"
-                )
-            except Exception:  # whatever a class of configs or models raises
-                self._known[key] = None
-        return self._known[key]
 
     def _moved(self, name: str) -> str | None:
         """Returns the new name of a tensor or attribute, or None if it is removed."""
@@ -97,7 +73,7 @@ class _Finder:
         shorter: Fields = {}
         for (name, value), (stack, removed) in itertools.product(self.fields.items(), self.removed.items()):
             long = isinstance(value, list | tuple) and len(value) == self.stacks[stack]
-            if long and self.build({name: value[:-1]}) != self.now:
+            if long and build(self.model, {name: value[:-1]}) != self.now:
                 shorter[name] = type(value)(item for number, item in enumerate(value) if number not in removed)
         for number in range(len(shorter), -1, -1):
             yield from map(dict, itertools.combinations(shorter.items(), number))
@@ -109,37 +85,24 @@ class _Finder:
         stages = {int(part): stack for stack in self.stacks for part in stack.split(".") if part.isdigit()}
         options: list[tuple[str, Any]] = []
         for name, value in self.fields.items():
-            if _is_number(value):
+            if type(value) is int:
                 options += [(name, after) for before, after in counts if before == value]
             elif isinstance(value, list | tuple) and 0 <= max(stages, default=-1) < len(value):  # the depths of stages
                 depths = [left[stages[stage]] if stage in stages else depth for stage, depth in enumerate(value)]
-                fits = all(value[stage] == self.stacks[stack] for stage, stack in stages.items())
-                options += [(name, type(value)(depths))] if fits else []
-        reason = ""
-        for number in range(TOGETHER + 1):
-            if number == 2:  # pairs are many
-                options = self._useful(options, lists)
-            fitting = []
-            for fields in map(dict, itertools.combinations(options, number)):
-                built = self.build(lists | fields) if len(fields) == number else None
-                if built is not None and self._has_counts(built, all_removed=True):
-                    different = self._different(built, outside=True)
-                    reason = reason or different
-                    fitting += [] if different else [fields]
-            if fitting:
-                return fitting, ""
-        return [], reason
+                same = all(value[stage] == self.stacks[stack] for stage, stack in stages.items())
+                options += [(name, type(value)(depths))] if same else []
+        reasons: list[str] = []
 
-    def _useful(self, options: list[tuple[str, Any]], lists: Fields) -> list[tuple[str, Any]]:
-        """Drops options that change nothing or other tensors, unless the class refuses them."""
-        built_each = [self.build(lists | {name: lower}) for name, lower in options]
-        unchanged = None if None in built_each else self.build(lists)
-        return [
-            option
-            for option, built in zip(options, built_each, strict=True)
-            if built is None
-            or (built != unchanged and not self._different(built, outside=True) and self._has_counts(built, all_removed=False))
-        ]
+        def fits(built: Built) -> bool:
+            if any(_count(built, stack) != left[stack] for stack in self.removed):
+                return False
+            reasons.append(built.difference(self.wanted, ignored=lambda name: block_of(name, self.removed)))
+            return not reasons[-1]
+
+        found = itertools.groupby(find_fields(self.model, options, lists, self.wanted, fits), len)
+        for _, fewest in found:
+            return list(fewest), ""
+        return [], next(filter(None, reasons), "")
 
     def numberings(self, counts: Sequence[Fields]) -> Iterator[Fields]:
         """Yields another field that may number single blocks: a count of first blocks, or a list."""
@@ -157,33 +120,17 @@ class _Finder:
         """Describes the first difference in the remaining blocks, or returns the changed numbers."""
         if built is None:
             return "its class refuses the changed config", {}
-        if difference := self._different(built):
+        if difference := built.difference(self.wanted):
             return difference, {}
         numbers: BlockNumbers = {}
         for name, value in self.now.attributes.items():
             if (new := self._moved(name)) is None or (new_value := built.attributes.get(new)) == value:
                 continue
-            if _is_number(value) and _is_number(new_value) and self._is_numbering(name, new, value, new_value):
+            if type(value) is int and type(new_value) is int and self._is_numbering(name, new, value, new_value):
                 numbers[new] = (value, new_value)
             elif block_of(name, self.removed) is not None:
                 return f"its class then builds {new} = {new_value!r}, but the block moved there has {value!r}", {}
         return "", numbers
-
-    def _has_counts(self, built: Built, all_removed: bool) -> bool:
-        """Returns whether each stack has its final number of blocks (or its old, if allowed)."""
-        return all(
-            _count(built, stack) in (self.stacks[stack] - len(removed), *(() if all_removed else (self.stacks[stack],)))
-            for stack, removed in self.removed.items()
-        )
-
-    def _different(self, built: Built, outside: bool = False) -> str:
-        """Describes the first tensor of another size, optionally only outside blocks."""
-        for name in [*self.wanted, *built.tensors]:
-            sizes = built.tensors.get(name), self.wanted.get(name)
-            if sizes[0] != sizes[1] and not (outside and block_of(name, self.removed)):
-                sizes_shown = (size or "missing" for size in sizes)
-                return "{} is {} in the model that its class then builds, but {} in the pruned model".format(name, *sizes_shown)
-        return ""
 
     def _is_numbering(self, name: str, new: str, value: int, new_value: int) -> bool:
         """Returns whether a changed integer only gives a block's number or the block count."""
@@ -198,25 +145,10 @@ class _Finder:
         suffix = name.removeprefix(f"{stack}.{number}")
         for other in range(self.stacks[stack]):
             known = self.now.attributes.get(f"{stack}.{other}{suffix}")
-            if _is_number(known) and known - value != step * (other - number):
+            if type(known) is int and known - value != step * (other - number):
                 return False
         return not remainder and step > 0
 
 
-def _as_built(meta_model: PreTrainedModel) -> Built:
-    attributes: dict[str, Any] = {}
-    for name, module in meta_model.named_modules():
-        if next(module.parameters(), None) is not None:
-            for attribute, value in vars(module).items():
-                plain = isinstance(value, bool | int | float | str | None)
-                if plain and not attribute.startswith("_") and attribute != "training":
-                    attributes[f"{name}.{attribute}"] = value
-    return Built({name: tuple(tensor.shape) for name, tensor in meta_model.state_dict().items()}, attributes)
-
-
 def _count(built: Built, stack: str) -> int:
     return len({block_of(name, [stack]) for name in built.tensors} - {None})
-
-
-def _is_number(value: object) -> TypeGuard[int]:
-    return type(value) is int

@@ -1,8 +1,7 @@
 """Finds the attributes and config of a model without some units."""
 
 import itertools
-import operator
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,43 +10,36 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.merge import adapter_layers, base_layer_name, without_adapters
-from billhook.model.config_fields import Fields, configs_of, field, read_back, set_fields, with_fields
+from billhook.model.config_fields import Fields, configs_of, fields_of, nested_configs, set_fields
+from billhook.model.field_search import Sizes, build, find_fields
 from billhook.model.layers import is_adapter
 from billhook.model.meta import to_meta
 from billhook.model.shape import GROUPS, Shape, built_shape, set_shape, shape_of
 from billhook.model.token_ids import with_kept_tokens
 from billhook.model.transformers_internals import set_attention
 from billhook.pruning.cut import Cut, size_after
-from billhook.tracing.coupling import Structure
-from billhook.tracing.groups import Kind
 from billhook.tracing.trace import trace
-from billhook.units.fields import FieldFinder
 from billhook.units.find import units_of
 from billhook.units.units import UnitKind, Units, counts
 
 TRIALS = 64
 """Most assignments of integer attributes to try. None of 551 architectures needs more than 29 (benchmarks/roundtrip.py)."""
 
-Sizes = dict[str, tuple[int, ...]]
-"""Tensor sizes by name."""
-
 
 def candidate_shapes(model: PreTrainedModel, cut: Cut) -> Iterator[tuple[Shape, Fields]]:
     """Yields possible shapes, the likeliest first: as the class builds it, then by trial."""
-    shape_before, built_before, tensors = shape_of(model), _build_shape(model, {}), _sizes_then(model, cut)
-    yield from _built(model, cut, built_before, shape_before, tensors)
-    eager = all(
-        built_before.attributes.get(name) == value
-        for name, value in shape_before.attributes.items()
-        if name.endswith(f".{GROUPS}")
+    shape_before, usual, tensors = shape_of(model), built_shape(type(model), model.config), _sizes_then(model, cut)
+    groups = {name: value for name, value in shape_before.attributes.items() if name.endswith(f".{GROUPS}")}
+    eager = groups.items() <= usual.attributes.items() and _runs_eagerly(to_meta(model))
+    num_heads = _head_fields(model, cut)[0]
+    by_trial = (
+        (Shape(tensors, shape_before.attributes | attributes, shape_before.config), fields)
+        for fields in ([{}, num_heads] if num_heads else [{}])  # some code reads the config during the forward pass
+        for attributes in itertools.islice(_assignments(model, cut, shape_before, tensors), TRIALS)
     )
-    eager = eager and _runs_eagerly(to_meta(model))
-    num_heads = _head_fields(model, cut)
-    for fields in ({}, num_heads) if num_heads else ({},):  # some code reads the config during the forward pass
-        for attributes in itertools.islice(_assignments(model, cut, shape_before, tensors), TRIALS):
-            shape = Shape(tensors, shape_before.attributes | attributes, shape_before.config)
-            if _runs(model, cut, shape, fields, eager):
-                yield shape, fields
+    for shape, fields in itertools.chain(_built(model, cut, usual, shape_before, tensors), by_trial):
+        if _runs(model, cut, shape, fields, eager):
+            yield shape, fields
 
 
 def _sizes_then(model: PreTrainedModel, cut: Cut) -> Sizes:
@@ -60,112 +52,77 @@ def _sizes_then(model: PreTrainedModel, cut: Cut) -> Sizes:
     return {name: size_after(cut.cuts, first.get(id(tensor), name), tensor.shape) for name, tensor in state.items()}
 
 
-def _built(
-    model: PreTrainedModel, cut: Cut, built_before: Shape, shape_before: Shape, tensors: Sizes
-) -> Iterator[tuple[Shape, Fields]]:
-    """Yields the shape that the class builds from a changed config, if its tensors fit.
+def _built(model: PreTrainedModel, cut: Cut, usual: Shape, shape_before: Shape, tensors: Sizes) -> Iterator[tuple[Shape, Fields]]:
+    """Yields the shapes that the class builds from a changed config, if their tensors fit.
 
     Adapters are left out for the build.
     """
-    base, structure, units, layers, built_now = model, cut.structure, cut.all_units, adapter_layers(model), shape_before.tensors
-    sizes_without_adapters = tensors
+    base, layers, now, wanted, certain = model, adapter_layers(model), shape_before.tensors, tensors, dict[str, int]()
     if layers:
-        base = without_adapters(model)
-        structure, built_now = trace(base), shape_of(base).tensors
-        units = units_of(base, structure, _kinds(cut))
-        sizes_without_adapters = {
-            name.replace(".base_layer.", "."): size for name, size in tensors.items() if ".lora_" not in name
-        }
-    fields = _fields(base, cut, structure, units) if built_before.tensors == built_now else {}
-    if not fields:
-        return
-    try:
-        built = _build_shape(base, fields)
-    except Exception:  # whatever a class of configs or models raises
-        return
-    if built.tensors == sizes_without_adapters:
-        attributes = {}
-        for name, value in built.attributes.items():
-            if built_before.attributes.get(name, value) != value:
-                attributes[base_layer_name(name, layers)] = value
-        certain = _certain(model, tensors) if layers else {}
-        yield Shape(tensors, shape_before.attributes | attributes | certain, shape_before.config), fields
-
-
-def _build_shape(model: PreTrainedModel, fields: Fields) -> Shape:
-    """Builds the model's class from a changed config and returns its shape."""
-    config = with_fields(model.config, fields)
-    read_back(config)  # raises if the config class does not allow the values
-    return built_shape(type(model), config)
+        base, certain = without_adapters(model), _certain(model, tensors)
+        now = shape_of(base).tensors
+        wanted = {name.replace(".base_layer.", "."): size for name, size in tensors.items() if ".lora_" not in name}
+    for fields in _fields(base, cut, usual, wanted) if usual.tensors == now else ():
+        attributes = shape_before.attributes | certain
+        if (built := build(base, fields)) is not None:
+            for name, value in built.shape.attributes.items():
+                if usual.attributes.get(name, value) != value:
+                    attributes[base_layer_name(name, layers)] = value
+        yield Shape(tensors, attributes, shape_before.config), fields
 
 
 def _kinds(cut: Cut) -> list[UnitKind]:
     return list(dict.fromkeys(cut.kinds.values()))
 
 
-def _fields(model: PreTrainedModel, cut: Cut, structure: Structure, units: Mapping[str, Units]) -> Fields:
-    """Returns changed config fields, if all modules keep the same number of units per kind."""
-    finder, leaves = FieldFinder(model), {leaf for layer in units.values() for leaf in layer.leaves}
-    fields: Fields = {}
-    for kind in _kinds(cut):
-        if kind == "token":
-            fields |= with_kept_tokens(model.config, *cut.tokens) if cut.tokens else {}
-            continue
-        sizes = _group_sizes(cut, kind)
-        if sizes is None:
-            return {}
-        for kinds, size, size_then in sizes:
-            if size_then == size:
-                continue
-            groups = [g for g in structure.groups if g.leaf in leaves and g.kind in kinds and g.size == size]
-            values = finder.values(size, finder.find(groups), size_then) if groups else {}
-            if not values and kind == "head" and (with_head_dim := _head_fields(model, cut, width=True)):
-                fields |= with_head_dim
-                break
-            if not values:
-                return {}
-            for name, value in values.items():
-                changed = fields.get(name) if field(model.config, name) is not None else None
-                fields[name] = value if changed is None else changed // size * size_then
-    return fields
+def _fields(model: PreTrainedModel, cut: Cut, usual: Shape, wanted: Sizes) -> Iterator[Fields]:
+    """Yields changed config fields with which the class builds the wanted sizes.
 
-
-def _group_sizes(cut: Cut, kind: UnitKind) -> list[tuple[tuple[Kind, ...], int, int]] | None:
-    """Returns the groups of a unit kind with sizes before and after; None if modules differ."""
-    changes = {(cut.before[name], cut.after[name]) for name in cut.kinds if cut.kinds[name] == kind}
-    if all(itertools.starmap(operator.eq, changes)):
-        return []
-    if len(dict(changes)) < len(changes) or (kind == "head" and len(changes) > 1):
-        return None
-    if kind != "head":
-        assert kind != "block"
-        assert kind != "token"
-        return [((kind,), before[0], after[0]) for before, after in sorted(changes)]
-    ((query, kv), (query_then, kv_then)) = changes.pop()
-    return [(("kv_head", "head"), kv, kv_then), (("query_head",), query // kv, query_then // kv_then)]
-
-
-def _head_fields(model: PreTrainedModel, cut: Cut, width: bool = False) -> Fields:
-    """Returns config fields that hold head counts, with new values; none if layers differ.
-
-    With `width`, also `head_dim`, which many classes read although their config does not declare it.
+    First fields that are set change, then also unset ones, then also unset ones that must keep their default.
     """
-    before, after = set[tuple[int, ...]](), set[tuple[int, ...]]()
+    changes: set[tuple[UnitKind, int, int]] = set()
     for name, kind in cut.kinds.items():
-        if kind == "head":
-            before.add(cut.before[name])
-            after.add(cut.after[name])
-    if len(before) != 1 or len(after) != 1:
-        return {}
-    becomes = dict(zip(before.pop(), after.pop(), strict=True))
-    config = vars(model.config)
-    fields = {
-        name: becomes[value] for name, value in config.items() if "head" in name and type(value) is int and value in becomes
-    }
-    if not width or not fields:
-        return fields
-    widths = {value for name, value in shape_of(model).attributes.items() if name.endswith(".head_dim")}
-    return fields | {"head_dim": widths.pop()} if len(widths) == 1 and not hasattr(type(model.config), "head_dim") else {}
+        if kind != "token":
+            changes.update((kind, old, new) for old, new in zip(cut.before[name], cut.after[name], strict=True))
+    if len({(kind, old) for kind, old, _ in changes}) < len(changes):
+        return  # modules differ
+    fields = fields_of(model.config)
+    if "head" in _kinds(cut):
+        fields.setdefault("head_dim", getattr(model.config, "head_dim", None))  # many classes read it without declaring it
+    stated, unset, defaults = list[tuple[str, int]](), list[tuple[str, int]](), Fields()
+    for name, value in fields.items():
+        for old, new in sorted({(old, new) for _, old, new in changes if old != new}):
+            if value is None:
+                unset.append((name, new))
+            elif type(value) is int and value > 1 and value % old == 0:
+                stated.append((name, value // old * new))
+        used = {number for key, number in usual.attributes.items() if key.endswith(f".{name.rpartition('.')[2]}")}
+        if value is None and len(used) == 1:
+            defaults[name] = used.pop()
+    tokens = with_kept_tokens(model.config, *cut.tokens) if cut.tokens else {}
+    # head counts of one config go together: some code only divides by the number of KV heads
+    stages = [(stated, heads) for heads in _head_fields(model, cut) if heads]
+    stages += [(stated, {}), (stated + unset, {}), (stated + unset, defaults)]
+    for number, (options, also) in enumerate(stages):
+        if stages[number] not in stages[:number]:
+            together = 2 + len(_kinds(cut))
+            yield from find_fields(
+                model, options, tokens | also, wanted, lambda built: built.tensors == wanted, together, refused=False
+            )
+
+
+def _head_fields(model: PreTrainedModel, cut: Cut) -> list[Fields]:
+    """Returns the fields of each nested config that hold head counts, with new values; none if layers differ."""
+    counts = {(cut.before[name], cut.after[name]) for name, kind in cut.kinds.items() if kind == "head"}
+    becomes = dict(zip(*counts.pop(), strict=True)) if len(counts) == 1 else {}
+    return [
+        {
+            f"{prefix}{name}": becomes[value]
+            for name, value in vars(nested).items()
+            if "head" in name and type(value) is int and value in becomes
+        }
+        for prefix, nested in nested_configs(model.config)
+    ]
 
 
 def _assignments(model: PreTrainedModel, cut: Cut, shape_before: Shape, tensors: Sizes) -> Iterator[dict[str, int]]:

@@ -79,10 +79,6 @@ class LazyTensors(Mapping[str, Tensor]):
         """Returns the values of all other parameters. Nothing is read."""
         return LazyTensors({name: read for name, read in self.reads.items() if name not in names}, parts=self._parts)
 
-    def under(self, modules: Collection[str]) -> "LazyTensors":
-        """Returns the values of parameters that modules hold directly. Nothing is read."""
-        return LazyTensors({n: read for n, read in self.reads.items() if n.rpartition(".")[0] in modules}, parts=self._parts)
-
     @cached_property
     def modules(self) -> Mapping[str, Mapping[str, Read]]:
         """The read functions by module and by parameter name in the module."""

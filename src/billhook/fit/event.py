@@ -233,13 +233,13 @@ def events_of(fit: Fit) -> list[Event]:
     return sorted(events, key=lambda event: (event["step"], event["number"]))
 
 
-def percent_change(event: Event, name: str = "params") -> str:
-    """Returns the change of a number in an event, in percent.
+def percent_change(event: Event) -> str:
+    """Returns the change of the number of parameters in an event, in percent.
 
     >>> percent_change({"before": {"params": 2_881_792}, "after": {"params": 2_450_944}})
     '-15%'
     """
-    return f"{100 * (event['after'][name] / event['before'][name] - 1):+.2g}%"
+    return f"{100 * (event['after']['params'] / event['before']['params'] - 1):+.2g}%"
 
 
 def record_not_refitted(event: Event, what: str) -> None:

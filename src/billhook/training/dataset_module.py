@@ -34,10 +34,6 @@ def join(parts: Sequence[Rows], weights: Sequence[float] | None, seed: int) -> R
     return datasets.interleave_datasets(list(parts), shares, seed, stopping_strategy="all_exhausted")
 
 
-def _count_splits(sources: Sequence[dict[str, Rows]], name: str) -> int:
-    return sum(name in splits for splits in sources)
-
-
 class NoExamples(ValueError):
     """Error for a split without a usable example."""
 
@@ -114,11 +110,11 @@ class DatasetModule(pl.LightningDataModule):
         for source in sources:
             splits = load_splits(source, self.streaming)
             loaded.append({split: rows for split, rows in splits.items() if split in SPLITS})
-        num_train, num_validation = _count_splits(loaded, "train"), _count_splits(loaded, "validation")
-        if self.weights is not None and num_train < len(loaded):
+        with_train = ["train" in splits for splits in loaded]
+        if self.weights is not None and not all(with_train):
             raise ValueError("weights: every source in data needs a split 'train'. Add the split, or remove weights.")
         self.prepare(loaded, model)
-        splits_train = self.validation > 0 and num_train > 0 and num_validation == 0
+        splits_train = self.validation > 0 and any(with_train) and not any("validation" in splits for splits in loaded)
         encode = self._encode_with_validation if splits_train else self._encode_all
         encoded, joined = list(map(encode, loaded)), {}
         for split in SPLITS:

@@ -78,9 +78,29 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
     check_types(load_from_checkpoint, locals())
     path = Path(checkpoint_path)
     source: str | Path | BytesIO = checkpoint_path
-    shaped, checkpoint = ShapeInCheckpoint, read_sharded(path) if is_sharded_checkpoint(path) else _mapped(path, options)
+    shaped: type[ShapeInCheckpoint] = ShapeInCheckpoint
+    checkpoint = read_sharded(path) if is_sharded_checkpoint(path) else _mapped(path, options)
     if checkpoint is not None:
-        source, shaped = _tensors_later(checkpoint)
+        state, later, first = checkpoint[TENSORS], dict[str, Any](), dict[str, Any]()
+        for key, value in checkpoint.items():
+            (later if key in LARGE else first)[key] = value
+        placed = {name: torch.empty(0) if isinstance(tensor, DeferredTensor) else tensor for name, tensor in state.items()}
+        source = BytesIO()
+        torch.save(first | {TENSORS: placed}, source)
+        source.seek(0)
+
+        # Lightning moves loaded tensors to a device at once: it moves empty tensors, whose device the real ones then follow
+        class Later(ShapeInCheckpoint):
+            def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+                unread = {
+                    name: state[name].on(tensor.device)
+                    for name, tensor in checkpoint[TENSORS].items()
+                    if isinstance(state[name], DeferredTensor)
+                }
+                checkpoint |= {**later, TENSORS: checkpoint[TENSORS] | unread}
+                super().on_load_checkpoint(checkpoint)
+
+        shaped = Later
     bases = (kind,) if issubclass(kind, shaped) else (shaped, kind)
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     subclass: Any = type(kind.__name__, bases, names)
@@ -114,29 +134,6 @@ def _mapped(path: Path, options: dict[str, Any]) -> dict[str, Any] | None:
         options["map_location"] = next(there, "cpu")
     unread = {name: DeferredTensor.of(tensor.shape, tensor.dtype, tensor.detach) for name, tensor in plain.items()}
     return checkpoint | {TENSORS: checkpoint[TENSORS] | unread}
-
-
-def _tensors_later(checkpoint: dict[str, Any]) -> tuple[BytesIO, type[ShapeInCheckpoint]]:
-    """Returns a checkpoint with empty tensors, and a mixin that loads the real tensors."""
-    state, source = checkpoint[TENSORS], BytesIO()
-    later, first = dict[str, Any](), dict[str, Any]()
-    for key, value in checkpoint.items():
-        (later if key in LARGE else first)[key] = value
-    placed = {name: torch.empty(0) if isinstance(tensor, DeferredTensor) else tensor for name, tensor in state.items()}
-    torch.save(first | {TENSORS: placed}, source)
-    source.seek(0)
-
-    # Lightning moves loaded tensors to a device at once: it moves empty tensors, whose device the real ones then follow
-    class Later(ShapeInCheckpoint):
-        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            placed = checkpoint[TENSORS]
-            unread = {
-                name: state[name].on(tensor.device) for name, tensor in placed.items() if isinstance(state[name], DeferredTensor)
-            }
-            checkpoint |= {**later, TENSORS: placed | unread}
-            super().on_load_checkpoint(checkpoint)
-
-    return source, Later
 
 
 def callbacks_of(trainer: pl.Trainer | None) -> Sequence[Callback]:

@@ -75,10 +75,11 @@ class HookStandIn:
     def __init__(self, hook: Callable[..., Any], module: nn.Module, before: bool) -> None:
         self.harmless, self.before = returns_none(hook), before
         self.note: Callable[[object], None] | None = None  # receives the values that the hook could have replaced
-        name, moment = _function(hook).__qualname__, "before" if before else "after"
-        what = f"the hook {name} {moment} the forward of {type(module).__name__} is not called"
         does = "it returns nothing, so it should change nothing" if self.harmless else "what it returns would count; remove it"
-        self.says = f"{what}: {does}"
+        moment = "before" if before else "after"
+        self.says = (
+            f"the hook {_function(hook).__qualname__} {moment} the forward of {type(module).__name__} is not called: {does}"
+        )
 
     def __call__(self, module: nn.Module, *args: Any) -> None:  # noqa: ANN401 - what hooks get
         """Reports values that the hook could have replaced."""

@@ -93,9 +93,19 @@ class Teacher:
 
         The student's `output` contains its loss on the labels.
         """
-        target = self._output(batch)
-        mask = loss_mask(batch["labels"], output.logits, self.causal)
-        divergence = kl_divergence(output.logits, target.logits, mask, self.settings.temperature)
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        if self.model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
+            shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+            # models without that method need the labels to derive decoder inputs
+            inputs |= {"labels": batch["labels"]} if shift is None else {"decoder_input_ids": shift(labels=batch["labels"])}
+        with torch.no_grad():
+            target: Any = self.model(**inputs, **self.extra_arguments)
+        labels, logits = batch["labels"], output.logits
+        if logits.ndim == 2:  # every example has a label
+            mask = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        else:
+            mask = (pad(labels[:, 1:], (0, 1), value=-100) if self.causal else labels) != -100
+        divergence = kl_divergence(logits, target.logits, mask, self.settings.temperature)
         weight, squared = self.settings.weight, self.settings.temperature**2
         loss = (1 - weight) * output.loss + weight * squared * divergence
         if self.settings.hidden:
@@ -106,22 +116,6 @@ class Teacher:
         """Moves the teacher to the student's device and dtype."""
         if (self.model.device, self.model.dtype) != (student.device, student.dtype):
             self.model.to(student.device, student.dtype)
-
-    @torch.no_grad()
-    def _output(self, batch: Mapping[str, Tensor]) -> Any:  # noqa: ANN401
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        if self.model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
-            shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
-            # models without that method need the labels to derive decoder inputs
-            inputs |= {"labels": batch["labels"]} if shift is None else {"decoder_input_ids": shift(labels=batch["labels"])}
-        return self.model(**inputs, **self.extra_arguments)
-
-
-def loss_mask(labels: Tensor, logits: Tensor, causal: bool) -> Tensor:
-    """Returns a bool mask of the logits with labels, `[*, tokens]` or `[examples]`."""
-    if logits.ndim == 2:
-        return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-    return (pad(labels[:, 1:], (0, 1), value=-100) if causal else labels) != -100
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float) -> Tensor:

@@ -66,10 +66,7 @@ class ResumableLoader(DataLoader[Any]):
             self.sampler.set_epoch(self.epoch)
             self.sampler.start = self.batch * (self.batch_size or 1)
             yield from super().__iter__()
-        else:
-            yield from self._stream()
-
-    def _stream(self) -> Iterator[Any]:
+            return
         rows: Any = self.dataset
         streaming = isinstance(rows, datasets.IterableDataset)
         if streaming:

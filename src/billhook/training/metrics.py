@@ -61,32 +61,6 @@ def metrics_of(task: str, num_labels: int | None) -> dict[str, Metric]:
     return metrics
 
 
-def count_targets(batch: Mapping[str, Any], causal: bool) -> Tensor:
-    """Counts the terms of a batch's mean loss: labels, or examples if there are no labels."""
-    labels: Tensor | None = batch.get("labels")
-    if labels is None:
-        return torch.tensor(len(next(value for value in batch.values() if isinstance(value, Tensor))))
-    # a causal model does not predict the first label
-    return ((labels[:, 1:] if causal else labels) != -100).sum()
-
-
-def metric_inputs(metric: Metric, output: Any, batch: Mapping[str, Any], weight: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN401
-    """Returns the arguments of `metric.update` for a batch and its output.
-
-    Args:
-        metric: The metric.
-        output: The output of the model.
-        batch: The batch.
-        weight: Number of tokens or examples, `[]`.
-    """
-    if isinstance(metric, TokenPerplexity):
-        return output.loss, weight
-    if isinstance(metric, MeanMetric):
-        nearest = output.logits_per_image.argmax(-1)
-        return ((nearest == torch.arange(len(nearest), device=nearest.device)).float(),)
-    return output.logits, batch["labels"]
-
-
 def generate_ids(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
     """Generates token ids with an encoder-decoder, `[batch, length]`.
 

@@ -201,17 +201,14 @@ def _load(
         reshard(pl_module)  # a forward pass may have left it gathered
         if trainer.state.fn != TrainerFn.FITTING:
             trainer.strategy.optimizers = []  # an earlier run's optimizers have other parameters
-        names = {}
-        for name, parameter in pl_module.named_parameters():
-            names[parameter] = name
-        groups, names_by_group = list[dict[str, Any]](), list[list[str]]()
+        names = {parameter: name for name, parameter in pl_module.named_parameters()}
+        groups = list[tuple[dict[str, Any], list[str]]]()  # each with the names of its parameters
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
-                groups.append(group)
-                names_by_group.append([names[parameter] for parameter in group["params"] if parameter in names])
+                groups.append((group, [names[parameter] for parameter in group["params"] if parameter in names]))
         with gathered(pl_module, (), gradients=False, blockwise=True):
             load_shape(pl_module, {KEY: record})
         parameters = dict(pl_module.named_parameters())
-        for group, group_names in zip(groups, names_by_group, strict=True):  # no optimizer state exists before the first step
+        for group, group_names in groups:  # no optimizer state exists before the first step
             group["params"][:] = [parameters[name] for name in group_names if name in parameters]
     return load(checkpoint_path, weights_only=weights_only)

@@ -71,13 +71,10 @@ def load_shaped(
 
     Invalid entries, and entries that contradict the files or the class, raise before memory is used.
     """
-    entry = PretrainedConfig.get_config_dict(name)[0].get(KEY)
     fields: dict[str, Any] = {} if labels is None else {"num_labels": labels}
     with _entry_errors(name):
-        shape = _from_entry(entry)
         config = cast(type[PretrainedConfig], kind.config_class).from_pretrained(name, **fields)
-        vars(config).pop(KEY, None)
-        shape = _checked(kind, config, shape, _file_sizes(name))
+        shape = _checked(kind, config, _from_entry(vars(config).pop(KEY, None)), _file_sizes(name))
     built, options = _with_tensors(kind, shape), {"use_safetensors": True, "attn_implementation": attention}
     model = load_complete(built, name, config=config, dtype=dtype, **options)
     setattr(model.config, KEY, to_entry(shape))
@@ -173,7 +170,7 @@ def _from_entry(entry: object) -> Shape:
 
 def _with_model_names(meta_model: PreTrainedModel, stated: Shape, files: Sizes) -> tuple[Shape, Sizes]:
     """Renames tensors to a model's names, with or without its base model prefix."""
-    prefix, modules = f"{meta_model.base_model_prefix}.", dict(meta_model.named_modules())
+    prefix = f"{meta_model.base_model_prefix}."
 
     def renamed(entries: Mapping[str, T], known: Container[str]) -> dict[str, T]:
         in_model = {}
@@ -182,13 +179,13 @@ def _with_model_names(meta_model: PreTrainedModel, stated: Shape, files: Sizes) 
             in_model[next((name for name in names if name in known), key)] = entry
         return in_model
 
-    state, attributes = meta_model.state_dict(), _attributes(modules, shape_of(meta_model))
+    state, attributes = meta_model.state_dict(), _attributes(meta_model, shape_of(meta_model))
     return Shape(renamed(stated.tensors, state), renamed(stated.attributes, attributes), {}), renamed(files, state)
 
 
-def _attributes(modules: Iterable[str], built: Shape) -> set[str]:
+def _attributes(meta_model: PreTrainedModel, built: Shape) -> set[str]:
     """Returns the attributes that a shape may contain."""
-    return built.attributes.keys() | {f"{module}.{GROUPS}" for module in modules}
+    return built.attributes.keys() | {f"{name}.{GROUPS}" for name, _ in meta_model.named_modules()}
 
 
 def _check(meta_model: PreTrainedModel, stated: Shape, files: Sizes | None) -> None:
@@ -198,8 +195,7 @@ def _check(meta_model: PreTrainedModel, stated: Shape, files: Sizes | None) -> N
     larger than the remaining tensors in the files.
     """
     kind, state, built = type(meta_model).__name__, meta_model.state_dict(keep_vars=True), shape_of(meta_model)
-    modules = dict(meta_model.named_modules())
-    for names, known in (stated.tensors, built.tensors), (stated.attributes, _attributes(modules, built)):
+    for names, known in (stated.tensors, built.tensors), (stated.attributes, _attributes(meta_model, built)):
         for name in names:
             if name not in known:
                 raise ValueError(f"{name[:200]} is named, and {kind} has nothing of that name")

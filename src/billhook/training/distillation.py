@@ -1,5 +1,6 @@
 """Distillation: training against the outputs of a teacher model on the same batch."""
 
+import copy
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
 from billhook.arguments import check_fraction, check_number, check_path, check_types
+from billhook.checkpoints.pretrained import Task, load_model
 from billhook.model.config_fields import text_config
 
 CHUNK = 2**22
@@ -203,18 +205,24 @@ def hidden_error(student: Any, teacher: Any, batch: Mapping[str, Tensor]) -> Ten
     return torch.stack(errors).mean()
 
 
-def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, settings: Distillation, classifies: bool) -> None:
-    """Raises an error unless teacher and student have the same classes, vocabulary, and sizes.
+def make_teacher(student: PreTrainedModel, settings: Distillation, task: Task, options: dict[str, Any]) -> Teacher:
+    """Creates the teacher: a copy of the student, or a loaded model.
 
     Args:
         student: The student.
-        teacher: The teacher.
         settings: Settings of distillation.
-        classifies: Whether the task is classification.
+        task: Task of both models.
+        options: Options for loading a model.
+
+    Raises:
+        ValueError: Unless teacher and student have the same classes, vocabulary, and sizes.
     """
+    if settings.teacher is None:
+        return Teacher(copy.deepcopy(student), settings, causal=task == "causal-lm")
+    teacher = load_model(settings.teacher, task, options)
     student_config, teacher_config = text_config(student.config), text_config(teacher.config)
     name = f"distillation: teacher={settings.teacher!r}"
-    fields = ["num_labels"] * classifies + ["vocab_size"] + ["hidden_size"] * bool(settings.hidden)
+    fields = ["num_labels"] * task.endswith("classification") + ["vocab_size"] + ["hidden_size"] * bool(settings.hidden)
     for field in fields:
         ours, theirs = (getattr(config, field, None) for config in (student_config, teacher_config))
         if ours != theirs:
@@ -222,6 +230,7 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, settings: 
     ours, theirs = (_vocabulary(model.config) for model in (student, teacher))
     if ours and theirs and ours != theirs:
         raise ValueError(f"{name} has a different vocabulary than the student. Use a teacher with the same tokenizer.")
+    return Teacher(teacher, settings, causal=task == "causal-lm")
 
 
 def _vocabulary(config: PretrainedConfig) -> dict[str, int] | None:

@@ -1,6 +1,5 @@
 """LightningModule with loss, metrics, optimizer, and learning-rate schedule."""
 
-import copy
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -37,9 +36,9 @@ from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import common_module
 from billhook.tracing.roles import Part
 from billhook.tracing.trace import trace
-from billhook.training.distillation import Distillation, Teacher, check_teacher
+from billhook.training.distillation import Distillation, make_teacher
 from billhook.training.loader import batches_seen
-from billhook.training.metrics import TokenPerplexity, generate_ids, metric_name, metrics_of
+from billhook.training.metrics import TokenPerplexity, metric_name, metrics_of
 
 Trainable = Literal["all", "attention"] | list[str]
 """All parameters, attention parameters, or parameters whose names match a glob pattern."""
@@ -123,6 +122,8 @@ def names_within(module: str, names: Iterable[str]) -> set[str]:
 
 
 Decay = Literal["cosine", "linear", "constant"]
+MAX_NEW_TOKENS = 128
+"""Default limit for generation, if the generation config has no `max_new_tokens`."""
 TEACHER, RANDOM, STEPS = "billhook_teacher", "billhook_noise", "billhook_steps"
 """Keys of Lightning checkpoints: the teacher's checksum, the random state, and the length of training."""
 
@@ -220,7 +221,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         self.model = model
         self.step_random = StepRandom()
         self._steps: int | None = None
-        self.teacher = None if distillation is None else self._teacher(distillation, options)
+        self.teacher = None if distillation is None else make_teacher(self.model, distillation, task, options)
         if lora is not None:
             attach(self.model, lora, classifies=task.endswith("classification"))
         freeze_others(self.model, trainable, classifies=task.endswith("classification"))
@@ -246,16 +247,6 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
             self.hparams["distillation"] = asdict(saved_distillation)
         lora = from_plain(lora) if isinstance(lora, dict) else lora
         return lora, Distillation(**distillation) if isinstance(distillation, dict) else distillation
-
-    def _teacher(self, distillation: Distillation, options: dict[str, Any]) -> Teacher:
-        """Creates the teacher: a copy of the current model, or a loaded model."""
-        if distillation.teacher is None:
-            model = copy.deepcopy(self.model)
-        else:
-            classifies = self.task.endswith("classification")
-            model = load_model(distillation.teacher, self.task, options)
-            check_teacher(self.model, model, distillation, classifies)
-        return Teacher(model, distillation, causal=self.task == "causal-lm")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the shape, LoRA scaling, random state, length of training, and teacher checksum."""
@@ -353,9 +344,19 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         self._evaluate(batch, "test")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Returns classes, generated token ids, similarities to captions, or logits."""
+        """Returns classes, generated token ids, similarities to captions, or logits.
+
+        Generation is limited to `max_new_tokens` of the generation config, by default 128. Without it, a decoder with a fixed
+        number of positions generates `max_length` (by default 128) up to that number.
+        """
         if self.task in ("seq2seq-lm", "speech-seq2seq"):
-            return generate_ids(self.model, batch)
+            generation, positions = self.model.generation_config, getattr(self.model.config, "max_target_positions", None)
+            most = getattr(generation, "max_new_tokens", None)
+            limit = {"max_new_tokens": most or MAX_NEW_TOKENS}
+            if positions and not most:  # Whisper warns if both limits are set
+                limit = {"max_length": min(getattr(generation, "max_length", None) or MAX_NEW_TOKENS, positions)}
+            names = (self.model.main_input_name, "attention_mask")
+            return self.generate(**{name: batch[name] for name in names if batch.get(name) is not None}, **limit)
         output = self(**batch)
         logits: Tensor = output.logits_per_image if self.task == "feature-extraction" else output.logits
         return logits.argmax(-1) if self.task.endswith("classification") else logits

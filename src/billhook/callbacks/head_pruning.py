@@ -222,13 +222,13 @@ class HeadPruning(HeadMasking):
                 "HeadPruning(remove='never') must be listed before Export, because it zeroes weights at the end of training."
             )
 
-    def steps(self, total: int | None, fit: Fit) -> dict[int, float]:
+    def steps(self, fit: Fit) -> dict[int, float]:
         """Returns the target ratio of each round by step."""
-        return round_targets(self.ratio, self.at, total, fit, "ratio")
+        return round_targets(self.ratio, self.at, fit, "ratio")
 
-    def shape_steps(self, total: int | None, fit: Fit) -> list[int]:
+    def shape_steps(self, fit: Fit) -> list[int]:
         """Returns the steps at which shapes change."""
-        rounds = super().shape_steps(total, fit)
+        rounds = super().shape_steps(fit)
         return {"end": rounds[-1:], "rounds": rounds, "never": []}[self.remove]
 
     def resolve(self, fit: Fit) -> None:

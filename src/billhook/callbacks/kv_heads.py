@@ -124,7 +124,7 @@ class KVHeadConversion(ShapeCallback):
         super().begin(fit)
         others = [entry for callback in fit.callbacks(KVHeadConversion) for entry in callback.at if entry != "start"]
         if fit.max_steps is not None:
-            self._check_together(fit, fit.max_steps)
+            self._check_together(fit)
         elif others and "start" in self.at:
             raise ValueError(
                 f"at={self.at}: 'start' together with later stages ({others}) needs a known training length. Set "
@@ -154,26 +154,26 @@ class KVHeadConversion(ShapeCallback):
         if next(means, None) is self and not self.needs_data and not adapter_layers(fit.model):
             rank_zero_info(HINT)
 
-    def shape_steps(self, total: int | None, fit: Fit) -> list[int]:
+    def shape_steps(self, fit: Fit) -> list[int]:
         """Returns the step of each stage; -1 means before the optimizer exists."""
-        steps = [-1 if entry == "start" else resolve_at(entry, total, fit.is_trial) for entry in self.at]
+        steps = [-1 if entry == "start" else resolve_at(entry, fit) for entry in self.at]
         if not fit.is_trial and len(set(steps)) < len(steps):
-            raise ValueError(f"at={self.at}: two stages have the same step ({steps} of {total} steps). Use other steps.")
+            raise ValueError(f"at={self.at}: two stages have the same step ({steps} of {fit.length} steps). Use other steps.")
         return steps
 
-    def steps(self, total: int | None, fit: Fit) -> dict[int, float]:
+    def steps(self, fit: Fit) -> dict[int, float]:
         """Returns the steps of the stages, each with the target 1."""
-        return dict.fromkeys(self.shape_steps(total, fit), 1.0)
+        return dict.fromkeys(self.shape_steps(fit), 1.0)
 
-    def _check_together(self, fit: Fit, total: int | None) -> None:
+    def _check_together(self, fit: Fit) -> None:
         """Raises `ValueError` if two stages share a step, or heads do not decrease."""
+        if fit.is_trial:
+            return
         stages = sorted(
             stage
             for callback in fit.callbacks(KVHeadConversion)
-            for stage in zip(callback.shape_steps(total, fit), callback.heads, strict=True)
+            for stage in zip(callback.shape_steps(fit), callback.heads, strict=True)
         )
-        if fit.is_trial:
-            return
         if len(dict(stages)) < len(stages):
             steps = [step for step, _ in stages]
             raise ValueError(f"two {type(self).__name__} stages have the same step: {steps}. Use other steps.")
@@ -185,8 +185,8 @@ class KVHeadConversion(ShapeCallback):
 
     def resolve(self, fit: Fit) -> None:
         """Resolves the steps, and checks the stages also against the loaded model."""
-        self._check_together(fit, fit.length)
-        self._stages = self.shape_steps(fit.length, fit)
+        self._check_together(fit)
+        self._stages = self.shape_steps(fit)
         least = min(heads for callback in fit.callbacks(KVHeadConversion) for heads in callback.heads)
         if (most := self._most(fit.module)) < least:
             raise ValueError(
@@ -240,13 +240,13 @@ class KVHeadConversion(ShapeCallback):
             self.events = []  # a checkpoint without this callback undid the stage at the start
         super().begin_training(fit)
 
-    def due(self, model: nn.Module, step: int) -> list[int]:
+    def due(self, fit: Fit) -> list[int]:
         """Returns the steps of stages that are due, in order."""
-        return sorted({at for index, at in enumerate(self._stages) if at <= step and index not in self._done})
+        return sorted({at for index, at in enumerate(self._stages) if at <= fit.step and index not in self._done})
 
-    def pending_steps(self, model: nn.Module, step: int) -> list[int]:
+    def pending_steps(self, fit: Fit) -> list[int]:
         """Returns the steps of the pending stages."""
-        return [at for index, at in enumerate(self._stages) if at > step and index not in self._done]
+        return [at for index, at in enumerate(self._stages) if at > fit.step and index not in self._done]
 
     def apply_event(self, fit: Fit, step: int) -> None:
         """Applies the stages of a step, unless the model already has as few heads."""

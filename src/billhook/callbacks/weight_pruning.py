@@ -114,9 +114,9 @@ class WeightPruning(EventCallback, ShapeFollower):
         """The enforced keep-masks (bool) by linear layer; sharded ranks must call it together."""
         return {name: full_tensor(mask) for name, mask in self._hold.masks.items()}
 
-    def steps(self, total: int | None, fit: Fit) -> dict[int, float]:
+    def steps(self, fit: Fit) -> dict[int, float]:
         """Returns the target sparsity of each round by step."""
-        return round_targets(self.amount, self.at, total, fit, "sparsity")
+        return round_targets(self.amount, self.at, fit, "sparsity")
 
     def resolve(self, fit: Fit) -> None:
         """Resolves the rounds and checks the model."""

@@ -71,7 +71,16 @@ class DeviceCopies:
 
     def enter(self, block: nn.Module) -> None:
         """Replaces a block's tensors by copies."""
-        copies = {original: _like(original, copy) for original, copy in self._take_copies(block).items()}
+        sent = self.ahead.take(block)
+        if sent is None:
+            is_pinned = self.device.type == "cuda" and all(parameter.is_pinned() for parameter in block.parameters())
+            sent = {tensor: tensor.detach().to(self.device, copy=True, non_blocking=is_pinned) for tensor in _tensors(block)}
+        elif self._stream is not None:
+            current = torch.cuda.current_stream(self.device)
+            current.wait_stream(self._stream)
+            for copy in sent.values():
+                copy.record_stream(current)  # keeps the memory until kernels have read it
+        copies = {original: _like(original, copy) for original, copy in sent.items()}
         for module in block.modules():
             for slots in (vars(module)["_parameters"], vars(module)["_buffers"]):
                 for name, original in slots.items():
@@ -105,19 +114,6 @@ class DeviceCopies:
         """Releases all copies."""
         self.leave()
         self.ahead.close()
-
-    def _take_copies(self, block: nn.Module) -> dict[Tensor, Tensor]:
-        """Returns copies by original: the prefetched ones, or new ones."""
-        sent = self.ahead.take(block)
-        if sent is None:
-            is_pinned = self.device.type == "cuda" and all(parameter.is_pinned() for parameter in block.parameters())
-            return {tensor: tensor.detach().to(self.device, copy=True, non_blocking=is_pinned) for tensor in _tensors(block)}
-        if self._stream is not None:
-            current = torch.cuda.current_stream(self.device)
-            current.wait_stream(self._stream)
-            for copy in sent.values():
-                copy.record_stream(current)  # keeps the memory until kernels have read it
-        return sent
 
     def _send(self, tensors: Iterable[Tensor], queued: torch.cuda.Event | None) -> dict[Tensor, Tensor]:
         """Copies tensors to the device, in the prefetching thread."""

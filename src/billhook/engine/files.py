@@ -1,5 +1,6 @@
 """The store of a streamed model, which loads each block from files."""
 
+import shutil
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,12 +21,11 @@ from billhook.engine.lazy import LazyTensors
 from billhook.engine.loader_internals import (
     initialize_buffers,
     load_tensors,
-    made_by_class,
     names_in_model,
     save_state,
     to_file_format,
 )
-from billhook.engine.parts import Parts, identity_of, link_or_copy, tensor_in
+from billhook.engine.parts import Parts, identity_of, tensor_in
 from billhook.engine.slots import Slot, parameter_slots
 from billhook.engine.store import STORE, BlockStore
 from billhook.engine.tensors import TensorFiles, renumbered, share_parameters, write_index
@@ -81,7 +81,7 @@ class FileStore(BlockStore):
         Args:
             share_with: A model in memory. Bitwise identical parameters are shared with it instead of loaded.
         """
-        initialize_buffers(self.model, made_by_class(self.model, names_in_model(self.model, self.files).values()))
+        initialize_buffers(self.model, names_in_model(self.model, self.files).values())
         stay = self.keys[""]
         self._load(stay if share_with is None else share_parameters(self.model, share_with, self.files, stay))
         # replaced forwards, not hooks: a hook cannot run the block without gradients
@@ -129,9 +129,10 @@ class FileStore(BlockStore):
 
     def _alter(self, block: nn.Module) -> None:
         super()._alter(block)
-        for name, value in self._overlay.under({self.names[module] for module in block.modules()}).items():
-            parameter = self.model.get_parameter(name)
-            parameter.data = value.to(parameter.device)
+        for module in block.modules():
+            for name, value in self._overlay.of_module(self.names[module]).items():
+                parameter = module.get_parameter(name)
+                parameter.data = value.to(parameter.device)
 
     def _forget(self, name: str | None = None) -> None:
         """Discards prefetched tensors of a block (default: any) that are out of date."""
@@ -329,7 +330,10 @@ class FileStore(BlockStore):
             file = folder / _file_name(number, blocks)
             file.unlink(missing_ok=True)  # an old file may be a hard link to a block's file
             if name in self.adopted:
-                link_or_copy(self.adopted[name], file)
+                try:
+                    file.hardlink_to(self.adopted[name])
+                except OSError:  # the file system has no hard links
+                    shutil.copyfile(self.adopted[name], file)
             else:
                 read = self.files.read(self.keys[name])  # in the dtypes of the source
                 tensors = {key: tensor.to(self.model.get_parameter(parameter_of[key]).dtype) for key, tensor in read.items()}

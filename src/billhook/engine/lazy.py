@@ -12,10 +12,6 @@ from billhook.engine.parts import fingerprint
 Read = Callable[[], Tensor]
 """Reads the values of a parameter. For shards, all ranks call it together."""
 T = TypeVar("T", bound=Tensor)
-Part = str | Mapping[str, Read]
-"""The key of some values, or the values themselves, which are hashed."""
-Change = Callable[[str, Read], Tensor]
-"""Returns new values of a parameter from its name and its read function."""
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -24,10 +20,12 @@ class LazyTensors(Mapping[str, Tensor]):
     Args:
         reads: The function that reads each value.
         known_by: Key that identifies the values. None hashes all of them on demand.
-        parts: Keys or values of the parts that these values were made of, instead of `known_by`.
+        parts: Keys of the parts that these values were made of, or their values, which are hashed, instead of `known_by`.
     """
 
-    def __init__(self, reads: Mapping[str, Read], known_by: str | None = "", parts: Sequence[Part] = ()) -> None:
+    def __init__(
+        self, reads: Mapping[str, Read], known_by: str | None = "", parts: Sequence[str | Mapping[str, Read]] = ()
+    ) -> None:
         self.reads = dict(reads)
         self._parts = tuple(parts) or (self.reads if known_by is None else known_by,)
 
@@ -67,8 +65,8 @@ class LazyTensors(Mapping[str, Tensor]):
         """Merges other values with these, which take precedence. Nothing is read."""
         return LazyTensors.of(other) | self
 
-    def map(self, change: Change) -> "LazyTensors":
-        """Returns values that are changed on access."""
+    def map(self, change: Callable[[str, Read], Tensor]) -> "LazyTensors":
+        """Returns values that are changed on access, by a function of the name and of the read function."""
         return LazyTensors({name: partial(change, name, read) for name, read in self.reads.items()}, parts=self._parts)
 
     def renamed(self, name: Callable[[str], str]) -> "LazyTensors":
@@ -78,10 +76,6 @@ class LazyTensors(Mapping[str, Tensor]):
     def without(self, names: Collection[str]) -> "LazyTensors":
         """Returns the values of all other parameters. Nothing is read."""
         return LazyTensors({name: read for name, read in self.reads.items() if name not in names}, parts=self._parts)
-
-    def under(self, modules: Collection[str]) -> "LazyTensors":
-        """Returns the values of parameters that modules hold directly. Nothing is read."""
-        return LazyTensors({n: read for n, read in self.reads.items() if n.rpartition(".")[0] in modules}, parts=self._parts)
 
     @cached_property
     def modules(self) -> Mapping[str, Mapping[str, Read]]:

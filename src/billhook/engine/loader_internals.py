@@ -2,7 +2,7 @@
 
 import re
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -50,29 +50,23 @@ def is_joined_unevenly(model: PreTrainedModel) -> bool:
     return False
 
 
-def made_by_class(model: PreTrainedModel, read: Iterable[str]) -> set[str]:
-    """Returns parameters that files may lack because the class creates them."""
-    patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
-    parameters, missing = dict(model.named_parameters()), set[str]()
-    in_files = set(map(parameters.get, read))
+def initialize_buffers(model: PreTrainedModel, names_in_files: Iterable[str]) -> None:
+    """Initializes buffers of a meta model on the CPU, and parameters that files may lack."""
+    parameters = dict(model.named_parameters())
+    made = set(parameters.values()).difference(map(parameters.get, names_in_files))
+    patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]  # which the class creates
     for name, parameter in parameters.items():
-        if parameter not in in_files and any(pattern.search(name) for pattern in patterns):
-            missing.add(name)
-    return missing
-
-
-def initialize_buffers(model: PreTrainedModel, parameters: Container[str] = ()) -> None:
-    """Initializes buffers and some parameters of a meta model on the CPU."""
-    made = {parameter for name, parameter in model.named_parameters() if name in parameters}
+        if not any(pattern.search(name) for pattern in patterns):
+            made.discard(parameter)
     for module in model.modules():
         for name, buffer in module._buffers.items():
             if buffer is not None:
                 module._buffers[name] = torch.empty_like(buffer, device="cpu")
-        for name, parameter in module._parameters.items():
-            if parameter is not None and parameter in made:
-                module._parameters[name] = nn.Parameter(torch.empty_like(parameter, device="cpu"), parameter.requires_grad)
-            elif parameter is not None:
-                setattr(parameter, LOADED, True)  # otherwise it would get random values
+        for name, slot in module._parameters.items():
+            if slot is not None and slot in made:
+                module._parameters[name] = nn.Parameter(torch.empty_like(slot, device="cpu"), slot.requires_grad)
+            elif slot is not None:
+                setattr(slot, LOADED, True)  # otherwise it would get random values
         setattr(module, LOADED, False)  # a module may initialize buffers of its submodules
     model.initialize_weights()  # type: ignore[no-untyped-call]
 

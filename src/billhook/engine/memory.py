@@ -35,19 +35,15 @@ def memory_to_hold(device: torch.device) -> int:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return LEAST
     with suppress(OSError, ValueError, RuntimeError, NotImplementedError):  # not reported by all systems and devices
-        free = _free_on_host() if device.type == "cpu" else torch.accelerator.get_memory_info(device)[0]
+        if device.type != "cpu":
+            return max(LEAST, torch.accelerator.get_memory_info(device)[0] // 4)
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        group = Path("/sys/fs/cgroup")
+        with suppress(OSError, ValueError):  # the limit of a container; "max" is no number: there is no limit
+            free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
         return max(LEAST, free // 4)
     return LEAST
-
-
-def _free_on_host() -> int:
-    """Returns the available bytes on Linux, also in a container with a limit."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-    group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):  # "max" is no number: there is no limit
-        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return free
 
 
 COPIES = 3

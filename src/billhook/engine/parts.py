@@ -176,7 +176,8 @@ class Parts:
 
     def _check_own(self) -> None:
         """Raises if billhook did not write the folder."""
-        if self._folder.exists() and not (self._folder / MARK).is_file() and not _is_empty(self._folder):
+        is_empty = self._folder.is_dir() and not any(self._folder.iterdir())
+        if self._folder.exists() and not (self._folder / MARK).is_file() and not is_empty:
             raise ValueError(
                 f"'{self._folder}' is needed for changed blocks, but was not written by billhook (no {MARK}). Move it, or choose "
                 f"another output folder than '{self._out.name}'."
@@ -185,10 +186,6 @@ class Parts:
     @property
     def _step_folder(self) -> Path:
         return self._folder / str(self.step)
-
-
-def _is_empty(folder: Path) -> bool:
-    return folder.is_dir() and not any(folder.iterdir())
 
 
 def replace_file(draft: Path, target: Path) -> None:
@@ -203,11 +200,3 @@ def tensor_in(path: Path, key: str) -> Tensor:
     with safe_open(path, "pt", backend="pread") as opened:
         tensor: Tensor = opened.get_tensor(key)
     return tensor
-
-
-def link_or_copy(path: Path, target: Path) -> None:
-    """Hard-links a file, or copies it if the file system has no hard links."""
-    try:
-        target.hardlink_to(path)
-    except OSError:
-        shutil.copyfile(path, target)

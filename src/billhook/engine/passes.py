@@ -183,13 +183,6 @@ def zeros(
     return files.zeros(*shape, dtype=dtype)
 
 
-@contextmanager
-def spilling(store: BlockStore) -> Iterator[None]:
-    """Spills module outputs within the context, if the store has a spill folder."""
-    with activation_files(store) as files, spilled_outputs(files, store.model, store.blocks.values()):
-        yield
-
-
 class SideBySide:
     """Runs a model on several inputs, side by side if blocks are loaded on demand.
 
@@ -230,7 +223,8 @@ class SideBySide:
             for self._number, forward in enumerate(forwards):
                 forward()
             return
-        with spilling(self._store):
+        store = self._store
+        with activation_files(store) as files, spilled_outputs(files, store.model, store.blocks.values()):
             passed = _Passed(len(forwards), self._leave)
             self._walk = Walk([Site(block, {}) for block in self.blocks], passed, self._comm, self._load)
             self._walk(forwards)

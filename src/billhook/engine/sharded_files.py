@@ -90,7 +90,16 @@ def read_sharded(folder: Path) -> dict[str, Any]:
     """
     reader = _Reader(folder)
     listed = {name: entry for name, entry in reader.listed.state_dict_metadata.items() if name.startswith(f"{TENSORS}.")}
-    _check(folder, reader.listed, listed)
+    for name, entry in listed.items():
+        if not isinstance(entry, metadata.TensorStorageMetadata):
+            raise ValueError(f"'{folder}': {name[:80]} in its metadata is not a tensor.")
+    for place in (reader.listed.storage_data or {}).values():
+        if Path(place.relative_path).name != place.relative_path:
+            raise ValueError(f"'{folder}': its metadata names a file outside of the folder: {place.relative_path[:80]}")
+    file_bytes = sum(file.stat().st_size for file in folder.glob("*.distcp"))
+    listed_bytes = sum(prod(entry.size) * entry.properties.dtype.itemsize for entry in listed.values())
+    if listed_bytes > file_bytes:
+        raise ValueError(f"'{folder}': its metadata lists {listed_bytes} bytes of weights, but its files have {file_bytes}.")
     tensors = {
         name.removeprefix(f"{TENSORS}."): DeferredTensor.of(entry.size, entry.properties.dtype, partial(_read, reader, name))
         for name, entry in listed.items()
@@ -120,19 +129,6 @@ def _read(reader: "_Reader", name: str) -> Tensor:
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")
         load({name: tensor}, storage_reader=reader, no_dist=True)  # this process reads without the ranks that wrote it
     return tensor
-
-
-def _check(folder: Path, listed: metadata.Metadata, tensors: Mapping[str, Any]) -> None:
-    for name, entry in tensors.items():
-        if not isinstance(entry, metadata.TensorStorageMetadata):
-            raise ValueError(f"'{folder}': {name[:80]} in its metadata is not a tensor.")
-    for entry in (listed.storage_data or {}).values():
-        if Path(entry.relative_path).name != entry.relative_path:
-            raise ValueError(f"'{folder}': its metadata names a file outside of the folder: {entry.relative_path[:80]}")
-    file_bytes = sum(file.stat().st_size for file in folder.glob("*.distcp"))
-    listed_bytes = sum(prod(entry.size) * entry.properties.dtype.itemsize for entry in tensors.values())
-    if listed_bytes > file_bytes:
-        raise ValueError(f"'{folder}': its metadata lists {listed_bytes} bytes of weights, but its files have {file_bytes}.")
 
 
 class _Reader(filesystem.FileSystemReader):

@@ -108,12 +108,6 @@ class Layout:
         """Returns the layout of a shard."""
         return cls(shard.device_mesh, shard.placements, shard.device)
 
-    def from_local(self, local: Tensor, shape: torch.Size) -> Tensor:
-        """Makes a sharded tensor from local shards of a tensor of this shape. Nothing is sent."""
-        stride = torch.empty(shape, device="meta").stride()  # torch would ask all ranks for their sizes without shape and stride
-        local = local.contiguous()
-        return DTensor.from_local(local, self.mesh, self.placements, run_check=False, shape=shape, stride=stride).to(self.device)
-
     def shards(self, parameter: nn.Parameter, first: bool = False) -> nn.Parameter:
         """Shards a full parameter and its gradient.
 

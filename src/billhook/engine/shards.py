@@ -50,7 +50,7 @@ class ShardStore(BlockStore):
     def __init__(self, root: nn.Module, gradients: bool = False) -> None:
         super().__init__(root)
         self.root, self.gradients = root, gradients
-        self._original, self._layouts, self._unsharded = dict[Slot, nn.Parameter](), dict[Slot, Layout](), set[Slot]()
+        self._original, self._unsharded = dict[Slot, Any](), set[Slot]()  # parameters that were shards, and all other slots
         self._full = dict[nn.Parameter, nn.Parameter]()  # by their shards
         self.shards = dict[nn.Parameter, nn.Parameter]()
         self._altered = set[nn.Parameter]()  # altered parameters of the loaded block
@@ -58,7 +58,7 @@ class ShardStore(BlockStore):
             if not isinstance(parameter, DTensor):
                 self._unsharded.add(slot)
                 continue
-            self._original[slot], self._layouts[slot] = parameter, Layout.of(parameter)
+            self._original[slot] = parameter
             if parameter not in self._full:
                 self._full[parameter] = full = unallocated(parameter)
                 self.shards[full] = parameter
@@ -130,7 +130,9 @@ class ShardStore(BlockStore):
 
     def layout(self, slot: Slot) -> Layout | None:
         """Returns the layout of a parameter. None if it is not sharded."""
-        return None if slot in self._unsharded else self._layouts.get(slot, next(iter(self._layouts.values())))
+        if slot in self._unsharded:
+            return None
+        return Layout.of(self._original.get(slot, next(iter(self._original.values()))))
 
     def restore_shards(self) -> None:
         """Restores the original shards as parameters."""

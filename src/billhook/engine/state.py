@@ -48,10 +48,7 @@ class StepRandom:
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
     """Uses the random numbers of a seed within the context, on the CPU and a device."""
     with forked(device):
-        torch.default_generator.manual_seed(seed)
-        if _has_own(device):
-            with torch.accelerator.device_index(device.index):
-                torch.get_device_module(device).manual_seed(seed)
+        seed_random_state(seed, device)
         yield
 
 
@@ -66,7 +63,8 @@ def seed_random_state(number: int, device: torch.device) -> None:
     """Seeds torch on the CPU and a device; `torch.manual_seed` seeds all devices."""
     torch.default_generator.manual_seed(number)
     if _has_own(device):
-        torch.get_device_module(device).manual_seed(number)
+        with torch.accelerator.device_index(device.index):
+            torch.get_device_module(device).manual_seed(number)
 
 
 def _has_own(device: torch.device) -> bool:

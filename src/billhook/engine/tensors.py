@@ -304,9 +304,17 @@ def add_to_file(folder: Path, sizes: Mapping[str, Tensor], parts: Iterable[Mappi
         split = split_torch_state_dict_into_shards(all_sizes, filename_pattern=FILE_PATTERN, max_shard_size=LARGEST)
         extents = {}
         for file, names in split.filename_to_tensors.items():
+            header, starts, end = dict[str, Any](__metadata__={"format": "pt"}), dict[str, int](), 0
+            for name in sorted(names, key=lambda name: (-all_sizes[name].itemsize, name)):
+                starts[name], size = end, all_sizes[name]
+                end += size.nbytes
+                header[name] = {"dtype": DTYPE_NAMES[size.dtype], "shape": list(size.shape), "data_offsets": [starts[name], end]}
+            text = json.dumps(header, separators=(",", ":")).encode()
+            text += b" " * (-len(text) % 8)
             new = stack.enter_context((folder / file).open("wb"))
-            for name, start in _begin(new, names, all_sizes).items():
-                extents[name] = (new, start)
+            new.write(len(text).to_bytes(8, "little") + text)
+            for name, start in starts.items():
+                extents[name] = (new, start + 8 + len(text))
         for part in chain(({name: old.get_tensor(name)} for name in old.keys()), parts):  # noqa: SIM118
             for name, tensor in part.items():
                 opened, start = extents.pop(name)
@@ -315,19 +323,6 @@ def add_to_file(folder: Path, sizes: Mapping[str, Tensor], parts: Iterable[Mappi
     assert not extents, f"no values for {', '.join(extents)}"
     first.unlink()
     write_index(folder)
-
-
-def _begin(file: BinaryIO, names: Iterable[str], sizes: Mapping[str, Tensor]) -> dict[str, int]:
-    """Writes the header of a safetensors file, and returns the offset of each tensor."""
-    header, starts, end = dict[str, Any](__metadata__={"format": "pt"}), dict[str, int](), 0
-    for name in sorted(names, key=lambda name: (-sizes[name].itemsize, name)):
-        starts[name], size = end, sizes[name]
-        end += size.nbytes
-        header[name] = {"dtype": DTYPE_NAMES[size.dtype], "shape": list(size.shape), "data_offsets": [starts[name], end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    return {name: start + 8 + len(text) for name, start in starts.items()}
 
 
 def _files(source: Source) -> dict[str, str]:

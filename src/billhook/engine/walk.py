@@ -169,6 +169,9 @@ class Walk:
         visitor: The work at each stop.
         comm: The ranks, each with its own runs. All ranks complete the same sites in the same order, even without a run there.
         enter: Called on all ranks with the module of a site before runs continue in it, such as to load its block.
+
+    Attributes:
+        run: The number of the current run.
     """
 
     def __init__(
@@ -183,14 +186,8 @@ class Walk:
         self.again: set[Site] = set()
         self._watched: Site | None = None
         self._calls: list[str] = []
-        self._run, self._straight, self._runs = 0, False, list[greenlet]()
+        self.run, self._straight, self._runs = 0, False, list[greenlet]()
         self._pruned_parameters: tuple[Site | None, Mapping[nn.Module, Mapping[str, Tensor]]] = (None, {})
-        self._caller = TorchState.now()
-
-    @property
-    def run(self) -> int:
-        """The number of the current run."""
-        return self._run
 
     def __call__(self, forwards: Iterable[Callable[[], object]]) -> list[str]:
         """Runs all forwards to the end, and returns the layers that no run has called.
@@ -200,7 +197,13 @@ class Walk:
         self._main, self._caller = greenlet.getcurrent(), TorchState.now()
         self._runs = [greenlet(forward) for forward in forwards]
         try:
-            with self._installed():
+            with ExitStack() as stack:
+                for site in self.sites:
+                    visit = self._visit_exit if site.out else self._visit
+                    stack.enter_context(overridden(site.module, forward=partial(visit, site, site.module.forward)))
+                    for name, linear in (*site.linears.items(), *site.tied):
+                        hook = partial(self._listen, site, name)
+                        stack.callback(linear.register_forward_pre_hook(hook, with_kwargs=True).remove)
                 self._go()
                 self.again = set(self._on_any_rank(self.again))
         finally:
@@ -241,23 +244,11 @@ class Walk:
 
     def _resume(self, number: int) -> Site | None:
         """Continues a run to its next stop. None if it has ended."""
-        run, self._run = self._runs[number], number
+        run, self.run = self._runs[number], number
         self._caller.restore()  # autocast and other thread state is shared by all runs and the visitor
         site: Site = run.switch()
         TorchState().restore()
         return None if run.dead else site
-
-    @contextmanager
-    def _installed(self) -> Iterator[None]:
-        """Replaces the forwards of sites and hooks layers."""
-        with ExitStack() as stack:
-            for site in self.sites:
-                visit = self._visit_exit if site.out else self._visit
-                stack.enter_context(overridden(site.module, forward=partial(visit, site, site.module.forward)))
-                for name, linear in (*site.linears.items(), *site.tied):
-                    hook = partial(self._listen, site, name)
-                    stack.callback(linear.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            yield
 
     def _visit(self, site: Site, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         """Runs a site's forward: with the old weights to observe, then with the new ones."""
@@ -268,10 +259,21 @@ class Walk:
         else:
             self._pause(site)
             if site.linears and not site.done:
-                if self._run not in self.visitor.dense:
-                    self._observe(site, forward, args, kwargs)
+                if self.run not in self.visitor.dense:
+                    self._watched, self._calls = site, []
+                    try:
+                        if site.module in site.linears.values():
+                            self._listen(site, next(iter(site.linears)), site.module, args, kwargs)
+                        else:
+                            forward(*map(copy_cache, args), **{name: copy_cache(value) for name, value in kwargs.items()})
+                    except _Observed:
+                        pass
+                    finally:
+                        self._watched = None
+                    if site.once is None:
+                        site.once = sorted(self._calls) == sorted(site.linears)
                 self._pause(site)
-        with nullcontext() if self._run in self.visitor.untouched else self._pruned(site):
+        with nullcontext() if self.run in self.visitor.untouched else self._pruned(site):
             return forward(*args, **kwargs)
 
     def _is_outside_runs(self) -> bool:
@@ -297,9 +299,9 @@ class Walk:
             return forward(*args, **kwargs)
         output = forward(*map(copy_cache, args), **{name: copy_cache(value) for name, value in kwargs.items()})
         self._pause(site)
-        self.visitor.on_exit(self._run, (args, kwargs), output)
+        self.visitor.on_exit(self.run, (args, kwargs), output)
         self._pause(site)
-        if self._run in self.visitor.untouched:
+        if self.run in self.visitor.untouched:
             return output
         self._straight = True
         try:
@@ -307,20 +309,6 @@ class Walk:
                 return forward(*args, **kwargs)
         finally:
             self._straight = False
-
-    def _observe(self, site: Site, forward: Callable[..., Any], args: Any, kwargs: Any) -> None:  # noqa: ANN401
-        self._watched, self._calls = site, []
-        try:
-            if site.module in site.linears.values():
-                self._listen(site, next(iter(site.linears)), site.module, args, kwargs)
-            else:
-                forward(*map(copy_cache, args), **{name: copy_cache(value) for name, value in kwargs.items()})
-        except _Observed:
-            pass
-        finally:
-            self._watched = None
-        if site.once is None:
-            site.once = sorted(self._calls) == sorted(site.linears)
 
     def _listen(self, site: Site, name: str, linear: nn.Module, args: Any, kwargs: Any) -> None:  # noqa: ANN401
         if self._watched is not site:
@@ -330,7 +318,7 @@ class Walk:
         state = TorchState.now()
         TorchState().restore()
         try:
-            self.visitor.observe(name, linear, args[0] if args else kwargs["input"], self._run)
+            self.visitor.observe(name, linear, args[0] if args else kwargs["input"], self.run)
         finally:
             state.restore()
         self._calls.append(name)

@@ -24,14 +24,15 @@ def zeros_of(model: nn.Module) -> int | None:
 def zeros_by_name(model: nn.Module) -> dict[str, int] | None:
     """Counts the zeros of each parameter. None if a streamed model would have to fetch files."""
     store = store_of(model)
+    if isinstance(store, FileStore):
+        if not store.files.are_local:
+            return None
+        store.release()
+        model = store.model
+    holders = ((name, store.holder(parameter)) for name, parameter in model.named_parameters())
+    counts = _numbers({name: _zeros(holder) for name, holder in holders if not holder.is_meta})
     if not isinstance(store, FileStore):
-        holders = ((name, store.holder(parameter)) for name, parameter in model.named_parameters())
-        return _numbers({name: _zeros(parameter) for name, parameter in holders if not parameter.is_meta})
-    if not store.files.are_local:
-        return None
-    store.release()
-    parameters_in_memory = ((name, parameter) for name, parameter in store.model.named_parameters() if not parameter.is_meta)
-    counts = _numbers({name: _zeros(parameter) for name, parameter in parameters_in_memory})
+        return counts
     parameters, names = dict(store.model.named_parameters(remove_duplicate=False)), dict[int, str]()
     for key, name in names_in_model(store.model, store.files).items():
         parameter = parameters.get(name)

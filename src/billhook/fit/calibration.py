@@ -186,7 +186,8 @@ def _first(batches: Iterable[Any], number: int, rank: int, ranks: int) -> Iterat
     for index, batch in enumerate(batches):
         if index % ranks == rank:
             yield batch
-        number -= _size(batch)
+        leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
+        number -= next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 1)
         if number <= 0:
             return
 
@@ -200,8 +201,3 @@ def _starts_again(dataset: Iterable[Any]) -> bool:
     leaves, others = map(tree_leaves, first)
     pairs = zip(leaves, others, strict=False)
     return len(leaves) == len(others) and all(bool(np.all(np.asarray(leaf == other))) for leaf, other in pairs)
-
-
-def _size(batch: Any) -> int:  # noqa: ANN401
-    leaves = tree_leaves(dict(batch) if isinstance(batch, Mapping) else batch)
-    return next((len(leaf) for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()), 1)

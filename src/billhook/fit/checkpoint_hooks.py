@@ -1,6 +1,7 @@
 """Checkpoint hooks: shape, adapters, random state, and position in the data."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -188,33 +189,26 @@ def _load(
     weights_only: bool | None = None,
 ) -> dict[str, Any]:
     """Restores the shape of model and optimizers, then loads a checkpoint."""
-    record = _recorded(Path(trainer.strategy.broadcast(checkpoint_path)))
+    path = Path(trainer.strategy.broadcast(checkpoint_path))
+    record: Any = None
+    with suppress(Exception):  # an unreadable checkpoint has no shape
+        if is_sharded_checkpoint(path):
+            record = read_non_tensors(path).get(KEY)
+        else:
+            record = torch.load(path, map_location="cpu", weights_only=True, mmap=True).get(KEY)
     as_it_is = isinstance(record, dict) and shape_of(find_transformer(pl_module)).to_dict() == record.get("shape")
     if record is not None and not as_it_is:  # avoids gathering if the shape is the same
         reshard(pl_module)  # a forward pass may have left it gathered
         if trainer.state.fn != TrainerFn.FITTING:
             trainer.strategy.optimizers = []  # an earlier run's optimizers have other parameters
-        names = {}
-        for name, parameter in pl_module.named_parameters():
-            names[parameter] = name
-        groups, names_by_group = list[dict[str, Any]](), list[list[str]]()
+        names = {parameter: name for name, parameter in pl_module.named_parameters()}
+        groups = list[tuple[dict[str, Any], list[str]]]()  # each with the names of its parameters
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
-                groups.append(group)
-                names_by_group.append([names[parameter] for parameter in group["params"] if parameter in names])
+                groups.append((group, [names[parameter] for parameter in group["params"] if parameter in names]))
         with gathered(pl_module, (), gradients=False, blockwise=True):
             load_shape(pl_module, {KEY: record})
         parameters = dict(pl_module.named_parameters())
-        for group, group_names in zip(groups, names_by_group, strict=True):  # no optimizer state exists before the first step
+        for group, group_names in groups:  # no optimizer state exists before the first step
             group["params"][:] = [parameters[name] for name in group_names if name in parameters]
     return load(checkpoint_path, weights_only=weights_only)
-
-
-def _recorded(path: Path) -> Any:  # noqa: ANN401 - what a file holds
-    """Returns the shape record of a checkpoint; None if it cannot be read."""
-    try:
-        sharded = is_sharded_checkpoint(path)
-        checkpoint = read_non_tensors(path) if sharded else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:
-        return None
-    return checkpoint.get(KEY) if isinstance(checkpoint, dict) else None

@@ -99,9 +99,9 @@ class EventCallback(ShapeSavingCallback, ABC):
         """Raises `ValueError` if the trainer's strategy does not support changes of weights."""
         fit.check_masking(type(self).__name__)
 
-    def steps(self, total: int | None, fit: Fit) -> dict[int, float]:
-        """Returns the target amount by step; `total` is the training length, if known."""
-        return round_targets(1.0, self.at, total, fit, "at")
+    def steps(self, fit: Fit) -> dict[int, float]:
+        """Returns the target amount by step."""
+        return round_targets(1.0, self.at, fit, "at")
 
     @abstractmethod
     def apply_event(self, fit: Fit, step: int) -> None:
@@ -150,12 +150,12 @@ class EventCallback(ShapeSavingCallback, ABC):
 
     def resolve(self, fit: Fit) -> None:
         """Resolves the steps of the events."""
-        steps = self.steps(fit.length, fit)
+        steps = self.steps(fit)
         self._steps = remaining_rounds(steps, self.last_event_step, self.last_target, type(self).__name__)
 
     def begin_training(self, fit: Fit) -> None:
         """Applies events that are due before the first step, or that a resumed checkpoint lacks."""
-        if self.due(fit.module, fit.step) or self.pending_steps(fit.module, fit.step):
+        if self.due(fit) or self.pending_steps(fit):
             self.check_data(fit)
         if fit.callbacks(EventCallback)[0] is self and fit.starts_fresh:
             record_start(fit, {} if events_of(fit) else summary(fit.module).numbers())
@@ -169,16 +169,16 @@ class EventCallback(ShapeSavingCallback, ABC):
 
     def _run(self, fit: Fit) -> None:
         self._last_step = fit.step
-        for due in self.due(fit.module, fit.step):
+        for due in self.due(fit):
             self.apply_event(fit, due)
 
-    def due(self, model: nn.Module, step: int) -> list[int]:
+    def due(self, fit: Fit) -> list[int]:
         """Returns the step of the event that is due, if any; earlier missed steps are skipped."""
-        return [due for due in self._steps if self.last_event_step < due <= step][-1:]
+        return [due for due in self._steps if self.last_event_step < due <= fit.step][-1:]
 
-    def pending_steps(self, model: nn.Module, step: int) -> list[int]:
+    def pending_steps(self, fit: Fit) -> list[int]:
         """Returns the steps of pending events."""
-        return [pending for pending in self._steps if pending > step]
+        return [pending for pending in self._steps if pending > fit.step]
 
     def metrics(self, model: nn.Module) -> dict[str, float | None]:
         """Returns further metrics of the model for the start and the end of training."""
@@ -211,7 +211,7 @@ class EventCallback(ShapeSavingCallback, ABC):
 
     def end_training(self, fit: Fit) -> None:
         """Warns if training ended before all events."""
-        if late := self.pending_steps(fit.module, fit.step):
+        if late := self.pending_steps(fit):
             rank_zero_warn(
                 f"{type(self).__name__}: training ended at step {fit.step}, before the event at step {max(late)}"
                 + (f" (the last of {len(late)} pending events)" if len(late) > 1 else "")
@@ -233,13 +233,13 @@ def events_of(fit: Fit) -> list[Event]:
     return sorted(events, key=lambda event: (event["step"], event["number"]))
 
 
-def percent_change(event: Event, name: str = "params") -> str:
-    """Returns the change of a number in an event, in percent.
+def percent_change(event: Event) -> str:
+    """Returns the change of the number of parameters in an event, in percent.
 
     >>> percent_change({"before": {"params": 2_881_792}, "after": {"params": 2_450_944}})
     '-15%'
     """
-    return f"{100 * (event['after'][name] / event['before'][name] - 1):+.2g}%"
+    return f"{100 * (event['after']['params'] / event['before']['params'] - 1):+.2g}%"
 
 
 def record_not_refitted(event: Event, what: str) -> None:
@@ -309,18 +309,21 @@ def describe_callback(callback: object) -> dict[str, Any]:
 
 def _plain(value: object) -> Any:  # noqa: ANN401 - plain data of any kind
     if isinstance(value, FitCalibration):
-        return _data(value)
+        batches = value.batches
+        if isinstance(batches, Calibration):
+            return {name: setting for name, setting in batches.to_json().items() if setting is not None}
+        if batches is None:
+            return {"from": "training data", "seed": value.seed, "examples": value.examples}
+        return {"from": type(batches).__name__, "seed": value.seed}
     if isinstance(value, Mapping):
         return {str(name): _plain(part) for name, part in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
     if isinstance(value, type):
         return value.__name__
-    return value if value is None or isinstance(value, bool | int | float | str) else _words(value)
-
-
-def _words(value: object) -> str:
-    """Describes an object: a dataclass by its settings, or its string, or its class name."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    # a dataclass by its settings, or else its string or class name
     kind = type(value)
     if is_dataclass(value) and kind.__str__ is object.__str__:
         shown = [(field, getattr(value, field.name)) for field in fields(value) if field.repr]
@@ -328,12 +331,3 @@ def _words(value: object) -> str:
         return f"{kind.__name__}({', '.join(settings)})"
     prints = kind.__str__ is not object.__str__ or kind.__repr__ is not object.__repr__
     return str(value) if prints else kind.__name__
-
-
-def _data(calibration: FitCalibration) -> dict[str, Any]:
-    batches, seed = calibration.batches, calibration.seed
-    if isinstance(batches, Calibration):
-        return {name: value for name, value in batches.to_json().items() if value is not None}
-    if batches is None:
-        return {"from": "training data", "seed": seed, "examples": calibration.examples}
-    return {"from": type(batches).__name__, "seed": seed}

@@ -101,7 +101,7 @@ class LightningFit(Fit):
     @property
     def averages(self) -> list[tuple[object, nn.Module | None]]:
         """Callbacks that average weights, each with its copy of the model, if it exists."""
-        return list[tuple[object, nn.Module | None]](averaging_callbacks(self.trainer))
+        return averaging_callbacks(self.trainer)
 
     @property
     def updates_in_step(self) -> bool:

@@ -17,7 +17,7 @@ def forks_or_spawns(trainer: pl.Trainer) -> bool:
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
-def averaging_callbacks(trainer: pl.Trainer) -> list[tuple[Callback, nn.Module | None]]:
+def averaging_callbacks(trainer: pl.Trainer) -> list[tuple[object, nn.Module | None]]:
     """Returns callbacks that average weights, each with its copy of the model, if it exists."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     copies = [(callback, callback._average_model) for callback in callbacks if hasattr(callback, "_average_model")]

@@ -111,7 +111,11 @@ def fail_together(fit: Fit, who: str) -> Iterator[None]:
         raise
     except Exception as error:
         _raise_failure_of_others(fit, error)
-        _report_failure(fit, who, error)
+        with suppress(RuntimeError):  # the original error is raised
+            if fit.world_size > 1 and (store := _store()) is not None:
+                store.set(FAILED.format(fit.rank), _failed(fit, error))
+            if not fit.is_sharded:  # others may be gathering shards
+                _meet(fit, who, failed=_failed(fit, error))
         raise
     _meet(fit, f"the end of {who}")
 
@@ -205,17 +209,6 @@ def _meet(fit: Fit, where: str, digest: str = "", failed: str = "") -> None:
             "Nothing was applied. Use the same arguments, seeds, weights, and versions on all ranks, and sum custom criteria and "
             "metrics over ranks."
         )
-
-
-def _report_failure(fit: Fit, who: str, error: Exception) -> None:
-    """Reports this rank's failure to the others."""
-    if fit.world_size == 1:
-        return
-    with suppress(RuntimeError):  # the original error is raised
-        if (store := _store()) is not None:
-            store.set(FAILED.format(fit.rank), _failed(fit, error))
-        if not fit.is_sharded:  # others may be gathering shards
-            _meet(fit, who, failed=_failed(fit, error))
 
 
 def _raise_failure_of_others(fit: Fit, error: Exception) -> None:

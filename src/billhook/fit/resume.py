@@ -78,9 +78,29 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
     check_types(load_from_checkpoint, locals())
     path = Path(checkpoint_path)
     source: str | Path | BytesIO = checkpoint_path
-    shaped, checkpoint = ShapeInCheckpoint, read_sharded(path) if is_sharded_checkpoint(path) else _mapped(path, options)
+    shaped: type[ShapeInCheckpoint] = ShapeInCheckpoint
+    checkpoint = read_sharded(path) if is_sharded_checkpoint(path) else _mapped(path, options)
     if checkpoint is not None:
-        source, shaped = _tensors_later(checkpoint)
+        state, later, first = checkpoint[TENSORS], dict[str, Any](), dict[str, Any]()
+        for key, value in checkpoint.items():
+            (later if key in LARGE else first)[key] = value
+        placed = {name: torch.empty(0) if isinstance(tensor, DeferredTensor) else tensor for name, tensor in state.items()}
+        source = BytesIO()
+        torch.save(first | {TENSORS: placed}, source)
+        source.seek(0)
+
+        # Lightning moves loaded tensors to a device at once: it moves empty tensors, whose device the real ones then follow
+        class Later(ShapeInCheckpoint):
+            def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+                unread = {
+                    name: state[name].on(tensor.device)
+                    for name, tensor in checkpoint[TENSORS].items()
+                    if isinstance(state[name], DeferredTensor)
+                }
+                checkpoint |= {**later, TENSORS: checkpoint[TENSORS] | unread}
+                super().on_load_checkpoint(checkpoint)
+
+        shaped = Later
     bases = (kind,) if issubclass(kind, shaped) else (shaped, kind)
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
     subclass: Any = type(kind.__name__, bases, names)
@@ -109,38 +129,11 @@ def _mapped(path: Path, options: dict[str, Any]) -> dict[str, Any] | None:
             plain[name] = tensor
     if requested is None:
         saved = [locations.get(tensor.untyped_storage().data_ptr(), "cpu") for tensor in plain.values()]
-        options["map_location"] = next(filter(_is_there, saved), "cpu")
+        device = torch.accelerator.current_accelerator(check_available=True)
+        there = (location for location in saved if device is not None and torch.device(location).type == device.type)
+        options["map_location"] = next(there, "cpu")
     unread = {name: DeferredTensor.of(tensor.shape, tensor.dtype, tensor.detach) for name, tensor in plain.items()}
     return checkpoint | {TENSORS: checkpoint[TENSORS] | unread}
-
-
-def _is_there(location: str) -> bool:
-    """Returns whether a saved tensor's device is available."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return accelerator is not None and torch.device(location).type == accelerator.type
-
-
-def _tensors_later(checkpoint: dict[str, Any]) -> tuple[BytesIO, type[ShapeInCheckpoint]]:
-    """Returns a checkpoint with empty tensors, and a mixin that loads the real tensors."""
-    state, source = checkpoint[TENSORS], BytesIO()
-    later, first = dict[str, Any](), dict[str, Any]()
-    for key, value in checkpoint.items():
-        (later if key in LARGE else first)[key] = value
-    placed = {name: torch.empty(0) if isinstance(tensor, DeferredTensor) else tensor for name, tensor in state.items()}
-    torch.save(first | {TENSORS: placed}, source)
-    source.seek(0)
-
-    # Lightning moves loaded tensors to a device at once: it moves empty tensors, whose device the real ones then follow
-    class Later(ShapeInCheckpoint):
-        def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-            placed = checkpoint[TENSORS]
-            unread = {
-                name: state[name].on(tensor.device) for name, tensor in placed.items() if isinstance(state[name], DeferredTensor)
-            }
-            checkpoint |= {**later, TENSORS: placed | unread}
-            super().on_load_checkpoint(checkpoint)
-
-    return source, Later
 
 
 def callbacks_of(trainer: pl.Trainer | None) -> Sequence[Callback]:
@@ -168,18 +161,10 @@ def check_callbacks(callbacks: Sequence[Callback], states: Mapping[str, Any]) ->
 
 
 def prepare_for_weights(module: nn.Module, trainer: pl.Trainer | None, checkpoint: dict[str, Any]) -> None:
-    """Prepares masked heads and data position before weights are loaded."""
-    _restore_masks(module, trainer, checkpoint)
-    fits = trainer is not None and trainer.state.fn == TrainerFn.FITTING
-    fit_checkpoint = getattr(trainer.datamodule, "fit_checkpoint", None) if fits else None  # type: ignore[union-attr]
-    if fit_checkpoint is not None:
-        fit_checkpoint(checkpoint)
+    """Prepares masked heads and the data position before weights are loaded.
 
-
-def _restore_masks(module: nn.Module, trainer: pl.Trainer | None, checkpoint: dict[str, Any]) -> None:
-    """Zeroes consumer weights of masked heads after loading, if no callback masks them.
-
-    Warns if training continues without the callback that enforced masks.
+    Consumer weights of masked heads are zeroed after loading, if no callback masks them. Warns if training continues without the
+    callback that enforced masks.
     """
     lost, masked = dict[str, str](), checkpoint.get(MASKED)  # kind of masks by callback, if the run lacks it
     for key, state in unclaimed_states(callbacks_of(trainer), checkpoint.get("callbacks") or {}).items():
@@ -197,6 +182,9 @@ def _restore_masks(module: nn.Module, trainer: pl.Trainer | None, checkpoint: di
         else:
             hook = module.register_load_state_dict_post_hook(zero_once)  # type: ignore[no-untyped-call]
     if trainer is not None and trainer.state.fn == TrainerFn.FITTING:
+        fit_checkpoint = getattr(trainer.datamodule, "fit_checkpoint", None)  # type: ignore[attr-defined]
+        if fit_checkpoint is not None:
+            fit_checkpoint(checkpoint)
         for key, what in lost.items():
             rank_zero_warn(
                 f"the checkpoint's run has {key}, which this run lacks. The {what} that it masked are zero, but training will "

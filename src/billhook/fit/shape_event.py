@@ -35,9 +35,9 @@ class ShapeCallback(EventCallback):
         """True if no shape changes during training."""
         return False
 
-    def shape_steps(self, total: int | None, fit: Fit) -> list[int]:
+    def shape_steps(self, fit: Fit) -> list[int]:
         """Returns the steps at which shapes change; -1 means before the optimizer exists."""
-        return sorted(self.steps(total, fit))
+        return sorted(self.steps(fit))
 
     def check_fit(self, fit: Fit) -> None:
         """Raises `ValueError` if the strategy or weight averaging does not support shape changes."""
@@ -130,12 +130,12 @@ def check_no_shape_changes(
         what: Effect of the first event, for the message.
         why: Function that returns why another callback must not change shapes, for the message; None if it may.
     """
-    total, seen = fit.length, False
+    seen = False
     for callback in fit.callbacks(EventCallback):
         seen |= callback is mine
         if callback is mine or not isinstance(callback, ShapeCallback) or (reason := why(callback)) is None:
             continue
-        if steps := [step for step in callback.shape_steps(total, fit) if (after, False) < (step, seen) < (before, True)]:
+        if steps := [step for step in callback.shape_steps(fit) if (after, False) < (step, seen) < (before, True)]:
             raise ValueError(
                 f"{type(callback).__name__} changes shapes at step {steps[0]}, after {type(mine).__name__} has {what} at step "
                 f"{after}{reason}. Move it to an earlier step, or list it first."

@@ -151,10 +151,10 @@ class Callbacks(TrainerCallback, ExportableState):
     def _check_later(self, fit: TransformersFit) -> None:
         """Raises `ValueError` if events after the start cannot happen in this Trainer."""
         for callback in fit.callbacks(EventCallback):
-            name, steps = type(callback).__name__, callback.pending_steps(fit.module, fit.step)
+            name, steps = type(callback).__name__, callback.pending_steps(fit)
             if isinstance(callback, ShapeCallback):
-                steps = [step for step in callback.shape_steps(fit.length, fit) if step > fit.step]
-                if not callback.only_at_start and callback.due(fit.module, fit.step):
+                steps = [step for step in callback.shape_steps(fit) if step > fit.step]
+                if not callback.only_at_start and callback.due(fit):
                     steps.insert(0, fit.step)  # the model is wrapped by now
                 if steps:
                     fit.check_reshaping_later(name, steps[0])

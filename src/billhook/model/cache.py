@@ -1,7 +1,5 @@
-"""Caches results for models with the same signature, including forward hooks."""
+"""Caches results for models with the same signature."""
 
-import dis
-import inspect
 import io
 import pickle
 from collections import OrderedDict
@@ -10,7 +8,6 @@ from dataclasses import is_dataclass
 from enum import Enum
 from functools import partial
 from hashlib import blake2b
-from itertools import pairwise
 from types import BuiltinFunctionType, FunctionType
 from typing import Any, TypeVar
 from weakref import ReferenceType, ref
@@ -21,81 +18,6 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 from transformers import GenerationConfig, PretrainedConfig
-
-PARTS = ("torch.nn.utils.", "transformers.")  # weight masks and norms; transformers' output recorders
-
-
-class HookStandIn:
-    """Replaces a hook in a meta copy. The hook is not called, as it may have side effects."""
-
-    def __init__(self, hook: Callable[..., Any], module: nn.Module, before: bool) -> None:
-        self.harmless, self.before = returns_none(hook), before
-        self.note: Callable[[object], None] | None = None  # receives the values that the hook could have replaced
-        name, moment = _function(hook).__qualname__, "before" if before else "after"
-        what = f"the hook {name} {moment} the forward of {type(module).__name__} is not called"
-        does = "it returns nothing, so it should change nothing" if self.harmless else "what it returns would count; remove it"
-        self.says = f"{what}: {does}"
-
-    def __call__(self, module: nn.Module, *args: Any) -> None:  # noqa: ANN401 - what hooks get
-        """Reports values that the hook could have replaced."""
-        if self.note is not None and not self.harmless:
-            self.note(args if self.before else args[-1])
-
-
-def stand_ins(model: nn.Module) -> dict[int, Any]:
-    """Returns the hook dictionaries for a meta copy, by id of the originals."""
-    replacements: dict[int, Any] = {}
-    for module in model.modules():
-        for kind, hooks in vars(module).items():
-            if not kind.endswith("_hooks") or not isinstance(hooks, dict):
-                continue
-            replacements[id(hooks)] = new = type(hooks)()
-            before = kind == "_forward_pre_hooks"
-            for key, hook in hooks.items() if before or kind == "_forward_hooks" else ():
-                if not getattr(hook, "keeps_shapes", False):
-                    new[key] = hook if is_part(hook) else HookStandIn(hook, module, before)
-    return replacements
-
-
-def stand_ins_in(meta_model: nn.Module) -> list[HookStandIn]:
-    """Returns the hook stand-ins in a meta copy."""
-    hooks = (hook for m in meta_model.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values()))
-    return [hook for hook in hooks if isinstance(hook, HookStandIn)]
-
-
-def returns_none(hook: Callable[..., Any]) -> bool:
-    """Returns whether a hook's code only returns None, so that nothing is replaced."""
-    code = getattr(_function(hook), "__code__", None)
-    if code is None:
-        return False
-    for before, step in pairwise(dis.get_instructions(code)):
-        if step.opname == "RETURN_CONST" and step.argval is not None:  # of Python 3.12 and 3.13
-            return False
-        if step.opname == "RETURN_VALUE" and (before.opname != "LOAD_CONST" or before.argval is not None):
-            return False
-    return True
-
-
-def is_part(hook: Callable[..., Any]) -> bool:
-    """Returns whether torch or transformers has added a hook."""
-    return name_of(hook).startswith(PARTS)
-
-
-def name_of(hook: Callable[..., Any]) -> str:
-    """Returns the module and name of the code of a hook."""
-    function = _function(hook)
-    return f"{function.__module__}.{function.__qualname__}"
-
-
-def _function(hook: Callable[..., Any]) -> Any:  # noqa: ANN401 - a function, or a class that is called
-    """Returns the code of a hook, without partials, decorators, or binding."""
-    while isinstance(hook, partial):
-        hook = hook.func
-    hook = inspect.unwrap(hook)
-    if inspect.isroutine(hook):
-        return getattr(hook, "__func__", hook)
-    return type(hook).__call__
-
 
 Finding = TypeVar("Finding")
 
@@ -145,9 +67,8 @@ def signature(subject: nn.Module | tuple[object, ...]) -> Hashable | None:
     It contains the class and `forward` of each module, plain attributes, the config, and the size, strides, dtype,
     trainability, and aliases of each tensor. Values, devices, and modes are not included.
 
-    It is None if something unknown may matter: custom hooks (unless they keep shapes), an instance's own `forward`, tensors that
-    are quantized, sharded, or neither parameters nor buffers (unless they have no values), or an attribute that is not a plain
-    value.
+    It is None if something unknown may matter: hooks (unless they keep shapes), an instance's own `forward`, tensors that are
+    quantized, sharded, or neither parameters nor buffers, or an attribute that is not a plain value.
     """
     if nn.modules.module._has_any_global_hook():  # type: ignore[no-untyped-call]
         return None
@@ -177,15 +98,11 @@ class _Signature(pickle.Pickler):
         self.tensors: dict[int, int] = {}  # by their ids: one that several modules hold has one number
 
     def persistent_id(self, value: Any) -> object:  # noqa: ANN401 - any attribute
-        """Returns the substitute of a module, a meta tensor, or code; None for other values."""
+        """Returns the substitute of a module or code; None for other values."""
         if isinstance(value, type | FunctionType | BuiltinFunctionType):
             return "code", self.code.setdefault(ref(value), len(self.code))
         if isinstance(value, nn.Module):
             return self._module(value)
-        if isinstance(value, Tensor):
-            if not value.is_meta:
-                raise TypeError("its values may decide how the model runs")
-            return self._tensor(value)
         return "unseen" if isinstance(value, GenerationConfig | RemovableHandle) else None
 
     def reducer_override(self, value: Any) -> Any:  # noqa: ANN401 - of a class that is not built in
@@ -195,21 +112,18 @@ class _Signature(pickle.Pickler):
         raise TypeError("whatever this holds may decide how the model runs")
 
     def _module(self, module: nn.Module) -> object:
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
+            if not _keeps_shapes(hook):
+                raise TypeError("hooks may decide how the model runs")
+        tensors = []
+        for name, tensor in (module._parameters | module._buffers).items():
+            if tensor is not None:
+                if type(tensor) not in (Tensor, nn.Parameter):
+                    raise TypeError("more than its shape may decide how the model runs")
+                number = self.tensors.setdefault(id(tensor), len(self.tensors))
+                tensors.append((name, number, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad))
         plain = {name: value for name, value in vars(module).items() if name not in UNSEEN and not _keeps_shapes(value)}
-        hooks = [
-            hook for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()) if not _keeps_shapes(hook)
-        ]
-        if not all(map(is_part, hooks)):
-            raise TypeError("hooks of others may decide how the model runs")
-        tensors = (module._parameters | module._buffers).items()
-        shapes = [(name, self._tensor(tensor)) for name, tensor in tensors if tensor is not None]
-        return type(module), type(module).forward, plain, list(map(name_of, hooks)), shapes, module._modules
-
-    def _tensor(self, tensor: Tensor) -> object:
-        if type(tensor) not in (Tensor, nn.Parameter):
-            raise TypeError("more than its shape may decide how the model runs")
-        number = self.tensors.setdefault(id(tensor), len(self.tensors))
-        return number, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad
+        return type(module), type(module).forward, plain, tensors, module._modules
 
 
 def _keeps_shapes(value: object) -> bool:

@@ -37,21 +37,6 @@ class _Maker:
         self.generator = torch.Generator().manual_seed(0)
 
     def inputs(self) -> dict[str, Any]:
-        wanted = self.wanted()
-        if unknown := sorted(wanted - _MAKERS.keys()):
-            raise ValueError(
-                f"cannot guess the inputs {', '.join(unknown)} of {type(self.model).__name__}. Pass them as example_inputs."
-            )
-        inputs = {}
-        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
-        for name in self.named:
-            if name in wanted:
-                value = _MAKERS[name](self)
-                inputs[name] = value.to(dtype) if value.is_floating_point() else value
-        return inputs | ({"use_cache": False} if "use_cache" in self.named else {})
-
-    def wanted(self) -> set[str]:
-        """Returns the names of required inputs."""
         wanted = {name for name, parameter in self.named.items() if parameter.default is parameter.empty}
         main = getattr(self.model, "main_input_name", "input_ids")
         main = next((n for n in [main, *self.named] if n in self.named and n in _MAKERS and n != "decoder_input_ids"), main)
@@ -65,7 +50,18 @@ class _Maker:
         if "spatial_shapes" in self.named:
             wanted.update(["spatial_shapes", "pixel_attention_mask"])
         optional = {"decoder_input_ids", "bbox", "pixel_values", "input_features"}
-        return wanted - (optional - self.named.keys())
+        wanted -= optional - self.named.keys()
+        if unknown := sorted(wanted - _MAKERS.keys()):
+            raise ValueError(
+                f"cannot guess the inputs {', '.join(unknown)} of {type(self.model).__name__}. Pass them as example_inputs."
+            )
+        inputs = {}
+        dtype = next((p.dtype for p in self.model.parameters() if p.is_floating_point()), torch.float32)
+        for name in self.named:
+            if name in wanted:
+                value = _MAKERS[name](self)
+                inputs[name] = value.to(dtype) if value.is_floating_point() else value
+        return inputs | ({"use_cache": False} if "use_cache" in self.named else {})
 
     def find(self, *names: str, default: int | None = None) -> Any:  # noqa: ANN401  (configs hold anything)
         """Returns the first name that is set in the config or in a nested config."""

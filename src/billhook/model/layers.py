@@ -27,34 +27,34 @@ MIXING = 4
 take pixels or a waveform, at most three."""
 
 
-def is_convolution(module: nn.Module) -> TypeGuard[nn.Conv1d | nn.Conv2d]:
+def is_convolution(module: nn.Module) -> TypeGuard[Convolution]:
     """Returns whether a module is an `nn.Conv1d` or `nn.Conv2d` with torch's forward.
 
     A convolution that standardizes its weight or has custom padding would compute with other weights or inputs.
     """
-    if not isinstance(module, nn.Conv1d | nn.Conv2d) or module._parameters.get("weight") is None:
+    if not isinstance(module, Convolution) or module._parameters.get("weight") is None:
         return False
     plain = nn.Conv1d if isinstance(module, nn.Conv1d) else nn.Conv2d
     return type(module).forward is plain.forward and type(module)._conv_forward is plain._conv_forward
 
 
-def channels_of(convolution: nn.Conv1d | nn.Conv2d) -> int:
+def channels_of(convolution: Convolution) -> int:
     """Returns the number of channels per output of a convolution."""
     return convolution.in_channels // convolution.groups
 
 
-def batched(convolution: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
+def batched(convolution: Convolution, inputs: Tensor) -> Tensor:
     """Returns inputs of a convolution as `[batch, channels, *size]`, also for a single image."""
     return inputs if inputs.dim() == len(convolution.kernel_size) + 2 else inputs[None]
 
 
-def output_positions(convolution: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> torch.Size:
+def output_positions(convolution: Convolution, inputs: Tensor) -> torch.Size:
     """Returns the batch size and output size of a convolution for its inputs."""
     shape = _windows(convolution, inputs.new_empty(inputs.shape, device="meta")).shape
     return shape[:1] + shape[2 : inputs.dim()]
 
 
-def patches(convolution: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
+def patches(convolution: Convolution, inputs: Tensor) -> Tensor:
     """Returns the patches that each output uses, with channels innermost as in `weight_of`.
 
     Inputs are `[batch, channels, *size]`.
@@ -68,7 +68,7 @@ def patches(convolution: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
     return flat if convolution.groups > 1 else flat.squeeze(-2)
 
 
-def _windows(convolution: nn.Conv1d | nn.Conv2d, inputs: Tensor) -> Tensor:
+def _windows(convolution: Convolution, inputs: Tensor) -> Tensor:
     """Returns a view of the padded inputs, `[batch, channels, *positions, *kernel]`."""
     mode = convolution.padding_mode
     padding = convolution._reversed_padding_repeated_twice  # also where it is given as "same"

@@ -1,9 +1,13 @@
 """Models without weights: from a config or name, and meta copies."""
 
 import copy
+import dis
+import inspect
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +21,6 @@ from transformers.models.auto import modeling_auto
 
 from billhook.assets import model_path
 from billhook.engine.sharding import is_sharded, sizes_only
-from billhook.model.cache import stand_ins
 from billhook.model.config_fields import build_or_refuse, named_class
 from billhook.model.shape import KEY
 from billhook.model.shaped import apply_entry
@@ -31,6 +34,8 @@ KERNELS = ("attn_implementation", "attn_implementation_internal", "experts_imple
 BLOCKS, EXPERTS = ("layer", "layers", "depth", "depths", "blocks"), ("experts",)
 """How fields of configs end that choose kernels, and that say how often something is built."""
 MOST = 10_000
+PARTS = ("torch.nn.utils.", "transformers.")
+"""Where hooks are defined that are called in a meta copy: weight masks and norms; transformers' output recorders."""
 
 
 def to_meta(model: Module) -> Module:
@@ -62,6 +67,69 @@ def _copied(model: Module, memo: dict[int, Any]) -> Module:
         copied = copy.deepcopy(model, memo | shared)
     copied.train(False)
     return copied
+
+
+class HookStandIn:
+    """Replaces a hook in a meta copy. The hook is not called, as it may have side effects."""
+
+    def __init__(self, hook: Callable[..., Any], module: nn.Module, before: bool) -> None:
+        self.harmless, self.before = returns_none(hook), before
+        self.note: Callable[[object], None] | None = None  # receives the values that the hook could have replaced
+        does = "it returns nothing, so it should change nothing" if self.harmless else "what it returns would count; remove it"
+        moment = "before" if before else "after"
+        self.says = (
+            f"the hook {_function(hook).__qualname__} {moment} the forward of {type(module).__name__} is not called: {does}"
+        )
+
+    def __call__(self, module: nn.Module, *args: Any) -> None:  # noqa: ANN401 - what hooks get
+        """Reports values that the hook could have replaced."""
+        if self.note is not None and not self.harmless:
+            self.note(args if self.before else args[-1])
+
+
+def stand_ins(model: nn.Module) -> dict[int, Any]:
+    """Returns the hook dictionaries for a meta copy, by id of the originals."""
+    replacements: dict[int, Any] = {}
+    for module in model.modules():
+        for kind, hooks in vars(module).items():
+            if not kind.endswith("_hooks") or not isinstance(hooks, dict):
+                continue
+            replacements[id(hooks)] = new = type(hooks)()
+            before = kind == "_forward_pre_hooks"
+            for key, hook in hooks.items() if before or kind == "_forward_hooks" else ():
+                if not getattr(hook, "keeps_shapes", False):
+                    is_part = _function(hook).__module__.startswith(PARTS)
+                    new[key] = hook if is_part else HookStandIn(hook, module, before)
+    return replacements
+
+
+def stand_ins_in(meta_model: nn.Module) -> list[HookStandIn]:
+    """Returns the hook stand-ins in a meta copy."""
+    hooks = (hook for m in meta_model.modules() for hook in (*m._forward_pre_hooks.values(), *m._forward_hooks.values()))
+    return [hook for hook in hooks if isinstance(hook, HookStandIn)]
+
+
+def returns_none(hook: Callable[..., Any]) -> bool:
+    """Returns whether a hook's code only returns None, so that nothing is replaced."""
+    code = getattr(_function(hook), "__code__", None)
+    if code is None:
+        return False
+    for before, step in pairwise(dis.get_instructions(code)):
+        if step.opname == "RETURN_CONST" and step.argval is not None:  # of Python 3.12 and 3.13
+            return False
+        if step.opname == "RETURN_VALUE" and (before.opname != "LOAD_CONST" or before.argval is not None):
+            return False
+    return True
+
+
+def _function(hook: Callable[..., Any]) -> Any:  # noqa: ANN401 - a function, or a class that is called
+    """Returns the code of a hook, without partials, decorators, or binding."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    hook = inspect.unwrap(hook)
+    if inspect.isroutine(hook):
+        return getattr(hook, "__func__", hook)
+    return type(hook).__call__
 
 
 def check_checkpoint(name: str) -> None:

@@ -283,7 +283,13 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
     with restored_on_error(model):
         for stack, numbers in list(_blocks_then(model, shape)):
             keep_blocks(stack, numbers)
-        _check_names(model, shape)
+        names = model.state_dict().keys()
+        if names != shape.tensors.keys():
+            missing, extra = sorted(names - shape.tensors.keys()), sorted(shape.tensors.keys() - names)
+            raise ValueError(
+                f"the checkpoint contains a different model: it lacks {_some(missing)} of {type(model).__name__}, "
+                f"and has {_some(extra)}, which {type(model).__name__} lacks"
+            )
     renewed: dict[int, Tensor] = {}  # tied parameters stay tied
     for name, old in model.state_dict(keep_vars=True).items():
         if tuple(old.shape) != shape.tensors[name]:
@@ -320,16 +326,6 @@ def _set_groups(model: nn.Module, shape: Shape) -> None:
             setattr(module, GROUPS, stated)
         elif type(vars(module).get(GROUPS)) is int and next(module.parameters(), None) is not None:
             delattr(module, GROUPS)
-
-
-def _check_names(model: nn.Module, shape: Shape) -> None:
-    names = model.state_dict().keys()
-    if names != shape.tensors.keys():
-        missing, extra = sorted(names - shape.tensors.keys()), sorted(shape.tensors.keys() - names)
-        raise ValueError(
-            f"the checkpoint contains a different model: it lacks {_some(missing)} of {type(model).__name__}, "
-            f"and has {_some(extra)}, which {type(model).__name__} lacks"
-        )
 
 
 def _put(module: nn.Module, attr: str, new: Tensor) -> None:

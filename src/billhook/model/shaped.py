@@ -3,97 +3,41 @@
 import json
 from collections import defaultdict
 from collections.abc import Container, Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from itertools import chain
 from math import prod
 from typing import Any, TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from billhook.engine.loader_internals import LOADED
-from billhook.engine.state import evaluating_without_grad
 from billhook.model.complete import check_complete, check_shards, load_and_compare, load_complete, mismatch, refuse_gaps
 from billhook.model.config_fields import build_or_refuse
-from billhook.model.inputs import make_inputs
 from billhook.model.shape import GROUPS, KEY, VERSION, Shape, set_shape, shape_of, to_entry
 
 LARGEST = 2**48  # largest number of values in a tensor: beyond any memory, but its bytes fit in 64 bits
-HEADS = ("num_heads", "num_attention_heads", "n_heads")
-"""Attributes of attention modules for the number of query heads."""
-ROLES = {"q_proj": "q", "query": "q", "q": "q", "k_proj": "k", "key": "k", "k": "k"}
 Sizes = Mapping[str, tuple[int, ...]]
 T = TypeVar("T")
 
 
 def load_as(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype) -> PreTrainedModel:
-    """Loads a checkpoint in a class, with the shape in its `"billhook"` entry.
-
-    If the entry was lost, the sizes in the files are used, and the model must run.
-    """
+    """Loads a checkpoint in a class, with the shape in its `"billhook"` entry, if any."""
     check_shards(name)
     if has_shape_entry(name):
         return load_shaped(kind, name, dtype)
-    plain, gaps = load_and_compare(kind, name, dtype=dtype)
-    entry = None
+    model, gaps = load_and_compare(kind, name, dtype=dtype)
     if gaps.mismatched and not gaps.missing:
-        with suppress(ValueError):  # files of other kinds, such as pickled ones, say no sizes
-            entry = _entry_of_files(kind, name)
-    if entry is None:
-        check_complete(plain, gaps, name)
-        return plain
-    del plain
-    loaded = load_shaped(kind, name, dtype, entry=entry)
-    try:
-        with evaluating_without_grad(loaded):
-            loaded(**make_inputs(loaded))
-    except Exception as error:  # whatever a model raises
         raise ValueError(
-            f"'{name}': tensor sizes differ from its config, which has no \"{KEY}\" entry ({mismatch(loaded, gaps)}). "
+            f"'{name}': tensor sizes differ from its config, which has no \"{KEY}\" entry ({mismatch(model, gaps)}). "
             "Save the model again with bh.save."
-        ) from error
-    return loaded
-
-
-def _entry_of_files(kind: type[PreTrainedModel], name: str) -> dict[str, Any] | None:
-    """Creates a missing config entry from the sizes in the files. None if they match."""
-    meta_model = build_or_refuse(kind, cast(type[PretrainedConfig], kind.config_class).from_pretrained(name))
-    built, state = shape_of(meta_model), meta_model.state_dict(keep_vars=True)
-    _, files = _with_model_names(meta_model, Shape({}, {}, {}), _file_sizes(name))
-    sizes = {id(state[key]): size for key, size in files.items() if key in state}  # also of what is tied
-    tensors = {key: sizes[id(t)] for key, t in state.items() if sizes.get(id(t), built.tensors[key]) != built.tensors[key]}
-    attributes = {}
-    for key, value in built.attributes.items():
-        owner, _, attr = key.rpartition(".")
-        number = _infer_attribute(meta_model.get_submodule(owner), attr, owner, tensors)
-        if number is not None and number != value:
-            attributes[key] = number
-    return to_entry(Shape(tensors, attributes, {})) if tensors else None
-
-
-def _infer_attribute(module: nn.Module, attr: str, owner: str, tensors: Sizes) -> int | None:
-    """Returns a size or head count of a module for new tensor sizes. None if unclear."""
-    sizes, rows = dict[str, tuple[tuple[int, ...], tuple[int, ...]]](), dict[str, tuple[int, int]]()
-    for name, parameter in module.named_parameters():
-        if name.count(".") < 2:
-            sizes[name] = parameter.shape, tensors.get(f"{owner}.{name}", parameter.shape)
-    for name, kind in ROLES.items():
-        if (weight := f"{name}.weight") in sizes:
-            old, new = sizes[weight]
-            rows[kind] = old[0], new[0]
-    if attr == GROUPS and len(rows) == 2:
-        return rows["q"][1] // rows["k"][1]
-    value: int = getattr(module, attr)
-    counted = "k" if attr in ("num_key_value_heads", "num_kv_heads") else "q" if attr in HEADS else ""
-    if counted in rows:
-        before, after = rows[counted]
-        return after * value // before if after * value % before == 0 else None
-    changed = {b for old, new in sizes.values() for a, b in zip(old, new, strict=True) if a == value}
-    return changed.pop() if len(changed) == 1 else None
+        )
+    check_complete(model, gaps, name)
+    return model
 
 
 @contextmanager
@@ -122,19 +66,15 @@ def load_shaped(
     dtype: str | torch.dtype,
     attention: str | None = None,
     labels: int | None = None,
-    entry: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Loads a checkpoint with a shape entry in a class, also with another task head.
 
     Invalid entries, and entries that contradict the files or the class, raise before memory is used.
     """
-    entry = entry or PretrainedConfig.get_config_dict(name)[0].get(KEY)
     fields: dict[str, Any] = {} if labels is None else {"num_labels": labels}
     with _entry_errors(name):
-        shape = _from_entry(entry)
         config = cast(type[PretrainedConfig], kind.config_class).from_pretrained(name, **fields)
-        vars(config).pop(KEY, None)
-        shape = _checked(kind, config, shape, _file_sizes(name))
+        shape = _checked(kind, config, _from_entry(vars(config).pop(KEY, None)), _file_sizes(name))
     built, options = _with_tensors(kind, shape), {"use_safetensors": True, "attn_implementation": attention}
     model = load_complete(built, name, config=config, dtype=dtype, **options)
     setattr(model.config, KEY, to_entry(shape))
@@ -230,7 +170,7 @@ def _from_entry(entry: object) -> Shape:
 
 def _with_model_names(meta_model: PreTrainedModel, stated: Shape, files: Sizes) -> tuple[Shape, Sizes]:
     """Renames tensors to a model's names, with or without its base model prefix."""
-    prefix, modules = f"{meta_model.base_model_prefix}.", dict(meta_model.named_modules())
+    prefix = f"{meta_model.base_model_prefix}."
 
     def renamed(entries: Mapping[str, T], known: Container[str]) -> dict[str, T]:
         in_model = {}
@@ -239,13 +179,13 @@ def _with_model_names(meta_model: PreTrainedModel, stated: Shape, files: Sizes) 
             in_model[next((name for name in names if name in known), key)] = entry
         return in_model
 
-    state, attributes = meta_model.state_dict(), _attributes(modules, shape_of(meta_model))
+    state, attributes = meta_model.state_dict(), _attributes(meta_model, shape_of(meta_model))
     return Shape(renamed(stated.tensors, state), renamed(stated.attributes, attributes), {}), renamed(files, state)
 
 
-def _attributes(modules: Iterable[str], built: Shape) -> set[str]:
+def _attributes(meta_model: PreTrainedModel, built: Shape) -> set[str]:
     """Returns the attributes that a shape may contain."""
-    return built.attributes.keys() | {f"{module}.{GROUPS}" for module in modules}
+    return built.attributes.keys() | {f"{name}.{GROUPS}" for name, _ in meta_model.named_modules()}
 
 
 def _check(meta_model: PreTrainedModel, stated: Shape, files: Sizes | None) -> None:
@@ -255,8 +195,7 @@ def _check(meta_model: PreTrainedModel, stated: Shape, files: Sizes | None) -> N
     larger than the remaining tensors in the files.
     """
     kind, state, built = type(meta_model).__name__, meta_model.state_dict(keep_vars=True), shape_of(meta_model)
-    modules = dict(meta_model.named_modules())
-    for names, known in (stated.tensors, built.tensors), (stated.attributes, _attributes(modules, built)):
+    for names, known in (stated.tensors, built.tensors), (stated.attributes, _attributes(meta_model, built)):
         for name in names:
             if name not in known:
                 raise ValueError(f"{name[:200]} is named, and {kind} has nothing of that name")

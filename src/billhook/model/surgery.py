@@ -162,15 +162,12 @@ def update_optimizers(swaps: list[Swap], optimizers: Iterable[Optimizer]) -> Non
         while swaps:
             swap = swaps.pop(0)  # frees the old values
             for optimizer in trained_by:
-                _follow(optimizer, swap)
-
-
-def _follow(optimizer: Optimizer, swap: Swap) -> None:
-    state = initial_state(optimizer, swap.new) if swap.change.state is None else _new_state(optimizer, swap, swap.change.state)
-    for group in optimizer.param_groups:
-        group["params"][:] = [swap.new if parameter is swap.old else parameter for parameter in group["params"]]
-    if optimizer.state.pop(swap.old, None) is not None and state:
-        optimizer.state[swap.new] = state
+                change = swap.change.state
+                state = initial_state(optimizer, swap.new) if change is None else _new_state(optimizer, swap, change)
+                for group in optimizer.param_groups:
+                    group["params"][:] = [swap.new if parameter is swap.old else parameter for parameter in group["params"]]
+                if optimizer.state.pop(swap.old, None) is not None and state:
+                    optimizer.state[swap.new] = state
 
 
 @contextmanager

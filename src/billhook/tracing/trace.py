@@ -15,11 +15,11 @@ from transformers.utils.generic import ModelOutput
 from billhook.arguments import check_types
 from billhook.engine.batches import check_one_device
 from billhook.engine.state import cpu_by_default
-from billhook.model.cache import cached, stand_ins_in
+from billhook.model.cache import cached
 from billhook.model.config_fields import configs_of
 from billhook.model.find import check_dense, find_transformer
 from billhook.model.inputs import make_inputs
-from billhook.model.meta import from_config, from_name, to_meta
+from billhook.model.meta import from_config, from_name, stand_ins_in, to_meta
 from billhook.model.transformers_internals import attention_of, compute_every_expert, set_attention
 from billhook.tracing.axes import Axis, mark
 from billhook.tracing.coupling import Structure, build_structure

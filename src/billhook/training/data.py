@@ -1,6 +1,7 @@
 """LightningDataModules for language modeling, classification, and sequence-to-sequence."""
 
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from typing import Literal
 
 import datasets
@@ -33,17 +34,14 @@ class TokenizedModule(DatasetModule):
     """
 
     tokenizer_name: str | None = None
-    _tokenizer: PreTrainedTokenizerBase | None = None
 
-    @property
+    @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer, loaded on first use."""
-        if self._tokenizer is None:
-            tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.tokenizer_name or self.model_name("tokenizer"))
-            if tokenizer.pad_token is None:
-                tokenizer.pad_token = tokenizer.eos_token
-            self._tokenizer = tokenizer
-        return self._tokenizer
+        tokenizer: PreTrainedTokenizerBase = load_tokenizer(self.tokenizer_name or self.model_name("tokenizer"))
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
 
     def check(self, model: PreTrainedModel) -> None:
         """Raises an error for a tokenizer with tokens that the model lacks."""

@@ -16,9 +16,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from billhook.arguments import check_fraction, check_int, check_number
 from billhook.calibration.examples import Batch
 from billhook.calibration.reading import SPLITS, Data, Rows, Table, check_data, is_line_text, load_splits
-from billhook.fit.lightning_internals import drop_training_loaders
+from billhook.fit.lightning_internals import batch_progress, drop_training_loaders, saved_progress
 from billhook.model.find import find_transformer
-from billhook.training.loader import EpochSampler, ResumableLoader, batches_seen, convert_position, loader_position
+from billhook.training.loader import EpochSampler, ResumableLoader, batches_seen
 
 
 def join(parts: Sequence[Rows], weights: Sequence[float] | None, seed: int) -> Rows:
@@ -32,10 +32,6 @@ def join(parts: Sequence[Rows], weights: Sequence[float] | None, seed: int) -> R
         return datasets.concatenate_datasets(list(parts))
     shares = [weight / sum(weights) for weight in weights]
     return datasets.interleave_datasets(list(parts), shares, seed, stopping_strategy="all_exhausted")
-
-
-def _count_splits(sources: Sequence[dict[str, Rows]], name: str) -> int:
-    return sum(name in splits for splits in sources)
 
 
 class NoExamples(ValueError):
@@ -114,11 +110,11 @@ class DatasetModule(pl.LightningDataModule):
         for source in sources:
             splits = load_splits(source, self.streaming)
             loaded.append({split: rows for split, rows in splits.items() if split in SPLITS})
-        num_train, num_validation = _count_splits(loaded, "train"), _count_splits(loaded, "validation")
-        if self.weights is not None and num_train < len(loaded):
+        with_train = ["train" in splits for splits in loaded]
+        if self.weights is not None and not all(with_train):
             raise ValueError("weights: every source in data needs a split 'train'. Add the split, or remove weights.")
         self.prepare(loaded, model)
-        splits_train = self.validation > 0 and num_train > 0 and num_validation == 0
+        splits_train = self.validation > 0 and any(with_train) and not any("validation" in splits for splits in loaded)
         encode = self._encode_with_validation if splits_train else self._encode_all
         encoded, joined = list(map(encode, loaded)), {}
         for split in SPLITS:
@@ -174,14 +170,31 @@ class DatasetModule(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the position in the training data."""
-        position = None if self.trainer is None else loader_position(self.trainer)
-        return {} if position is None else {"train": position}
+        trainer = self.trainer
+        if trainer is None or not isinstance(loader := trainer.train_dataloader, ResumableLoader):
+            return {}
+        progress, seen = batch_progress(trainer), batches_seen(trainer)
+        if not loader.begun or loader.seen == seen:
+            position = {"epoch": loader.epoch, "batch": loader.batch, "seen": loader.seen}
+        else:
+            epoch_ended = progress.is_last_batch
+            batch = 0 if epoch_ended else int(progress.current.processed)
+            position = {"epoch": loader.epoch + int(epoch_ended), "batch": batch, "seen": seen}
+        return {"train": position | {"examples": position["batch"] * (loader.batch_size or 1) * trainer.world_size}}
 
     def fit_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Converts the saved position to the current batch size and number of devices."""
+        """Converts the saved position to the current batch size and number of devices.
+
+        Examples of an incomplete batch are used again.
+        """
         position = checkpoint.get(type(self).__qualname__, {}).get("train", {})
-        if self.trainer is not None and "examples" in position:
-            convert_position(position, checkpoint, self.batch_size * self.trainer.world_size)
+        if self.trainer is None or "examples" not in position:
+            return
+        batch = position["examples"] // (self.batch_size * self.trainer.world_size)
+        if batch != position["batch"]:
+            position["batch"], current = batch, saved_progress(checkpoint)
+            completed = batch - current["processed"] + current["completed"]
+            current.update(ready=batch, started=batch, processed=batch, completed=completed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from a saved position, if training has begun."""

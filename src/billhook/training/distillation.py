@@ -1,5 +1,6 @@
 """Distillation: training against the outputs of a teacher model on the same batch."""
 
+import copy
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
 from billhook.arguments import check_fraction, check_number, check_path, check_types
+from billhook.checkpoints.pretrained import Task, load_model
 from billhook.model.config_fields import text_config
 
 CHUNK = 2**22
@@ -93,9 +95,19 @@ class Teacher:
 
         The student's `output` contains its loss on the labels.
         """
-        target = self._output(batch)
-        mask = loss_mask(batch["labels"], output.logits, self.causal)
-        divergence = kl_divergence(output.logits, target.logits, mask, self.settings.temperature)
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        if self.model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
+            shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+            # models without that method need the labels to derive decoder inputs
+            inputs |= {"labels": batch["labels"]} if shift is None else {"decoder_input_ids": shift(labels=batch["labels"])}
+        with torch.no_grad():
+            target: Any = self.model(**inputs, **self.extra_arguments)
+        labels, logits = batch["labels"], output.logits
+        if logits.ndim == 2:  # every example has a label
+            mask = torch.ones(len(logits), dtype=torch.bool, device=logits.device)
+        else:
+            mask = (pad(labels[:, 1:], (0, 1), value=-100) if self.causal else labels) != -100
+        divergence = kl_divergence(logits, target.logits, mask, self.settings.temperature)
         weight, squared = self.settings.weight, self.settings.temperature**2
         loss = (1 - weight) * output.loss + weight * squared * divergence
         if self.settings.hidden:
@@ -106,22 +118,6 @@ class Teacher:
         """Moves the teacher to the student's device and dtype."""
         if (self.model.device, self.model.dtype) != (student.device, student.dtype):
             self.model.to(student.device, student.dtype)
-
-    @torch.no_grad()
-    def _output(self, batch: Mapping[str, Tensor]) -> Any:  # noqa: ANN401
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        if self.model.config.is_encoder_decoder and "decoder_input_ids" not in inputs:
-            shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
-            # models without that method need the labels to derive decoder inputs
-            inputs |= {"labels": batch["labels"]} if shift is None else {"decoder_input_ids": shift(labels=batch["labels"])}
-        return self.model(**inputs, **self.extra_arguments)
-
-
-def loss_mask(labels: Tensor, logits: Tensor, causal: bool) -> Tensor:
-    """Returns a bool mask of the logits with labels, `[*, tokens]` or `[examples]`."""
-    if logits.ndim == 2:
-        return torch.ones(len(logits), dtype=torch.bool, device=logits.device)
-    return (pad(labels[:, 1:], (0, 1), value=-100) if causal else labels) != -100
 
 
 def kl_divergence(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float) -> Tensor:
@@ -209,18 +205,24 @@ def hidden_error(student: Any, teacher: Any, batch: Mapping[str, Tensor]) -> Ten
     return torch.stack(errors).mean()
 
 
-def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, settings: Distillation, classifies: bool) -> None:
-    """Raises an error unless teacher and student have the same classes, vocabulary, and sizes.
+def make_teacher(student: PreTrainedModel, settings: Distillation, task: Task, options: dict[str, Any]) -> Teacher:
+    """Creates the teacher: a copy of the student, or a loaded model.
 
     Args:
         student: The student.
-        teacher: The teacher.
         settings: Settings of distillation.
-        classifies: Whether the task is classification.
+        task: Task of both models.
+        options: Options for loading a model.
+
+    Raises:
+        ValueError: Unless teacher and student have the same classes, vocabulary, and sizes.
     """
+    if settings.teacher is None:
+        return Teacher(copy.deepcopy(student), settings, causal=task == "causal-lm")
+    teacher = load_model(settings.teacher, task, options)
     student_config, teacher_config = text_config(student.config), text_config(teacher.config)
     name = f"distillation: teacher={settings.teacher!r}"
-    fields = ["num_labels"] * classifies + ["vocab_size"] + ["hidden_size"] * bool(settings.hidden)
+    fields = ["num_labels"] * task.endswith("classification") + ["vocab_size"] + ["hidden_size"] * bool(settings.hidden)
     for field in fields:
         ours, theirs = (getattr(config, field, None) for config in (student_config, teacher_config))
         if ours != theirs:
@@ -228,6 +230,7 @@ def check_teacher(student: PreTrainedModel, teacher: PreTrainedModel, settings: 
     ours, theirs = (_vocabulary(model.config) for model in (student, teacher))
     if ours and theirs and ours != theirs:
         raise ValueError(f"{name} has a different vocabulary than the student. Use a teacher with the same tokenizer.")
+    return Teacher(teacher, settings, causal=task == "causal-lm")
 
 
 def _vocabulary(config: PretrainedConfig) -> dict[str, int] | None:

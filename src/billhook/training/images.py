@@ -1,7 +1,7 @@
 """LightningDataModule for image classification."""
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import datasets
@@ -60,22 +60,19 @@ class ImageDataModule(LabeledModule):
         check_types(ImageDataModule, locals())
         super().__init__(data, batch_size, seed, num_workers, validation=validation)
         self.processor_name, self.image_column, self.label_column = processor, image_column, label_column
-        self._processor: BaseImageProcessor | None = None
 
-    @property
+    @cached_property
     def image_processor(self) -> BaseImageProcessor:
         """The image processor, loaded on first use.
 
         Raises:
             ValueError: If the processor is not for images.
         """
-        if self._processor is None:
-            name = self.processor_name or self.model_name("processor")
-            loaded = load_preprocessor(name, AutoImageProcessor)
-            if not isinstance(loaded, BaseImageProcessor):
-                raise ValueError(f"processor={name!r} is not an image processor but {type(loaded).__name__}. Name another one.")
-            self._processor = loaded
-        return self._processor
+        name = self.processor_name or self.model_name("processor")
+        loaded = load_preprocessor(name, AutoImageProcessor)
+        if not isinstance(loaded, BaseImageProcessor):
+            raise ValueError(f"processor={name!r} is not an image processor but {type(loaded).__name__}. Name another one.")
+        return loaded
 
     def check(self, model: PreTrainedModel) -> None:
         """Raises an error for a model that does not classify images."""

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
 
-from billhook.fit.lightning_internals import batch_progress, saved_progress
+from billhook.fit.lightning_internals import batch_progress
 
 
 class EpochSampler(DistributedSampler[int]):
@@ -66,10 +66,7 @@ class ResumableLoader(DataLoader[Any]):
             self.sampler.set_epoch(self.epoch)
             self.sampler.start = self.batch * (self.batch_size or 1)
             yield from super().__iter__()
-        else:
-            yield from self._stream()
-
-    def _stream(self) -> Iterator[Any]:
+            return
         rows: Any = self.dataset
         streaming = isinstance(rows, datasets.IterableDataset)
         if streaming:
@@ -95,31 +92,3 @@ class ResumableLoader(DataLoader[Any]):
 def batches_seen(trainer: pl.Trainer) -> int:
     """Returns the number of training batches that a trainer has used, over all epochs."""
     return int(batch_progress(trainer).total.processed)
-
-
-def loader_position(trainer: pl.Trainer) -> dict[str, int] | None:
-    """Returns the position from which a `ResumableLoader` continues, if there is a loader."""
-    loader = trainer.train_dataloader
-    if not isinstance(loader, ResumableLoader):
-        return None
-    progress = batch_progress(trainer)
-    if not loader.begun or loader.seen == batches_seen(trainer):
-        position = {"epoch": loader.epoch, "batch": loader.batch, "seen": loader.seen}
-    else:
-        epoch_ended = progress.is_last_batch
-        batch = 0 if epoch_ended else int(progress.current.processed)
-        position = {"epoch": loader.epoch + int(epoch_ended), "batch": batch, "seen": batches_seen(trainer)}
-    return position | {"examples": position["batch"] * (loader.batch_size or 1) * trainer.world_size}
-
-
-def convert_position(position: dict[str, int], checkpoint: dict[str, Any], batch_size: int) -> None:
-    """Converts a saved position and Lightning's progress to a new total batch size.
-
-    Both are changed in place. Examples of an incomplete batch are used again.
-    """
-    batch = position["examples"] // batch_size
-    if batch == position["batch"]:
-        return
-    position["batch"] = batch
-    current = saved_progress(checkpoint)
-    current.update(ready=batch, started=batch, processed=batch, completed=batch - current["processed"] + current["completed"])

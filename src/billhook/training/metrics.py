@@ -1,13 +1,9 @@
 """Validation metrics: perplexity per token, and accuracy."""
 
-from collections.abc import Mapping
-from typing import Any
-
 import torch
 from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
-from transformers import PreTrainedModel
 
 
 class TokenPerplexity(Metric):
@@ -35,8 +31,6 @@ class TokenPerplexity(Metric):
 
 TOP = 5
 """The k of top-k accuracy in image classification."""
-MAX_NEW_TOKENS = 128
-"""Default limit for generation, if the generation config has no `max_new_tokens`."""
 
 
 def metric_name(task: str) -> str:
@@ -59,44 +53,3 @@ def metrics_of(task: str, num_labels: int | None) -> dict[str, Metric]:
     if task == "image-classification" and classes > TOP:
         metrics[f"accuracy_top{TOP}"] = MulticlassAccuracy(num_classes=classes, top_k=TOP, average="micro")
     return metrics
-
-
-def count_targets(batch: Mapping[str, Any], causal: bool) -> Tensor:
-    """Counts the terms of a batch's mean loss: labels, or examples if there are no labels."""
-    labels: Tensor | None = batch.get("labels")
-    if labels is None:
-        return torch.tensor(len(next(value for value in batch.values() if isinstance(value, Tensor))))
-    # a causal model does not predict the first label
-    return ((labels[:, 1:] if causal else labels) != -100).sum()
-
-
-def metric_inputs(metric: Metric, output: Any, batch: Mapping[str, Any], weight: Tensor) -> tuple[Tensor, ...]:  # noqa: ANN401
-    """Returns the arguments of `metric.update` for a batch and its output.
-
-    Args:
-        metric: The metric.
-        output: The output of the model.
-        batch: The batch.
-        weight: Number of tokens or examples, `[]`.
-    """
-    if isinstance(metric, TokenPerplexity):
-        return output.loss, weight
-    if isinstance(metric, MeanMetric):
-        nearest = output.logits_per_image.argmax(-1)
-        return ((nearest == torch.arange(len(nearest), device=nearest.device)).float(),)
-    return output.logits, batch["labels"]
-
-
-def generate_ids(model: PreTrainedModel, batch: Mapping[str, Any]) -> Tensor:
-    """Generates token ids with an encoder-decoder, `[batch, length]`.
-
-    The limit is `max_new_tokens` of the generation config. Without it, the limit is 128 new tokens, or for a decoder with a
-    fixed number of positions, `max_length` (by default 128) up to that number.
-    """
-    generation, positions = model.generation_config, getattr(model.config, "max_target_positions", None)
-    limit = {"max_new_tokens": getattr(generation, "max_new_tokens", None) or MAX_NEW_TOKENS}
-    if positions and not getattr(generation, "max_new_tokens", None):  # Whisper warns if both limits are set
-        limit = {"max_length": min(getattr(generation, "max_length", None) or MAX_NEW_TOKENS, positions)}
-    inputs = {name: batch[name] for name in (model.main_input_name, "attention_mask") if batch.get(name) is not None}
-    ids: Tensor = model.generate(**inputs, **limit)  # type: ignore[operator]
-    return ids

@@ -1,6 +1,5 @@
 """LightningModule with loss, metrics, optimizer, and learning-rate schedule."""
 
-import copy
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -17,7 +16,7 @@ from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from lightning_utilities.core.rank_zero import rank_zero_info
 from peft import LoraConfig
 from torch import Tensor, nn
-from torchmetrics import Metric
+from torchmetrics import MeanMetric, Metric
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.adapters.lora import LoRA, attach, from_plain, to_plain
@@ -35,11 +34,11 @@ from billhook.schedules import Step, check_step, resolve_step
 from billhook.tracing.axes import leaves
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import common_module
-from billhook.tracing.roles import Attention, Part
+from billhook.tracing.roles import Part
 from billhook.tracing.trace import trace
-from billhook.training.distillation import Distillation, Teacher, check_teacher
+from billhook.training.distillation import Distillation, make_teacher
 from billhook.training.loader import batches_seen
-from billhook.training.metrics import count_targets, generate_ids, metric_inputs, metric_name, metrics_of
+from billhook.training.metrics import TokenPerplexity, metric_name, metrics_of
 
 Trainable = Literal["all", "attention"] | list[str]
 """All parameters, attention parameters, or parameters whose names match a glob pattern."""
@@ -92,29 +91,24 @@ def attention_parameters(model: nn.Module, structure: Structure | None = None) -
     """
     subject = find_transformer(model)
     structure = structure or trace(subject)
-    names = set[str]().union(*(module_parameters(attention, structure) for attention in structure.attention))
+    names, mlp_layers = set[str](), set[str]()
+    for mlp in structure.feed_forward:
+        mlp_layers |= layer_names((*mlp.gate, *mlp.up, *mlp.down))
+    for attention in structure.attention:
+        projections = layer_names((*attention.q, *attention.k, *attention.v, *attention.o))
+        module = common_module(list(projections))
+        if module and not names_within(module, mlp_layers - projections):
+            names |= names_within(module, structure.shapes)
+            continue
+        dimensions = {*attention.heads, *attention.query_key, *attention.value}
+        layers = {name.rpartition(".")[0] for name in projections}
+        for name in structure.shapes:
+            axes = chain.from_iterable(map(leaves, structure.axes.get(name, ())))
+            if name.rpartition(".")[0] in layers or not dimensions.isdisjoint(axes):
+                names.add(name)
     if not names:
         raise ValueError(f"trainable='attention': no attention module was found in {type(subject).__name__}. Use name patterns.")
     return [name for name, _ in subject.named_parameters() if name in names]
-
-
-def module_parameters(attention: Attention, structure: Structure) -> set[str]:
-    """Returns the parameter names of an attention module."""
-    projections = layer_names((*attention.q, *attention.k, *attention.v, *attention.o))
-    module = common_module(list(projections))
-    mlp_layers = set()
-    for mlp in structure.feed_forward:
-        mlp_layers |= layer_names((*mlp.gate, *mlp.up, *mlp.down))
-    if module and not names_within(module, mlp_layers - projections):
-        return names_within(module, structure.shapes)
-    dimensions = {*attention.heads, *attention.query_key, *attention.value}
-    layers = {name.rpartition(".")[0] for name in projections}
-    selected = set()
-    for name in structure.shapes:
-        axes = chain.from_iterable(map(leaves, structure.axes.get(name, ())))
-        if name.rpartition(".")[0] in layers or not dimensions.isdisjoint(axes):
-            selected.add(name)
-    return selected
 
 
 def layer_names(parts: Iterable[Part]) -> set[str]:
@@ -128,6 +122,8 @@ def names_within(module: str, names: Iterable[str]) -> set[str]:
 
 
 Decay = Literal["cosine", "linear", "constant"]
+MAX_NEW_TOKENS = 128
+"""Default limit for generation, if the generation config has no `max_new_tokens`."""
 TEACHER, RANDOM, STEPS = "billhook_teacher", "billhook_noise", "billhook_steps"
 """Keys of Lightning checkpoints: the teacher's checksum, the random state, and the length of training."""
 
@@ -225,7 +221,7 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         self.model = model
         self.step_random = StepRandom()
         self._steps: int | None = None
-        self.teacher = None if distillation is None else self._teacher(distillation, options)
+        self.teacher = None if distillation is None else make_teacher(self.model, distillation, task, options)
         if lora is not None:
             attach(self.model, lora, classifies=task.endswith("classification"))
         freeze_others(self.model, trainable, classifies=task.endswith("classification"))
@@ -251,16 +247,6 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
             self.hparams["distillation"] = asdict(saved_distillation)
         lora = from_plain(lora) if isinstance(lora, dict) else lora
         return lora, Distillation(**distillation) if isinstance(distillation, dict) else distillation
-
-    def _teacher(self, distillation: Distillation, options: dict[str, Any]) -> Teacher:
-        """Creates the teacher: a copy of the current model, or a loaded model."""
-        if distillation.teacher is None:
-            model = copy.deepcopy(self.model)
-        else:
-            classifies = self.task.endswith("classification")
-            model = load_model(distillation.teacher, self.task, options)
-            check_teacher(self.model, model, distillation, classifies)
-        return Teacher(model, distillation, causal=self.task == "causal-lm")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds the shape, LoRA scaling, random state, length of training, and teacher checksum."""
@@ -358,18 +344,39 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         self._evaluate(batch, "test")
 
     def predict_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Returns classes, generated token ids, similarities to captions, or logits."""
+        """Returns classes, generated token ids, similarities to captions, or logits.
+
+        Generation is limited to `max_new_tokens` of the generation config, by default 128. Without it, a decoder with a fixed
+        number of positions generates `max_length` (by default 128) up to that number.
+        """
         if self.task in ("seq2seq-lm", "speech-seq2seq"):
-            return generate_ids(self.model, batch)
+            generation, positions = self.model.generation_config, getattr(self.model.config, "max_target_positions", None)
+            most = getattr(generation, "max_new_tokens", None)
+            limit = {"max_new_tokens": most or MAX_NEW_TOKENS}
+            if positions and not most:  # Whisper warns if both limits are set
+                limit = {"max_length": min(getattr(generation, "max_length", None) or MAX_NEW_TOKENS, positions)}
+            names = (self.model.main_input_name, "attention_mask")
+            return self.generate(**{name: batch[name] for name in names if batch.get(name) is not None}, **limit)
         output = self(**batch)
         logits: Tensor = output.logits_per_image if self.task == "feature-extraction" else output.logits
         return logits.argmax(-1) if self.task.endswith("classification") else logits
 
     def _evaluate(self, batch: dict[str, Tensor], stage: str) -> None:
-        output, weight = self(**batch), count_targets(batch, self.task == "causal-lm")
+        output, labels = self(**batch), batch.get("labels")
+        # the loss is a mean over the labels, of which a causal model does not predict the first, or over examples
+        if labels is None:
+            weight = torch.tensor(len(next(value for value in batch.values() if isinstance(value, Tensor))))
+        else:
+            weight = ((labels[:, 1:] if self.task == "causal-lm" else labels) != -100).sum()
         self.log(f"{stage}_loss", output.loss, batch_size=int(weight), sync_dist=True)
         for name, metric in cast(dict[str, Metric], self.metrics[stage]).items():
-            metric.update(*metric_inputs(metric, output, batch, weight))
+            if isinstance(metric, TokenPerplexity):
+                metric.update(output.loss, weight)
+            elif isinstance(metric, MeanMetric):
+                nearest = output.logits_per_image.argmax(-1)
+                metric.update((nearest == torch.arange(len(nearest), device=nearest.device)).float())
+            else:
+                metric.update(output.logits, labels)
             self.log(f"{stage}_{name}", metric, prog_bar=True, batch_size=int(weight))
 
     def configure_optimizers(self) -> OptimizerLRSchedulerConfig:

@@ -12,7 +12,7 @@ import billhook as bh
 from billhook.engine import fsdp as internals
 from billhook.engine.sharded_files import DeferredTensor
 from billhook.engine.sharding import full_tensor, is_sharded
-from billhook.fit.shards import gathered
+from billhook.engine.shards import gathered
 from kit.families import llama, tokens
 
 

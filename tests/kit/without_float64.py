@@ -12,8 +12,8 @@ import torch
 import billhook as bh
 from billhook.cli.machine import device_of
 from billhook.engine.state import random_state, seeded, set_random_state
-from billhook.fit.measure import LoggedMetrics
 from billhook.fit.ranks import sum_over_ranks
+from billhook.fit.run import LoggedMetrics
 from billhook.model import surgery
 from kit import prunes
 from kit.families import llama, tokens

@@ -26,9 +26,9 @@ from billhook.engine.loader_internals import (
     to_file_format,
 )
 from billhook.engine.parts import Parts, identity_of, tensor_in
-from billhook.engine.slots import Slot, parameter_slots
 from billhook.engine.store import STORE, BlockStore
 from billhook.engine.tensors import TensorFiles, renumbered, share_parameters, write_index
+from billhook.engine.trees import Slot, parameter_slots
 from billhook.engine.walk import separable_blocks
 from billhook.progress import OnProgress
 

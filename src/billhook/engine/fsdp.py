@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import Shard
 
-from billhook.engine.slots import parameter_slots
+from billhook.engine.trees import parameter_slots
 from billhook.versions import supported_versions
 
 MODULE = "torch.distributed._composable_state"

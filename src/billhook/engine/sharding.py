@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Placement, Shard, distribute_tenso
 from typing_extensions import Self
 
 from billhook.engine.fsdp import check_known, fsdp_parts, precision_of, strip_fsdp
-from billhook.engine.slots import parameter_slots
+from billhook.engine.trees import parameter_slots
 
 
 def unallocated(shard: DTensor) -> nn.Parameter:

@@ -1,8 +1,8 @@
-"""The store of a sharded model, which gathers blocks on demand."""
+"""The store of a sharded model, which gathers blocks on demand, and modules gathered while their shapes change."""
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,18 +11,20 @@ from typing import Any, NoReturn, cast
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from billhook.engine.comm import Comm
 from billhook.engine.forwards import LoadHook, TrainingForward
+from billhook.engine.fsdp import remove_fsdp, restore_fsdp
 from billhook.engine.lazy import LazyTensors, Read
 from billhook.engine.loader_internals import save_state, to_file_format
-from billhook.engine.sharding import Layout, free, full_tensor, has_memory, unallocated
-from billhook.engine.slots import Slot, parameter_slots
+from billhook.engine.sharding import Layout, free, full_tensor, has_memory, is_sharded, reshard, sharded_as, unallocated
 from billhook.engine.state import replaced
 from billhook.engine.store import STORE, BlockStore
 from billhook.engine.tensors import add_to_file
+from billhook.engine.trees import Slot, parameter_slots
 from billhook.engine.walk import separable_blocks
 
 
@@ -313,3 +315,56 @@ class ShardStore(BlockStore):
         self.release()
         modules = set(self.root.modules())
         self._index(self.root, [block for block in self.blocks.values() if block in modules])
+
+
+@contextmanager
+def gathered(module: nn.Module, optimizers: Collection[Optimizer], gradients: bool, blockwise: bool = False) -> Iterator[None]:
+    """Gathers a sharded module within, then shards it as before, also after an error.
+
+    Optimizer state stays sharded.
+
+    Args:
+        module: The module.
+        optimizers: The optimizers of the module.
+        gradients: If True, keeps gradients; otherwise drops them.
+        blockwise: If True, gathers one block at a time, when it is accessed; see `ShardStore`.
+    """
+    if not is_sharded(module):
+        yield
+        return
+    reshard(module)
+    store = ShardStore(module, gradients)  # gathering may fail, so it comes before any change
+    shardings = remove_fsdp(module)
+    full_parameters = store.begin()
+    _follow(optimizers, full_parameters)
+    if not gradients:
+        for shard in full_parameters:
+            shard.grad = None
+    del full_parameters
+    try:
+        with nullcontext() if blockwise else store.all_loaded():
+            yield
+    finally:
+        store.end()
+        shards = store.sharded()
+        restore_fsdp(module, shardings, shards)
+        _follow(optimizers, shards)
+
+
+def _follow(optimizers: Collection[Optimizer], new: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    """Replaces parameters in optimizers, and shards optimizer state like its parameter."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"][:] = [new.get(parameter, parameter) for parameter in group["params"]]
+        for old, parameter in new.items():
+            if old in optimizer.state:
+                optimizer.state[parameter] = {key: _as(value, parameter) for key, value in optimizer.state.pop(old).items()}
+
+
+def _as(value: object, like: nn.Parameter) -> object:
+    """Shards optimizer state like its parameter, if it has the same shape."""
+    if not isinstance(value, Tensor) or not isinstance(like, DTensor) or value.shape != like.shape or not value.ndim:
+        return value
+    if isinstance(value, DTensor) and value.placements != like.placements:
+        return value.redistribute(placements=like.placements)
+    return sharded_as(value, like)

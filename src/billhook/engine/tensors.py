@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
-from billhook.engine.slots import parameter_slots
+from billhook.engine.trees import parameter_slots
 
 
 class Source:

@@ -1,5 +1,20 @@
-"""Functions for nested lists, tuples, and dictionaries, which torch names privately."""
+"""Nested lists, tuples, and dictionaries, by functions that torch names privately, and parameters of nested modules."""
 
+from collections.abc import Iterator
+
+from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 __all__ = ["tree_flatten", "tree_leaves", "tree_map_only", "tree_unflatten"]
+
+
+Slot = tuple[nn.Module, str]
+"""A module and the name of a parameter in it."""
+
+
+def parameter_slots(module: nn.Module) -> Iterator[tuple[Slot, nn.Parameter]]:
+    """Yields all parameters with their slots. A tied parameter comes with each slot."""
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is not None:
+                yield (part, name), parameter

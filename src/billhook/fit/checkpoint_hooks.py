@@ -15,10 +15,10 @@ from torch import Tensor
 from billhook.adapters.checkpoint import save_adapters
 from billhook.engine.sharded_files import is_sharded_checkpoint, read_non_tensors
 from billhook.engine.sharding import reshard
+from billhook.engine.shards import gathered
 from billhook.engine.state import random_state, set_random_state
 from billhook.fit.lightning_internals import batch_progress, data_fetcher, is_accumulating, training_loaders
 from billhook.fit.resume import ShapeInCheckpoint, callbacks_of, check_callbacks, prepare_for_weights
-from billhook.fit.shards import gathered
 from billhook.model.checkpoint_shape import load_shape, save_shape
 from billhook.model.find import find_transformer
 from billhook.model.shape import KEY, shape_of

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
 from billhook.engine.batches import Run, model_loss, runs_of
+from billhook.engine.shards import gathered
 from billhook.engine.state import overridden
 from billhook.fit.checkpoint_hooks import wrap_hooks
 from billhook.fit.fit import Fit, Loss, Reduction
@@ -32,11 +33,9 @@ from billhook.fit.lightning_internals import (
     to_device,
     validation_loaders,
 )
-from billhook.fit.measure import LoggedMetrics, validating
 from billhook.fit.preprocessors import find_preprocessors
 from billhook.fit.ranks import fail_together
-from billhook.fit.run import once_model_exists, training_steps
-from billhook.fit.shards import gathered
+from billhook.fit.run import LoggedMetrics, once_model_exists, training_steps, validating
 from billhook.model.preprocessors import Preprocessor
 from billhook.private_paths import without_folders
 

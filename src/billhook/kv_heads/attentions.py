@@ -36,7 +36,7 @@ from billhook.kv_heads.frequencies import Band, Rotation, Slots, allot, bands_wi
 from billhook.kv_heads.layout import HeadTensors, find_projections, read, ties_of, written
 from billhook.kv_heads.methods import SVD, Grouping, KVMethod, Reconstructing
 from billhook.kv_heads.moments import NOT_SEEN, Moments, T, gather, weight_moments
-from billhook.kv_heads.symmetry import find_symmetries, in_order
+from billhook.kv_heads.symmetry import find_symmetries
 from billhook.linalg import float64_device
 from billhook.model.config_fields import text_config
 from billhook.model.layers import is_linear, size_of
@@ -287,7 +287,7 @@ class Attentions:
         if method.grouping == "similar":
             # all ranks take the order of the first, as that follows from floats
             order = self._comm.decide(lambda: similar_order(tensors, moments, symmetries, method, groups))
-            tensors, moments = in_order(tensors, order), moments.in_order(order, groups)
+            tensors, moments = tensors.in_order(order), moments.in_order(order, groups)
         return tensors, moments
 
     def repaired(

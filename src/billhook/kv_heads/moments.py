@@ -5,7 +5,7 @@ Their covariance on data, or as the weights alone predict.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -167,30 +167,6 @@ class MomentSums:
         return Moments(keys, values, means[2])
 
 
-@dataclass(frozen=True)
-class AttentionCall:
-    """A call of an attention function, which can be repeated with other values."""
-
-    function: Callable[..., tuple[Tensor, Any]]
-    module: nn.Module
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    options: Mapping[str, Any]
-    output: Tensor
-
-    def attend(self, values: Tensor) -> Tensor:
-        """Returns the sums of values, `[examples, KV heads, tokens, width]`, that each query head attends to."""
-        return self.function(self.module, self.query, self.key, values, **self.options)[0]
-
-    def differentiable(self) -> "AttentionCall":
-        """Returns the call with copies of tensors of inference mode, which autograd cannot save."""
-        query, key, options = tree_map_only(
-            Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, (self.query, self.key, self.options)
-        )
-        return replace(self, query=query, key=key, options=options)
-
-
 class _Listener:
     """Records an attention module at the non-padding tokens of the current batch."""
 
@@ -203,8 +179,7 @@ class _Listener:
         self._sums: MomentSums | None = None  # made at the first call, as those of other blocks have gone by then
         self.masks: Callable[[], Mapping[str, Tensor]] = dict
         self._inside = set(model.get_submodule(projections.name).modules())
-        self._observing = self._finished = self.repeated = False
-        self._calls: list[AttentionCall] = []
+        self._observing = self._seen = self._finished = self.repeated = False
 
     def moments(self, comm: Comm) -> Moments:
         """Returns the means, and frees the sums."""
@@ -220,45 +195,26 @@ class _Listener:
         """Overrides the forward pass of the attention module, and hooks its queries."""
         module, queries = (self._model.get_submodule(name) for name in (self._projections.name, self._projections.q.linear))
         with ExitStack() as stack:
-            stack.callback(queries.register_forward_hook(self._projected).remove)
+            stack.callback(queries.register_forward_hook(self._add_queries).remove)
             stack.enter_context(overridden(module, forward=partial(self._visit, module.forward)))
             yield
 
     def _visit(self, forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Runs the forward pass, and adds its keys and values."""
+        """Runs the forward pass, and adds what it projects and attends to."""
         if self._finished:
             self.repeated = True
             return forward(*args, **kwargs)
-        self._calls, self._observing = [], True
+        self._seen, self._observing = False, True
         try:
-            with attention_functions_as(self._called):
+            with attention_functions_as(self._attend):
                 output = forward(*args, **kwargs)
-            if len(self._calls) != 1:
+            if not self._seen:
                 raise ValueError(f"{self._projections.name}: {NOT_SEEN}")
-            self._add(self._calls[0])
         finally:
-            self._calls, self._observing = [], False
+            self._observing = False
         return output
 
-    def _called(
-        self,
-        function: Callable[..., Any],
-        module: nn.Module,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attention_mask: Tensor | None = None,
-        **options: Any,  # noqa: ANN401
-    ) -> Any:  # noqa: ANN401
-        """Notes a call of an attention function by this module, not by other threads."""
-        options["attention_mask"] = attention_mask
-        result = function(module, query, key, value, **options)
-        if module in self._inside:
-            self._calls.append(AttentionCall(function, module, query, key, value, options, result[0]))
-        return result
-
-    def _projected(self, _: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        """Adds queries."""
+    def _add_queries(self, _: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
         if not self._observing:
             return
         queries, sums = self._projections.q, self._summed()
@@ -272,31 +228,53 @@ class _Listener:
         rows = self._tokens_that_count(output.flatten(2), self._projections.o.linear)
         return rows.reshape(len(rows), self._groups, self._size, self._projections.queries, output.shape[3])
 
-    def _add(self, call: AttentionCall) -> None:
-        """Adds keys and values by the attention weights of a call."""
+    def _attend(
+        self,
+        function: Callable[..., Any],
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        **options: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """Calls an attention function, and adds keys and values by its attention weights."""
+        options["attention_mask"] = attention_mask
+        result = function(module, query, key, value, **options)
+        if module not in self._inside:  # of another thread
+            return result
+        if self._seen:
+            raise ValueError(f"{self._projections.name}: {NOT_SEEN}")
+        self._seen = True
         kv_heads, groups, sums = self._projections.kv_heads, self._groups, self._summed()
-        examples, _, tokens, _ = call.key.shape
-        repeats = call.key.shape[1] // kv_heads  # of heads that the module has repeated for their queries
+        examples, _, tokens, _ = key.shape
+        repeats = key.shape[1] // kv_heads  # of heads that the module has repeated for their queries
 
         def shifts(heads: Tensor) -> list[Tensor]:
             grouped_heads = heads[:, ::repeats].reshape(examples, groups, self._size, tokens, -1)
-            moved = (grouped_heads.roll(-shift, 2).flatten(1, 2) for shift in range(1, self._size))
-            return [self._by_group(call.attend(heads.repeat_interleave(repeats, 1))) for heads in moved]
+            moved = (grouped_heads.roll(-shift, 2).flatten(1, 2).repeat_interleave(repeats, 1) for shift in range(1, self._size))
+            return [self._by_group(function(module, query, key, values, **options)[0]) for values in moved]
 
-        received = self._by_group(call.output)
-        self._add_received(sums.values, [received, *shifts(call.value)])
+        received = self._by_group(result[0])
+        self._add_received(sums.values, [received, *shifts(value)])
         # a constant changes no covariance unless weights do not add up to 1, and large sums would be rounded more
-        constant = 0 if call.options.get("s_aux") is not None else call.key.mean((0, 2), keepdim=True)
-        keys = call.key - constant
-        self._add_received(sums.keys, [self._by_group(call.attend(keys)), *shifts(keys)], -1)
+        constant = 0 if options.get("s_aux") is not None else key.mean((0, 2), keepdim=True)
+        keys = key - constant
+        self._add_received(sums.keys, [self._by_group(function(module, query, key, keys, **options)[0]), *shifts(keys)], -1)
         with torch.inference_mode(False), torch.enable_grad():  # the gradient of the sum over queries is the sum of their weights
-            values = torch.zeros(keys.shape, dtype=keys.dtype, device=keys.device, requires_grad=True)
-            (weights,) = torch.autograd.grad(self._by_group(call.differentiable().attend(values))[..., 0].sum(), values)
+            zeros = torch.zeros(keys.shape, dtype=keys.dtype, device=keys.device, requires_grad=True)
+            # autograd cannot save tensors of inference mode
+            saved_query, saved_key, saved_options = tree_map_only(
+                Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, (query, key, options)
+            )
+            attended = self._by_group(function(module, saved_query, saved_key, zeros, **saved_options)[0])
+            (weights,) = torch.autograd.grad(attended[..., 0].sum(), zeros)
         weights = weights[..., 0].to(received.dtype).reshape(examples, groups, -1, tokens).sum(2)
         by_group = keys[:, ::repeats].to(received.dtype).reshape(examples, groups, self._size, tokens, -1)
         rows = by_group.transpose(2, 3).flatten(3)  # [examples, groups, tokens, heads * width]
         _add_products(sums.keys, (rows * weights.clamp_min(0).sqrt()[..., None]).transpose(0, 1).flatten(1, 2))
         sums.tokens[0] += len(received) * self._projections.queries
+        return result
 
     def _add_received(self, total: Tensor, shifts: Sequence[Tensor], sign: int = 1) -> None:
         """Adds products of what query heads receive from each head of their group; a shift is the distance of that head."""

@@ -6,16 +6,12 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from billhook.calibration.reading import Rows, column_names
-
-if TYPE_CHECKING:
-    import pyarrow
-
 
 CHAT_COLUMNS = ("messages", "conversations")
 """Columns that hold chats."""
@@ -132,32 +128,22 @@ def warn_of_empty_rows(rows: Rows, split: str, columns: Sequence[str]) -> None:
         return
     empty = 0
     for table in rows.select_columns(list(columns)).with_format("arrow").iter(ROWS_AT_ONCE):
-        missing = [_is_empty(table[columns[-1]])]  # a prompt may be blank, its response must not
-        for column in columns[:-1]:
-            missing.append(pyarrow.compute.is_null(table[column]).to_pylist())
-        empty += sum(map(any, zip(*missing, strict=True)))
+        *before, last = (table[column] for column in columns)
+        if pyarrow.types.is_list(last.type) or pyarrow.types.is_large_list(last.type):
+            length = pyarrow.compute.list_value_length(last)
+        elif pyarrow.types.is_string(last.type) or pyarrow.types.is_large_string(last.type):
+            length = pyarrow.compute.binary_length(pyarrow.compute.utf8_trim_whitespace(last))
+        else:
+            length = pyarrow.compute.if_else(pyarrow.compute.is_null(last), 0, 1)
+        present = [pyarrow.compute.fill_null(length, 0).to_pylist()]  # a prompt may be blank, its response must not
+        present += [pyarrow.compute.is_valid(column).to_pylist() for column in before]
+        empty += sum(not all(row) for row in zip(*present, strict=True))
     if empty:
         quoted = " or ".join(f"'{column}'" for column in columns)
         warnings.warn(
             f"data: {empty:,} of {len(rows):,} rows of the split '{split}' have no text in the column {quoted} and are skipped.",
             stacklevel=2,
         )
-
-
-def _is_empty(column: "pyarrow.ChunkedArray") -> list[bool]:
-    """Finds the values of a column that are null, empty, or blank."""
-    import pyarrow.compute
-
-    kind = column.type
-    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
-        empty = pyarrow.compute.equal(pyarrow.compute.list_value_length(column), 0)
-    elif pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
-        blank = pyarrow.compute.utf8_is_space(column)
-        empty = pyarrow.compute.or_(blank, pyarrow.compute.equal(pyarrow.compute.binary_length(column), 0))
-    else:
-        empty = pyarrow.compute.is_null(column)
-    values: list[bool] = pyarrow.compute.fill_null(empty, True).to_pylist()
-    return values
 
 
 def is_text(rows: Rows, columns: Sequence[str]) -> bool:
@@ -219,11 +205,12 @@ def _texts(texts: list[Any], tokenizer: PreTrainedTokenizerBase, column: str, do
             batch, size = [], 0
 
 
-def check_texts(values: Sequence[Any], column: str) -> None:
-    """Raises if a column holds anything but text."""
+def check_texts(values: list[Any], column: str) -> list[str]:
+    """Returns the values of a column. Raises if it holds anything but text."""
     for value in values:
         if not isinstance(value, str):
             raise ValueError(f"the column '{column}' must hold text in every row. Got {value!r}.")
+    return values
 
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -246,7 +233,7 @@ def _answered(
     if tokenizer.chat_template or isinstance(prompt, list) or isinstance(response, list):
         yield _chat(chat, parse_tools(tools), tokenizer, responses)
         return
-    encoded = _spans(prompt + response, [(len(prompt), len(prompt + response))], tokenizer, responses)
+    encoded = _spans(prompt + response, [(len(prompt), len(prompt + response))] if responses else None, tokenizer)
     end = _end(tokenizer)
     yield Encoded(encoded.ids + end, encoded.learned + [True] * len(end))
 
@@ -255,26 +242,13 @@ def _chat(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBase, r
     """Tokenizes a chat, and marks the generated tokens (by template tags) or the responses."""
     if not tokenizer.chat_template:
         raise ValueError("tokenizer: chats need a chat template, and the tokenizer has none. Name a tokenizer that has one.")
+    text = _formatted(chat, tools, tokenizer)  # raises a ValueError if the template rejects the chat
     if not responses:
-        return _spans(_formatted(chat, tools, tokenizer), [], tokenizer, responses)
-    if not GENERATION_TAG.search(tokenizer.get_chat_template(tools=tools)):
-        return _spans(*_responses(chat, tools, tokenizer), tokenizer, responses)
-    _formatted(chat, tools, tokenizer)  # raises a ValueError if the template rejects the chat
-    encoded: Any = tokenizer.apply_chat_template(chat, tools, return_dict=True, return_assistant_tokens_mask=True)  # type: ignore[arg-type]
-    return Encoded(list(encoded["input_ids"]), [bool(mask) for mask in encoded["assistant_masks"]])
-
-
-def _formatted(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBase, opened: bool = False) -> str:
-    """Formats a chat with the chat template, optionally up to the start of the next response."""
-    try:
-        return str(tokenizer.apply_chat_template(chat, tools, tokenize=False, add_generation_prompt=opened))  # type: ignore[arg-type]
-    except TemplateError as error:
-        raise ValueError(f"the chat template rejects a chat ({error}): {str(chat)[:200]}") from error
-
-
-def _responses(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
-    """Returns a chat as text, with the character span of each response."""
-    text, spans = _formatted(chat, tools, tokenizer), list[tuple[int, int]]()
+        return _spans(text, None, tokenizer)
+    if GENERATION_TAG.search(tokenizer.get_chat_template(tools=tools)):
+        encoded: Any = tokenizer.apply_chat_template(chat, tools, return_dict=True, return_assistant_tokens_mask=True)  # type: ignore[arg-type]
+        return Encoded(list(encoded["input_ids"]), [bool(mask) for mask in encoded["assistant_masks"]])
+    spans = list[tuple[int, int]]()
     for number, message in enumerate(chat):
         if message["role"] != "assistant":
             continue
@@ -287,12 +261,20 @@ def _responses(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBa
                 f"the template, or use loss_on='all'. The chat is {str(chat)[:200]}"
             )
         spans.append((len(before), len(after)))
-    return text, spans
+    return _spans(text, spans, tokenizer)
 
 
-def _spans(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, responses: bool) -> Encoded:
-    """Tokenizes text, and marks every token that overlaps a span, as transformers does."""
-    if not responses:
+def _formatted(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBase, opened: bool = False) -> str:
+    """Formats a chat with the chat template, optionally up to the start of the next response."""
+    try:
+        return str(tokenizer.apply_chat_template(chat, tools, tokenize=False, add_generation_prompt=opened))  # type: ignore[arg-type]
+    except TemplateError as error:
+        raise ValueError(f"the chat template rejects a chat ({error}): {str(chat)[:200]}") from error
+
+
+def _spans(text: str, spans: list[tuple[int, int]] | None, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """Tokenizes text, and marks every token that overlaps a span, as transformers does; without spans, all."""
+    if spans is None:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return Encoded(list(ids), [True] * len(ids))
     if not tokenizer.is_fast:

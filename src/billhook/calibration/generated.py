@@ -102,7 +102,11 @@ def generated(
     check_can_generate(subject)
     length = example_length(subject, length)
     starts = [_start(subject)] if prompts is None else _encoded(subject, prompts, tokenizer, length)
-    skipped = 0 if prompts is not None else _skipped(subject, length)
+    skipped = 0
+    if prompts is None:  # extra tokens, of which the last is never an input
+        most = getattr(text_config(subject.config), "max_position_embeddings", None)
+        skipped = max(1, length // SKIPPED)
+        skipped = min(skipped, most + 1 - length) if most else skipped
     begun = [starts[row % len(starts)] for row in range(examples)]
     rows = _written(subject, begun, length + skipped, temperature, seed, folder)
     if skipped:  # tokens at both ends of each row are left out, one of the first at least
@@ -135,13 +139,6 @@ def example_length(model: PreTrainedModel, length: int | None) -> int:
     if length is not None and length > most:
         raise ValueError(f"length={length} exceeds the context length of the model, {most} tokens.")
     return length or min(DEFAULT_LENGTH, most)
-
-
-def _skipped(model: PreTrainedModel, length: int) -> int:
-    """Returns the number of extra tokens to generate; the last token is never an input."""
-    most = getattr(text_config(model.config), "max_position_embeddings", None)
-    skipped = max(1, length // SKIPPED)
-    return min(skipped, most + 1 - length) if most else skipped
 
 
 def _start(model: PreTrainedModel) -> list[int]:

@@ -150,23 +150,16 @@ def _read(kind: str, files: Mapping[str, Sequence[str]], streaming: bool) -> dic
     except Exception as error:
         names = list(chain.from_iterable(files.values()))
         for name in names:
-            if not _is_utf8(name):
+            if Path(name).suffix.lower() in (*COMPRESSED, ".parquet"):
+                continue
+            try:
+                with Path(name).open(encoding="utf-8") as lines:
+                    for _ in lines:
+                        pass
+            except UnicodeDecodeError:
                 raise ValueError(f"data: the file '{name}' is not encoded as UTF-8. Save it as UTF-8.") from error
         plural = "s" * (len(names) > 1)
         raise _unreadable(f"the file{plural} {', '.join(map(repr, names))} cannot be read as {kind}", error) from error
-
-
-def _is_utf8(file: str) -> bool:
-    """Returns True if an uncompressed text file is UTF-8."""
-    if Path(file).suffix.lower() in (*COMPRESSED, ".parquet"):
-        return True
-    try:
-        with Path(file).open(encoding="utf-8") as lines:
-            for _ in lines:
-                pass
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _unreadable(problem: str, error: Exception) -> ValueError:

@@ -176,7 +176,7 @@ def test_the_distance_is_the_mean_of_batches_and_leaves_the_model_as_it_is():
     before, same = copy.deepcopy(model.state_dict()), EqualHeads(LazyTensors({}))
     for autocast in (False, True):  # which keeps the weights that it has cast
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
-            found = [attentions.distance(one, runs_of(model, parts)) for one in (same, new, same)]
+            found = [attentions.distances([one], runs_of(model, parts))[0] for one in (same, new, same)]
             expected = [divergence(model, changed(model, new), ids) for ids in parts]
         assert found == pytest.approx([0, sum(expected) / 3, 0], rel=1e-5)
         assert found[1] > 1e-6

@@ -10,7 +10,7 @@
    - Both receive Gram matrices from `_by_block`: those of data (`gather`), or of weights (`weight_moments`).
 4. `repaired` refits the output layers (`repair_linears`).
 
-`best_method` calls 3 and 4 for all candidates, and `distance` on held-out batches, before `equal_heads` does for the best.
+`best_method` calls 3 and 4 for all candidates, and `distances` on held-out batches, before `equal_heads` does for the best.
 """
 
 import math
@@ -297,18 +297,13 @@ class Attentions:
         kept = {name: torch.ones(width, dtype=torch.bool) for name, width in self.widths.items()}
         self.not_refitted.clear()
         pruned = rotating_with(self.model, new.rope, runs)
-        if repair.match is not None and new.rope is not None and self.rotates_in_blocks:
+        in_blocks = {module for block in blocks_of(self.model) for module in block.modules()}
+        if repair.match is not None and new.rope is not None and not in_blocks.isdisjoint(rotary_embeddings(self.model)):
             kind = type(self.model).__name__  # tuning runs a block alone, and the module in it keeps the old frequencies
             raise ValueError(f"match: the blocks of {kind} rotate keys themselves. Use SVD(frequencies='fixed').")
         ties = ties_of(self.model, self.projections, self.groups)
         fitted = repair_linears(self.model, kept, pruned, repair, self._comm, new.values, progress, self.not_refitted, runs, ties)
         return replace(new, values=new.values | fitted)
-
-    @property
-    def rotates_in_blocks(self) -> bool:
-        """True if blocks have rotary modules, which stay as they are when a block runs alone."""
-        inside = {module for block in blocks_of(self.model) for module in block.modules()}
-        return not inside.isdisjoint(rotary_embeddings(self.model))
 
     @property
     def widths(self) -> dict[str, int]:
@@ -319,12 +314,8 @@ class Attentions:
         readers = [attention.o.linear for attention in self.projections.values()]
         return {name: size_of(self.model.get_submodule(name))[1] for name in dict.fromkeys([*readers, *self.downs])}
 
-    def distance(self, new: EqualHeads, runs: Sequence[Run]) -> float:
-        """Returns the mean distance of outputs with other parameters from the unchanged model's."""
-        return self.distances([new], runs)[0]
-
     def distances(self, news: Sequence[EqualHeads], runs: Sequence[Run]) -> list[float]:
-        """Returns the same for several sets of parameters, in a single read of blocks."""
+        """Returns the mean distances of outputs to the unchanged model's, in a single read of blocks."""
         *_, last = self.projections.values()
         return distances(self.model, news, runs, self._comm, last.o.linear)
 

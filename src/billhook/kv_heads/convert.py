@@ -62,7 +62,7 @@ def best_method(
         for method, new in attentions.reconstructed(list(alike), seen):
             if repair is not None and besides:
                 new = attentions.repaired(new, seen, repair)
-            distances[method] = attentions.distance(new, held_out)
+            (distances[method],) = attentions.distances([new], held_out)
     distances = {method: distances[method] for method in methods if method in distances}
     return min(distances, key=lambda method: math.inf if math.isnan(distances[method]) else distances[method]), distances
 
@@ -211,7 +211,6 @@ def heads_and_method(
         raise ValueError(f"{what}: pass the number of KV heads, such as 1 for multi-query attention, or a share of the KV cache.")
     named = method_of("svd" if method is None and heads is None else method, has_data)
     if heads is not None:
-        check_int("num_key_value_heads", heads)
         return heads, named
     check_fraction("kv_cache_bytes", kv_cache_bytes, "(0, 1)")
     config, before, share = find_transformer(model).config, kv_heads_of(model), float(kv_cache_bytes or 0)

@@ -258,7 +258,7 @@ def _as_float64(value: Any) -> Any:  # noqa: ANN401 - a tensor or a cache
 
 def _first_calls(model: nn.Module, projections: Mapping[str, Projections]) -> dict[str, Call]:
     """Returns the arguments of the first call of each attention module, on random tokens."""
-    calls = {}
+    calls: dict[str, Call] = {}
 
     def note(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.setdefault(name, tree_map_only(Cache, copy.deepcopy, (args, kwargs)))

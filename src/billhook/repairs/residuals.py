@@ -177,17 +177,13 @@ class TokenBuffer:
         if self._tokens >= TOKENS:
             self.flush()
 
-    def flush(self) -> None:
-        """Adds all collected tokens to the statistics."""
+    def flush(self) -> ResidualStatistics:
+        """Adds all collected tokens to the statistics, and returns these."""
         if self._tokens:
             residual = torch.cat(self._residuals) if self._residuals else None
             self._statistics.add(torch.cat(self._inputs), residual, weights=torch.cat(self._weights))
         self._inputs, self._residuals, self._weights, self._tokens = [], [], [], 0
-
-
-def can_choose(parts: Sequence[ResidualStatistics]) -> bool:
-    """Returns whether there are tokens to fit to and tokens that are held out."""
-    return all(torch.stack([part.tokens for part in parts]).tolist())
+        return self._statistics
 
 
 def as_float(tensor: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from billhook.linalg import float64_device, widest_float
 from billhook.model.layers import is_pruned, matrix_of, to_layout, to_parameters
 from billhook.progress import OnProgress
 from billhook.repairs.least_squares import refit_linear
-from billhook.repairs.residuals import ResidualStatistics, TokenBuffer, as_float, can_choose, non_padding
+from billhook.repairs.residuals import ResidualStatistics, TokenBuffer, as_float, non_padding
 
 ADD: frozenset[Any] = frozenset({torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__})
 SAME: frozenset[Any] = frozenset({dropout, torch.dropout, Tensor.to, Tensor.contiguous})
@@ -154,16 +154,15 @@ class _Linear:
             self.keep = keep.to(weight.device)
             # integers: indexing with bools causes a host sync
             self.kept_index, self.removed_index = (where.nonzero().flatten().to(weight.device) for where in (keep, ~keep))
-        self.statistics: list[ResidualStatistics] = []
         self.buffers: list[TokenBuffer] = []
         self.norms = InputNorms(weight.shape[1], weight.device)
 
-    def begin(self, parts: int, files: ActivationFiles | None) -> None:
-        """Makes empty statistics for each part of the data, unless they exist."""
-        if not self.statistics:
+    def begin(self, files: ActivationFiles | None) -> None:
+        """Makes empty statistics, to fit to and to choose the ridge penalty, unless they exist."""
+        if not self.buffers:
             weight, _ = self.start
-            self.statistics = [ResidualStatistics(len(weight), len(self.kept_index), weight.device, files) for _ in range(parts)]
-            self.buffers = [TokenBuffer(statistics) for statistics in self.statistics]
+            sizes = len(weight), len(self.kept_index)
+            self.buffers = [TokenBuffer(ResidualStatistics(*sizes, weight.device, files)) for _ in range(2)]
 
     @property
     def parameters(self) -> dict[str, Tensor]:
@@ -216,6 +215,7 @@ class RepairVisitor(Visitor):
         self._modules, self.kept, self._predecessors, self._runs = layers, kept, predecessors, runs
         self._ridges, self._parts, self._comm = ridges, parts, comm
         self._new_params, self._store = new_params or LazyTensors({}), store
+        self.untouched = range(len(runs), 2 * len(runs)) if predecessors else ()  # runs of the dense model
         self._block: nn.Module | None = None  # the block that runs are in
         self.new = LazyTensors({})
         self._linears: dict[str, _Linear] = {}
@@ -272,11 +272,6 @@ class RepairVisitor(Visitor):
         return self.new
 
     @property
-    def compensates(self) -> bool:
-        """True if each batch runs twice, the second time through the dense model."""
-        return bool(self._predecessors)
-
-    @property
     def not_refitted(self) -> list[str]:
         """The layers that had too few tokens."""
         return [name for name in self.kept if name not in self._refitted]
@@ -321,7 +316,7 @@ class RepairVisitor(Visitor):
     def _add(self, name: str, inputs: Tensor, residual: Tensor | None, run: int, weights: Tensor | None) -> None:
         """Adds a call of a layer, with its residual; by default the output of removed inputs."""
         linear, counts = self._linears[name], non_padding(self._runs[run], name, inputs)
-        linear.begin(2, self.files)
+        linear.begin(self.files)
         linear.norms.add(inputs, counts)
         if residual is None and len(linear.removed_index):
             residual = as_float(inputs[..., linear.removed_index]) @ as_float(linear.start[0][:, linear.removed_index]).t()
@@ -357,17 +352,17 @@ class RepairVisitor(Visitor):
 
     def _refit(self, name: str) -> None:
         linear = self._linears[name]
-        linear.begin(2, self.files)  # a rank may have no inputs
-        for buffer in linear.buffers:
-            buffer.flush()
-        parts, linear.statistics, linear.buffers = linear.statistics, [], []
+        linear.begin(self.files)  # a rank may have no inputs
+        parts = [buffer.flush() for buffer in linear.buffers]
+        linear.buffers = []
         squares = linear.norms.squares.to(parts[0].tokens)  # in float64, so that one collective sums all
         self._comm.sum_(squares, *(sums for part in parts for sums in part.tensors()))
         bad = ~squares.isfinite()
         if bad.any():
             first = int(bad.nonzero()[0])
             raise ValueError(f"{name}: {int(bad.sum())} input features contain NaN or infinity, the first is feature {first}.")
-        if can_choose(parts) and sum(part.tokens for part in parts) >= len(linear.kept_index):
+        tokens = torch.stack([part.tokens for part in parts]).tolist()
+        if all(tokens) and sum(tokens) >= len(linear.kept_index):
             weight, bias = linear.start
             remaining = weight[:, linear.kept_index].to(parts[0].tokens.device)
             bias = None if bias is None else bias.to(remaining.device)

@@ -165,16 +165,13 @@ def temporarily_merged(model: nn.Module) -> Iterator[Merged]:
 def _merged_in_turn(model: nn.Module) -> Iterator[Merged]:
     """Merges each block when it is loaded, and other weights until the `with` block ends."""
     store, back, on_layers = store_of(model), snapshot(model), find_adapters(model)
-    named = dict(zip(map(id, on_layers.values()), on_layers, strict=True))
-    layers = {}
-    for _, _, child in _outermost_layers(model):
-        if is_adapter(child) and not child.merged:
-            layers[id(child)] = child
+    names = {layer: name for name, layer in on_layers.items()}
+    layers = [child for _, _, child in _outermost_layers(model) if is_adapter(child) and not child.merged]
     if layers:
         _check_mergeable(model)
     error, pruned = dict[str, float](), set[str]()
     kept = []  # weights outside of blocks, to restore them
-    for layer in layers.values():
+    for layer in layers:
         if base_of(layer) not in store.owner:
             kept += [(parameter, parameter.detach().clone()) for parameter in base_of(layer).parameters()]
 
@@ -182,11 +179,11 @@ def _merged_in_turn(model: nn.Module) -> Iterator[Merged]:
     def merged(block: nn.Module | None) -> list[nn.Parameter]:
         """Merges the layers of a block, or of no block (None), and returns their weights."""
         parameters = list[nn.Parameter]()
-        for key, layer in layers.items():
+        for layer in layers:
             if store.owner.get(base_of(layer)) is not block:
                 continue
             layer.merged_adapters.clear()  # set when the block was loaded before
-            if (name := named.get(key)) is None:
+            if (name := names.get(layer)) is None:
                 _into(type(layer).__name__, layer)
             else:
                 masks = find_masks({name: layer}, None)
@@ -205,7 +202,7 @@ def _merged_in_turn(model: nn.Module) -> Iterator[Merged]:
             yield Merged(subject, ordered_error, tuple(filter(pruned.__contains__, on_layers)))
     finally:
         back()
-        for layer in layers.values():
+        for layer in layers:
             layer.merged_adapters.clear()
         for parameter, values in kept:
             parameter.data.copy_(values)

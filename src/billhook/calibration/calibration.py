@@ -198,8 +198,6 @@ class Calibration:
     ) -> list[Batch]:
         subject = find_transformer(model)
         length, batches = example_length(subject, self.length), list[Batch]()
-        if GENERATED in self.named:
-            check_can_generate(subject)
         for name, wanted in self.examples(length).items():
             if name == GENERATED:
                 examples, seed = (wanted, self.seed) if held_out is None else (held_out, self.seed + 1)
@@ -265,7 +263,6 @@ def read_batches(batches: Batches | None, model: nn.Module) -> Iterable[Any]:
             tokenizer = load_tokenizer(origin) if origin else None
         batches = Calibration()
         if tokenizer is not None:
-            check_tokenizer(find_transformer(model), tokenizer)
             batches = Calibration([MIXED, GENERATED], tokens=2 * Calibration.tokens)
     return check_batches(batches.read(model) if isinstance(batches, Calibration) else batches)
 

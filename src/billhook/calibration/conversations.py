@@ -122,21 +122,21 @@ def find_text_columns(rows: Rows, split: str, column: str) -> list[str]:
 def warn_of_empty_rows(rows: Rows, split: str, columns: Sequence[str]) -> None:
     """Warns of rows that are null or have no text to train on. Streams are not checked."""
     import datasets
-    import pyarrow.compute
+    from pyarrow import compute, types
 
     if not isinstance(rows, datasets.Dataset):
         return
     empty = 0
     for table in rows.select_columns(list(columns)).with_format("arrow").iter(ROWS_AT_ONCE):
         *before, last = (table[column] for column in columns)
-        if pyarrow.types.is_list(last.type) or pyarrow.types.is_large_list(last.type):
-            length = pyarrow.compute.list_value_length(last)
-        elif pyarrow.types.is_string(last.type) or pyarrow.types.is_large_string(last.type):
-            length = pyarrow.compute.binary_length(pyarrow.compute.utf8_trim_whitespace(last))
+        if types.is_list(last.type) or types.is_large_list(last.type):
+            length = compute.list_value_length(last)
+        elif types.is_string(last.type) or types.is_large_string(last.type):
+            length = compute.binary_length(compute.utf8_trim_whitespace(last))
         else:
-            length = pyarrow.compute.if_else(pyarrow.compute.is_null(last), 0, 1)
-        present = [pyarrow.compute.fill_null(length, 0).to_pylist()]  # a prompt may be blank, its response must not
-        present += [pyarrow.compute.is_valid(column).to_pylist() for column in before]
+            length = compute.if_else(compute.is_null(last), 0, 1)
+        present = [compute.fill_null(length, 0).to_pylist()]  # a prompt may be blank, its response must not
+        present += [compute.is_valid(column).to_pylist() for column in before]
         empty += sum(not all(row) for row in zip(*present, strict=True))
     if empty:
         quoted = " or ".join(f"'{column}'" for column in columns)
@@ -181,28 +181,36 @@ def encode(
     values = zip(*map(rows.__getitem__, columns), strict=True)
     complete = [(row, row_tools) for row, row_tools in zip(values, tools, strict=True) if None not in row]
     if len(columns) > 1:
-        for row, row_tools in complete:
-            yield from _answered(row, row_tools, tokenizer, columns, responses)
+        for (prompt, response), row_tools in complete:
+            chat = Chat()
+            for value, column, role in zip((prompt, response), columns, ("user", "assistant"), strict=True):
+                if not isinstance(value, list):
+                    check_texts([value], column)
+                chat += parse_chat(value, column) if isinstance(value, list) else [{"role": role, "content": value}]
+            if isinstance(response, str) and (not response or response.isspace()):
+                continue
+            if tokenizer.chat_template or isinstance(prompt, list) or isinstance(response, list):
+                yield _chat(chat, parse_tools(row_tools), tokenizer, responses)
+            else:
+                span = len(prompt), len(prompt + response)
+                encoded, end = _spans(prompt + response, [span] if responses else None, tokenizer), _end(tokenizer)
+                yield Encoded(encoded.ids + end, encoded.learned + [True] * len(end))
     elif complete and isinstance(complete[0][0][0], list):
         for (messages,), row_tools in complete:
             if chat := parse_chat(messages, columns[0]):
                 yield _chat(chat, parse_tools(row_tools), tokenizer, responses)
     else:
-        yield from _texts([text for (text,), _ in complete], tokenizer, columns[0], documents)
-
-
-def _texts(texts: list[Any], tokenizer: PreTrainedTokenizerBase, column: str, documents: bool) -> Iterator[Encoded]:
-    check_texts(texts, column)
-    end, batch, size = _end(tokenizer) if documents else [], list[str](), 0
-    texts = [text for text in (texts if documents else ["".join(texts)]) if text and not text.isspace()]
-    for number, text in enumerate(texts, 1):
-        batch.append(text)
-        size += len(text)
-        # small batches: a tokenizer needs more than 100 bytes for each character
-        if number == len(texts) or size + len(texts[number]) > CHARACTERS:
-            for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-                yield Encoded([*ids, *end], [True] * (len(ids) + len(end)))
-            batch, size = [], 0
+        texts = check_texts([text for (text,), _ in complete], columns[0])
+        end, batch, size = _end(tokenizer) if documents else [], list[str](), 0
+        texts = [text for text in (texts if documents else ["".join(texts)]) if text and not text.isspace()]
+        for number, text in enumerate(texts, 1):
+            batch.append(text)
+            size += len(text)
+            # small batches: a tokenizer needs more than 100 bytes for each character
+            if number == len(texts) or size + len(texts[number]) > CHARACTERS:
+                for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+                    yield Encoded([*ids, *end], [True] * (len(ids) + len(end)))
+                batch, size = [], 0
 
 
 def check_texts(values: list[Any], column: str) -> list[str]:
@@ -217,25 +225,6 @@ def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Returns the end token of a document, if the tokenizer has any."""
     end: int | None = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     return [] if end is None else [end]
-
-
-def _answered(
-    row: Sequence[Any], tools: object, tokenizer: PreTrainedTokenizerBase, columns: Sequence[str], responses: bool
-) -> Iterator[Encoded]:
-    """Tokenizes a prompt and its response, with the chat template if it exists."""
-    chat, (prompt, response) = Chat(), row
-    for value, column, role in zip(row, columns, ("user", "assistant"), strict=True):
-        if not isinstance(value, list):
-            check_texts([value], column)
-        chat += parse_chat(value, column) if isinstance(value, list) else [{"role": role, "content": value}]
-    if isinstance(response, str) and (not response or response.isspace()):
-        return
-    if tokenizer.chat_template or isinstance(prompt, list) or isinstance(response, list):
-        yield _chat(chat, parse_tools(tools), tokenizer, responses)
-        return
-    encoded = _spans(prompt + response, [(len(prompt), len(prompt + response))] if responses else None, tokenizer)
-    end = _end(tokenizer)
-    yield Encoded(encoded.ids + end, encoded.learned + [True] * len(end))
 
 
 def _chat(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBase, responses: bool) -> Encoded:

@@ -140,7 +140,7 @@ def classify(
     return {**encoded, "labels": labels}
 
 
-def label_ids(labels: Sequence[Any], column: str, numbers: Mapping[Any, int] | None = None) -> list[int]:
+def label_ids(labels: Sequence[Any], column: str, numbers: Mapping[Any, int] | None) -> list[int]:
     """Returns labels as ids, mapped by `numbers` if given; raises if a label is no integer."""
     by_number = [label if numbers is None else numbers.get(label, label) for label in labels]
     for label in by_number:

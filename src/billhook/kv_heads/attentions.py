@@ -15,7 +15,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain, product
@@ -35,7 +35,7 @@ from billhook.kv_heads.distance import EqualHeads, distances
 from billhook.kv_heads.frequencies import Band, Rotation, Slots, allot, bands_within, find_rotation, lost
 from billhook.kv_heads.layout import HeadTensors, find_projections, read, ties_of, written
 from billhook.kv_heads.methods import SVD, Grouping, KVMethod, Reconstructing
-from billhook.kv_heads.moments import NOT_SEEN, Moments, T, gather, weight_moments
+from billhook.kv_heads.moments import NOT_SEEN, Moments, T, Use, gather, weight_moments
 from billhook.kv_heads.symmetry import find_symmetries
 from billhook.linalg import float64_device
 from billhook.model.config_fields import text_config
@@ -79,11 +79,6 @@ class Attentions:
         self.downs = [name for name in downs if is_linear(model.get_submodule(name))]
         self.not_refitted = list[str]()  # by the last repair
 
-    def check_adapters(self, repair: RepairConfig | None) -> None:
-        """Raises a ValueError for a repair of a model with adapters."""
-        if repair is not None and (layers := adapter_layers(self.model)):
-            raise ValueError(f"repair refits weights, and {next(iter(layers))} has adapters: leave it out, or {MERGE_HINT}")
-
     def check(self, method: Reconstructing) -> None:
         """Raises a ValueError if the method needs an unsupported reordering or change of basis."""
         fixed = [name for name, symmetries in self.symmetries.items() if not symmetries.order]
@@ -102,11 +97,13 @@ class Attentions:
         if method.least_batches and not self.interface:
             raise ValueError(f"method='{method.name}': {NOT_SEEN}")
 
-    def allowed(self, methods: Sequence[Reconstructing]) -> list[Reconstructing]:
+    def allowed(self, methods: Sequence[Reconstructing], repair: RepairConfig | None) -> list[Reconstructing]:
         """Returns the methods that suit the attention modules.
 
-        Raises a ValueError if there are none.
+        Raises a ValueError if there are none, or for a repair of a model with adapters.
         """
+        if repair is not None and (layers := adapter_layers(self.model)):
+            raise ValueError(f"repair refits weights, and {next(iter(layers))} has adapters: leave it out, or {MERGE_HINT}")
         allowed, refusal = list[Reconstructing](), None
         for method in methods:
             try:
@@ -180,7 +177,7 @@ class Attentions:
         self,
         grouping: Grouping,
         runs: Sequence[Run],
-        use: Callable[[nn.Module | None, Iterable[tuple[str, Moments]]], T],
+        use: Use[T],
         finished: Sequence[nn.Module] = (),
     ) -> list[T]:
         """Passes the moments of attention modules to `use`, by unfinished block.
@@ -261,25 +258,21 @@ class Attentions:
     def _bands(self, method: SVD, rotation: Rotation, runs: Sequence[Run]) -> tuple[tuple[Band, ...], str]:
         """Returns the widest bands within the tolerance of the method, and a description."""
         context = method.context or (int(self._longest) if self._longest < math.inf else MOST)
-        rows = self._rows(runs, min(context, MOST))
+        # a long row of each source if its batches can be joined, or else the runs
+        rows: dict[str, list[Tensor]] = defaultdict(list)
+        joins = all(isinstance(run.batch, Mapping) and {"input_ids"} <= run.batch.keys() <= TEXT for run in runs)
+        for run in runs if joins else ():
+            ids, mask = run.batch["input_ids"], run.batch.get("attention_mask")
+            rows[run.source].append(ids.flatten() if mask is None else ids[mask.bool()])
+        joined = [self.run({"input_ids": torch.cat(ids)[None, : min(context, MOST)]}) for ids in rows.values()]
         choices = [bands_within(rotation, angle / context) for angle in ANGLES]
         ropes = [rotation.rope(self.model, rotation.within(bands)) for bands in choices]
-        distances = self.distances([EqualHeads(LazyTensors({}), rope) for rope in ropes], rows)
+        distances = self.distances([EqualHeads(LazyTensors({}), rope) for rope in ropes], joined or runs)
         for angle, bands, distance in zip(ANGLES, choices, distances, strict=True):
             if distance <= math.log1p(method.tolerance):
                 cost = f"which alone costs {math.expm1(distance):.1%}"
                 return bands, f"angles change by up to {angle} radians over {context} tokens, {cost}"
         return bands_within(rotation, 0), "no angle changes"
-
-    def _rows(self, runs: Sequence[Run], length: int) -> list[Run]:
-        """Returns a long row of each source if its batches can be joined, or else the runs."""
-        rows: dict[str, list[Tensor]] = defaultdict(list)
-        for run in runs:
-            if not isinstance(run.batch, Mapping) or not {"input_ids"} <= run.batch.keys() <= TEXT:
-                return list(runs)
-            ids, mask = run.batch["input_ids"], run.batch.get("attention_mask")
-            rows[run.source].append(ids.flatten() if mask is None else ids[mask.bool()])
-        return [self.run({"input_ids": torch.cat(ids)[None, :length]}) for ids in rows.values()]
 
     def _in_order(self, name: str, method: Reconstructing, moments: Moments) -> tuple[HeadTensors, Moments]:
         """Returns heads, in float64, and their Gram matrices, with the heads of groups together."""
@@ -327,7 +320,7 @@ class Attentions:
         last = 1 + 2 * moving + refit + match  # to compare frequencies, and to see what each of them keeps
         if len(method.candidates) == 1:
             return last
-        allowed = [m for m in self.allowed(method.candidates) if m.grouping == "consecutive" or self.may_group]
+        allowed = [m for m in self.allowed(method.candidates, repair) if m.grouping == "consecutive" or self.may_group]
         apart = [m for m in allowed if moving and _moves_frequencies(m)]
         together = {m.grouping for m in allowed if m not in apart}
         return len(together) + 3 * len(apart) + len(allowed) * (1 + refit) + last

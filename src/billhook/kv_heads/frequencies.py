@@ -108,36 +108,33 @@ def find_rotation(model: nn.Module, projections: Mapping[str, Projections], symm
     mixings = [rotation.mixing(numbers[0::3], 1.0), rotation.mixing(numbers[1::3], 0.0)]
     symmetry = (*mixings, *(rotation.mixing([n], 1.0) for n in numbers[2::3]))
     try:
-        turned = with_rope_parameters(model, rotation.rope(model, others))
-        found = with_modules(turned, lambda: find_symmetries(model, {first: projections[first]}, [symmetry]))
+        rotary = with_rope_parameters(model, rotation.rope(model, others))
+        of_module = with_modules(rotary, lambda: find_symmetries(model, {first: projections[first]}, [symmetry]))
     except Exception as error:  # whatever a class of models raises
         raise ValueError(
             f"{type(model).__name__} does not accept rope_type='longrope' ({type(error).__name__}: {error})"
         ) from error
     rounded = torch.tensor(others, dtype=torch.float64), 1e-5, 1e-8
-    follow = (torch.allclose(module.get_buffer("inv_freq").cpu().double(), *rounded) for module in turned.values())
-    if found[first].keys != symmetry or not all(follow):
+    follow = (torch.allclose(module.get_buffer("inv_freq").cpu().double(), *rounded) for module in rotary.values())
+    if of_module[first].keys != symmetry or not all(follow):
         raise ValueError(f"{type(model).__name__} does not follow rope_type='longrope'")
     return rotation
 
 
 def bands_within(rotation: Rotation, angle: float) -> tuple[Band, ...]:
     """Returns bands of frequencies that change by at most `angle` radians per token."""
-    order = sorted(range(len(rotation.frequencies)), key=rotation.frequencies.__getitem__)
-    bands, taken = list[Band](), list[int]()
-    if slow := [n for n in order if rotation.frequencies[n] <= angle]:
-        bands.append(Band(tuple(sorted(slow)), 0.0))
+    frequencies = rotation.frequencies
+    order = sorted(range(len(frequencies)), key=frequencies.__getitem__)
+    slow, groups = [number for number in order if frequencies[number] <= angle], list[list[int]]()
     for number in order[len(slow) :]:
-        if taken and rotation.frequencies[number] - rotation.frequencies[taken[0]] > 2 * angle:
-            bands.append(_band(rotation, taken))
-            taken = []
-        taken.append(number)
-    return (*bands, *([_band(rotation, taken)] if taken else []))
-
-
-def _band(rotation: Rotation, numbers: Sequence[int]) -> Band:
-    ends = rotation.frequencies[numbers[0]], rotation.frequencies[numbers[-1]]
-    return Band(tuple(sorted(numbers)), ends[0] if ends[0] == ends[1] else sum(ends) / 2)
+        if not groups or frequencies[number] - frequencies[groups[-1][0]] > 2 * angle:
+            groups.append([])
+        groups[-1].append(number)
+    bands = [Band(tuple(sorted(slow)), 0.0)] if slow else []
+    for group in groups:
+        least, most = frequencies[group[0]], frequencies[group[-1]]
+        bands.append(Band(tuple(sorted(group)), least if least == most else (least + most) / 2))
+    return tuple(bands)
 
 
 @dataclass(frozen=True)

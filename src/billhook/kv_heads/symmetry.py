@@ -126,14 +126,14 @@ def find_symmetries(
         projections: Its attention modules.
         keys: Possible symmetries of keys, the largest first. Defaults to all dimensions, and to rotary pairs.
     """
-    found = {}
+    symmetries = {}
     with evaluating_without_grad(model), attention_for_all_dtypes(model):  # modules compute in float64
         calls = _first_calls(model, projections)
         for name, attention in projections.items():
             store_of(model).load(model.get_submodule(name))
             with _in_float64([model.get_submodule(part) for part in (name, *attention.linears)]):
-                found[name] = _symmetries(model, attention, calls[name], keys)
-    return found
+                symmetries[name] = _symmetries(model, attention, calls[name], keys)
+    return symmetries
 
 
 def _symmetries(model: nn.Module, projections: Projections, call: Call, keys: Sequence[Symmetry] | None) -> Symmetries:
@@ -142,8 +142,20 @@ def _symmetries(model: nn.Module, projections: Projections, call: Call, keys: Se
     for kind, heads in vars(read(model, projections)).items():  # of their sizes, and with scores of unit size
         inputs = heads.shape[2] * (len(heads) if kind == "o" else 1)
         drawn[kind] = torch.randn(heads.shape, generator=generator, dtype=heads.dtype).to(heads.device) / math.sqrt(inputs)
-    before = HeadTensors(**drawn)
-    expected, interface = _output(model, projections, call, before)
+    before, attended, modules = HeadTensors(**drawn), list[Tensor](), set(model.get_submodule(projections.name).modules())
+
+    def attend(
+        function: Callable[..., Any], caller: nn.Module, query: Tensor, key: Tensor, *rest: Tensor | None, **options: object
+    ) -> Any:  # noqa: ANN401
+        result = function(caller, query, key, *rest, **options)
+        as_projected = query.shape[1] == len(projections.q.index) and key.shape[3] == projections.k.index.shape[1]
+        if caller in modules:  # other threads may run other models
+            attended.append(result[0] if as_projected else result[0][:0])
+        return result
+
+    with attention_functions_as(attend):
+        expected, read_heads = _output(model, projections, call, before)
+    interface = len(attended) == len(read_heads) == 1 and torch.equal(attended[0].flatten(), read_heads[0].flatten())
 
     def same(after: HeadTensors) -> bool:
         output, _ = _output(model, projections, call, after)
@@ -176,27 +188,18 @@ def _drawn(symmetry: Symmetry, heads: int, width: int, generator: torch.Generato
     return matrices
 
 
-def _output(model: nn.Module, projections: Projections, call: Call, heads: HeadTensors) -> tuple[Tensor, bool]:
+def _output(model: nn.Module, projections: Projections, call: Call, heads: HeadTensors) -> tuple[Tensor, list[Tensor]]:
     """Writes heads into an attention module and runs it on noise.
 
     Returns:
-        The output of the consumer layer of its heads, `[calls * tokens, hidden]`, and `Symmetries.interface`.
+        The output of the consumer layer of its heads, `[calls * tokens, hidden]`, and by call the heads that it reads.
     """
-    outputs, inputs, attended = list[Tensor](), list[Tensor](), list[Tensor]()
+    outputs, read_heads = list[Tensor](), list[Tensor]()
     module, reader = model.get_submodule(projections.name), model.get_submodule(projections.o.linear)
 
     def record(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-        inputs.append(args[0].flatten(0, -2))
+        read_heads.append(args[0].flatten(0, -2)[:, projections.o.index.flatten()])
         outputs.append(output.flatten(0, -2))
-
-    def attend(
-        function: Callable[..., Any], caller: nn.Module, query: Tensor, key: Tensor, *rest: Tensor | None, **options: object
-    ) -> Any:  # noqa: ANN401
-        result = function(caller, query, key, *rest, **options)
-        as_projected = query.shape[1] == len(projections.q.index) and key.shape[3] == projections.k.index.shape[1]
-        if caller in module.modules():  # other threads may run other models
-            attended.append(result[0] if as_projected else result[0][:0])
-        return result
 
     for kind, rows in projections.kinds.items():
         put_heads(matrix_of(model.get_submodule(rows.linear)), rows, vars(heads)[kind])
@@ -207,11 +210,8 @@ def _output(model: nn.Module, projections: Projections, call: Call, heads: HeadT
         for number, linear in enumerate(dict.fromkeys(rows.linear for rows in (projections.q, projections.k, projections.v))):
             stack.callback(model.get_submodule(linear).register_forward_pre_hook(partial(_with_noise, number)).remove)
         stack.callback(reader.register_forward_hook(record).remove)
-        stack.enter_context(attention_functions_as(attend))
         module(*args, **kwargs)
-    read_heads = [rows[:, projections.o.index.flatten()] for rows in inputs]
-    interface = len(attended) == len(read_heads) == 1 and torch.equal(attended[0].flatten(), read_heads[0].flatten())
-    return torch.cat(outputs).double(), interface
+    return torch.cat(outputs).double(), read_heads
 
 
 @contextmanager
@@ -267,7 +267,7 @@ def _first_calls(model: nn.Module, projections: Mapping[str, Projections]) -> di
     limits = [getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len")]
     # half of the length that the model is made for, as some lose positions at the start
     length = min([LENGTH, *(max(limit // 2, 1) for limit in limits if type(limit) is int)]) if any(limits) else FEW
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack:
         for name in projections:
             hook = partial(note, name)
             stack.callback(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True).remove)

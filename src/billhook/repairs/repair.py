@@ -160,13 +160,13 @@ def repair_linears(
             masks = hashlib.sha256(str([(name, keep.tolist()) for name, keep in kept.items()]).encode()).hexdigest()
             step = store.step(f"{repair} {sources} {masks}", partial(runs_fingerprint, runs))
             with step, activation_files(store) as visitor.files, spilled_outputs(visitor.files, model):
-                new = _refit(model, visitor, observed, {}, comm, forwards, by_block=True)
+                new = _refit(model, visitor, {}, forwards, by_block=True)
         else:
             store.check_can_hold_all(f"repair: {', '.join(list(repeated)[:1])} is called several times in a run")
             with store.all_loaded():
                 with evaluating_without_grad(model):
                     check_tokens(layers, needed, runs, comm)
-                new = _refit(model, visitor, observed, repeated, comm, forwards, by_block=False)
+                new = _refit(model, visitor, repeated, forwards, by_block=False)
     if len(names := visitor.not_refitted) == len(kept):
         raise NoRepair(too_few_tokens_message(names[0], needed[names[0]]))
     if names:
@@ -195,24 +195,22 @@ def _shown(
 def _refit(
     model: nn.Module,
     visitor: RepairVisitor,
-    observed: Mapping[str, nn.Module],
     repeated: Mapping[str, nn.Module],
-    comm: Comm,
     forwards: Sequence[Callable[[], object]],
     by_block: bool,
 ) -> LazyTensors:
     """Refits layers, starting with repeatedly called layers, up to the last block with any."""
-    visitor.take(visitor.inside(None) if by_block else observed)
-    refitted = [name for name in observed if name in visitor.kept]
+    visitor.take(visitor.inside(None) if by_block else visitor.layers)
+    refitted = [name for name in visitor.layers if name in visitor.kept]
     if repeated:
-        with replaced({observed[name]: visitor.current(name) for name in refitted}):
-            Walk([Site(model, dict(repeated))], visitor, comm)(forwards)
-    if once := _in_order(observed, observed.keys() - repeated.keys()):
+        with replaced({visitor.layers[name]: visitor.current(name) for name in refitted}):
+            Walk([Site(model, dict(repeated))], visitor, visitor.comm)(forwards)
+    if once := _in_order(visitor.layers, visitor.layers.keys() - repeated.keys()):
         sites = find_sites(model, once, "layer", store_of(model).blocks.values() if by_block else ())
         while not sites[-1].linears:
             sites.pop()
         with replaced(dict(zip(repeated.values(), map(visitor.current, repeated), strict=True))):
-            Walk(sites, visitor, comm, visitor.enter if by_block else None)(forwards)
+            Walk(sites, visitor, visitor.comm, visitor.enter if by_block else None)(forwards)
     return visitor.finish() if by_block else LazyTensors.of(by_parameter({name: visitor.current(name) for name in refitted}))
 
 

@@ -164,14 +164,6 @@ class _Linear:
             sizes = len(weight), len(self.kept_index)
             self.buffers = [TokenBuffer(ResidualStatistics(*sizes, weight.device, files)) for _ in range(2)]
 
-    @property
-    def parameters(self) -> dict[str, Tensor]:
-        """Current parameters in memory layout, with zeros for removed inputs."""
-        if self.fitted or self.keep is None:
-            return self.fitted or self.new
-        weight, bias = self.start
-        return to_parameters(self.module, torch.where(self.keep, weight, 0), bias)
-
 
 class RepairVisitor(Visitor):
     """Gathers input statistics of layers, and refits each when all runs have reached it.
@@ -212,8 +204,8 @@ class RepairVisitor(Visitor):
     ) -> None:
         self.files: ActivationFiles | None = None
         self._progress, self._done = progress, set[str]()
-        self._modules, self.kept, self._predecessors, self._runs = layers, kept, predecessors, runs
-        self._ridges, self._parts, self._comm = ridges, parts, comm
+        self.layers, self.kept, self._predecessors, self._runs = layers, kept, predecessors, runs
+        self._ridges, self._parts, self.comm = ridges, parts, comm
         self._new_params, self._store = new_params or LazyTensors({}), store
         self.untouched = range(len(runs), 2 * len(runs)) if predecessors else ()  # runs of the dense model
         self._block: nn.Module | None = None  # the block that runs are in
@@ -228,11 +220,11 @@ class RepairVisitor(Visitor):
     def take(self, names: Collection[str]) -> None:
         """Records the current weights of layers, and their given new parameters, before any run."""
         for name in names:  # in the same order on all ranks, which read sharded values together
-            self._linears[name] = _Linear(self._modules[name], self._new_params.of_module(name), self.kept.get(name))
+            self._linears[name] = _Linear(self.layers[name], self._new_params.of_module(name), self.kept.get(name))
 
     def inside(self, block: nn.Module | None) -> list[str]:
         """Returns the names of the layers in a block, or outside all blocks."""
-        return [name for name, linear in self._modules.items() if self._store.owner.get(linear) is block]
+        return [name for name, linear in self.layers.items() if self._store.owner.get(linear) is block]
 
     def enter(self, module: nn.Module) -> None:
         """Loads the block of a module, after staging the block that all runs have left."""
@@ -311,7 +303,11 @@ class RepairVisitor(Visitor):
 
     def current(self, name: str) -> dict[str, Tensor]:
         """Returns a layer's current parameters in memory layout, with zeros for removed inputs."""
-        return self._linears[name].parameters
+        linear = self._linears[name]
+        if linear.fitted or linear.keep is None:
+            return linear.fitted or linear.new
+        weight, bias = linear.start
+        return to_parameters(linear.module, torch.where(linear.keep, weight, 0), bias)
 
     def _add(self, name: str, inputs: Tensor, residual: Tensor | None, run: int, weights: Tensor | None) -> None:
         """Adds a call of a layer, with its residual; by default the output of removed inputs."""
@@ -344,7 +340,7 @@ class RepairVisitor(Visitor):
             keep = non_padding(self._runs[run], name, residual)
             counts = square > 0 if keep is None else (square > 0) & keep
             sums += torch.stack([torch.where(counts, square, 1).log().sum(), counts.sum()]).to(sums.device)
-        self._comm.sum_(sums)
+        self.comm.sum_(sums)
         for run, square in squares.items():
             mean = (sums[0] / sums[1]).exp().to(square)  # NaN if all residuals are 0
             weights[run] = torch.where(mean.isnan(), 1, 2 * mean / (mean + square))
@@ -356,7 +352,7 @@ class RepairVisitor(Visitor):
         parts = [buffer.flush() for buffer in linear.buffers]
         linear.buffers = []
         squares = linear.norms.squares.to(parts[0].tokens)  # in float64, so that one collective sums all
-        self._comm.sum_(squares, *(sums for part in parts for sums in part.tensors()))
+        self.comm.sum_(squares, *(sums for part in parts for sums in part.tensors()))
         bad = ~squares.isfinite()
         if bad.any():
             first = int(bad.nonzero()[0])
@@ -368,7 +364,7 @@ class RepairVisitor(Visitor):
             bias = None if bias is None else bias.to(remaining.device)
             support = remaining != 0
             is_sparse = is_pruned(int((~support).sum()), support.numel())  # else single zeros need not stay
-            kept, bias = refit_linear(remaining, bias, parts, self._ridges, self._comm, support if is_sparse else None)
+            kept, bias = refit_linear(remaining, bias, parts, self._ridges, self.comm, support if is_sparse else None)
             fitted = torch.zeros_like(weight)
             fitted[:, linear.kept_index] = kept.to(fitted.device)
             linear.fitted = to_parameters(linear.module, fitted, bias)

@@ -75,8 +75,8 @@ def divergence(one, other, ids):
 def test_auto_takes_what_stays_nearest_on_held_out_batches(monkeypatch):
     attentions, parts, _ = trained()
     (number,) = RepairConfig().held_out_batches(len(parts))
-    held_out, compared, distance = parts[number], [], attentions.distance
-    monkeypatch.setattr(attentions, "distance", lambda new, *rest: compared.append(new) or distance(new, *rest))
+    held_out, compared, distances = parts[number], [], attentions.distances
+    monkeypatch.setattr(attentions, "distances", lambda news, *rest: compared.extend(news) or distances(news, *rest))
     chosen, losses = best_method(attentions, METHODS, runs_of(attentions.model, parts), None)
     assert list(losses) == METHODS == list(Auto().candidates)
     with torch.no_grad():
@@ -176,7 +176,7 @@ def test_the_distance_is_the_mean_of_batches_and_leaves_the_model_as_it_is():
     before, same = copy.deepcopy(model.state_dict()), EqualHeads(LazyTensors({}))
     for autocast in (False, True):  # which keeps the weights that it has cast
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), torch.no_grad():
-            found = [attentions.distance(one, runs_of(model, parts)) for one in (same, new, same)]
+            found = [attentions.distances([one], runs_of(model, parts))[0] for one in (same, new, same)]
             expected = [divergence(model, changed(model, new), ids) for ids in parts]
         assert found == pytest.approx([0, sum(expected) / 3, 0], rel=1e-5)
         assert found[1] > 1e-6
@@ -186,8 +186,8 @@ def test_the_distance_is_the_mean_of_batches_and_leaves_the_model_as_it_is():
 def test_a_method_that_loses_a_number_that_is_none_is_not_taken():
     model = llama()
     attentions = attentions_of(model, 1)
-    plain = attentions.distance
-    attentions.distance = lambda new, runs: float("nan") if not calls.append(0) and len(calls) == 1 else plain(new, runs)
+    plain = attentions.distances
+    attentions.distances = lambda news, runs: [float("nan")] if not calls.append(0) and len(calls) == 1 else plain(news, runs)
     calls = []
     chosen, losses = best_method(attentions, METHODS, runs_of(model, [tokens() for _ in range(3)]), None)
     assert list(losses) == METHODS[:3]  # of one group alone there is no choice

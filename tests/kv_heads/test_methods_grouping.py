@@ -11,7 +11,7 @@ from billhook.kv_heads.basis import find_bases, similar_order
 from billhook.kv_heads.layout import find_projections, read
 from billhook.kv_heads.methods import SVD, method_of
 from billhook.kv_heads.moments import weight_moments
-from billhook.kv_heads.symmetry import find_symmetries, in_order
+from billhook.kv_heads.symmetry import find_symmetries
 from billhook.tracing.trace import trace
 from kit.families import tokens
 from kit.kv_zoo import mixed, model_of, moments_of, with_stacks
@@ -33,7 +33,7 @@ def shuffled(model, order):
     for name, place in find_projections(model, trace(model)).items():
         symmetries = find_symmetries(model, {name: place})[name]
         stacks = mixed(read(model, place), symmetries, groups=len(order) // 2)
-        with_stacks(model, place, in_order(stacks, order))
+        with_stacks(model, place, stacks.in_order(order))
     return model
 
 
@@ -65,7 +65,7 @@ def test_no_other_grouping_loses_less_over_its_pairs(heads, groups):
 
     @functools.cache
     def together(pair):
-        two = in_order(stacks, pair)
+        two = stacks.in_order(pair)
         return sum(own.lost for own in find_bases(two, weight_moments(two, 1), symmetries, SVD()))
 
     def loses(partition):
@@ -93,7 +93,7 @@ def test_another_order_alone_changes_no_logits_and_has_the_moments_that_it_is_sa
     runs = [Run(lambda: run().sum())]
     before, logits = moments_of(model, places, dict.fromkeys(places, 1), runs), run()
     for place in places.values():
-        with_stacks(model, place, in_order(read(model, place), order))
+        with_stacks(model, place, read(model, place).in_order(order))
     torch.testing.assert_close(run(), logits)
     whole = moments_of(model, places, dict.fromkeys(places, 1), runs)
     after = moments_of(model, places, dict.fromkeys(places, 2), runs)

@@ -12,9 +12,9 @@ from kit.families import BERT, llama, tokens
 
 @pytest.fixture
 def told(caplog):
-    calibration._log.cache_clear()
+    calibration.log_once.cache_clear()
     yield lambda: [(one.levelname, one.message) for one in caplog.records if one.name == "billhook"]
-    calibration._log.cache_clear()
+    calibration.log_once.cache_clear()
 
 
 def repair(model, *sources):
@@ -57,7 +57,7 @@ def test_in_a_search_and_in_kv_heads(told):
     batches = [Batch({"input_ids": tokens(2, 16)}, "text") for _ in range(4)]
     shrinks.shrink(llama(), batches, params=0.95, generations=0)
     assert told() == ADVICE
-    calibration._log.cache_clear()
+    calibration.log_once.cache_clear()
     bh.convert_kv_heads(llama(), 1, "svd", batches=batches, repair=bh.RepairConfig())
     assert told() == 2 * ADVICE
 

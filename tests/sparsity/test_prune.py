@@ -226,7 +226,7 @@ class Rarely(nn.Module):
 @pytest.mark.filterwarnings("ignore:X.T X is not positive definite")
 @pytest.mark.parametrize("kind", [bh.SparseGPT, bh.criteria.ALPS, bh.criteria.Refit, bh.Wanda])
 def test_fewer_tokens_than_inputs_are_told_before_the_work_for_what_solves_for_weights(kind, caplog, monkeypatch):
-    calibration._log.cache_clear()
+    calibration.log_once.cache_clear()
     told, walk = [], WalkSettings.walk
     monkeypatch.setattr(WalkSettings, "walk", lambda *given: told.append(caplog.text) or walk(*given))
     solves = kind is not bh.Wanda

@@ -48,17 +48,14 @@ def base_checkpoint(checkpoint: dict[str, Any], name: str) -> dict[str, Any]:
     recorded = checkpoint.get(ADAPTERS)
     if recorded is None:
         return checkpoint
-    if not isinstance(recorded, dict) or not all(map(_is_entry, recorded.values())):
+    types = {"rank": int, "scaling": float, "masked": bool}
+    entries = recorded.values() if isinstance(recorded, dict) else [None]
+    if not all(isinstance(entry, dict) and all(type(entry.get(key)) is types[key] for key in types) for entry in entries):
         raise ValueError(f"'{name}' has a malformed entry {ADAPTERS!r} for its adapters")
     shape = checkpoint[KEY]["shape"]
     plain = {part: _of_base(shape.get(part, {})) for part in ("tensors", "attributes")}
     of_base = checkpoint[KEY] | {"shape": shape | plain, "constants": _of_base(checkpoint[KEY]["constants"])}
     return checkpoint | {"state_dict": _of_base(checkpoint["state_dict"]), KEY: of_base}
-
-
-def _is_entry(entry: object) -> bool:
-    types = {"rank": int, "scaling": float, "masked": bool}
-    return isinstance(entry, dict) and all(type(entry.get(key)) is kind for key, kind in types.items())
 
 
 def _of_base(entries: Mapping[str, Any]) -> dict[str, Any]:
@@ -89,10 +86,9 @@ def restore_adapters(model: PreTrainedModel, checkpoint: Mapping[str, Any], name
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
     )
     inject_adapter_in_model(config, model)
-    layers, is_masked = find_adapters(model), False
+    layers = find_adapters(model)
     for key, entry in recorded.items():
         layers[key].scaling[ADAPTER] = entry["scaling"]
-        is_masked = is_masked or entry["masked"]
     model.load_state_dict({key: state[key] for key in model.state_dict()})
-    if is_masked:
+    if any(entry["masked"] for entry in recorded.values()):
         mask_nonzero(model)

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
-from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -70,7 +69,19 @@ def attach(model: PreTrainedModel, lora: LoRA | LoraConfig, classifies: bool = F
         raise ValueError("lora: the model already has adapters. Merge them first with bh.training.merge, or remove lora.")
     head = dict(model.named_children()) if classifies and isinstance(lora, LoRA) and model.base_model is not model else {}
     head = {name: module for name, module in head.items() if module is not model.base_model}  # such as a classification head
-    config = _config(model, lora, head) if isinstance(lora, LoRA) else lora
+    config: Any = lora
+    if isinstance(lora, LoRA):
+        skipped = list[str]()
+        for name, module_outside in head.items():
+            skipped += [f"{name}.{inner}".rstrip(".") for inner, module in module_outside.named_modules() if is_linear(module)]
+        config = LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number
+            lora_dropout=lora.dropout,
+            target_modules=lora.target,
+            exclude_modules=skipped or None,
+            fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
+        )
     try:
         inject_adapter_in_model(config, model)
     except ValueError as error:
@@ -80,20 +91,6 @@ def attach(model: PreTrainedModel, lora: LoRA | LoraConfig, classifies: bool = F
             parameter.data = parameter.data.float()
     for module in head.values():
         module.requires_grad_(True)
-
-
-def _config(model: PreTrainedModel, lora: LoRA, head: Mapping[str, nn.Module]) -> LoraConfig:
-    skipped = list[str]()
-    for name, module_outside in head.items():
-        skipped += [f"{name}.{inner}".rstrip(".") for inner, module in module_outside.named_modules() if is_linear(module)]
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # any number
-        lora_dropout=lora.dropout,
-        target_modules=lora.target,
-        exclude_modules=skipped or None,
-        fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-    )
 
 
 def to_plain(lora: LoRA | LoraConfig) -> dict[str, Any]:

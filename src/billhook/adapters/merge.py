@@ -87,21 +87,18 @@ class Merged(Printable):
         return any(self.error.values())
 
     def _renderables(self) -> list[str]:
-        return [self._line()]
-
-    def _line(self) -> str:
         if not self.error:
-            return "no adapters on linear layers were left to merge; updates of other adapters are in the weights"
+            return ["no adapters on linear layers were left to merge; updates of other adapters are in the weights"]
         line = f"merged adapters of {len(self.error)} layer{'s' * (len(self.error) > 1)} in place"
         if not self.pruned:
-            return f"{line}, all in full, because none is sparse"
+            return [f"{line}, all in full, because none is sparse"]
         line += f", zeros kept{f' in {len(self.pruned)}' * (len(self.pruned) < len(self.error))}"
         if not self.lost:
-            return f"{line}; no update was lost"
+            return [f"{line}; no update was lost"]
         shares = {name: self.error[name] for name in self.pruned}
         worst = max(shares, key=shares.__getitem__)
         mean = sum(shares.values()) / len(shares)
-        return f"{line}; {mean:.1%} of the updates of sparse layers was lost on average, at most {shares[worst]:.1%} ({worst})"
+        return [f"{line}; {mean:.1%} of the updates of sparse layers was lost on average, at most {shares[worst]:.1%} ({worst})"]
 
 
 @fresh_autocast_cache()
@@ -168,16 +165,13 @@ def temporarily_merged(model: nn.Module) -> Iterator[Merged]:
 def _merged_in_turn(model: nn.Module) -> Iterator[Merged]:
     """Merges each block when it is loaded, and other weights until the `with` block ends."""
     store, back, on_layers = store_of(model), snapshot(model), find_adapters(model)
-    named = dict(zip(map(id, on_layers.values()), on_layers, strict=True))
-    layers = {}
-    for _, _, child in _outermost_layers(model):
-        if is_adapter(child) and not child.merged:
-            layers[id(child)] = child
+    names = {layer: name for name, layer in on_layers.items()}
+    layers = [child for _, _, child in _outermost_layers(model) if is_adapter(child) and not child.merged]
     if layers:
         _check_mergeable(model)
     error, pruned = dict[str, float](), set[str]()
     kept = []  # weights outside of blocks, to restore them
-    for layer in layers.values():
+    for layer in layers:
         if base_of(layer) not in store.owner:
             kept += [(parameter, parameter.detach().clone()) for parameter in base_of(layer).parameters()]
 
@@ -185,11 +179,11 @@ def _merged_in_turn(model: nn.Module) -> Iterator[Merged]:
     def merged(block: nn.Module | None) -> list[nn.Parameter]:
         """Merges the layers of a block, or of no block (None), and returns their weights."""
         parameters = list[nn.Parameter]()
-        for key, layer in layers.items():
+        for layer in layers:
             if store.owner.get(base_of(layer)) is not block:
                 continue
             layer.merged_adapters.clear()  # set when the block was loaded before
-            if (name := named.get(key)) is None:
+            if (name := names.get(layer)) is None:
                 _into(type(layer).__name__, layer)
             else:
                 masks = find_masks({name: layer}, None)
@@ -208,7 +202,7 @@ def _merged_in_turn(model: nn.Module) -> Iterator[Merged]:
             yield Merged(subject, ordered_error, tuple(filter(pruned.__contains__, on_layers)))
     finally:
         back()
-        for layer in layers.values():
+        for layer in layers:
             layer.merged_adapters.clear()
         for parameter, values in kept:
             parameter.data.copy_(values)
@@ -256,7 +250,15 @@ def _removed(model: nn.Module, merges: bool = True) -> nn.Module:
     wrapped: Any = model
     inner: Any = wrapped.get_base_model() if hasattr(model, "get_base_model") else model
     for parent, name, child in list(_outermost_layers(inner)):
-        setattr(parent, name, _merged_base(name, child) if merges or is_trained_copy(child) else child.get_base_layer())
+        if not is_trained_copy(child):
+            if merges:
+                _into(name, child)
+            base = child.get_base_layer()
+        elif child.disable_adapters:
+            base = child.original_module
+        else:
+            base = child.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+        setattr(parent, name, base)
     for module in inner.modules():
         if getattr(module, "_hf_peft_config_loaded", False):
             module._hf_peft_config_loaded = False
@@ -275,13 +277,3 @@ def _outermost_layers(model: nn.Module) -> Iterator[tuple[nn.Module, str, Any]]:
             yield model, name, child
         else:
             yield from _outermost_layers(child)
-
-
-def _merged_base(name: str, child: Any) -> nn.Module:  # noqa: ANN401
-    """Returns the module beneath a PEFT layer, with its update merged."""
-    if not is_trained_copy(child):
-        _into(name, child)
-        return child.get_base_layer()  # type: ignore[no-any-return]
-    if child.disable_adapters:
-        return child.original_module  # type: ignore[no-any-return]
-    return child.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)

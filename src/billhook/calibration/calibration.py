@@ -49,7 +49,19 @@ def name_sources(sources: Sources, taken: Collection[str] = ()) -> dict[str, Sou
     """
     listed = list(sources) if isinstance(sources, Sequence) and not isinstance(sources, str) else [sources]
     for source in listed:
-        _check(source)
+        check_data(source, "sources")
+        if not is_table(source):
+            continue
+        import datasets
+
+        if isinstance(source, datasets.IterableDataset | datasets.IterableDatasetDict):
+            raise ValueError(
+                f"sources: a stream ({type(source).__name__}) is not supported, because examples are drawn from all rows. Take a "
+                "part of it, such as datasets.Dataset.from_list(list(stream.take(1000)))."
+            )
+        if isinstance(source, datasets.DatasetDict) and "train" not in source:
+            splits = ", ".join(map(str, source)) or "none"
+            raise ValueError(f"sources: the DatasetDict has the splits {splits}. Calibration needs 'train'.")
     by_name = dict[str, Source | Table]()
     for source in listed:
         if is_table(source):
@@ -70,23 +82,6 @@ def name_sources(sources: Sources, taken: Collection[str] = ()) -> dict[str, Sou
     if not by_name:
         raise ValueError(f"sources={sources!r} is empty. Name at least one source.")
     return by_name
-
-
-def _check(source: object) -> None:
-    """Raises if a source names no text, holds none, or is a stream."""
-    check_data(source, "sources")
-    if not is_table(source):
-        return
-    import datasets
-
-    if isinstance(source, datasets.IterableDataset | datasets.IterableDatasetDict):
-        raise ValueError(
-            f"sources: a stream ({type(source).__name__}) is not supported, because examples are drawn from all rows. Take a "
-            "part of it, such as datasets.Dataset.from_list(list(stream.take(1000)))."
-        )
-    if isinstance(source, datasets.DatasetDict) and "train" not in source:
-        splits = ", ".join(map(str, source)) or "none"
-        raise ValueError(f"sources: the DatasetDict has the splits {splits}. Calibration needs 'train'.")
 
 
 def _of_files(source: Source) -> str:
@@ -203,8 +198,6 @@ class Calibration:
     ) -> list[Batch]:
         subject = find_transformer(model)
         length, batches = example_length(subject, self.length), list[Batch]()
-        if GENERATED in self.named:
-            check_can_generate(subject)
         for name, wanted in self.examples(length).items():
             if name == GENERATED:
                 examples, seed = (wanted, self.seed) if held_out is None else (held_out, self.seed + 1)
@@ -225,11 +218,16 @@ class Calibration:
         splits = load_splits(self.named[name])
         if "train" not in splits:
             raise ValueError(f"sources: '{name}' has the splits {', '.join(splits)}. Calibration needs 'train'.")
-        other = next((split for split in ("test", "validation") if split in splits), None)
-        if held_out is not None and other is not None:
-            examples: Any = self._packed(splits[other], other, length, tokenizer)
+        other = next((split for split in ("test", "validation") if split in splits and held_out is not None), None)
+        split = other or "train"
+        rows: Any = splits[split]
+        columns, documents = find_text_columns(rows, split, self.column), not is_line_text(rows)
+        if documents:  # blank lines of a .txt file are part of its text
+            warn_of_empty_rows(rows, split, columns)
+        arguments = {"length": length, "columns": columns, "documents": documents}
+        examples: Any = map_rows(rows, pack, split, tokenizer, **arguments)
+        if other is not None:
             return torch.tensor(examples[:held_out]["input_ids"])
-        examples = self._packed(splits["train"], "train", length, tokenizer)
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(self.seed)).tolist()
         drawn = order[:count] if held_out is None else order[count : count + held_out]
         if not drawn and order:
@@ -242,12 +240,6 @@ class Calibration:
                 f"sources: '{name}' is too short for an example of length={length} tokens. Use a longer text or a smaller length."
             )
         return torch.tensor(examples[drawn]["input_ids"])
-
-    def _packed(self, rows: Any, split: str, length: int, tokenizer: PreTrainedTokenizerBase) -> Any:  # noqa: ANN401 - of `datasets`
-        columns, documents = find_text_columns(rows, split, self.column), not is_line_text(rows)
-        if documents:  # blank lines of a .txt file are part of its text
-            warn_of_empty_rows(rows, split, columns)
-        return map_rows(rows, pack, split, tokenizer, length=length, columns=columns, documents=documents)
 
 
 Batches: TypeAlias = Iterable[Any] | Calibration
@@ -271,7 +263,6 @@ def read_batches(batches: Batches | None, model: nn.Module) -> Iterable[Any]:
             tokenizer = load_tokenizer(origin) if origin else None
         batches = Calibration()
         if tokenizer is not None:
-            check_tokenizer(find_transformer(model), tokenizer)
             batches = Calibration([MIXED, GENERATED], tokens=2 * Calibration.tokens)
     return check_batches(batches.read(model) if isinstance(batches, Calibration) else batches)
 
@@ -311,15 +302,11 @@ def log_only_self_generated(sources: Collection[str]) -> None:
         log_once(ONLY_SELF_GENERATED)
 
 
+@cache
 def log_once(message: str) -> None:
     """Logs a message on the first rank, unless this process has logged it before."""
     if not (distributed.is_available() and distributed.is_initialized() and distributed.get_rank() > 0):
-        _log(message)
-
-
-@cache
-def _log(message: str) -> None:
-    logging.getLogger("billhook").warning(message)
+        logging.getLogger("billhook").warning(message)
 
 
 MEASURED = 4096

@@ -6,16 +6,12 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from billhook.calibration.reading import Rows, column_names
-
-if TYPE_CHECKING:
-    import pyarrow
-
 
 CHAT_COLUMNS = ("messages", "conversations")
 """Columns that hold chats."""
@@ -126,38 +122,28 @@ def find_text_columns(rows: Rows, split: str, column: str) -> list[str]:
 def warn_of_empty_rows(rows: Rows, split: str, columns: Sequence[str]) -> None:
     """Warns of rows that are null or have no text to train on. Streams are not checked."""
     import datasets
-    import pyarrow.compute
+    from pyarrow import compute, types
 
     if not isinstance(rows, datasets.Dataset):
         return
     empty = 0
     for table in rows.select_columns(list(columns)).with_format("arrow").iter(ROWS_AT_ONCE):
-        missing = [_is_empty(table[columns[-1]])]  # a prompt may be blank, its response must not
-        for column in columns[:-1]:
-            missing.append(pyarrow.compute.is_null(table[column]).to_pylist())
-        empty += sum(map(any, zip(*missing, strict=True)))
+        *before, last = (table[column] for column in columns)
+        if types.is_list(last.type) or types.is_large_list(last.type):
+            length = compute.list_value_length(last)
+        elif types.is_string(last.type) or types.is_large_string(last.type):
+            length = compute.binary_length(compute.utf8_trim_whitespace(last))
+        else:
+            length = compute.if_else(compute.is_null(last), 0, 1)
+        present = [compute.fill_null(length, 0).to_pylist()]  # a prompt may be blank, its response must not
+        present += [compute.is_valid(column).to_pylist() for column in before]
+        empty += sum(not all(row) for row in zip(*present, strict=True))
     if empty:
         quoted = " or ".join(f"'{column}'" for column in columns)
         warnings.warn(
             f"data: {empty:,} of {len(rows):,} rows of the split '{split}' have no text in the column {quoted} and are skipped.",
             stacklevel=2,
         )
-
-
-def _is_empty(column: "pyarrow.ChunkedArray") -> list[bool]:
-    """Finds the values of a column that are null, empty, or blank."""
-    import pyarrow.compute
-
-    kind = column.type
-    if pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind):
-        empty = pyarrow.compute.equal(pyarrow.compute.list_value_length(column), 0)
-    elif pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind):
-        blank = pyarrow.compute.utf8_is_space(column)
-        empty = pyarrow.compute.or_(blank, pyarrow.compute.equal(pyarrow.compute.binary_length(column), 0))
-    else:
-        empty = pyarrow.compute.is_null(column)
-    values: list[bool] = pyarrow.compute.fill_null(empty, True).to_pylist()
-    return values
 
 
 def is_text(rows: Rows, columns: Sequence[str]) -> bool:
@@ -195,35 +181,44 @@ def encode(
     values = zip(*map(rows.__getitem__, columns), strict=True)
     complete = [(row, row_tools) for row, row_tools in zip(values, tools, strict=True) if None not in row]
     if len(columns) > 1:
-        for row, row_tools in complete:
-            yield from _answered(row, row_tools, tokenizer, columns, responses)
+        for (prompt, response), row_tools in complete:
+            chat = Chat()
+            for value, column, role in zip((prompt, response), columns, ("user", "assistant"), strict=True):
+                if not isinstance(value, list):
+                    check_texts([value], column)
+                chat += parse_chat(value, column) if isinstance(value, list) else [{"role": role, "content": value}]
+            if isinstance(response, str) and (not response or response.isspace()):
+                continue
+            if tokenizer.chat_template or isinstance(prompt, list) or isinstance(response, list):
+                yield _chat(chat, parse_tools(row_tools), tokenizer, responses)
+            else:
+                span = len(prompt), len(prompt + response)
+                encoded, end = _spans(prompt + response, [span] if responses else None, tokenizer), _end(tokenizer)
+                yield Encoded(encoded.ids + end, encoded.learned + [True] * len(end))
     elif complete and isinstance(complete[0][0][0], list):
         for (messages,), row_tools in complete:
             if chat := parse_chat(messages, columns[0]):
                 yield _chat(chat, parse_tools(row_tools), tokenizer, responses)
     else:
-        yield from _texts([text for (text,), _ in complete], tokenizer, columns[0], documents)
+        texts = check_texts([text for (text,), _ in complete], columns[0])
+        end, batch, size = _end(tokenizer) if documents else [], list[str](), 0
+        texts = [text for text in (texts if documents else ["".join(texts)]) if text and not text.isspace()]
+        for number, text in enumerate(texts, 1):
+            batch.append(text)
+            size += len(text)
+            # small batches: a tokenizer needs more than 100 bytes for each character
+            if number == len(texts) or size + len(texts[number]) > CHARACTERS:
+                for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
+                    yield Encoded([*ids, *end], [True] * (len(ids) + len(end)))
+                batch, size = [], 0
 
 
-def _texts(texts: list[Any], tokenizer: PreTrainedTokenizerBase, column: str, documents: bool) -> Iterator[Encoded]:
-    check_texts(texts, column)
-    end, batch, size = _end(tokenizer) if documents else [], list[str](), 0
-    texts = [text for text in (texts if documents else ["".join(texts)]) if text and not text.isspace()]
-    for number, text in enumerate(texts, 1):
-        batch.append(text)
-        size += len(text)
-        # small batches: a tokenizer needs more than 100 bytes for each character
-        if number == len(texts) or size + len(texts[number]) > CHARACTERS:
-            for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-                yield Encoded([*ids, *end], [True] * (len(ids) + len(end)))
-            batch, size = [], 0
-
-
-def check_texts(values: Sequence[Any], column: str) -> None:
-    """Raises if a column holds anything but text."""
+def check_texts(values: list[Any], column: str) -> list[str]:
+    """Returns the values of a column. Raises if it holds anything but text."""
     for value in values:
         if not isinstance(value, str):
             raise ValueError(f"the column '{column}' must hold text in every row. Got {value!r}.")
+    return values
 
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -232,49 +227,17 @@ def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if end is None else [end]
 
 
-def _answered(
-    row: Sequence[Any], tools: object, tokenizer: PreTrainedTokenizerBase, columns: Sequence[str], responses: bool
-) -> Iterator[Encoded]:
-    """Tokenizes a prompt and its response, with the chat template if it exists."""
-    chat, (prompt, response) = Chat(), row
-    for value, column, role in zip(row, columns, ("user", "assistant"), strict=True):
-        if not isinstance(value, list):
-            check_texts([value], column)
-        chat += parse_chat(value, column) if isinstance(value, list) else [{"role": role, "content": value}]
-    if isinstance(response, str) and (not response or response.isspace()):
-        return
-    if tokenizer.chat_template or isinstance(prompt, list) or isinstance(response, list):
-        yield _chat(chat, parse_tools(tools), tokenizer, responses)
-        return
-    encoded = _spans(prompt + response, [(len(prompt), len(prompt + response))], tokenizer, responses)
-    end = _end(tokenizer)
-    yield Encoded(encoded.ids + end, encoded.learned + [True] * len(end))
-
-
 def _chat(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBase, responses: bool) -> Encoded:
     """Tokenizes a chat, and marks the generated tokens (by template tags) or the responses."""
     if not tokenizer.chat_template:
         raise ValueError("tokenizer: chats need a chat template, and the tokenizer has none. Name a tokenizer that has one.")
+    text = _formatted(chat, tools, tokenizer)  # raises a ValueError if the template rejects the chat
     if not responses:
-        return _spans(_formatted(chat, tools, tokenizer), [], tokenizer, responses)
-    if not GENERATION_TAG.search(tokenizer.get_chat_template(tools=tools)):
-        return _spans(*_responses(chat, tools, tokenizer), tokenizer, responses)
-    _formatted(chat, tools, tokenizer)  # raises a ValueError if the template rejects the chat
-    encoded: Any = tokenizer.apply_chat_template(chat, tools, return_dict=True, return_assistant_tokens_mask=True)  # type: ignore[arg-type]
-    return Encoded(list(encoded["input_ids"]), [bool(mask) for mask in encoded["assistant_masks"]])
-
-
-def _formatted(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBase, opened: bool = False) -> str:
-    """Formats a chat with the chat template, optionally up to the start of the next response."""
-    try:
-        return str(tokenizer.apply_chat_template(chat, tools, tokenize=False, add_generation_prompt=opened))  # type: ignore[arg-type]
-    except TemplateError as error:
-        raise ValueError(f"the chat template rejects a chat ({error}): {str(chat)[:200]}") from error
-
-
-def _responses(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBase) -> tuple[str, list[tuple[int, int]]]:
-    """Returns a chat as text, with the character span of each response."""
-    text, spans = _formatted(chat, tools, tokenizer), list[tuple[int, int]]()
+        return _spans(text, None, tokenizer)
+    if GENERATION_TAG.search(tokenizer.get_chat_template(tools=tools)):
+        encoded: Any = tokenizer.apply_chat_template(chat, tools, return_dict=True, return_assistant_tokens_mask=True)  # type: ignore[arg-type]
+        return Encoded(list(encoded["input_ids"]), [bool(mask) for mask in encoded["assistant_masks"]])
+    spans = list[tuple[int, int]]()
     for number, message in enumerate(chat):
         if message["role"] != "assistant":
             continue
@@ -287,12 +250,20 @@ def _responses(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBa
                 f"the template, or use loss_on='all'. The chat is {str(chat)[:200]}"
             )
         spans.append((len(before), len(after)))
-    return text, spans
+    return _spans(text, spans, tokenizer)
 
 
-def _spans(text: str, spans: list[tuple[int, int]], tokenizer: PreTrainedTokenizerBase, responses: bool) -> Encoded:
-    """Tokenizes text, and marks every token that overlaps a span, as transformers does."""
-    if not responses:
+def _formatted(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBase, opened: bool = False) -> str:
+    """Formats a chat with the chat template, optionally up to the start of the next response."""
+    try:
+        return str(tokenizer.apply_chat_template(chat, tools, tokenize=False, add_generation_prompt=opened))  # type: ignore[arg-type]
+    except TemplateError as error:
+        raise ValueError(f"the chat template rejects a chat ({error}): {str(chat)[:200]}") from error
+
+
+def _spans(text: str, spans: list[tuple[int, int]] | None, tokenizer: PreTrainedTokenizerBase) -> Encoded:
+    """Tokenizes text, and marks every token that overlaps a span, as transformers does; without spans, all."""
+    if spans is None:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return Encoded(list(ids), [True] * len(ids))
     if not tokenizer.is_fast:

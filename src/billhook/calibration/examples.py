@@ -49,16 +49,13 @@ def map_rows(
         return rows.map(function, **options)
     source = [Path(file).read_text(encoding="utf-8") for file in (__file__, conversations.__file__)]
     # private: the fingerprint by which `datasets` caches these rows
-    parts = [rows._fingerprint, source, function.__name__, arguments, _identity(tokenizer)]
-    return rows.map(function, **options, new_fingerprint=Hasher.hash(parts), desc=f"Tokenizing {split}")
-
-
-def _identity(tokenizer: PreTrainedTokenizerBase) -> list[Any]:
-    """Returns a tokenizer's settings, without the padding and truncation of its last call."""
+    parts = [rows._fingerprint, source, function.__name__, arguments, repr(tokenizer)]
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
-        return [repr(tokenizer), tokenizer.get_vocab()]
-    return [repr(tokenizer), tokenizer.chat_template, json.loads(backend.to_str()) | {"truncation": None, "padding": None}]
+        parts.append(tokenizer.get_vocab())
+    else:  # without the padding and truncation of its last call
+        parts += [tokenizer.chat_template, json.loads(backend.to_str()) | {"truncation": None, "padding": None}]
+    return rows.map(function, **options, new_fingerprint=Hasher.hash(parts), desc=f"Tokenizing {split}")
 
 
 def pack(
@@ -139,11 +136,11 @@ def classify(
         numbers: Ids of label names. None if labels are ids.
     """
     labels = label_ids(rows[label_column], label_column, numbers)
-    encoded = tokenizer(*(_texts(rows[column], column) for column in text_columns), truncation=True, max_length=length)
+    encoded = tokenizer(*(check_texts(rows[column], column) for column in text_columns), truncation=True, max_length=length)
     return {**encoded, "labels": labels}
 
 
-def label_ids(labels: Sequence[Any], column: str, numbers: Mapping[Any, int] | None = None) -> list[int]:
+def label_ids(labels: Sequence[Any], column: str, numbers: Mapping[Any, int] | None) -> list[int]:
     """Returns labels as ids, mapped by `numbers` if given; raises if a label is no integer."""
     by_number = [label if numbers is None else numbers.get(label, label) for label in labels]
     for label in by_number:
@@ -162,15 +159,10 @@ def translate(rows: Batch, tokenizer: PreTrainedTokenizerBase, columns: Sequence
         columns: Columns of the source and of the target.
         lengths: Maximum numbers of tokens of both.
     """
-    source, target = (_texts(rows[column], column) for column in columns)
+    source, target = (check_texts(rows[column], column) for column in columns)
     encoded = tokenizer(source, truncation=True, max_length=lengths[0])
     labels = tokenizer(text_target=target, truncation=True, max_length=lengths[1])
     return {**encoded, "labels": labels["input_ids"]}
-
-
-def _texts(values: list[Any], column: str) -> list[str]:
-    check_texts(values, column)
-    return values
 
 
 def collate_packed(blocks: list[Batch]) -> Batch:

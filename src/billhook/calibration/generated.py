@@ -7,6 +7,7 @@ https://arxiv.org/abs/2410.17170).
 """
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,8 +102,25 @@ def generated(
     check_values(subject)
     check_can_generate(subject)
     length = example_length(subject, length)
-    starts = [_start(subject)] if prompts is None else _encoded(subject, prompts, tokenizer, length)
-    skipped = 0 if prompts is not None else _skipped(subject, length)
+    skipped, starts = 0, list[list[int]]()
+    if prompts is None:  # extra tokens, of which the last is never an input
+        most = getattr(text_config(subject.config), "max_position_embeddings", None)
+        skipped = max(1, length // SKIPPED)
+        skipped = min(skipped, most + 1 - length) if most else skipped
+        starts.append(_start(subject))
+    else:
+        encoder: Any = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else tokenizer_of(subject, tokenizer)
+        check_tokenizer(subject, encoder)
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                ids = encoder(prompt)["input_ids"]
+            elif isinstance(prompt, Sequence) and all(isinstance(message, dict) for message in prompt):
+                ids = encoder.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)["input_ids"]
+            else:
+                raise ValueError(f"prompts: {prompt!r} must be text or a chat (a list of messages with role and content).")
+            starts.append((ids or _start(subject))[: length - 1])  # less than an example
+        if not starts:
+            raise ValueError("prompts is empty. Pass at least one prompt, or None.")
     begun = [starts[row % len(starts)] for row in range(examples)]
     rows = _written(subject, begun, length + skipped, temperature, seed, folder)
     if skipped:  # tokens at both ends of each row are left out, one of the first at least
@@ -137,13 +155,6 @@ def example_length(model: PreTrainedModel, length: int | None) -> int:
     return length or min(DEFAULT_LENGTH, most)
 
 
-def _skipped(model: PreTrainedModel, length: int) -> int:
-    """Returns the number of extra tokens to generate; the last token is never an input."""
-    most = getattr(text_config(model.config), "max_position_embeddings", None)
-    skipped = max(1, length // SKIPPED)
-    return min(skipped, most + 1 - length) if most else skipped
-
-
 def _start(model: PreTrainedModel) -> list[int]:
     """Returns the token that starts a text, or else the end token of the text before."""
     config: Any = text_config(model.config)
@@ -152,26 +163,6 @@ def _start(model: PreTrainedModel) -> list[int]:
         if token is not None:
             return [token[0] if isinstance(token, Sequence) else int(token)]
     raise ValueError(f"prompts=None: the config of {type(model).__name__} has no token to start a text with. Pass prompts.")
-
-
-def _encoded(
-    model: PreTrainedModel, prompts: Iterable[Any], tokenizer: PreTrainedTokenizerBase | str | None, length: int
-) -> list[list[int]]:
-    """Tokenizes prompts, each cut to less than an example."""
-    encoder: Any = tokenizer if isinstance(tokenizer, PreTrainedTokenizerBase) else tokenizer_of(model, tokenizer)
-    check_tokenizer(model, encoder)
-    starts = []
-    for prompt in prompts:
-        if isinstance(prompt, str):
-            ids = encoder(prompt)["input_ids"]
-        elif isinstance(prompt, Sequence) and all(isinstance(message, dict) for message in prompt):
-            ids = encoder.apply_chat_template(list(prompt), add_generation_prompt=True, return_dict=True)["input_ids"]
-        else:
-            raise ValueError(f"prompts: {prompt!r} must be text or a chat (a list of messages with role and content).")
-        starts.append((ids or _start(model))[: length - 1])
-    if not starts:
-        raise ValueError("prompts is empty. Pass at least one prompt, or None.")
-    return starts
 
 
 def _written(
@@ -189,10 +180,15 @@ def _written(
         if not model(torch.tensor(starts[:1], device=model.device)).logits.isfinite().all():
             raise ValueError(f"model: {type(model).__name__} returns logits that are not finite, so it cannot generate text.")
         seed_random_state(seed, model.device)
-        kept = None
+        file = None
         if folder is not None:
-            kept = _KeptRows(folder, fingerprint(identity_of(model), starts, length, temperature, seed, str(model.device)))
-            rows, finished = kept.load(model.device) or (rows, 0)
+            key = fingerprint(identity_of(model), starts, length, temperature, seed, str(model.device))
+            file = folder / f"{key[:16]}{KEPT}"
+            with suppress(OSError, SafetensorError, KeyError, RuntimeError):  # there is no file, or it is damaged
+                state = load_file(file)
+                kept, count = state.pop("rows"), int(state.pop("finished"))
+                set_torch_state(state, model.device)
+                rows, finished = kept, count
         with progress_bar("generating text", "tokens") as report:
             progress = _Progress(report, rows.numel() - sum(map(len, starts)))
             for number, group in enumerate(groups):
@@ -200,34 +196,13 @@ def _written(
                 if number >= finished:
                     ids = torch.tensor([starts[row] for row in group], device=model.device)
                     rows[group] = _continued(model, ids, length, temperature, progress).cpu()
-                    if kept is not None:
-                        kept.save(rows, number + 1, model.device)
+                    if file is not None:  # finished rows, with the random state after them
+                        file.parent.mkdir(parents=True, exist_ok=True)
+                        draft = file.with_name(f"draft{KEPT}")
+                        save_file({"rows": rows, "finished": torch.tensor(number + 1), **torch_state(model.device)}, draft)
+                        replace_file(draft, file)
                 progress.written += rows[group].numel()
     return rows
-
-
-class _KeptRows:
-    """Finished rows of an interrupted call, in a file with the random state after them."""
-
-    def __init__(self, folder: Path, key: str) -> None:
-        self._file = folder / f"{key[:16]}{KEPT}"
-
-    def load(self, device: torch.device) -> tuple[Tensor, int] | None:
-        """Restores the random state, and returns all rows and the number of finished groups."""
-        try:
-            state = load_file(self._file)
-            rows, finished = state.pop("rows"), int(state.pop("finished"))
-            set_torch_state(state, device)
-        except (OSError, SafetensorError, KeyError, RuntimeError):  # there is no file, or it is damaged
-            return None
-        return rows, finished
-
-    def save(self, rows: Tensor, finished: int, device: torch.device) -> None:
-        """Writes the rows atomically."""
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        draft = self._file.with_name(f"draft{KEPT}")
-        save_file({"rows": rows, "finished": torch.tensor(finished), **torch_state(device)}, draft)
-        replace_file(draft, self._file)
 
 
 class _Progress(StoppingCriteria):

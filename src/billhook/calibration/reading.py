@@ -57,7 +57,25 @@ def load_splits(data: Data | Table, streaming: bool = False) -> dict[str, Rows]:
     if is_table(data):
         return _loaded(data, streaming)
     if isinstance(files := _files_or_name(data), dict):
-        return _read(_one_kind(files), files, streaming)
+        kind = _one_kind(files)
+        options = {"keep_linebreaks": True} if kind == "text" else {}
+        # as `datasets` takes names for globs
+        escaped = {split: [escape(name) for name in names] for split, names in files.items()}
+        try:
+            return dict(datasets.load_dataset(kind, data_files=escaped, streaming=streaming, **options))
+        except Exception as error:
+            names = list(chain.from_iterable(files.values()))
+            for name in names:
+                if Path(name).suffix.lower() in (*COMPRESSED, ".parquet"):
+                    continue
+                try:
+                    with Path(name).open(encoding="utf-8") as lines:
+                        for _ in lines:
+                            pass
+                except UnicodeDecodeError:
+                    raise ValueError(f"data: the file '{name}' is not encoded as UTF-8. Save it as UTF-8.") from error
+            plural = "s" * (len(names) > 1)
+            raise _unreadable(f"the file{plural} {', '.join(map(repr, names))} cannot be read as {kind}", error) from error
     splits = dict(datasets.load_dataset(*files, streaming=streaming))
     if any(is_line_text(rows) for rows in splits.values()):
         splits = dict(datasets.load_dataset(*files, streaming=streaming, keep_linebreaks=True))
@@ -71,38 +89,28 @@ def check_available(data: Data, name: str = "data") -> None:
         _one_kind(files)
         return
     import datasets
+    from datasets.naming import camelcase_to_snakecase
 
-    if not Path(files[0]).is_dir():
-        _ask_hub(files[0], name)
+    source = files[0]
+    owner, slash, dataset = source.rpartition("/")
+    cached = Path(datasets.config.HF_DATASETS_CACHE) / f"{owner}{slash and '___'}{camelcase_to_snakecase(dataset)}"
+    try:
+        # a single request with a timeout, where `datasets` would retry six times
+        if not (constants.HF_HUB_OFFLINE or source.count("/") > 1 or cached.is_dir() or Path(source).is_dir()):
+            HfApi().dataset_info(source, timeout=TIMEOUT)
+    except (HfHubHTTPError, HFValidationError):  # the Hub has answered, or the name is illegal; `datasets` reports the error
+        pass
+    except Exception as error:  # the client and its dependencies raise all kinds
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"{name}={source!r} is not an existing file or folder, and the Hub cannot be reached to look for a data set "
+            f"({reason}). Check the path or your connection."
+        ) from error
     try:
         datasets.load_dataset_builder(*files)
     except Exception as error:  # `datasets` raises all kinds
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ValueError(f"{name}={data!r} is not an existing file, folder, or readable data set: {reason}") from error
-
-
-def _ask_hub(data: str, argument: str) -> None:
-    """Raises if the Hub cannot be reached for a data set that is not cached.
-
-    One request with a timeout, where `datasets` would retry six times.
-    """
-    import datasets
-    from datasets.naming import camelcase_to_snakecase
-
-    owner, slash, name = data.rpartition("/")
-    folder = Path(datasets.config.HF_DATASETS_CACHE) / f"{owner}{slash and '___'}{camelcase_to_snakecase(name)}"
-    if constants.HF_HUB_OFFLINE or data.count("/") > 1 or folder.is_dir():
-        return
-    try:
-        HfApi().dataset_info(data, timeout=TIMEOUT)
-    except (HfHubHTTPError, HFValidationError):  # the Hub has answered, or the name is illegal; `datasets` reports the error
-        return
-    except Exception as error:  # the client and its dependencies raise all kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ValueError(
-            f"{argument}={data!r} is not an existing file or folder, and the Hub cannot be reached to look for a data set "
-            f"({reason}). Check the path or your connection."
-        ) from error
 
 
 def _files_or_name(data: Data, argument: str = "data") -> dict[str, list[str]] | tuple[str, str | None]:
@@ -138,35 +146,6 @@ def _loaded(data: Table, streaming: bool) -> dict[str, Rows]:
 def is_line_text(rows: Rows) -> bool:
     """Returns True if rows are lines of a .txt file rather than documents."""
     return bool(rows.info.builder_name == "text")
-
-
-def _read(kind: str, files: Mapping[str, Sequence[str]], streaming: bool) -> dict[str, Rows]:
-    import datasets
-
-    options = {"keep_linebreaks": True} if kind == "text" else {}
-    escaped = {split: [escape(name) for name in names] for split, names in files.items()}  # as `datasets` takes names for globs
-    try:
-        return dict(datasets.load_dataset(kind, data_files=escaped, streaming=streaming, **options))
-    except Exception as error:
-        names = list(chain.from_iterable(files.values()))
-        for name in names:
-            if not _is_utf8(name):
-                raise ValueError(f"data: the file '{name}' is not encoded as UTF-8. Save it as UTF-8.") from error
-        plural = "s" * (len(names) > 1)
-        raise _unreadable(f"the file{plural} {', '.join(map(repr, names))} cannot be read as {kind}", error) from error
-
-
-def _is_utf8(file: str) -> bool:
-    """Returns True if an uncompressed text file is UTF-8."""
-    if Path(file).suffix.lower() in (*COMPRESSED, ".parquet"):
-        return True
-    try:
-        with Path(file).open(encoding="utf-8") as lines:
-            for _ in lines:
-                pass
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def _unreadable(problem: str, error: Exception) -> ValueError:

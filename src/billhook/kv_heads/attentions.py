@@ -10,12 +10,12 @@
    - Both receive Gram matrices from `_by_block`: those of data (`gather`), or of weights (`weight_moments`).
 4. `repaired` refits the output layers (`repair_linears`).
 
-`best_method` calls 3 and 4 for all candidates, and `distance` on held-out batches, before `equal_heads` does for the best.
+`best_method` calls 3 and 4 for all candidates, and `distances` on held-out batches, before `equal_heads` does for the best.
 """
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from itertools import chain, product
@@ -35,8 +35,8 @@ from billhook.kv_heads.distance import EqualHeads, distances
 from billhook.kv_heads.frequencies import Band, Rotation, Slots, allot, bands_within, find_rotation, lost
 from billhook.kv_heads.layout import HeadTensors, find_projections, read, ties_of, written
 from billhook.kv_heads.methods import SVD, Grouping, KVMethod, Reconstructing
-from billhook.kv_heads.moments import NOT_SEEN, Moments, T, gather, weight_moments
-from billhook.kv_heads.symmetry import find_symmetries, in_order
+from billhook.kv_heads.moments import NOT_SEEN, Moments, T, Use, gather, weight_moments
+from billhook.kv_heads.symmetry import find_symmetries
 from billhook.linalg import float64_device
 from billhook.model.config_fields import text_config
 from billhook.model.layers import is_linear, size_of
@@ -79,11 +79,6 @@ class Attentions:
         self.downs = [name for name in downs if is_linear(model.get_submodule(name))]
         self.not_refitted = list[str]()  # by the last repair
 
-    def check_adapters(self, repair: RepairConfig | None) -> None:
-        """Raises a ValueError for a repair of a model with adapters."""
-        if repair is not None and (layers := adapter_layers(self.model)):
-            raise ValueError(f"repair refits weights, and {next(iter(layers))} has adapters: leave it out, or {MERGE_HINT}")
-
     def check(self, method: Reconstructing) -> None:
         """Raises a ValueError if the method needs an unsupported reordering or change of basis."""
         fixed = [name for name, symmetries in self.symmetries.items() if not symmetries.order]
@@ -102,11 +97,13 @@ class Attentions:
         if method.least_batches and not self.interface:
             raise ValueError(f"method='{method.name}': {NOT_SEEN}")
 
-    def allowed(self, methods: Sequence[Reconstructing]) -> list[Reconstructing]:
+    def allowed(self, methods: Sequence[Reconstructing], repair: RepairConfig | None) -> list[Reconstructing]:
         """Returns the methods that suit the attention modules.
 
-        Raises a ValueError if there are none.
+        Raises a ValueError if there are none, or for a repair of a model with adapters.
         """
+        if repair is not None and (layers := adapter_layers(self.model)):
+            raise ValueError(f"repair refits weights, and {next(iter(layers))} has adapters: leave it out, or {MERGE_HINT}")
         allowed, refusal = list[Reconstructing](), None
         for method in methods:
             try:
@@ -180,7 +177,7 @@ class Attentions:
         self,
         grouping: Grouping,
         runs: Sequence[Run],
-        use: Callable[[nn.Module | None, Iterable[tuple[str, Moments]]], T],
+        use: Use[T],
         finished: Sequence[nn.Module] = (),
     ) -> list[T]:
         """Passes the moments of attention modules to `use`, by unfinished block.
@@ -261,25 +258,21 @@ class Attentions:
     def _bands(self, method: SVD, rotation: Rotation, runs: Sequence[Run]) -> tuple[tuple[Band, ...], str]:
         """Returns the widest bands within the tolerance of the method, and a description."""
         context = method.context or (int(self._longest) if self._longest < math.inf else MOST)
-        rows = self._rows(runs, min(context, MOST))
+        # a long row of each source if its batches can be joined, or else the runs
+        rows: dict[str, list[Tensor]] = defaultdict(list)
+        joins = all(isinstance(run.batch, Mapping) and {"input_ids"} <= run.batch.keys() <= TEXT for run in runs)
+        for run in runs if joins else ():
+            ids, mask = run.batch["input_ids"], run.batch.get("attention_mask")
+            rows[run.source].append(ids.flatten() if mask is None else ids[mask.bool()])
+        joined = [self.run({"input_ids": torch.cat(ids)[None, : min(context, MOST)]}) for ids in rows.values()]
         choices = [bands_within(rotation, angle / context) for angle in ANGLES]
         ropes = [rotation.rope(self.model, rotation.within(bands)) for bands in choices]
-        distances = self.distances([EqualHeads(LazyTensors({}), rope) for rope in ropes], rows)
+        distances = self.distances([EqualHeads(LazyTensors({}), rope) for rope in ropes], joined or runs)
         for angle, bands, distance in zip(ANGLES, choices, distances, strict=True):
             if distance <= math.log1p(method.tolerance):
                 cost = f"which alone costs {math.expm1(distance):.1%}"
                 return bands, f"angles change by up to {angle} radians over {context} tokens, {cost}"
         return bands_within(rotation, 0), "no angle changes"
-
-    def _rows(self, runs: Sequence[Run], length: int) -> list[Run]:
-        """Returns a long row of each source if its batches can be joined, or else the runs."""
-        rows: dict[str, list[Tensor]] = defaultdict(list)
-        for run in runs:
-            if not isinstance(run.batch, Mapping) or not {"input_ids"} <= run.batch.keys() <= TEXT:
-                return list(runs)
-            ids, mask = run.batch["input_ids"], run.batch.get("attention_mask")
-            rows[run.source].append(ids.flatten() if mask is None else ids[mask.bool()])
-        return [self.run({"input_ids": torch.cat(ids)[None, :length]}) for ids in rows.values()]
 
     def _in_order(self, name: str, method: Reconstructing, moments: Moments) -> tuple[HeadTensors, Moments]:
         """Returns heads, in float64, and their Gram matrices, with the heads of groups together."""
@@ -287,7 +280,7 @@ class Attentions:
         if method.grouping == "similar":
             # all ranks take the order of the first, as that follows from floats
             order = self._comm.decide(lambda: similar_order(tensors, moments, symmetries, method, groups))
-            tensors, moments = in_order(tensors, order), moments.in_order(order, groups)
+            tensors, moments = tensors.in_order(order), moments.in_order(order, groups)
         return tensors, moments
 
     def repaired(
@@ -297,18 +290,13 @@ class Attentions:
         kept = {name: torch.ones(width, dtype=torch.bool) for name, width in self.widths.items()}
         self.not_refitted.clear()
         pruned = rotating_with(self.model, new.rope, runs)
-        if repair.match is not None and new.rope is not None and self.rotates_in_blocks:
+        in_blocks = {module for block in blocks_of(self.model) for module in block.modules()}
+        if repair.match is not None and new.rope is not None and not in_blocks.isdisjoint(rotary_embeddings(self.model)):
             kind = type(self.model).__name__  # tuning runs a block alone, and the module in it keeps the old frequencies
             raise ValueError(f"match: the blocks of {kind} rotate keys themselves. Use SVD(frequencies='fixed').")
         ties = ties_of(self.model, self.projections, self.groups)
         fitted = repair_linears(self.model, kept, pruned, repair, self._comm, new.values, progress, self.not_refitted, runs, ties)
         return replace(new, values=new.values | fitted)
-
-    @property
-    def rotates_in_blocks(self) -> bool:
-        """True if blocks have rotary modules, which stay as they are when a block runs alone."""
-        inside = {module for block in blocks_of(self.model) for module in block.modules()}
-        return not inside.isdisjoint(rotary_embeddings(self.model))
 
     @property
     def widths(self) -> dict[str, int]:
@@ -319,12 +307,8 @@ class Attentions:
         readers = [attention.o.linear for attention in self.projections.values()]
         return {name: size_of(self.model.get_submodule(name))[1] for name in dict.fromkeys([*readers, *self.downs])}
 
-    def distance(self, new: EqualHeads, runs: Sequence[Run]) -> float:
-        """Returns the mean distance of outputs with other parameters from the unchanged model's."""
-        return self.distances([new], runs)[0]
-
     def distances(self, news: Sequence[EqualHeads], runs: Sequence[Run]) -> list[float]:
-        """Returns the same for several sets of parameters, in a single read of blocks."""
+        """Returns the mean distances of outputs to the unchanged model's, in a single read of blocks."""
         *_, last = self.projections.values()
         return distances(self.model, news, runs, self._comm, last.o.linear)
 
@@ -336,7 +320,7 @@ class Attentions:
         last = 1 + 2 * moving + refit + match  # to compare frequencies, and to see what each of them keeps
         if len(method.candidates) == 1:
             return last
-        allowed = [m for m in self.allowed(method.candidates) if m.grouping == "consecutive" or self.may_group]
+        allowed = [m for m in self.allowed(method.candidates, repair) if m.grouping == "consecutive" or self.may_group]
         apart = [m for m in allowed if moving and _moves_frequencies(m)]
         together = {m.grouping for m in allowed if m not in apart}
         return len(together) + 3 * len(apart) + len(allowed) * (1 + refit) + last

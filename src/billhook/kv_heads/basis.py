@@ -11,7 +11,7 @@ from billhook.kv_heads.frequencies import Slots
 from billhook.kv_heads.layout import HeadTensors
 from billhook.kv_heads.methods import SVD, Reconstructing, Reconstruction
 from billhook.kv_heads.moments import Moments, grouped
-from billhook.kv_heads.symmetry import Mixing, Symmetries, Symmetry, in_order
+from billhook.kv_heads.symmetry import Mixing, Symmetries
 
 RESTARTS = 20
 """Number of random groupings to improve, besides the current one."""
@@ -44,13 +44,10 @@ def find_bases(
     """
     outputs = grouped(tensors.o, len(tensors.k))
     readers = torch.einsum("jhoa,jhob->jab", outputs, outputs)
-    keys = _bases(moments.queries, moments.keys, _unchanged(symmetries.keys) if slots is None else slots.mixings, method)
-    return keys, _bases(readers, moments.values, _unchanged(symmetries.values), method)
-
-
-def _unchanged(symmetry: Symmetry) -> list[tuple[Mixing, Mixing]]:
-    """Pairs each mixing of an old head with itself."""
-    return [(mixing, mixing) for mixing in symmetry]
+    # each mixing of an old head becomes itself, or has slots in the new head
+    of_keys = [(mixing, mixing) for mixing in symmetries.keys] if slots is None else slots.mixings
+    of_values = [(mixing, mixing) for mixing in symmetries.values]
+    return _bases(moments.queries, moments.keys, of_keys, method), _bases(readers, moments.values, of_values, method)
 
 
 def _bases(metric: Tensor, moments: Tensor, mixings: Sequence[tuple[Mixing, Mixing]], method: Reconstructing) -> Bases:
@@ -69,8 +66,13 @@ def _bases(metric: Tensor, moments: Tensor, mixings: Sequence[tuple[Mixing, Mixi
             old.put(basis[number], one_head.basis, new)
             new.put(shared[number], one_head.shared, old)
         shared[number] *= method.factor(moments[number], shared[number])
-        group_lost, group_total = _loss(group_metric, moments[number], basis[number], shared[number])
-        lost, total = lost + group_lost, total + group_total
+        # E||S_j (k_j - B_j kbar)||^2, and E||S_j k_j||^2
+        crossed = torch.einsum("iab,ibjc->jac", shared[number], moments[number])  # E[kbar k_j^T]
+        of_shared = torch.einsum("jac,jbc->ab", crossed, shared[number])  # E[kbar kbar^T]
+        heads = torch.einsum("jajb->jab", moments[number])
+        through = basis[number] @ crossed
+        error = heads - through - through.mT + basis[number] @ of_shared @ basis[number].mT
+        lost, total = lost + float((group_metric * error).sum()), total + float((group_metric * heads).sum())
     return Bases(basis.flatten(0, 1), shared.flatten(0, 1), groups, lost / total if total else 0.0)
 
 
@@ -96,16 +98,6 @@ def _part_of(metric: Tensor, moments: Tensor, mixing: Mixing) -> tuple[Tensor, T
         return torch.complex(part(r, r) + part(i, i), part(i, r) - part(r, i))
 
     return as_complex(lambda a, b: metric[:, a][:, :, b]), as_complex(lambda a, b: moments[:, a][:, :, :, b])
-
-
-def _loss(metric: Tensor, moments: Tensor, basis: Tensor, shared: Tensor) -> tuple[float, float]:
-    """Returns the sum over heads of E||S_j (k_j - B_j kbar)||^2, and of E||S_j k_j||^2."""
-    crossed = torch.einsum("iab,ibjc->jac", shared, moments)  # E[kbar k_j^T]
-    of_shared = torch.einsum("jac,jbc->ab", crossed, shared)  # E[kbar kbar^T]
-    heads = torch.einsum("jajb->jab", moments)
-    through = basis @ crossed
-    error = heads - through - through.mT + basis @ of_shared @ basis.mT
-    return float((metric * error).sum()), float((metric * heads).sum())
 
 
 def pooled(tensors: HeadTensors, keys: Bases, values: Bases) -> HeadTensors:
@@ -135,7 +127,7 @@ def similar_order(
     count = len(tensors.k)
     loss = torch.zeros(count, count, dtype=torch.float64)
     for pair in itertools.combinations(range(count), 2):
-        keys, values = find_bases(in_order(tensors, pair), moments.in_order(pair, 1), symmetries, method)
+        keys, values = find_bases(tensors.in_order(pair), moments.in_order(pair, 1), symmetries, method)
         loss[pair] = loss[pair[::-1]] = keys.lost + values.lost
     generator, group_of = torch.Generator().manual_seed(0), torch.arange(count) // (count // groups)
     starts = [group_of, *(group_of[torch.randperm(count, generator=generator)] for _ in range(RESTARTS))]

@@ -41,7 +41,7 @@ BatchAndLoss = tuple[Any, Loss | None]
 
 
 def best_method(
-    attentions: Attentions, methods: Sequence[Reconstructing], runs: Sequence[Run], repair: RepairConfig | None = None
+    attentions: Attentions, methods: Sequence[Reconstructing], runs: Sequence[Run], repair: RepairConfig | None
 ) -> tuple[Reconstructing, dict[Reconstructing, float]]:
     """Returns the method that stays closest to the held-out outputs, and all distances.
 
@@ -56,13 +56,13 @@ def best_method(
     seen = [run for number, run in enumerate(runs) if number not in numbers]
     held_out = [run for number, run in enumerate(runs) if number in numbers]
     distances: dict[Reconstructing, float] = {}
-    for grouping, alike in groupby(attentions.allowed(methods), lambda method: method.grouping):
+    for grouping, alike in groupby(attentions.allowed(methods, repair), lambda method: method.grouping):
         if grouping == "similar" and not attentions.may_group:
             continue
         for method, new in attentions.reconstructed(list(alike), seen):
             if repair is not None and besides:
                 new = attentions.repaired(new, seen, repair)
-            distances[method] = attentions.distance(new, held_out)
+            (distances[method],) = attentions.distances([new], held_out)
     distances = {method: distances[method] for method in methods if method in distances}
     return min(distances, key=lambda method: math.inf if math.isnan(distances[method]) else distances[method]), distances
 
@@ -83,8 +83,7 @@ def equal_heads(
         repair: Repair settings for the output layers of attention and MLP modules. None skips the repair.
         progress: Callback with the number of repaired layers and the total.
     """
-    attentions.check_adapters(repair)
-    chosen, *others = attentions.allowed(method.candidates)
+    chosen, *others = attentions.allowed(method.candidates, repair)
     runs = [attentions.run(*pair) for pair in batches]
     least, what = batches_needed(method, repair)
     (number,) = attentions.summed(len(runs))
@@ -118,8 +117,7 @@ def find_attentions(model: PreTrainedModel, plan: KVHeadPlan, repair: RepairConf
     Raises a ValueError if no candidate method suits them.
     """
     attentions = Attentions(model, dict.fromkeys(plan.layers, plan.after))
-    attentions.allowed(plan.method.candidates)
-    attentions.check_adapters(repair)
+    attentions.allowed(plan.method.candidates, repair)
     return attentions
 
 
@@ -211,7 +209,6 @@ def heads_and_method(
         raise ValueError(f"{what}: pass the number of KV heads, such as 1 for multi-query attention, or a share of the KV cache.")
     named = method_of("svd" if method is None and heads is None else method, has_data)
     if heads is not None:
-        check_int("num_key_value_heads", heads)
         return heads, named
     check_fraction("kv_cache_bytes", kv_cache_bytes, "(0, 1)")
     config, before, share = find_transformer(model).config, kv_heads_of(model), float(kv_cache_bytes or 0)
@@ -225,8 +222,8 @@ def heads_and_method(
 def prepare_heads(
     model: nn.Module,
     plan: KVHeadPlan,
-    batches: Batches | None = None,
-    repair: RepairConfig | None = None,
+    batches: Batches | None,
+    repair: RepairConfig | None,
     attentions: Attentions | None = None,
     progress: OnProgress | None = None,
 ) -> tuple[KVHeadPlan, Weights, str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
 from billhook.engine.batches import Run
-from billhook.engine.comm import SINGLE_PROCESS, Comm
+from billhook.engine.comm import Comm
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.passes import SideBySide, in_block_order
 from billhook.engine.state import evaluating_without_grad, overridden, replaced
@@ -75,9 +75,7 @@ def _states(output: Any) -> Tensor:  # noqa: ANN401
 
 
 @torch.no_grad()
-def distances(
-    model: nn.Module, news: Sequence[EqualHeads], runs: Sequence[Run], comm: Comm = SINGLE_PROCESS, linear: str = ""
-) -> list[float]:
+def distances(model: nn.Module, news: Sequence[EqualHeads], runs: Sequence[Run], comm: Comm, linear: str) -> list[float]:
     """Returns the mean distance of outputs to the unchanged model's, for sets of parameters.
 
     All runs pass a block before the next one, so blocks on demand are loaded once.
@@ -89,18 +87,19 @@ def distances(
         comm: The ranks, each with its own batches.
         linear: Linear layer whose non-padding tokens are compared.
     """
+    news = [EqualHeads(LazyTensors({})), *news]  # the first run of a batch has the model's own parameters
     totals, outputs, visits = [0.0] * len(news), dict[int, list[Any]](), list[Callable[[], Any]]()
     for run in runs:
-        for new in (EqualHeads(LazyTensors({})), *news):  # the first run of a batch has the model's own parameters
+        for new in news:
             visits += [turning.visit for turning in rotating_with(model, new.rope, [run])]
 
     def visit(number: int) -> None:
-        result, (batch, index) = visits[number](), divmod(number, 1 + len(news))
+        result, (batch, index) = visits[number](), divmod(number, len(news))
         outputs.setdefault(number, [result])  # if the run does not call the model
         if index:  # runs end in order
             between, expected = partial(distance_between, tokens=runs[batch].tokens.get(linear)), outputs[number - index]
-            totals[index - 1] += fmean(between(*pair) for pair in zip(expected, outputs.pop(number), strict=True))
-        if index == len(news):  # the last run of the batch: its logits are released
+            totals[index] += fmean(between(*pair) for pair in zip(expected, outputs.pop(number), strict=True))
+        if index == len(news) - 1:  # the last run of the batch: its logits are released
             del outputs[number - index]
 
     with evaluating_without_grad(model), in_block_order(model, visits, comm) as on_demand, ExitStack() as stack:
@@ -117,8 +116,8 @@ def distances(
                         values.pop((index, name), None)
 
         def changed(name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-            index = together.run % (1 + len(news)) - 1
-            if index < 0 or name not in news[index].values.modules:
+            index = together.run % len(news)
+            if name not in news[index].values.modules:
                 return forward(*args, **kwargs)
             of_module = values.get((index, name)) or news[index].values.of_module(name)  # of a block that is called again
             with replaced({model.get_submodule(name): of_module}):
@@ -134,4 +133,4 @@ def distances(
         enter(None)  # outside of blocks, or of a model whose blocks are all in memory
         together([partial(visit, number) for number in range(len(visits))])
     sums = comm(torch.tensor([*totals, len(runs)], dtype=torch.float64, device=float64_device(comm.device)))
-    return (sums[:-1] / sums[-1]).tolist()
+    return (sums[1:-1] / sums[-1]).tolist()

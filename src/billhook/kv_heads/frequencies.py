@@ -11,16 +11,16 @@ RoRoPE (TransMLA, https://arxiv.org/abs/2502.07864), EliteKV (https://arxiv.org/
 """
 
 import heapq
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from billhook.kv_heads.layout import Projections
-from billhook.kv_heads.symmetry import Mixing, Symmetry, keys_mix
+from billhook.kv_heads.symmetry import Mixing, Symmetry, find_symmetries
 from billhook.model.rotary import longrope, rope_parameters, rotary_embeddings, with_modules, with_rope_parameters
 
 EXACT = ("default", "linear", "llama3", "yarn", "longrope")
@@ -101,50 +101,40 @@ def find_rotation(model: nn.Module, projections: Mapping[str, Projections], symm
     positions = tuple((pair.real[0], pair.imaginary[0]) for pair in pairs)
     scaling: Any = modules[0].attention_scaling
     rotation = Rotation(tuple(frequencies), float(scaling), positions, rest)
-    _check_follows(model, projections, rotation)
-    return rotation
-
-
-def _check_follows(model: nn.Module, projections: Mapping[str, Projections], rotation: Rotation) -> None:
-    """Raises a ValueError if the model's code does not follow other frequencies.
-
-    A third of them are equal, and a third are 0, so keys must mix within both.
-    """
-    numbers = range(len(rotation.frequencies))
-    slow = rotation.frequencies[len(numbers) // 2]  # of fast ones, float32 would round the angles differently
-    frequencies = [(slow, 0.0, rotation.frequencies[n])[n % 3] for n in numbers]
+    # The code must follow other frequencies: a third of them equal, and a third 0, so that keys mix within both.
+    numbers, first = range(len(frequencies)), next(iter(projections))
+    slow = frequencies[len(numbers) // 2]  # of fast ones, float32 would round the angles differently
+    others = [(slow, 0.0, frequencies[n])[n % 3] for n in numbers]
     mixings = [rotation.mixing(numbers[0::3], 1.0), rotation.mixing(numbers[1::3], 0.0)]
-    mixings += [rotation.mixing([n], 1.0) for n in numbers[2::3]]
-    first = dict([next(iter(projections.items()))])
+    symmetry = (*mixings, *(rotation.mixing([n], 1.0) for n in numbers[2::3]))
     try:
-        others = with_rope_parameters(model, rotation.rope(model, frequencies))
-        mixes = with_modules(others, lambda: keys_mix(model, first, tuple(mixings)))
+        rotary = with_rope_parameters(model, rotation.rope(model, others))
+        of_module = with_modules(rotary, lambda: find_symmetries(model, {first: projections[first]}, [symmetry]))
     except Exception as error:  # whatever a class of models raises
         raise ValueError(
             f"{type(model).__name__} does not accept rope_type='longrope' ({type(error).__name__}: {error})"
         ) from error
-    rounded = torch.tensor(frequencies, dtype=torch.float64), 1e-5, 1e-8
-    if not mixes or not all(torch.allclose(m.get_buffer("inv_freq").cpu().double(), *rounded) for m in others.values()):
+    rounded = torch.tensor(others, dtype=torch.float64), 1e-5, 1e-8
+    follow = (torch.allclose(module.get_buffer("inv_freq").cpu().double(), *rounded) for module in rotary.values())
+    if of_module[first].keys != symmetry or not all(follow):
         raise ValueError(f"{type(model).__name__} does not follow rope_type='longrope'")
+    return rotation
 
 
 def bands_within(rotation: Rotation, angle: float) -> tuple[Band, ...]:
     """Returns bands of frequencies that change by at most `angle` radians per token."""
-    order = sorted(range(len(rotation.frequencies)), key=rotation.frequencies.__getitem__)
-    bands, taken = list[Band](), list[int]()
-    if slow := [n for n in order if rotation.frequencies[n] <= angle]:
-        bands.append(Band(tuple(sorted(slow)), 0.0))
+    frequencies = rotation.frequencies
+    order = sorted(range(len(frequencies)), key=frequencies.__getitem__)
+    slow, groups = [number for number in order if frequencies[number] <= angle], list[list[int]]()
     for number in order[len(slow) :]:
-        if taken and rotation.frequencies[number] - rotation.frequencies[taken[0]] > 2 * angle:
-            bands.append(_band(rotation, taken))
-            taken = []
-        taken.append(number)
-    return (*bands, *([_band(rotation, taken)] if taken else []))
-
-
-def _band(rotation: Rotation, numbers: Sequence[int]) -> Band:
-    ends = rotation.frequencies[numbers[0]], rotation.frequencies[numbers[-1]]
-    return Band(tuple(sorted(numbers)), ends[0] if ends[0] == ends[1] else sum(ends) / 2)
+        if not groups or frequencies[number] - frequencies[groups[-1][0]] > 2 * angle:
+            groups.append([])
+        groups[-1].append(number)
+    bands = [Band(tuple(sorted(slow)), 0.0)] if slow else []
+    for group in groups:
+        least, most = frequencies[group[0]], frequencies[group[-1]]
+        bands.append(Band(tuple(sorted(group)), least if least == most else (least + most) / 2))
+    return tuple(bands)
 
 
 @dataclass(frozen=True)
@@ -191,8 +181,8 @@ def allot(rotation: Rotation, bands: Sequence[Band], spectra: Sequence[Tensor]) 
     """
     gains = [(gain, number) for number, of_band in enumerate(_gains(rotation, bands, spectra)) for gain in of_band]
     best = heapq.nlargest(len(rotation.pairs), gains)
-    taken = {number: len(list(some)) for number, some in groupby(sorted(number for _, number in best))}
-    return Slots(rotation, tuple(bands), tuple(taken.get(number, 0) for number in range(len(bands))))
+    taken = Counter(number for _, number in best)
+    return Slots(rotation, tuple(bands), tuple(taken[number] for number in range(len(bands))))
 
 
 def lost(slots: Slots, spectra: Sequence[Tensor]) -> float:

@@ -103,31 +103,25 @@ def find_kv(model: PreTrainedModel) -> dict[str, KVAttention]:
 def _attention(model: PreTrainedModel, units: Units, attentions: Iterable[Attention]) -> KVAttention:
     parts: dict[tuple[str, int], list[tuple[int, Part]]] = defaultdict(list)
     for attention in attentions:
-        for role, projected in ((QUERY, attention.q), (KEY, attention.k), (VALUE, attention.v)):
+        for bit, projected in ((QUERY, attention.q), (KEY, attention.k), (VALUE, attention.v)):
             for part in projected:
-                parts[part.name, part.dim].append((role, part))
-    parameters = dict(model.named_parameters())
-    rows = dict[str, Rows]()
+                parts[part.name, part.dim].append((bit, part))
+    parameters, kv_heads, rows = dict(model.named_parameters()), units.count("kv_head"), dict[str, Rows]()
     for (name, dim), made in parts.items():
-        if not any(role & KV for role, _ in made):
+        if not any(bit & KV for bit, _ in made):
             continue
-        rows[name] = _rows(units, name, dim, made)
+        role, head = np.zeros((2, made[0][1].size), np.int64)
+        for bit, part in made:
+            role[part.positions] |= bit
+        if (member := _member(units, name, dim)) is not None:
+            head = np.where(role & QUERY, units.of_member(member), units.of_member(member, "kv_head") * (kv_heads > 1))
+        rows[name] = Rows(dim, role, np.where(role == 0, -1, head))
         owner = name.rpartition(".")[0]
         bias = parameters.get(f"{owner}.bias")
-        if bias is not None and bias.shape == (made[0][1].size,):
+        if bias is not None and bias.shape == role.shape:
             rows[f"{owner}.bias"] = replace(rows[name], dim=0)
     module = common_module([name.rpartition(".")[0] for name, _ in parts])
-    return KVAttention(units, module, units.count("kv_head"), rows)
-
-
-def _rows(units: Units, name: str, dim: int, made: Sequence[tuple[int, Part]]) -> Rows:
-    role, head = np.zeros((2, made[0][1].size), np.int64)
-    for bit, part in made:
-        role[part.positions] |= bit
-    if (member := _member(units, name, dim)) is not None:
-        shared = units.of_member(member, "kv_head") * (units.count("kv_head") > 1)
-        head = np.where(role & QUERY, units.of_member(member), shared)
-    return Rows(dim, role, np.where(role == 0, -1, head))
+    return KVAttention(units, module, kv_heads, rows)
 
 
 def _member(units: Units, name: str, dim: int) -> Member | None:
@@ -196,6 +190,12 @@ class HeadTensors:
     v: Tensor
     o: Tensor
 
+    def in_order(self, order: Sequence[int]) -> "HeadTensors":
+        """Returns reordered KV heads, or some of them, with their query heads."""
+        queries, kv_heads = len(self.q) // len(self.k), list(order)
+        query_heads = [head * queries + query for head in order for query in range(queries)]
+        return HeadTensors(self.q[query_heads], self.k[kv_heads], self.v[kv_heads], self.o[query_heads])
+
 
 def find_projections(model: nn.Module, structure: Structure, names: Container[str] | None = None) -> dict[str, Projections]:
     """Finds the projections of attention modules, by name, in the order in which they run.
@@ -229,7 +229,8 @@ def written(model: nn.Module, projections: Projections, tensors: HeadTensors) ->
     linears: dict[str, tuple[Tensor, Tensor | None]] = {}
     for kind, rows in projections.kinds.items():
         if rows.linear not in linears:  # queries, keys and values may be made by one
-            linears[rows.linear] = _copied(model.get_submodule(rows.linear))
+            weight, bias = matrix_of(model.get_submodule(rows.linear))
+            linears[rows.linear] = weight.clone(), None if bias is None else bias.clone()
         put_heads(linears[rows.linear], rows, vars(tensors)[kind])
     return {name: to_parameters(model.get_submodule(name), *matrix) for name, matrix in linears.items()}
 
@@ -259,11 +260,6 @@ def _averaged(linear: nn.Module, heads: Sequence[HeadRows], groups: int, gradien
     return to_layout(linear, matrix) if gradient.dim() > 1 else matrix
 
 
-def _copied(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
-    weight, bias = matrix_of(linear)
-    return weight.clone(), None if bias is None else bias.clone()
-
-
 def put_heads(linear: tuple[Tensor, Tensor | None], rows: HeadRows, tensor: Tensor) -> None:
     """Writes heads into the weight and bias of their linear layer."""
     weight, bias = linear
@@ -276,22 +272,19 @@ def put_heads(linear: tuple[Tensor, Tensor | None], rows: HeadRows, tensor: Tens
 
 
 def _projections(model: nn.Module, units: Units, attention: Attention) -> Projections:
-    made: dict[str, tuple[Sequence[Part], Per]] = {
-        "queries": (attention.q, "head"),
-        "keys": (attention.k, "kv_head"),
-        "values": (attention.v, "kv_head"),
-    }
-    for what, (parts, _) in made.items():
+    made = {"queries": attention.q, "keys": attention.k, "values": attention.v}
+    for what, parts in made.items():
         if len(parts) != 1:
             by = " and ".join(part.name for part in parts)
             raise ValueError(f"{units.name}: its {what} are made by {by}, not by one linear (with LoRA attached, merge it first)")
     if len(units.readers) != 1:
         raise ValueError(f"{units.name}: its heads are read by {len(units.readers)} modules, not by one linear")
     rows = dict[str, HeadRows]()
-    for what, ((part,), per) in made.items():
+    for what, (part,) in made.items():
         member = next((member for member in units.members if member.name == part.name and not member.reads), None)
         if member is None:
             raise ValueError(f"{units.name}: {part.name} is not known to hold heads")
+        per: Per = "head" if what == "queries" else "kv_head"
         head = np.full(part.size, -1)
         head[part.positions] = units.of_member(member, per)[part.positions]
         rows[what] = HeadRows(part.name.rpartition(".")[0], _by_head(head, units.count(per), part.name))

@@ -3,18 +3,18 @@
 Their covariance on data, or as the weights alone predict.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from billhook.calibration.calibration import log_only_self_generated
 from billhook.engine.batches import Run
-from billhook.engine.comm import SINGLE_PROCESS, Comm
+from billhook.engine.comm import Comm
 from billhook.engine.passes import SideBySide, in_block_order
 from billhook.engine.state import evaluating_without_grad, full_precision, overridden
 from billhook.engine.store import store_of
@@ -56,6 +56,10 @@ class Moments:
         return Moments(keys, values, self.queries[heads.flatten()])
 
 
+Use = Callable[[nn.Module | None, Iterable[tuple[str, Moments]]], T]
+"""Receives a block (None for modules outside of blocks), and its attention modules with their Gram matrices."""
+
+
 def weight_moments(tensors: HeadTensors, groups: int) -> Moments:
     """Returns Gram matrices without data, for independent inputs of equal size."""
     keys, values, queries = grouped(tensors.k, groups), grouped(tensors.v, groups), grouped(tensors.q, len(tensors.k))
@@ -73,8 +77,8 @@ def gather(
     projections: Mapping[str, Projections],
     groups: Mapping[str, int],
     runs: Sequence[Run],
-    use: Callable[[nn.Module | None, Iterator[tuple[str, Moments]]], T],
-    comm: Comm = SINGLE_PROCESS,
+    use: Use[T],
+    comm: Comm,
 ) -> list[T]:
     """Passes on the Gram matrices of attention modules when all runs have left a block.
 
@@ -91,53 +95,49 @@ def gather(
         projections: The attention modules, by name. They call transformers' attention interface.
         groups: Number of groups of each attention module.
         runs: The batches.
-        use: Receives a block (None for modules outside of blocks), and its attention modules with their Gram matrices.
+        use: Receives the Gram matrices of a block.
         comm: The ranks, which leave each block together.
 
     Returns:
         The results of `use`.
     """
     log_only_self_generated([run.source for run in runs])
+
+    def run_all(by_block: bool) -> tuple[list[T], list[str]]:
+        """Returns the results, and the names of modules that were called again after their block."""
+        listeners = {name: _Listener(model, attention, groups[name]) for name, attention in projections.items()}
+        # blocks that hold an attention module, until runs have left them
+        results, ahead = list[T](), dict[str, set[nn.Module | None]]()
+
+        def leave(block: nn.Module | None) -> None:
+            names = []
+            for name, holding in list(ahead.items()):
+                if block is None or holding == {block}:
+                    del ahead[name]
+                    names.append(name)
+                holding.discard(block)
+            if names:
+                results.append(use(block, ((name, listeners[name].moments(comm)) for name in names)))
+
+        together = SideBySide(model, leave if by_block else None, comm)
+        with ExitStack() as stack:
+            for name, listener in listeners.items():
+                attention = model.get_submodule(name)
+                ahead[name] = {block for block in together.blocks if attention in set(block.modules())}
+                listener.masks = lambda: runs[together.run].tokens
+                stack.enter_context(overridden(attention, forward=partial(listener.visit, attention.forward)))
+                queries = model.get_submodule(listener.projections.q.linear)
+                stack.callback(queries.register_forward_hook(listener.add_queries).remove)
+            together([run.visit for run in runs])
+            leave(None)  # what is outside of blocks, or has not been called
+        return results, [name for name, listener in listeners.items() if listener.repeated]
+
     with evaluating_without_grad(model), in_block_order(model, [run.visit for run in runs], comm):
         for by_block in (True, False):
-            listeners = {name: _Listener(model, attention, groups[name]) for name, attention in projections.items()}
-            results = _pass(model, listeners, runs, use, comm, by_block)
-            repeated = [name for name, listener in listeners.items() if listener.repeated]
+            results, repeated = run_all(by_block)
             if not any(comm.gather(repeated)):
                 break
             store_of(model).check_can_hold_all(f"model: {repeated} are called again after their block")
-    return results
-
-
-def _pass(
-    model: nn.Module,
-    listeners: Mapping[str, "_Listener"],
-    runs: Sequence[Run],
-    use: Callable[[nn.Module | None, Iterator[tuple[str, Moments]]], T],
-    comm: Comm,
-    by_block: bool,
-) -> list[T]:
-    results, ahead = list[T](), dict[str, set[nn.Module]]()  # blocks that hold an attention module, until runs have left them
-
-    def leave(block: nn.Module | None) -> None:
-        names = []
-        for name, holding in list(ahead.items()):
-            if block is None or holding == {block}:
-                del ahead[name]
-                names.append(name)
-            holding.discard(cast(nn.Module, block))
-        if names:
-            results.append(use(block, ((name, listeners[name].moments(comm)) for name in names)))
-
-    together = SideBySide(model, leave if by_block else None, comm)
-    with ExitStack() as stack:
-        for name, listener in listeners.items():
-            attention = model.get_submodule(name)
-            ahead[name] = {block for block in together.blocks if attention in set(block.modules())}
-            listener.masks = lambda: runs[together.run].tokens
-            stack.enter_context(listener.listening())
-        together([run.visit for run in runs])
-        leave(None)  # what is outside of blocks, or has not been called
     return results
 
 
@@ -167,35 +167,11 @@ class MomentSums:
         return Moments(keys, values, means[2])
 
 
-@dataclass(frozen=True)
-class AttentionCall:
-    """A call of an attention function, which can be repeated with other values."""
-
-    function: Callable[..., tuple[Tensor, Any]]
-    module: nn.Module
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    options: Mapping[str, Any]
-    output: Tensor
-
-    def attend(self, values: Tensor) -> Tensor:
-        """Returns the sums of values, `[examples, KV heads, tokens, width]`, that each query head attends to."""
-        return self.function(self.module, self.query, self.key, values, **self.options)[0]
-
-    def differentiable(self) -> "AttentionCall":
-        """Returns the call with copies of tensors of inference mode, which autograd cannot save."""
-        query, key, options = tree_map_only(
-            Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, (self.query, self.key, self.options)
-        )
-        return replace(self, query=query, key=key, options=options)
-
-
 class _Listener:
     """Records an attention module at the non-padding tokens of the current batch."""
 
     def __init__(self, model: nn.Module, projections: Projections, groups: int) -> None:
-        self._model, self._projections, self._groups = model, projections, groups
+        self.projections, self._groups = projections, groups
         self._size = projections.kv_heads // groups
         weight = model.get_submodule(projections.k.linear).get_parameter("weight")
         # where weights rest, which is asked before a block computes elsewhere; a block that is streamed may not be there
@@ -204,43 +180,49 @@ class _Listener:
         self.masks: Callable[[], Mapping[str, Tensor]] = dict
         self._inside = set(model.get_submodule(projections.name).modules())
         self._observing = self._finished = self.repeated = False
-        self._calls: list[AttentionCall] = []
+        self._calls = list[Callable[[], None]]()  # of attention functions, to add after the forward pass
 
     def moments(self, comm: Comm) -> Moments:
         """Returns the means, and frees the sums."""
         sums, self._sums, self._finished = self._summed(), None, True
-        return sums.moments(self._projections.name, comm)
+        return sums.moments(self.projections.name, comm)
 
     def _summed(self) -> MomentSums:
-        self._sums = self._sums or MomentSums(self._device, self._projections, self._groups)
+        self._sums = self._sums or MomentSums(self._device, self.projections, self._groups)
         return self._sums
 
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Overrides the forward pass of the attention module, and hooks its queries."""
-        module, queries = (self._model.get_submodule(name) for name in (self._projections.name, self._projections.q.linear))
-        with ExitStack() as stack:
-            stack.callback(queries.register_forward_hook(self._projected).remove)
-            stack.enter_context(overridden(module, forward=partial(self._visit, module.forward)))
-            yield
-
-    def _visit(self, forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Runs the forward pass, and adds its keys and values."""
+    def visit(self, forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+        """Runs the forward pass, and adds what it projects and attends to."""
         if self._finished:
             self.repeated = True
             return forward(*args, **kwargs)
         self._calls, self._observing = [], True
         try:
-            with attention_functions_as(self._called):
+            with attention_functions_as(self._attend):
                 output = forward(*args, **kwargs)
             if len(self._calls) != 1:
-                raise ValueError(f"{self._projections.name}: {NOT_SEEN}")
-            self._add(self._calls[0])
+                raise ValueError(f"{self.projections.name}: {NOT_SEEN}")
+            self._calls[0]()
         finally:
             self._calls, self._observing = [], False
         return output
 
-    def _called(
+    def add_queries(self, _: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
+        """Adds what the layer of queries returns within the module's forward pass."""
+        if not self._observing:
+            return
+        queries, sums = self.projections.q, self._summed()
+        outputs = self._tokens_that_count(output, queries.linear)
+        index = queries.index.reshape(len(sums.queries), -1, sums.queries.shape[1])
+        _add_products(sums.queries, outputs[:, index].transpose(0, 1).flatten(1, 2))
+        sums.tokens[1] += len(outputs)
+
+    def _by_group(self, output: Tensor) -> Tensor:
+        """Returns what query heads attend to, `[tokens, groups, heads, queries, width]`."""
+        rows = self._tokens_that_count(output.flatten(2), self.projections.o.linear)
+        return rows.reshape(len(rows), self._groups, self._size, self.projections.queries, output.shape[3])
+
+    def _attend(
         self,
         function: Callable[..., Any],
         module: nn.Module,
@@ -250,53 +232,51 @@ class _Listener:
         attention_mask: Tensor | None = None,
         **options: Any,  # noqa: ANN401
     ) -> Any:  # noqa: ANN401
-        """Notes a call of an attention function by this module, not by other threads."""
+        """Calls an attention function, and notes the call unless it is of another thread."""
         options["attention_mask"] = attention_mask
         result = function(module, query, key, value, **options)
         if module in self._inside:
-            self._calls.append(AttentionCall(function, module, query, key, value, options, result[0]))
+            self._calls.append(partial(self._add, partial(function, module), query, key, value, options, result[0]))
         return result
 
-    def _projected(self, _: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        """Adds queries."""
-        if not self._observing:
-            return
-        queries, sums = self._projections.q, self._summed()
-        outputs = self._tokens_that_count(output, queries.linear)
-        index = queries.index.reshape(len(sums.queries), -1, sums.queries.shape[1])
-        _add_products(sums.queries, outputs[:, index].transpose(0, 1).flatten(1, 2))
-        sums.tokens[1] += len(outputs)
-
-    def _by_group(self, output: Tensor) -> Tensor:
-        """Returns what query heads attend to, `[tokens, groups, heads, queries, width]`."""
-        rows = self._tokens_that_count(output.flatten(2), self._projections.o.linear)
-        return rows.reshape(len(rows), self._groups, self._size, self._projections.queries, output.shape[3])
-
-    def _add(self, call: AttentionCall) -> None:
-        """Adds keys and values by the attention weights of a call."""
-        kv_heads, groups, sums = self._projections.kv_heads, self._groups, self._summed()
-        examples, _, tokens, _ = call.key.shape
-        repeats = call.key.shape[1] // kv_heads  # of heads that the module has repeated for their queries
+    def _add(
+        self,
+        function: Callable[..., tuple[Tensor, Any]],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        options: Mapping[str, Any],
+        output: Tensor,
+    ) -> None:
+        """Adds keys and values by the attention weights of a call, which is repeated with other values."""
+        kv_heads, groups, sums = self.projections.kv_heads, self._groups, self._summed()
+        examples, _, tokens, _ = key.shape
+        repeats = key.shape[1] // kv_heads  # of heads that the module has repeated for their queries
 
         def shifts(heads: Tensor) -> list[Tensor]:
             grouped_heads = heads[:, ::repeats].reshape(examples, groups, self._size, tokens, -1)
-            moved = (grouped_heads.roll(-shift, 2).flatten(1, 2) for shift in range(1, self._size))
-            return [self._by_group(call.attend(heads.repeat_interleave(repeats, 1))) for heads in moved]
+            moved = (grouped_heads.roll(-shift, 2).flatten(1, 2).repeat_interleave(repeats, 1) for shift in range(1, self._size))
+            return [self._by_group(function(query, key, values, **options)[0]) for values in moved]
 
-        received = self._by_group(call.output)
-        self._add_received(sums.values, [received, *shifts(call.value)])
+        received = self._by_group(output)
+        self._add_received(sums.values, [received, *shifts(value)])
         # a constant changes no covariance unless weights do not add up to 1, and large sums would be rounded more
-        constant = 0 if call.options.get("s_aux") is not None else call.key.mean((0, 2), keepdim=True)
-        keys = call.key - constant
-        self._add_received(sums.keys, [self._by_group(call.attend(keys)), *shifts(keys)], -1)
+        constant = 0 if options.get("s_aux") is not None else key.mean((0, 2), keepdim=True)
+        keys = key - constant
+        self._add_received(sums.keys, [self._by_group(function(query, key, keys, **options)[0]), *shifts(keys)], -1)
         with torch.inference_mode(False), torch.enable_grad():  # the gradient of the sum over queries is the sum of their weights
-            values = torch.zeros(keys.shape, dtype=keys.dtype, device=keys.device, requires_grad=True)
-            (weights,) = torch.autograd.grad(self._by_group(call.differentiable().attend(values))[..., 0].sum(), values)
+            zeros = torch.zeros(keys.shape, dtype=keys.dtype, device=keys.device, requires_grad=True)
+            # autograd cannot save tensors of inference mode
+            saved_query, saved_key, saved_options = tree_map_only(
+                Tensor, lambda tensor: tensor.clone() if tensor.is_inference() else tensor, (query, key, options)
+            )
+            attended = self._by_group(function(saved_query, saved_key, zeros, **saved_options)[0])
+            (weights,) = torch.autograd.grad(attended[..., 0].sum(), zeros)
         weights = weights[..., 0].to(received.dtype).reshape(examples, groups, -1, tokens).sum(2)
         by_group = keys[:, ::repeats].to(received.dtype).reshape(examples, groups, self._size, tokens, -1)
         rows = by_group.transpose(2, 3).flatten(3)  # [examples, groups, tokens, heads * width]
         _add_products(sums.keys, (rows * weights.clamp_min(0).sqrt()[..., None]).transpose(0, 1).flatten(1, 2))
-        sums.tokens[0] += len(received) * self._projections.queries
+        sums.tokens[0] += len(received) * self.projections.queries
 
     def _add_received(self, total: Tensor, shifts: Sequence[Tensor], sign: int = 1) -> None:
         """Adds products of what query heads receive from each head of their group; a shift is the distance of that head."""

@@ -64,7 +64,7 @@ def cut_by_groups(model: PreTrainedModel, attentions: Mapping[str, KVAttention],
     raise ValueError(f"{refusal} ({why})")
 
 
-def small_copy(model: PreTrainedModel, shape: Shape | None = None, few: bool = True) -> PreTrainedModel:
+def small_copy(model: PreTrainedModel, shape: Shape | None, few: bool) -> PreTrainedModel:
     """Builds a small model of the class on the CPU, with random weights.
 
     Args:
@@ -87,7 +87,19 @@ def small_copy(model: PreTrainedModel, shape: Shape | None = None, few: bool = T
                 f"{type(model).__name__} cannot be built from its config, so its conversion cannot be verified: {why}"
             )
         if shape is not None:
-            _take_shape(small, model, shape)
+            now, buffers = shape_of(small), dict(model.named_buffers())
+            tensors = {name: shape.tensors.get(name, size) for name, size in now.tensors.items()}
+            set_shape(small, Shape(tensors, shape.attributes, {}).over(now))
+            with torch.no_grad():
+                for name, parameter in small.named_parameters():
+                    if tensors.get(name) != now.tensors.get(name):
+                        parameter.fill_(float(name.endswith("weight")))  # a new one holds whatever was in memory
+            for name, buffer in small.named_buffers():
+                if buffers.get(name, buffer).shape != buffer.shape:
+                    raise ValueError(
+                        f"{name} of {type(model).__name__} is of another size than its class makes it of the config, which lost "
+                        "heads: convert the model after it is saved and loaded (bh.save, bh.load)"
+                    )
         with torch.no_grad():
             for parameter in small.parameters():
                 if parameter.ndim > 1 and parameter.numel():
@@ -96,26 +108,6 @@ def small_copy(model: PreTrainedModel, shape: Shape | None = None, few: bool = T
                     parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
     small.train(False)
     return small
-
-
-def _take_shape(small: PreTrainedModel, model: PreTrainedModel, shape: Shape) -> None:
-    """Applies a model's shape to a copy with fewer layers.
-
-    Raises a ValueError for resized buffers.
-    """
-    now, buffers = shape_of(small), dict(model.named_buffers())
-    tensors = {name: shape.tensors.get(name, size) for name, size in now.tensors.items()}
-    set_shape(small, Shape(tensors, shape.attributes, {}).over(now))
-    with torch.no_grad():
-        for name, parameter in small.named_parameters():
-            if tensors.get(name) != now.tensors.get(name):
-                parameter.fill_(float(name.endswith("weight")))  # a new one holds whatever was in memory
-    for name, buffer in small.named_buffers():
-        if buffers.get(name, buffer).shape != buffer.shape:
-            raise ValueError(
-                f"{name} of {type(model).__name__} is of another size than its class makes it of the config, which lost heads: "
-                "convert the model after it is saved and loaded (bh.save, bh.load)"
-            )
 
 
 @full_precision()

@@ -11,9 +11,8 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from operator import itemgetter
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from transformers import Cache
 from billhook.engine.state import evaluating_without_grad
 from billhook.engine.store import store_of
 from billhook.engine.trees import tree_map_only
-from billhook.kv_heads.layout import HeadRows, HeadTensors, Projections, put_heads, read_heads
+from billhook.kv_heads.layout import HeadTensors, Projections, put_heads, read
 from billhook.linalg import float64_device
 from billhook.model.config_fields import text_config
 from billhook.model.inputs import small_inputs
@@ -77,17 +76,9 @@ class Mixing:
         matrices[:, r, to_i] = -mix.imag
         matrices[:, i, to_r] = mix.imag
 
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """Draws a matrix that mixes the dimensions, complex for pairs.
 
-        Not orthogonal, well conditioned.
-        """
-        count = len(self.real)
-        drawn = torch.randn(2, count, count, generator=generator, dtype=torch.float64)
-        square: Tensor = torch.linalg.qr(torch.complex(*drawn) if self.imaginary else drawn[0]).Q
-        return square * (0.5 + torch.rand(count, generator=generator, dtype=torch.float64))
-
-
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+"""Positional and keyword arguments of a call."""
 Symmetry = tuple[Mixing, ...]
 """Mixings of a head; empty if no dimensions may be mixed."""
 
@@ -109,116 +100,139 @@ class Symmetries:
     interface: bool = True
 
 
-def candidates(width: int) -> Iterator[Symmetry]:
-    """Yields possible symmetries, the largest first: all dimensions.
+def _candidates(width: int) -> Iterator[Symmetry]:
+    """Yields possible symmetries of keys: all dimensions, or rotary pairs and the rest.
 
-    Rotary pairs half a rotary width apart, or adjacent.
+    Pairs are half a rotary width apart, or adjacent. Adjacent ones of a wide rotary part pass in a narrow one, too, whose rest
+    mixes more, so narrow ones come first.
     """
     yield (Mixing(tuple(range(width))),)
     rotary_widths = sorted({int(width * share) for share in SHARES if width * share % 2 == 0})
-    for rotary in reversed(rotary_widths):
-        half = rotary // 2
-        yield _paired(range(half), range(half, rotary), width)
-    for rotary in rotary_widths:
-        yield _paired(range(0, rotary, 2), range(1, rotary, 2), width)
+    halves, adjacent = [(rotary, rotary // 2) for rotary in reversed(rotary_widths)], [(rotary, 1) for rotary in rotary_widths]
+    for rotary, apart in halves + adjacent:
+        pairs = [Mixing((first,), (first + apart,)) for first in range(rotary) if first % (2 * apart) < apart]
+        yield (*pairs, *([Mixing(tuple(range(rotary, width)))] if rotary < width else []))
 
 
-def _paired(real: Sequence[int], imaginary: Sequence[int], width: int) -> Symmetry:
-    rest = tuple(range(2 * len(real), width))
-    return (
-        *(Mixing((first,), (second,)) for first, second in zip(real, imaginary, strict=True)),
-        *([Mixing(rest)] if rest else []),
-    )
+def find_symmetries(
+    model: nn.Module, projections: Mapping[str, Projections], keys: Sequence[Symmetry] | None = None
+) -> dict[str, Symmetries]:
+    """Returns the symmetries of each attention module, by name; the model stays unchanged.
+
+    It runs the model once, and each attention module about four times.
+
+    Args:
+        model: The model.
+        projections: Its attention modules.
+        keys: Possible symmetries of keys, the largest first. Defaults to all dimensions, and to rotary pairs.
+    """
+    symmetries = {}
+    with evaluating_without_grad(model), attention_for_all_dtypes(model):  # modules compute in float64
+        calls = _first_calls(model, projections)
+        for name, attention in projections.items():
+            store_of(model).load(model.get_submodule(name))
+            with _in_float64([model.get_submodule(part) for part in (name, *attention.linears)]):
+                symmetries[name] = _symmetries(model, attention, calls[name], keys)
+    return symmetries
 
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-"""Positional and keyword arguments of a call."""
-Transform = Mapping[str, Callable[[Tensor], Tensor]]
-"""Changes of heads by kind, q, k, v, or o, as in `HeadTensors`."""
+def _symmetries(model: nn.Module, projections: Projections, call: Call, keys: Sequence[Symmetry] | None) -> Symmetries:
+    (count, width), (_, value_width) = projections.k.index.shape, projections.v.index.shape
+    generator, drawn = torch.Generator().manual_seed(0), dict[str, Tensor]()
+    for kind, heads in vars(read(model, projections)).items():  # of their sizes, and with scores of unit size
+        inputs = heads.shape[2] * (len(heads) if kind == "o" else 1)
+        drawn[kind] = torch.randn(heads.shape, generator=generator, dtype=heads.dtype).to(heads.device) / math.sqrt(inputs)
+    before, attended, modules = HeadTensors(**drawn), list[Tensor](), set(model.get_submodule(projections.name).modules())
+
+    def attend(
+        function: Callable[..., Any], caller: nn.Module, query: Tensor, key: Tensor, *rest: Tensor | None, **options: object
+    ) -> Any:  # noqa: ANN401
+        result = function(caller, query, key, *rest, **options)
+        as_projected = query.shape[1] == len(projections.q.index) and key.shape[3] == projections.k.index.shape[1]
+        if caller in modules:  # other threads may run other models
+            attended.append(result[0] if as_projected else result[0][:0])
+        return result
+
+    with attention_functions_as(attend):
+        expected, read_heads = _output(model, projections, call, before)
+    interface = len(attended) == len(read_heads) == 1 and torch.equal(attended[0].flatten(), read_heads[0].flatten())
+
+    def same(after: HeadTensors) -> bool:
+        output, _ = _output(model, projections, call, after)
+        return bool((output - expected).norm() <= TOLERANCE * expected.norm())
+
+    def keys_mix(matrices: Tensor) -> bool:
+        matrices = matrices.to(before.k.device)
+        inverse = torch.linalg.inv(matrices).mT.repeat_interleave(projections.queries, 0)
+        return same(replace(before, k=matrices @ before.k, q=inverse @ before.q))
+
+    # another factor for each head, which no norm over all heads lets pass
+    factors = torch.linspace(0.5, 2, count, dtype=torch.float64)[:, None, None] * torch.eye(width, dtype=torch.float64)
+    options = (_candidates(width) if keys is None else keys) if keys_mix(factors) else ()
+    mixed_keys = next((option for option in options if keys_mix(_drawn(option, count, width, generator))), ())
+    values = (Mixing(tuple(range(value_width))),)
+    matrices = _drawn(values, count, value_width, generator).to(before.v.device)
+    inverse = torch.linalg.inv(matrices).repeat_interleave(projections.queries, 0)
+    values_mix = same(replace(before, v=matrices @ before.v, o=before.o @ inverse))
+    return Symmetries(mixed_keys, values if values_mix else (), same(before.in_order([*range(1, count), 0])), interface)
 
 
-class AttentionProbe:
-    """One attention module with the arguments that the model passes."""
+def _drawn(symmetry: Symmetry, heads: int, width: int, generator: torch.Generator) -> Tensor:
+    """Draws for each head a matrix that mixes as a symmetry permits: well conditioned, not orthogonal."""
+    matrices = torch.eye(width, dtype=torch.float64).repeat(heads, 1, 1)
+    for mixing in symmetry:
+        size = len(mixing.real)
+        drawn = torch.randn(2, heads, size, size, generator=generator, dtype=torch.float64)
+        unitary = torch.linalg.qr(torch.complex(*drawn) if mixing.imaginary else drawn[0]).Q
+        mixing.put(matrices, unitary * (0.5 + torch.rand(heads, 1, size, generator=generator, dtype=torch.float64)))
+    return matrices
 
-    def __init__(self, model: nn.Module, projections: Projections, call: Call) -> None:
-        self._model, self.projections, self._call = model, projections, call
-        self._module = model.get_submodule(projections.name)
-        self.interface = False  # after a call, see `Symmetries`
 
-    @contextmanager
-    def as_float64(self) -> Iterator[None]:
-        """Runs the module in float64 within a `with` block.
+def _output(model: nn.Module, projections: Projections, call: Call, heads: HeadTensors) -> tuple[Tensor, list[Tensor]]:
+    """Writes heads into an attention module and runs it on noise.
 
-        On the CPU if its device has no float64.
+    Returns:
+        The output of the consumer layer of its heads, `[calls * tokens, hidden]`, and by call the heads that it reads.
+    """
+    outputs, read_heads = list[Tensor](), list[Tensor]()
+    module, reader = model.get_submodule(projections.name), model.get_submodule(projections.o.linear)
 
-        Its tensors are replaced, because a parameter whose dtype changes would lose the gradient hooks of DDP.
-        """
-        modules = dict.fromkeys([*self._module.modules(), *map(self._model.get_submodule, self.projections.linears)])
-        tables: list[dict[str, Any]] = [table for module in modules for table in (module._parameters, module._buffers)]
-        before = [(table, dict(table)) for table in tables]
-        in_float64: dict[int, Tensor] = {}  # by the id of the tensor, so that tied ones stay tied
-        try:
-            for table, tensors in before:
-                for name, tensor in tensors.items():
-                    if tensor is not None:
-                        table[name] = in_float64.setdefault(id(tensor), _as_float64(tensor))
-            yield
-        finally:
-            for table, tensors in before:
-                table.update(tensors)
+    def record(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        read_heads.append(args[0].flatten(0, -2)[:, projections.o.index.flatten()])
+        outputs.append(output.flatten(0, -2))
 
-    @property
-    def device(self) -> torch.device:
-        """Device of its weights."""
-        return self._matrix(self.projections.k)[0].device
+    for kind, rows in projections.kinds.items():
+        put_heads(matrix_of(model.get_submodule(rows.linear)), rows, vars(heads)[kind])
+    args, kwargs = tree_map_only((Tensor, Cache), _as_float64, call)
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(heads.k.device.type, enabled=False))
+        stack.enter_context(_Float64Numbers())
+        for number, linear in enumerate(dict.fromkeys(rows.linear for rows in (projections.q, projections.k, projections.v))):
+            stack.callback(model.get_submodule(linear).register_forward_pre_hook(partial(_with_noise, number)).remove)
+        stack.callback(reader.register_forward_hook(record).remove)
+        module(*args, **kwargs)
+    return torch.cat(outputs).double(), read_heads
 
-    def draw(self, generator: torch.Generator) -> None:
-        """Draws weights that give scores of unit size."""
-        for rows in self.projections.kinds.values():
-            weight, bias = self._matrix(rows)
-            heads, width = rows.index.shape
-            size = (heads, len(weight), width) if rows.are_read else (heads, width, weight.shape[1] + (bias is not None))
-            drawn = torch.randn(size, generator=generator, dtype=weight.dtype).to(weight.device)
-            put_heads((weight, bias), rows, drawn / math.sqrt(heads * width if rows.are_read else size[2]))
 
-    def change(self, transform: Transform) -> None:
-        """Changes its weights."""
-        for kind, become in transform.items():
-            rows = self.projections.kinds[kind]
-            put_heads(self._matrix(rows), rows, become(read_heads(self._model, rows)))
+@contextmanager
+def _in_float64(roots: Sequence[nn.Module]) -> Iterator[None]:
+    """Runs modules in float64 within a `with` block, on the CPU if their device has no float64.
 
-    def _matrix(self, rows: HeadRows) -> tuple[Tensor, Tensor | None]:
-        return matrix_of(self._model.get_submodule(rows.linear))
-
-    def __call__(self) -> Tensor:
-        """Returns the output of the consumer layer of its heads, `[calls * tokens, hidden]`."""
-        outputs, inputs, attended = list[Tensor](), list[Tensor](), list[Tensor]()
-
-        def attend(
-            function: Callable[..., Any], module: nn.Module, query: Tensor, key: Tensor, *rest: Tensor | None, **options: object
-        ) -> Any:  # noqa: ANN401
-            result = function(module, query, key, *rest, **options)
-            as_projected = query.shape[1] == len(self.projections.q.index) and key.shape[3] == self.projections.k.index.shape[1]
-            if module in self._module.modules():  # other threads may run other models
-                attended.append(result[0] if as_projected else result[0][:0])
-            return result
-
-        args, kwargs = tree_map_only((Tensor, Cache), _as_float64, self._call)
-        with ExitStack() as stack:
-            stack.enter_context(torch.autocast(self.device.type, enabled=False))
-            stack.enter_context(_Float64Numbers())
-            linears = list(dict.fromkeys(rows.linear for kind, rows in self.projections.kinds.items() if kind != "o"))
-            for number, linear in enumerate(linears):
-                hook = partial(_with_noise, number)
-                stack.callback(self._model.get_submodule(linear).register_forward_pre_hook(hook).remove)
-            reader = self._model.get_submodule(self.projections.o.linear)
-            stack.callback(reader.register_forward_pre_hook(lambda _, args: inputs.append(args[0].flatten(0, -2))).remove)
-            stack.callback(reader.register_forward_hook(lambda _, _args, output: outputs.append(output.flatten(0, -2))).remove)
-            stack.enter_context(attention_functions_as(attend))
-            self._module(*args, **kwargs)
-        read = [rows[:, self.projections.o.index.flatten()] for rows in inputs]
-        self.interface = len(attended) == len(read) == 1 and torch.equal(attended[0].flatten(), read[0].flatten())
-        return torch.cat(outputs)
+    Their tensors are replaced, because a parameter whose dtype changes would lose the gradient hooks of DDP.
+    """
+    modules = dict.fromkeys(module for root in roots for module in root.modules())
+    tables: list[dict[str, Any]] = [table for module in modules for table in (module._parameters, module._buffers)]
+    before = [(table, dict(table)) for table in tables]
+    in_float64: dict[int, Tensor] = {}  # by the id of the tensor, so that tied ones stay tied
+    try:
+        for table, tensors in before:
+            for name, tensor in tensors.items():
+                if tensor is not None:
+                    table[name] = in_float64.setdefault(id(tensor), _as_float64(tensor))
+        yield
+    finally:
+        for table, tensors in before:
+            table.update(tensors)
 
 
 class _Float64Numbers(TorchFunctionMode):
@@ -242,7 +256,7 @@ def _as_float64(value: Any) -> Any:  # noqa: ANN401 - a tensor or a cache
     return nn.Parameter(tensor, requires_grad=False) if isinstance(value, nn.Parameter) else tensor
 
 
-def see_calls(model: nn.Module, projections: Mapping[str, Projections]) -> dict[str, Call]:
+def _first_calls(model: nn.Module, projections: Mapping[str, Projections]) -> dict[str, Call]:
     """Returns the arguments of the first call of each attention module, on random tokens."""
     calls: dict[str, Call] = {}
 
@@ -253,7 +267,7 @@ def see_calls(model: nn.Module, projections: Mapping[str, Projections]) -> dict[
     limits = [getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len")]
     # half of the length that the model is made for, as some lose positions at the start
     length = min([LENGTH, *(max(limit // 2, 1) for limit in limits if type(limit) is int)]) if any(limits) else FEW
-    with ExitStack() as stack, torch.no_grad():
+    with ExitStack() as stack:
         for name in projections:
             hook = partial(note, name)
             stack.callback(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True).remove)
@@ -262,105 +276,3 @@ def see_calls(model: nn.Module, projections: Mapping[str, Projections]) -> dict[
         if name not in calls:
             raise ValueError(f"{name} is not called as a module, so its heads cannot be recorded")
     return calls
-
-
-def find_symmetries(model: nn.Module, projections: Mapping[str, Projections]) -> dict[str, Symmetries]:
-    """Returns the symmetries of each attention module, by name; the model stays unchanged.
-
-    It runs the model once, and each attention module about four times.
-    """
-    return {name: _symmetries(probe) for name, probe in _probes(model, projections)}
-
-
-def keys_mix(model: nn.Module, projections: Mapping[str, Projections], symmetry: Symmetry) -> bool:
-    """Returns whether keys may be mixed as a symmetry states."""
-    generator = torch.Generator().manual_seed(0)
-    for _, attention in _probes(model, projections):
-        with attention.as_float64():
-            count, width = attention.projections.k.index.shape
-            if not _comparing(attention, generator)[1](_mixed_keys, _drawn(count, width, symmetry, generator)):
-                return False
-    return True
-
-
-def _probes(model: nn.Module, projections: Mapping[str, Projections]) -> Iterator[tuple[str, AttentionProbe]]:
-    """Yields each attention module with the arguments that the model passes, by name."""
-    with evaluating_without_grad(model), attention_for_all_dtypes(model):  # modules compute in float64
-        calls = see_calls(model, projections)
-        for name, attention in projections.items():
-            store_of(model).load(model.get_submodule(name))
-            yield name, AttentionProbe(model, attention, calls[name])
-
-
-Same = Callable[[Transform, Transform], bool]
-Passes = Callable[[Callable[[Tensor, int], Transform], Tensor], bool]
-
-
-def _comparing(attention: AttentionProbe, generator: torch.Generator) -> tuple[Same, Passes]:
-    """Draws weights, and returns tests whether a change of heads keeps the outputs."""
-    queries = attention.projections.queries
-    attention.draw(generator)
-    expected = attention()
-
-    def same(transform: Transform, inverse: Transform) -> bool:
-        attention.change(transform)
-        output = attention()
-        attention.change(inverse)
-        return bool((output - expected).double().norm() <= TOLERANCE * expected.double().norm())
-
-    def passes(mix: Callable[[Tensor, int], Transform], matrix: Tensor) -> bool:
-        matrix = matrix.to(attention.device)
-        return same(mix(matrix, queries), mix(torch.linalg.inv(matrix), queries))
-
-    return same, passes
-
-
-def _symmetries(attention: AttentionProbe) -> Symmetries:
-    generator, projections = torch.Generator().manual_seed(0), attention.projections
-    queries = projections.queries
-    with attention.as_float64():
-        same, passes = _comparing(attention, generator)
-        (count, width), (_, value_width) = projections.k.index.shape, projections.v.index.shape
-        # another factor for each head, which no norm over all heads lets pass
-        factors = torch.linspace(0.5, 2, count, dtype=torch.float64)[:, None, None] * torch.eye(width, dtype=torch.float64)
-        options = candidates(width) if passes(_mixed_keys, factors) else ()
-        keys = next((option for option in options if passes(_mixed_keys, _drawn(count, width, option, generator))), ())
-        values = (Mixing(tuple(range(value_width))),)
-        mixed = passes(_mixed_values, _drawn(count, value_width, values, generator))
-        order, back = [*range(1, count), 0], [count - 1, *range(count - 1)]
-        ordered = same(_reordered(order, queries), _reordered(back, queries))
-        return Symmetries(keys, values if mixed else (), ordered, attention.interface)
-
-
-def in_order(tensors: HeadTensors, order: Sequence[int]) -> HeadTensors:
-    """Returns reordered KV heads, or some of them, with their query heads."""
-    picks = _reordered(order, len(tensors.q) // len(tensors.k))
-    return HeadTensors(**{kind: pick(vars(tensors)[kind]) for kind, pick in picks.items()})
-
-
-def _reordered(order: Sequence[int], queries: int) -> Transform:
-    """Reorders KV heads, or selects some of them, with their query heads."""
-    kv_heads, query_heads = list(order), [head * queries + query for head in order for query in range(queries)]
-    pick_kv, pick_query = itemgetter(kv_heads), itemgetter(query_heads)
-    return {"q": pick_query, "k": pick_kv, "v": pick_kv, "o": pick_query}
-
-
-def _drawn(count: int, width: int, symmetry: Symmetry, generator: torch.Generator) -> Tensor:
-    """Draws for each head a matrix of a symmetry."""
-    matrices = torch.eye(width, dtype=torch.float64).repeat(count, 1, 1)
-    for matrix in torch.split(matrices, 1):
-        for mixing in symmetry:
-            mixing.put(matrix, mixing.draw(generator))
-    return matrices
-
-
-def _mixed_keys(matrix: Tensor, queries: int) -> Transform:
-    """Multiplies keys by a matrix, and queries by the transpose of its inverse."""
-    inverse = torch.linalg.inv(matrix).transpose(1, 2).repeat_interleave(queries, 0)
-    return {"k": lambda k: matrix @ k, "q": lambda q: inverse @ q}
-
-
-def _mixed_values(matrix: Tensor, queries: int) -> Transform:
-    """Multiplies values by a matrix, and output columns by its inverse."""
-    inverse = torch.linalg.inv(matrix).repeat_interleave(queries, 0)
-    return {"v": lambda v: matrix @ v, "o": lambda o: o @ inverse}

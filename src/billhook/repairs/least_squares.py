@@ -100,7 +100,12 @@ def refit_linear(
             parts, about_means, sorted({ridge, math.inf, *(larger for larger in ridges if larger > ridge)}), comm
         )
     else:
-        error = _support_error(parts, about_means, ridge, support, comm)
+        *fit, held_out = parts
+        error, solve = held_out.tokens.new_zeros(()), _solve_on_support(fit, about_means, ridge, support)
+        for rows in comm.owned_rows(len(support), MAX_OUTPUTS):  # ranks divide the rows
+            error += residual_error(solve(rows), fit, held_out, about_means, rows)
+        del solve  # frees its Gram matrix
+        error = comm(error)
         helps = comm.decide(lambda: best_ridge([ridge], error_without_refit(parts, about_means), error[None]) == ridge)
         solve = _solve_on_support(parts, about_means, ridge if helps else math.inf, support)
     new, shift = torch.zeros_like(weight), torch.zeros_like(parts[0].residual_sums)
@@ -160,15 +165,6 @@ def _solve_on_support(parts: Sequence[ResidualStatistics], about_means: bool, ri
         return conjugate_gradients(torch.zeros_like(target), target, gram, support[rows], CG_STEPS)
 
     return solve
-
-
-def _support_error(parts: Sequence[ResidualStatistics], about_means: bool, ridge: float, support: Tensor, comm: Comm) -> Tensor:
-    """Computes the error on the last part with an update on a support. Ranks divide the rows."""
-    *fit, held_out = parts
-    error, solve = held_out.tokens.new_zeros(()), _solve_on_support(fit, about_means, ridge, support)
-    for rows in comm.owned_rows(len(support), MAX_OUTPUTS):
-        error += residual_error(solve(rows), fit, held_out, about_means, rows)
-    return comm(error)
 
 
 def residual_error(

@@ -22,7 +22,7 @@ from billhook.engine.comm import SINGLE_PROCESS, Comm
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.passes import activation_files, spilled_outputs
 from billhook.engine.state import evaluating_without_grad, fresh_autocast_cache, overridden
-from billhook.engine.store import BlockStore, store_of
+from billhook.engine.store import store_of
 from billhook.engine.trees import tree_leaves, tree_map_only
 from billhook.engine.walk import Arguments, Site, Visitor, Walk, copy_cache, separable_blocks
 from billhook.linalg import float64_device
@@ -172,22 +172,19 @@ class BlockTuning:
                 share = 1 - abs((2 * step - 1) / steps - 1)  # of the maximum step size: linear warmup and decay
                 for group in optimizer.param_groups:
                     group["lr"] = share * group["most"]
-                self._step(optimizer, tune[queue.pop()])
+                with torch.enable_grad():
+                    error, count = self._error(tune[queue.pop()])
+                    gradients = torch.autograd.grad(error / count, list(self.tuned.values()), allow_unused=True)
+                for (name, weight), gradient in zip(self.tuned.items(), gradients, strict=True):
+                    gradient = torch.zeros_like(weight) if gradient is None else gradient * self.keeps[name]
+                    weight.grad = self.ties[name](gradient) if name in self.ties else gradient
+                self.comm.sum_(*(weight.grad for weight in self.tuned.values() if weight.grad is not None))
+                optimizer.step()
                 if step == 1 and not any(weight.grad.any() for weight in self.tuned.values() if weight.grad is not None):
                     break  # the block is removed: its output layers are zero
-                if step in evaluated_steps and (error := self._measured(held_out)) < best:
-                    best, state = error, self._state()
+                if step in evaluated_steps and (measured := self._measured(held_out)) < best:
+                    best, state = measured, self._state()
         return state
-
-    def _step(self, optimizer: torch.optim.Adam, sample: BlockSample) -> None:
-        with torch.enable_grad():
-            error, count = self._error(sample)
-            gradients = torch.autograd.grad(error / count, list(self.tuned.values()), allow_unused=True)
-        for (name, weight), gradient in zip(self.tuned.items(), gradients, strict=True):
-            gradient = torch.zeros_like(weight) if gradient is None else gradient * self.keeps[name]
-            weight.grad = self.ties[name](gradient) if name in self.ties else gradient
-        self.comm.sum_(*(weight.grad for weight in self.tuned.values() if weight.grad is not None))
-        optimizer.step()
 
     @torch.no_grad()
     def _measured(self, samples: Sequence[BlockSample]) -> float:
@@ -258,7 +255,7 @@ def match_blocks(
     """
     store, dense = store_of(model), dense or runs
     with evaluating_without_grad(model), attention_for_all_dtypes(model):  # also in runs, whose masks blocks receive
-        matcher = _BlockMatcher(model, store, values, runs, matching, comm, ties or {}, progress)
+        matcher = _BlockMatcher(model, values, runs, matching, comm, ties or {}, progress)
         step = store.step(f"{matching} {values.key}", partial(runs_fingerprint, runs))
         with step, activation_files(store) as files, spilled_outputs(files, model, matcher.blocks.values()):
             Walk(list(matcher.sites()), matcher, comm, matcher.enter)([run.visit for run in (*runs, *dense)])
@@ -275,7 +272,6 @@ class _BlockMatcher(Visitor):
     def __init__(
         self,
         model: nn.Module,
-        store: BlockStore,
         values: LazyTensors,
         runs: Sequence[Run],
         matching: BlockMatching,
@@ -283,7 +279,7 @@ class _BlockMatcher(Visitor):
         ties: Mapping[str, Tie],
         progress: OnProgress | None,
     ) -> None:
-        self._model, self._store, self._values, self._runs, self._comm = model, store, values, runs, comm
+        self._model, self._store, self._values, self._runs, self._comm = model, store_of(model), values, runs, comm
         self._matching, self._ties, self._progress = replace(matching, lr=matching.lr or REPAIRED_LR), ties, progress
         self.untouched = range(len(runs), 2 * len(runs))
         holders = {
@@ -316,8 +312,8 @@ class _BlockMatcher(Visitor):
             self.stage()
             self._block = block
             self._store.load(block)
-            values, _ = self._store.read_staged(block) or (LazyTensors({}), None)
-            self._tuned = {name: values[name] for name in values}
+            values, _ = self._store.read_staged(block) or ({}, None)
+            self._tuned = dict(values)
 
     def stage(self) -> None:
         """Stages the tuned parameters of the current block, or of a model in memory."""
@@ -342,7 +338,10 @@ class _BlockMatcher(Visitor):
             if run in outputs and (dense := run + count) in outputs:
                 (inputs, output), (_, goal) = outputs[run], outputs[dense]
                 if output.shape == goal.shape:
-                    samples.append(BlockSample(inputs, goal, self._counts(name, goal, run), self._runs[run].source))
+                    masks = self._runs[run].tokens
+                    own_first = sorted(masks, key=lambda linear: not linear.startswith(f"{name}."))
+                    fitting = (masks[linear].to(goal.device) for linear in own_first if masks[linear].shape == goal.shape[:-1])
+                    samples.append(BlockSample(inputs, goal, next(fitting, None), self._runs[run].source))
                     differ |= not torch.equal(output, goal)
         # each rank needs samples to tune on and samples to hold out
         too_few, changed = self._comm(torch.tensor([float(len(samples) < 2), float(differ)], device=self._comm.device)).tolist()
@@ -351,14 +350,6 @@ class _BlockMatcher(Visitor):
             self._tune(site, samples)
         if self._progress is not None:
             self._progress(list(self.blocks).index(name) + 1, len(self.blocks))
-
-    def _counts(self, block: str, goal: Tensor, run: int) -> Tensor | None:
-        """Returns the mask of non-padding tokens that fits an output, preferably the block's."""
-        masks = self._runs[run].tokens
-        for name in sorted(masks, key=lambda name: not name.startswith(f"{block}.")):
-            if masks[name].shape == goal.shape[:-1]:
-                return masks[name].to(goal.device)
-        return None
 
     def _parameters(self, site: Site) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields the parameters to tune, which exclude embeddings and layers with adapters."""

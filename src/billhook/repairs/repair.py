@@ -15,7 +15,6 @@ from itertools import chain
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from billhook.arguments import check_fraction, check_types
 from billhook.calibration.calibration import log_single_source
@@ -26,7 +25,7 @@ from billhook.engine.passes import activation_files, spilled_outputs, watch_call
 from billhook.engine.state import evaluating_without_grad, replaced
 from billhook.engine.store import store_of
 from billhook.engine.walk import Site, Walk, find_sites
-from billhook.model.layers import size_of
+from billhook.model.layers import is_linear, size_of
 from billhook.progress import OnProgress
 from billhook.repairs.matching import BlockMatching, Tie, match_blocks, too_few_batches
 from billhook.repairs.residuals import NoRepair, check_tokens, not_refitted_message, too_few_tokens_message
@@ -86,11 +85,12 @@ class RepairConfig:
             NoRepair: If no run is left to fit to, or to choose the ridge penalty.
         """
         ranks = comm.gather(runs)
-        count, numbers = comm.batch_numbers(ranks)
-        if not (chosen := self.held_out_batches(count)):
+        count, _ = comm.batch_numbers(ranks)
+        if not self.held_out_batches(count):
             total = sum(ranks)
             raise NoRepair(f"batches: repair needs at least two batches, because some choose the ridge penalty, got {total}.")
-        return [int(number in chosen) for number in numbers]
+        held_out = self.held_out_on_rank(runs, comm)
+        return [int(run in held_out) for run in range(runs)]
 
 
 def repair_linears(
@@ -140,10 +140,7 @@ def repair_linears(
     repair = repair or RepairConfig()
     every, layers = _check(model, kept)
     needed = {name: int(keep.sum()) for name, keep in kept.items()}
-    forwards, sources = list[Callable[[], object]](), list[str]()
-    for run in runs:
-        forwards.append(run.visit)
-        sources.append(run.source)
+    forwards, sources = [run.visit for run in runs], [run.source for run in runs]
     store, with_new_params = store_of(model), set(new_params.modules if new_params is not None else ())
     parts = repair.parts(len(runs), comm)
     if repair.match is not None and any(count < 2 for count in comm.gather(len(runs))):
@@ -163,13 +160,13 @@ def repair_linears(
             masks = hashlib.sha256(str([(name, keep.tolist()) for name, keep in kept.items()]).encode()).hexdigest()
             step = store.step(f"{repair} {sources} {masks}", partial(runs_fingerprint, runs))
             with step, activation_files(store) as visitor.files, spilled_outputs(visitor.files, model):
-                new = _refit(model, visitor, observed, {}, comm, forwards, by_block=True)
+                new = _refit(model, visitor, {}, forwards, by_block=True)
         else:
             store.check_can_hold_all(f"repair: {', '.join(list(repeated)[:1])} is called several times in a run")
             with store.all_loaded():
                 with evaluating_without_grad(model):
                     check_tokens(layers, needed, runs, comm)
-                new = _refit(model, visitor, observed, repeated, comm, forwards, by_block=False)
+                new = _refit(model, visitor, repeated, forwards, by_block=False)
     if len(names := visitor.not_refitted) == len(kept):
         raise NoRepair(too_few_tokens_message(names[0], needed[names[0]]))
     if names:
@@ -198,25 +195,22 @@ def _shown(
 def _refit(
     model: nn.Module,
     visitor: RepairVisitor,
-    observed: Mapping[str, nn.Module],
     repeated: Mapping[str, nn.Module],
-    comm: Comm,
     forwards: Sequence[Callable[[], object]],
     by_block: bool,
 ) -> LazyTensors:
     """Refits layers, starting with repeatedly called layers, up to the last block with any."""
-    visitor.take(visitor.inside(None) if by_block else observed)
-    refitted = [name for name in observed if name in visitor.kept]
+    visitor.take(visitor.inside(None) if by_block else visitor.layers)
+    refitted = [name for name in visitor.layers if name in visitor.kept]
     if repeated:
-        with replaced({observed[name]: visitor.current(name) for name in refitted}):
-            Walk([Site(model, dict(repeated))], visitor, comm)(forwards)
-    if once := _in_order(observed, observed.keys() - repeated.keys()):
+        with replaced({visitor.layers[name]: visitor.current(name) for name in refitted}):
+            Walk([Site(model, dict(repeated))], visitor, visitor.comm)(forwards)
+    if once := _in_order(visitor.layers, visitor.layers.keys() - repeated.keys()):
         sites = find_sites(model, once, "layer", store_of(model).blocks.values() if by_block else ())
         while not sites[-1].linears:
             sites.pop()
-        visitor.untouched = range(len(forwards) // 2, len(forwards)) if visitor.compensates else ()
         with replaced(dict(zip(repeated.values(), map(visitor.current, repeated), strict=True))):
-            Walk(sites, visitor, comm, visitor.enter if by_block else None)(forwards)
+            Walk(sites, visitor, visitor.comm, visitor.enter if by_block else None)(forwards)
     return visitor.finish() if by_block else LazyTensors.of(by_parameter({name: visitor.current(name) for name in refitted}))
 
 
@@ -227,10 +221,7 @@ def _in_order(layers: Mapping[str, nn.Module], names: Set[str]) -> dict[str, nn.
 
 def _check(model: nn.Module, kept: Mapping[str, Tensor]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """Returns all linear layers of a model, and the masked layers; raises if a mask is wrong."""
-    every: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear | Conv1D):
-            every[name] = module
+    every = {name: module for name, module in model.named_modules() if is_linear(module)}
     for name, keep in kept.items():
         if name not in every:
             kind = type(dict(model.named_modules()).get(name)).__name__.replace("NoneType", "nothing")

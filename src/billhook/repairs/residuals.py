@@ -65,14 +65,14 @@ class ResidualStatistics:
         weights = torch.ones(inputs.shape[:-1], device=inputs.device) if weights is None else weights
         weights = select_tokens(weights[..., None], keep).to(torch.promote_types(inputs.dtype, torch.float32))
         dtype, device = widest_float(inputs.device), self.tokens.device
-        chunks = list(zip(torch.split(select_tokens(inputs, keep), TOKENS), torch.split(weights, TOKENS), strict=True))
-        for x, share in chunks:
+        parts = torch.split(select_tokens(inputs, keep), TOKENS)
+        residuals = [None] * len(parts) if residual is None else torch.split(select_tokens(residual, keep), TOKENS)
+        for x, share, r in zip(parts, torch.split(weights, TOKENS), residuals, strict=True):
             weighted = as_float(x) * share
             self.tokens += share.sum(dtype=dtype).to(device)
             self.sums += weighted.sum(0, dtype=dtype).to(device)
             add_products(self.products, weighted, as_float(x))
-        if residual is not None:
-            for (x, share), r in zip(chunks, torch.split(select_tokens(residual, keep), TOKENS), strict=True):
+            if r is not None:
                 weighted = as_float(r) * share
                 self.residual_sums += weighted.sum(0, dtype=dtype).to(device)
                 add_products(self.residual_products, weighted, as_float(x))
@@ -91,16 +91,9 @@ class ResidualStatistics:
         products = mixing.new_zeros(most, self.residual_products.shape[1])
         for columns, part in zip(torch.split(mixing, most, 1), torch.split(self.residual_products, most), strict=True):
             products.addmm_(columns, part)
-        return self._with(self.sums, self.products, mixing @ self.residual_sums, products, self.residual_squares)
-
-    def _with(
-        self, sums: Tensor, products: Tensor, residual_sums: Tensor, residual_products: Tensor, residual_squares: Tensor
-    ) -> Self:
-        """Returns statistics of the same tokens with other sums."""
-        new = copy(self)
-        new.sums, new.products = sums, products
-        new.residual_sums, new.residual_products, new.residual_squares = residual_sums, residual_products, residual_squares
-        return new
+        mixed = copy(self)
+        mixed.residual_sums, mixed.residual_products = mixing @ self.residual_sums, products
+        return mixed
 
     def tensors(self) -> list[Tensor]:
         """Returns the sums themselves, to be summed over ranks in place."""
@@ -113,9 +106,11 @@ class ResidualStatistics:
         x_R and E r x_S^T = W_R H_RS.
         """
         removed, kept_products, removed_products = weight[:, ~keep].double(), self.products[keep], self.products[~keep]
-        squares = (removed @ removed_products[:, ~keep]).mul_(removed).sum(1)
-        residual = removed @ self.sums[~keep], removed @ kept_products[:, ~keep].t(), squares
-        return self._with(self.sums[keep], kept_products[:, keep], *residual)
+        new = copy(self)
+        new.sums, new.products = self.sums[keep], kept_products[:, keep]
+        new.residual_sums, new.residual_products = removed @ self.sums[~keep], removed @ kept_products[:, ~keep].t()
+        new.residual_squares = (removed @ removed_products[:, ~keep]).mul_(removed).sum(1)
+        return new
 
     @property
     def means(self) -> tuple[Tensor, Tensor]:
@@ -177,17 +172,13 @@ class TokenBuffer:
         if self._tokens >= TOKENS:
             self.flush()
 
-    def flush(self) -> None:
-        """Adds all collected tokens to the statistics."""
+    def flush(self) -> ResidualStatistics:
+        """Adds all collected tokens to the statistics, and returns these."""
         if self._tokens:
             residual = torch.cat(self._residuals) if self._residuals else None
             self._statistics.add(torch.cat(self._inputs), residual, weights=torch.cat(self._weights))
         self._inputs, self._residuals, self._weights, self._tokens = [], [], [], 0
-
-
-def can_choose(parts: Sequence[ResidualStatistics]) -> bool:
-    """Returns whether there are tokens to fit to and tokens that are held out."""
-    return all(torch.stack([part.tokens for part in parts]).tolist())
+        return self._statistics
 
 
 def as_float(tensor: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from billhook.linalg import float64_device, widest_float
 from billhook.model.layers import is_pruned, matrix_of, to_layout, to_parameters
 from billhook.progress import OnProgress
 from billhook.repairs.least_squares import refit_linear
-from billhook.repairs.residuals import ResidualStatistics, TokenBuffer, as_float, can_choose, non_padding
+from billhook.repairs.residuals import ResidualStatistics, TokenBuffer, as_float, non_padding
 
 ADD: frozenset[Any] = frozenset({torch.add, Tensor.add, Tensor.add_, Tensor.__add__, Tensor.__radd__, Tensor.__iadd__})
 SAME: frozenset[Any] = frozenset({dropout, torch.dropout, Tensor.to, Tensor.contiguous})
@@ -154,24 +154,15 @@ class _Linear:
             self.keep = keep.to(weight.device)
             # integers: indexing with bools causes a host sync
             self.kept_index, self.removed_index = (where.nonzero().flatten().to(weight.device) for where in (keep, ~keep))
-        self.statistics: list[ResidualStatistics] = []
         self.buffers: list[TokenBuffer] = []
         self.norms = InputNorms(weight.shape[1], weight.device)
 
-    def begin(self, parts: int, files: ActivationFiles | None) -> None:
-        """Makes empty statistics for each part of the data, unless they exist."""
-        if not self.statistics:
+    def begin(self, files: ActivationFiles | None) -> None:
+        """Makes empty statistics, to fit to and to choose the ridge penalty, unless they exist."""
+        if not self.buffers:
             weight, _ = self.start
-            self.statistics = [ResidualStatistics(len(weight), len(self.kept_index), weight.device, files) for _ in range(parts)]
-            self.buffers = [TokenBuffer(statistics) for statistics in self.statistics]
-
-    @property
-    def parameters(self) -> dict[str, Tensor]:
-        """Current parameters in memory layout, with zeros for removed inputs."""
-        if self.fitted or self.keep is None:
-            return self.fitted or self.new
-        weight, bias = self.start
-        return to_parameters(self.module, torch.where(self.keep, weight, 0), bias)
+            sizes = len(weight), len(self.kept_index)
+            self.buffers = [TokenBuffer(ResidualStatistics(*sizes, weight.device, files)) for _ in range(2)]
 
 
 class RepairVisitor(Visitor):
@@ -213,9 +204,10 @@ class RepairVisitor(Visitor):
     ) -> None:
         self.files: ActivationFiles | None = None
         self._progress, self._done = progress, set[str]()
-        self._modules, self.kept, self._predecessors, self._runs = layers, kept, predecessors, runs
-        self._ridges, self._parts, self._comm = ridges, parts, comm
+        self.layers, self.kept, self._predecessors, self._runs = layers, kept, predecessors, runs
+        self._ridges, self._parts, self.comm = ridges, parts, comm
         self._new_params, self._store = new_params or LazyTensors({}), store
+        self.untouched = range(len(runs), 2 * len(runs)) if predecessors else ()  # runs of the dense model
         self._block: nn.Module | None = None  # the block that runs are in
         self.new = LazyTensors({})
         self._linears: dict[str, _Linear] = {}
@@ -228,11 +220,11 @@ class RepairVisitor(Visitor):
     def take(self, names: Collection[str]) -> None:
         """Records the current weights of layers, and their given new parameters, before any run."""
         for name in names:  # in the same order on all ranks, which read sharded values together
-            self._linears[name] = _Linear(self._modules[name], self._new_params.of_module(name), self.kept.get(name))
+            self._linears[name] = _Linear(self.layers[name], self._new_params.of_module(name), self.kept.get(name))
 
     def inside(self, block: nn.Module | None) -> list[str]:
         """Returns the names of the layers in a block, or outside all blocks."""
-        return [name for name, linear in self._modules.items() if self._store.owner.get(linear) is block]
+        return [name for name, linear in self.layers.items() if self._store.owner.get(linear) is block]
 
     def enter(self, module: nn.Module) -> None:
         """Loads the block of a module, after staging the block that all runs have left."""
@@ -270,11 +262,6 @@ class RepairVisitor(Visitor):
         self.stage()
         self._store.release()
         return self.new
-
-    @property
-    def compensates(self) -> bool:
-        """True if each batch runs twice, the second time through the dense model."""
-        return bool(self._predecessors)
 
     @property
     def not_refitted(self) -> list[str]:
@@ -316,12 +303,16 @@ class RepairVisitor(Visitor):
 
     def current(self, name: str) -> dict[str, Tensor]:
         """Returns a layer's current parameters in memory layout, with zeros for removed inputs."""
-        return self._linears[name].parameters
+        linear = self._linears[name]
+        if linear.fitted or linear.keep is None:
+            return linear.fitted or linear.new
+        weight, bias = linear.start
+        return to_parameters(linear.module, torch.where(linear.keep, weight, 0), bias)
 
     def _add(self, name: str, inputs: Tensor, residual: Tensor | None, run: int, weights: Tensor | None) -> None:
         """Adds a call of a layer, with its residual; by default the output of removed inputs."""
         linear, counts = self._linears[name], non_padding(self._runs[run], name, inputs)
-        linear.begin(2, self.files)
+        linear.begin(self.files)
         linear.norms.add(inputs, counts)
         if residual is None and len(linear.removed_index):
             residual = as_float(inputs[..., linear.removed_index]) @ as_float(linear.start[0][:, linear.removed_index]).t()
@@ -349,7 +340,7 @@ class RepairVisitor(Visitor):
             keep = non_padding(self._runs[run], name, residual)
             counts = square > 0 if keep is None else (square > 0) & keep
             sums += torch.stack([torch.where(counts, square, 1).log().sum(), counts.sum()]).to(sums.device)
-        self._comm.sum_(sums)
+        self.comm.sum_(sums)
         for run, square in squares.items():
             mean = (sums[0] / sums[1]).exp().to(square)  # NaN if all residuals are 0
             weights[run] = torch.where(mean.isnan(), 1, 2 * mean / (mean + square))
@@ -357,23 +348,23 @@ class RepairVisitor(Visitor):
 
     def _refit(self, name: str) -> None:
         linear = self._linears[name]
-        linear.begin(2, self.files)  # a rank may have no inputs
-        for buffer in linear.buffers:
-            buffer.flush()
-        parts, linear.statistics, linear.buffers = linear.statistics, [], []
+        linear.begin(self.files)  # a rank may have no inputs
+        parts = [buffer.flush() for buffer in linear.buffers]
+        linear.buffers = []
         squares = linear.norms.squares.to(parts[0].tokens)  # in float64, so that one collective sums all
-        self._comm.sum_(squares, *(sums for part in parts for sums in part.tensors()))
+        self.comm.sum_(squares, *(sums for part in parts for sums in part.tensors()))
         bad = ~squares.isfinite()
         if bad.any():
             first = int(bad.nonzero()[0])
             raise ValueError(f"{name}: {int(bad.sum())} input features contain NaN or infinity, the first is feature {first}.")
-        if can_choose(parts) and sum(part.tokens for part in parts) >= len(linear.kept_index):
+        tokens = torch.stack([part.tokens for part in parts]).tolist()
+        if all(tokens) and sum(tokens) >= len(linear.kept_index):
             weight, bias = linear.start
             remaining = weight[:, linear.kept_index].to(parts[0].tokens.device)
             bias = None if bias is None else bias.to(remaining.device)
             support = remaining != 0
             is_sparse = is_pruned(int((~support).sum()), support.numel())  # else single zeros need not stay
-            kept, bias = refit_linear(remaining, bias, parts, self._ridges, self._comm, support if is_sparse else None)
+            kept, bias = refit_linear(remaining, bias, parts, self._ridges, self.comm, support if is_sparse else None)
             fitted = torch.zeros_like(weight)
             fitted[:, linear.kept_index] = kept.to(fitted.device)
             linear.fitted = to_parameters(linear.module, fitted, bias)

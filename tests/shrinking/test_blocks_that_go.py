@@ -108,7 +108,7 @@ def searched(model, layers, params, repair=None):
     fitted, held_out = split_batches(texts())
     candidates = SearchScope.find(model, Amount(params=params), layers == "uniform")
     measured = measure(candidates, fitted, held_out, bh.importance.WeightNorm(), repair)
-    return measured, search_within(measured, candidates.limit, fitted, repair, bh.Search(generations=1, candidates=2), 0)
+    return measured, search_within(measured, fitted, repair, bh.Search(generations=1, candidates=2), 0, candidates.limit)
 
 
 MATCHED = RepairConfig(match=BlockMatching(steps=20))

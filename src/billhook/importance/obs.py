@@ -150,40 +150,28 @@ class OBS(Importance):
         return sums
 
     def _add(self, sums: Sums, model: nn.Module, units: Mapping[str, Units], per: Per, grams: InputGrams) -> None:
-        """Adds the errors of removal, computed from Gram matrices."""
+        """Adds the error of removing each unit: tr(W_u^T W_u ([H^-1]_uu)^-1), from Gram matrices.
+
+        Raises:
+            ValueError: If a matrix is singular in spite of the damping.
+        """
         for (name, consumer), statistics in grams.items():
             table, exists = unit_positions(units[name], per)
             store_of(model).load(model.get_submodule(consumer))
             gram = gram_of(model.get_submodule(consumer), table, exists, statistics.in_features)
-            sums.add(name, removal_errors(statistics.products, gram, table, exists, self.damping), int(statistics.tokens))
+            h = statistics.products.to(float64_device(statistics.products.device), torch.float64, copy=True)
+            factor, failed = cholesky_(damp_(h, self.damping))
+            if failed:
+                raise ValueError(
+                    f"damping={self.damping} is too small for inputs this similar, or they are NaN or infinite. Raise it."
+                )
+            inverse = torch.cholesky_inverse(factor, out=factor)
+            table, exists = table.to(h.device), exists.to(h.device)
+            both = exists[:, :, None] & exists[:, None, :]  # units may differ in size
+            blocks = torch.where(both, inverse[table[:, :, None], table[:, None, :]], torch.eye(table.shape[1], device=h.device))
+            lost = (gram.to(h.device).double() * torch.linalg.inv(blocks)).sum((1, 2))
+            sums.add(name, lost, int(statistics.tokens))
 
     def of_mean(self, mean: Tensor) -> Tensor:
         """Returns the scores of a module. See `Importance.of_mean`."""
         return mean.clamp(min=0).sqrt()
-
-
-def removal_errors(products: Tensor, gram: Tensor, table: Tensor, exists: Tensor, damping: float) -> Tensor:
-    """Returns the error of removing each unit, after a refit: float64, `[units]`.
-
-    For a unit u it is tr(W_u^T W_u ([H^-1]_uu)^-1), with H = X X^T + damping * mean(diag) I.
-
-    Args:
-        products: X X^T, `[in_features, in_features]`.
-        gram: W_u^T W_u, `[units, size, size]`, zero for positions that do not exist.
-        table: The positions of each unit, `[units, size]`, int64.
-        exists: Mask of positions that exist, because units may differ in size: bool.
-        damping: Share of the mean diagonal that is added to the diagonal.
-
-    Raises:
-        ValueError: If the matrix is singular in spite of the damping.
-    """
-    h = products.to(float64_device(products.device), torch.float64, copy=True)
-    factor, failed = cholesky_(damp_(h, damping))
-    if failed:
-        raise ValueError(f"damping={damping} is too small for inputs this similar, or they are NaN or infinite. Raise it.")
-    inverse = torch.cholesky_inverse(factor, out=factor)
-    table, exists = table.to(h.device), exists.to(h.device)
-    both = exists[:, :, None] & exists[:, None, :]
-    blocks = torch.where(both, inverse[table[:, :, None], table[:, None, :]], torch.eye(table.shape[1], device=h.device))
-    lost: Tensor = (gram.to(h.device).double() * torch.linalg.inv(blocks)).sum((1, 2))
-    return lost

@@ -21,7 +21,7 @@ from billhook.model.costs import Costs
 from billhook.model.find import find_transformer
 from billhook.model.plan import ShapePlan, Weights, with_weights
 from billhook.model.surgery import UpdateOptimizers, update_optimizers
-from billhook.pruning.amount import divides_among_devices, uneven_devices_note
+from billhook.pruning.amount import divides_among_devices
 from billhook.pruning.cut import Cut, find_cut
 from billhook.pruning.removal import remove
 from billhook.tracing.show import name_pattern
@@ -139,8 +139,10 @@ class UnitPlan(Cut, ShapePlan):
         for name in self.units:
             if self.kinds[name] == "head" and self.after[name][1] < self.before[name][1]:
                 kv_heads.add(self.after[name][1])
-        uneven = sorted(number for number in kv_heads if not divides_among_devices(number))
-        lines = [*costs, *self.widths, *map(uneven_devices_note, uneven)]
+        lines = [*costs, *self.widths]
+        for number in sorted(kv_heads):
+            if not divides_among_devices(number):
+                lines.append(f"{number} KV heads cannot be divided among 2, 4, and 8 devices; 1, 2, 4, or a multiple of 8 can")
         notes = [Padding.indent(Text(line), 2) for line in lines]
         return [first, *notes[: len(costs)], text_table(rows, aligns="<", indent=2), *notes[len(costs) :]]
 

@@ -107,14 +107,17 @@ def find_blocks(search: RatioSearch, target: str, modules: Sequence[PrunableModu
             return Blocks(model, why=f"{module.name} is coupled to modules of other blocks")
         if (block := where.pop()) is not None:
             inside[block[1]].append(module)
-    costs = {}
+    costs = dict[object, tuple[int, str]]()  # of a block without, or the reason why it cannot be removed
     for number in range(amount.first, count - amount.last):
         name, shape = f"{stack}.{number} block", _shape(model.get_submodule(f"{stack}.{number}"), inside[number])
         if shape not in costs:
-            costs[shape] = _cost_of(search, target, {stack: [number]})
-        cost = costs[shape]
-        why = cost if isinstance(cost, str) else why_not_zeros(model, {stack: [number]}, blocks.writers[number])
-        if not why and isinstance(cost, int):
+            try:
+                smaller = without_blocks(model, find_block_plan(model, {stack: [number]}))
+                costs[shape] = int(getattr(search.now, target)) - int(cost_of(smaller, target) or 0), ""
+            except ValueError as error:  # the config cannot express it
+                costs[shape] = 0, str(error)
+        cost, why = costs[shape]
+        if not (why := why or why_not_zeros(model, {stack: [number]}, blocks.writers[number])):
             blocks.removable.append(Block(name, number, tuple(module.name for module in inside[number]), cost))
         blocks.why = blocks.why or why
     blocks.removable = blocks.removable[int(len(blocks.removable) == count) :]  # the first stays where any other could
@@ -126,12 +129,3 @@ def _shape(block: nn.Module, modules: Sequence[PrunableModule]) -> object:
     """Returns the class, parameter shapes, and unit costs that blocks of equal cost share."""
     parameters = tuple((name, parameter.shape, parameter.dtype) for name, parameter in block.named_parameters())
     return type(block), parameters, tuple(module.unit_cost for module in modules)
-
-
-def _cost_of(search: RatioSearch, target: str, chosen: Mapping[str, list[int]]) -> int | str:
-    """Returns the cost of a block, or the reason why the config cannot express its removal."""
-    try:
-        smaller = without_blocks(search.model, find_block_plan(search.model, chosen))
-    except ValueError as error:
-        return str(error)
-    return int(getattr(search.now, target)) - int(cost_of(smaller, target) or 0)

@@ -19,11 +19,11 @@ from billhook.model.find import check_changeable, find_transformer
 from billhook.model.plan import ShapePlan, Weights, with_weights, without_inference_tensors
 from billhook.model.surgery import UpdateOptimizers, change_blockwise, restored_on_error
 from billhook.pruning.block_plan import BlockPlan, without_blocks
-from billhook.pruning.cut import Cut, find_cut
+from billhook.pruning.cut import find_cut
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.removal import try_removal
 from billhook.pruning.repair import repair_with
-from billhook.pruning.target import RatioSearch, width_notes
+from billhook.pruning.target import width_notes
 from billhook.repairs.repair import RepairConfig
 from billhook.repairs.residuals import NoRepair, not_refitted_message, strip_argument
 from billhook.shrinking.blocks import Block
@@ -80,7 +80,10 @@ def plan_choice(
     if repair is not None:
         measurement.progress.enter("repairing the selected model")
     scope, numbers = measurement.scope, dict[str, list[int]]()
-    blocks, levels = scope.blocks, _levels_in_config(scope, kept)
+    blocks, levels = scope.blocks, dict(kept)
+    for group in uniform_groups(scope.modules, scope.uniform):  # modules of removed blocks match the kept ones in the config
+        number = max(kept[module.name] for module in group) or group[0].count
+        levels |= {module.name: number for module in group if not kept[module.name]}
     for module in scope.modules:
         numbers |= removed_units(module, scope.search.units, measurement.scores, levels[module.name])
     removed_blocks = blocks.removed(kept)
@@ -100,15 +103,6 @@ def plan_choice(
     return replace(planned, weights=weights or None, not_refitted=not_refitted_message(not_refitted))
 
 
-def _levels_in_config(scope: SearchScope, kept: Mapping[str, int]) -> dict[str, int]:
-    """Returns levels in which modules of removed blocks match the kept modules."""
-    levels = dict(kept)
-    for group in uniform_groups(scope.modules, scope.uniform):
-        number = max(kept[module.name] for module in group) or group[0].count
-        levels |= {module.name: number for module in group if not kept[module.name]}
-    return levels
-
-
 def plan_removal(scope: SearchScope, limit: int, numbers: Mapping[str, list[int]], removed_blocks: Sequence[Block]) -> ShrinkPlan:
     """Plans the removal of units and blocks, as tried on the meta device.
 
@@ -121,26 +115,20 @@ def plan_removal(scope: SearchScope, limit: int, numbers: Mapping[str, list[int]
     search, target = scope.search, scope.target
     cut = find_cut(search.model, search.structure, search.units, numbers)
     costs, blocks = search.costs(cut), None
-    left = int(getattr(costs[1], target))
+    remaining = int(getattr(costs[1], target))
     if removed_blocks:
         smaller = try_removal(search.model, cut)
         blocks = scope.blocks.planned(smaller, removed_blocks)
-        left = int(cost_of(without_blocks(smaller, blocks), target) or 0)
-    if left > limit:
+        remaining = int(cost_of(without_blocks(smaller, blocks), target) or 0)
+    if remaining > limit:
         raise ValueError(
-            f"{target}: the plan leaves {left:,}, more than the limit {limit:,}, because costs per unit differ. Try another "
+            f"{target}: the plan leaves {remaining:,}, more than the limit {limit:,}, because costs per unit differ. Try another "
             "budget."
         )
-    return ShrinkPlan(UnitPlan.of(cut, costs, _common_widths(search, cut)), blocks)
-
-
-def _common_widths(search: RatioSearch, cut: Cut) -> tuple[str, ...]:
-    """Returns the new widths, for kinds with a common width in all pruned layers."""
-    if search.amount.round_to != "auto":
-        return ()
-    widths = width_notes(cut, {name: left[0] for name, left in cut.after.items()})
-    kinds = Counter(kind for kind, _ in widths)
-    return tuple(note for kind, note in widths if kinds[kind] == 1)
+    automatic = search.amount.round_to == "auto"
+    widths = width_notes(cut, {name: left[0] for name, left in cut.after.items()}) if automatic else []
+    kinds = Counter(kind for kind, _ in widths)  # a note for kinds with a common width in all pruned layers
+    return ShrinkPlan(UnitPlan.of(cut, costs, tuple(note for kind, note in widths if kinds[kind] == 1)), blocks)
 
 
 @contextmanager

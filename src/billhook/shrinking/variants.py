@@ -59,20 +59,15 @@ class VariantCache:
         measured: By module and number of kept units, the measured loss of the whole model.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, folder: Path | None = None, writers: Mapping[str, Sequence[str]] | None = None
-    ) -> None:
-        self.model, self._folder, self._writers = model, folder, writers or {}
+    def __init__(self, model: PreTrainedModel, folder: Path | None, writers: Mapping[str, Sequence[str]]) -> None:
+        self.model, self._folder, self._writers = model, folder, writers
         self.errors: dict[tuple[str, int], float] = {}
         self.measured: dict[tuple[str, int], float] = {}
         self._weights: dict[tuple[str, int], LazyTensors] = {}
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._read(folder)
-
-    def _read(self, folder: Path) -> None:
-        """Reads the variants of an earlier search; damaged files are removed and recomputed."""
-        damaged = []
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        damaged = []  # files of an earlier search that are removed and recomputed
         for file in sorted(folder.glob("*.safetensors")):
             try:
                 with safe_open(file, "pt") as stored:
@@ -183,8 +178,7 @@ def fill_cache(
         repair: Ridge penalties and held-out fraction of the refits; None keeps the old weights.
         progress: Counts the modules.
     """
-    model, how = cache.model, repair or RepairConfig()
-    parts = how.parts(len(runs))
+    model, parts = cache.model, (repair or RepairConfig()).parts(len(runs))
     missing = {}
     for module in modules:
         levels = [kept for kept in module.levels if kept < module.count and (module.name, kept) not in cache.errors]
@@ -206,7 +200,7 @@ def fill_cache(
                 continue
             waiting.remove(module)
             refits = {name: ConsumerRefit(model, name, moments.pop(name, ())) for name in linears}
-            _add_variants(cache, module, missing[module], units, scores, refits, how.ridges if repair else ())
+            _add_variants(cache, module, missing[module], units, scores, refits, repair.ridges if repair else ())
             del refits  # before the Gram matrices of the next module exist
             progress.advance()
 
@@ -292,7 +286,11 @@ class ConsumerRefit:
     """
 
     def __init__(self, model: PreTrainedModel, name: str, parts: Sequence[ResidualStatistics]) -> None:
-        _check(name, parts)
+        if not sum(float(part.tokens) for part in parts):
+            raise ValueError(f"batches: {name} received no non-padding token")
+        bad = sum(int((~part.products.diagonal().isfinite()).sum()) for part in parts)
+        if bad:
+            raise ValueError(f"batches: {bad} input features of {name} are NaN or infinite")
         self.model, self.linear, self._ridge = model, model.get_submodule(name), math.inf
         self._parts = parts
         weight, bias = self._matrix()
@@ -339,12 +337,3 @@ class ConsumerRefit:
         weight, bias = matrix_of(self.linear)
         device = float64_device(weight.device)  # the CPU where the device has no float64
         return weight.to(device), None if bias is None else bias.to(device)
-
-
-def _check(name: str, parts: Sequence[ResidualStatistics]) -> None:
-    """Raises a ValueError if inputs are not finite, or the layer saw no token."""
-    if not sum(float(part.tokens) for part in parts):
-        raise ValueError(f"batches: {name} received no non-padding token")
-    bad = sum(int((~part.products.diagonal().isfinite()).sum()) for part in parts)
-    if bad:
-        raise ValueError(f"batches: {bad} input features of {name} are NaN or infinite")

@@ -117,7 +117,7 @@ def prune(
             linears = check_pruning(model, criterion, pattern, options)
             if match is not None:
                 check_matching(criterion, options.sequential)
-            runs = make_runs(model, batches, comm, criterion, allocation, match)
+            runs = make_runs(model, batches, comm, criterion, options)
             check_called_once(model, runs)
             unsupported = unsupported_weights(model, linears)
             warn_of_unsupported_weights(unsupported)

@@ -13,7 +13,7 @@ from billhook.engine.state import cpu_by_default
 from billhook.linalg import Indices
 from billhook.model.find import find_transformer
 from billhook.model.layers import is_adapter, is_convolution
-from billhook.tracing.axes import Axis, leaves
+from billhook.tracing.axes import leaves
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Group, Kind, Member, common_module
 from billhook.tracing.roles import Attention, Part
@@ -235,7 +235,12 @@ def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Unit
     axis = structure.axes[consumers[0].name][consumers[0].dim]
     name = common_module([part.name for part in (*attention.q, *consumers)])
     query = tuple(leaf for leaf in dict.fromkeys(leaves(axis)) if leaf in attention.heads)
-    kv = _kv_leaves(structure, attention, query)
+    made = set()  # leaves that count KV heads, which are among those that count query heads
+    for part in (*attention.k, *attention.v):
+        made.update(leaves(structure.axes[part.name][part.dim]))
+    counted = made if made & set(query) else set(query)  # heads that other attention modules count may be fewer here
+    kinds = {group.leaf: group.kind for group in structure.groups}
+    kv = tuple(leaf for leaf in query if kinds.get(leaf) != "query_head" and leaf in counted)
     keys = axis_numbers(axis, query)
     in_heads = np.flatnonzero((keys >= 0).any(1))  # other positions belong to no head, such as of a parallel convolution
     numbers, first = _number(keys[in_heads])
@@ -256,16 +261,6 @@ def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Unit
             if member.name.startswith(f"{name}.") and not member.buffer:
                 members[member.name, member.dim] = member
     return Units("head", name, tuple(modules), index, kv_of, query, kv, tuple(members.values()))
-
-
-def _kv_leaves(structure: Structure, attention: Attention, query: Sequence[Axis]) -> tuple[Axis, ...]:
-    """Returns the leaves that count KV heads, among those that count query heads."""
-    made = set()
-    for part in (*attention.k, *attention.v):
-        made.update(leaves(structure.axes[part.name][part.dim]))
-    counted = made if made & set(query) else set(query)  # heads that other attention modules count may be fewer here
-    kinds = {group.leaf: group.kind for group in structure.groups}
-    return tuple(leaf for leaf in query if kinds.get(leaf) != "query_head" and leaf in counted)
 
 
 def _number(keys: Indices) -> tuple[Indices, Indices]:

@@ -26,8 +26,7 @@ from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.engine.parts import fingerprint, identity_of, replace_file
 from billhook.engine.state import evaluating_without_grad
 from billhook.engine.store import store_of
-from billhook.importance.activations import watch
-from billhook.importance.obs import RepeatedCall, watch_blockwise
+from billhook.importance.obs import watch_blockwise
 from billhook.importance.score import make_run
 from billhook.linalg import float64_device
 from billhook.model.layers import matrix_of, to_parameters
@@ -204,17 +203,13 @@ def fill_cache(
             del refits  # before the Gram matrices of the next module exist
             progress.advance()
 
+    def restart(_: str) -> None:
+        moments.clear()
+        waiting[:] = missing
+
     with evaluating_without_grad(model):
-        try:
-            watch_blockwise(model, watched, runs, note, make)
-        except RepeatedCall:
-            moments.clear()
-            waiting[:] = missing
-            watch(model, watched, runs, note)
-        every = set()
-        for module in modules:
-            every |= set(consumers_of(module, units))
-        make(every)
+        watch_blockwise(model, watched, runs, note, make, restart)
+        make({consumer for module in modules for consumer in consumers_of(module, units)})
 
 
 def _add_variants(

@@ -128,7 +128,19 @@ def choose(
         first, score = units[layers[0]], torch.stack([scores[layer].detach().cpu().double() for layer in layers]).mean(0)
         values, count = score.numpy(), first.count(per)
         if remove and per == "head" and first.count("kv_head") < count:
-            steps, means = _head_steps(first, values, layers[0])
+            # steps of the next lowest query head of every KV head, with their mean scores
+            sorted_queries = []
+            for kv_head in range(first.count("kv_head")):
+                queries = np.flatnonzero(first.kv_of == kv_head)
+                sorted_queries.append(queries[np.argsort(values[queries], kind="stable")])
+            if len(set(map(len, sorted_queries))) > 1:
+                raise ValueError(
+                    f"per='head' is not supported: the KV heads of {layers[0]} have different numbers of query heads. Use "
+                    "per='kv_head'."
+                )
+            steps = np.sort(np.stack(sorted_queries, axis=1), axis=1)
+            # fmean rounds once, so that a step's mean does not depend on the order of its heads
+            means = np.array([fmean(step) for step in values[steps].tolist()])
         else:
             steps = np.array(rank_units(first, score, ends), dtype=np.int64)[:, None]
             means = values[steps[:, 0]]
@@ -154,21 +166,6 @@ def rank_units(units: Units, scores: Tensor, ends: tuple[int, int] = (0, 0)) -> 
     values, count = scores.detach().cpu().double().numpy(), len(scores)
     order = count - 1 - np.argsort(values[::-1], kind="stable") if units.kind == "block" else np.argsort(values, kind="stable")
     return [unit for unit in order.tolist() if ends[0] <= unit < count - ends[1] and values[unit] < np.inf]
-
-
-def _head_steps(units: Units, values: np.ndarray, name: str) -> tuple[Indices, np.ndarray]:
-    """Returns steps of the next lowest query head of every KV head, with their mean scores."""
-    order = []
-    for kv_head in range(units.count("kv_head")):
-        queries = np.flatnonzero(units.kv_of == kv_head)
-        order.append(queries[np.argsort(values[queries], kind="stable")])
-    if len(set(map(len, order))) > 1:
-        raise ValueError(
-            f"per='head' is not supported: the KV heads of {name} have different numbers of query heads. Use per='kv_head'."
-        )
-    steps = np.sort(np.stack(order, axis=1), axis=1)
-    # fmean rounds once, so that a step's mean does not depend on the order of its heads
-    return steps, np.array([fmean(step) for step in values[steps].tolist()])
 
 
 def _lowest_steps(orders: Sequence[_Order], ratio: float, total: int, what: str, name: str) -> list[list[int]]:

@@ -15,7 +15,7 @@ from billhook.engine.comm import SINGLE_PROCESS, Comm, Reduce
 from billhook.engine.state import cpu_by_default
 from billhook.importance.activations import OutputNorm
 from billhook.importance.blocks import BlockInfluence
-from billhook.importance.score import Importance, check_has_gradients, score_units
+from billhook.importance.score import Importance, score_units
 from billhook.importance.taylor import Taylor
 from billhook.model.find import find_transformer
 from billhook.model.plan import apply_plan
@@ -127,8 +127,6 @@ def plan_amount(
     `progress` is called with the number of scored batches and the total; if `greedy`, with the number of chosen blocks.
     """
     subject = find_transformer(model)
-    if importance is not None and scores is None:
-        check_has_gradients(subject, importance)
     if amount.blocks is None:
         if greedy:
             raise ValueError("greedy=True requires blocks. Set blocks, or remove greedy.")

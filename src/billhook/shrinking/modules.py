@@ -85,10 +85,16 @@ def find_modules(search: RatioSearch, target: str, uniform: bool = False) -> lis
         if len(module.allowed) > 1 and cost > 0 and consumed.isdisjoint(consumers_of(module, free)):
             modules.append(module)
             consumed.update(consumers_of(module, free))
-    refusals = {}
+    refusals = dict[UnitKind, str]()  # by kind, if the model does not run at the lowest numbers of units
     for of_kind in group_by(modules, lambda module: module.kind):
-        refusals[of_kind[0].kind] = _refusal(search, of_kind)
-    able = [module for module in modules if not refusals[module.kind]]
+        removed = dict[str, list[int]]()
+        for module in of_kind:
+            removed |= any_removed(module, search.units, module.allowed[-1])
+        try:
+            try_removal(model, find_cut(model, search.structure, search.units, removed))
+        except ValueError as error:
+            refusals[of_kind[0].kind] = str(error)
+    able = [module for module in modules if module.kind not in refusals]
     if able:
         return able
     if modules:
@@ -121,18 +127,6 @@ def consumers_of(module: PrunableModule, units: Mapping[str, Units]) -> list[str
 def units_by_name(modules: Iterable[PrunableModule], units: Mapping[str, Units]) -> dict[str, Units]:
     """Returns the units of some modules by name."""
     return {name: units[name] for module in modules for name in module.names}
-
-
-def _refusal(search: RatioSearch, modules: Sequence[PrunableModule]) -> str:
-    """Returns why the model does not run at the lowest numbers of units; empty if it runs."""
-    removed = dict[str, list[int]]()
-    for module in modules:
-        removed |= any_removed(module, search.units, module.allowed[-1])
-    try:
-        try_removal(search.model, find_cut(search.model, search.structure, search.units, removed))
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def _unit_cost(search: RatioSearch, names: Sequence[str], target: str) -> int:

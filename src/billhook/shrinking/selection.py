@@ -15,10 +15,10 @@ from billhook.shrinking.divergence import Perplexity
 from billhook.shrinking.knapsack import cost, fill_budget
 from billhook.shrinking.measurement import Measurement
 from billhook.shrinking.modules import unit_counts
-from billhook.shrinking.planning import ShrinkPlan, plan_choice, simulated
 from billhook.shrinking.result import Candidate
 from billhook.shrinking.scope import CURVE
 from billhook.shrinking.search import Budget, Search
+from billhook.shrinking.shrink_plan import ShrinkPlan, plan_choice, simulated
 from billhook.shrinking.space import (
     Point,
     best_point,

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from random import Random
 
 import numpy as np
@@ -14,7 +15,6 @@ from billhook.shrinking.knapsack import (
     JointSlot,
     Levels,
     Slot,
-    combine_slots,
     cost,
     join_slots,
     kept_at,
@@ -136,9 +136,10 @@ def free_space(modules: Sequence[PrunableModule], losses: Losses, blocks: Sequen
 
 def with_removal(slots: Sequence[Slot], block: Block, lost: float) -> JointSlot:
     """Combines the slots of a block's modules and the option to remove the block."""
-    stays = combine_slots(slots, block.cost - full_cost(slots))
-    nothing = dict.fromkeys((*block.modules, block.name), 0)
-    return pareto_slot([*zip(stays.costs, stays.losses, stays.kept, strict=True), (0, lost, nothing)])
+    rest, nothing = block.cost - full_cost(slots), dict.fromkeys((*block.modules, block.name), 0)
+    every = product(*(range(len(slot.costs)) for slot in slots))
+    options = [(rest + cost(slots, levels), loss(slots, levels), kept_at(slots, levels)) for levels in every]
+    return pareto_slot([*options, (0, lost, nothing)])
 
 
 def uniform_spaces(modules: Sequence[PrunableModule], losses: Losses, blocks: Sequence[Block], now: int) -> list[Space]:

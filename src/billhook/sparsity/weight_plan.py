@@ -89,9 +89,9 @@ class PrunedLayer:
         """Returns the pruned weight, `[out_features, in_features]`, or this rank's shard."""
         keep, values = self.keep(old), self.values
         if values is None:
-            return where_kept(local(old), local(sharded_as(keep, old))) if isinstance(old, DTensor) else where_kept(old, keep)
+            return where_kept(local(old), local(sharded_as(keep, old)))
         new = torch.zeros(old.shape, dtype=old.dtype, device=old.device).masked_scatter_(keep, values.to(old))
-        return local(sharded_as(new, old)) if isinstance(old, DTensor) else new
+        return local(sharded_as(new, old))
 
     @fresh_autocast_cache()
     @torch.no_grad()
@@ -215,9 +215,16 @@ class WeightPlan(ModelPlan):
         For a sharded model, all ranks must call this together.
         """
         pruned = {name: {"shape": list(self.shapes[name]), **part.to_json()} for name, part in self.pruned.items()}
-        names = {"kind": self.kind, "model": self.model, "criterion": self.criterion, "pattern": self.pattern}
         uncalled = {name: list(self.shapes[name]) for name in self.uncalled}
-        return names | {"pruned": pruned, "uncalled": uncalled, "unsupported": dict(self.unsupported)}
+        return {
+            "kind": self.kind,
+            "model": self.model,
+            "criterion": self.criterion,
+            "pattern": self.pattern,
+            "pruned": pruned,
+            "uncalled": uncalled,
+            "unsupported": dict(self.unsupported),
+        }
 
     @classmethod
     def _read(cls, plain: Mapping[str, Any], model: nn.Module) -> Self:

@@ -15,7 +15,7 @@ from billhook.model.find import find_transformer
 from billhook.model.layers import is_adapter, is_convolution
 from billhook.tracing.axes import leaves
 from billhook.tracing.coupling import Structure
-from billhook.tracing.groups import Group, Kind, Member, common_module
+from billhook.tracing.groups import Group, Member, common_module
 from billhook.tracing.roles import Attention, Part
 from billhook.tracing.trace import Inputs, trace
 from billhook.units.blocks import find_blocks
@@ -23,9 +23,6 @@ from billhook.units.units import Per, UnitKind, Units, axis_numbers, plural
 
 Chosen = Mapping[int, Iterable[int]] | Mapping[str, Iterable[int]] | Mapping[int | str, Iterable[int]] | Iterable[int]
 """Unit numbers by module name or position in `find_units`, or unit numbers of the only module."""
-
-GROUP_KINDS: dict[UnitKind, Kind] = {"token": "vocab"}
-"""Kinds of groups that have another name than their units."""
 
 
 @cpu_by_default()
@@ -100,11 +97,12 @@ def units_of(model: nn.Module, structure: Structure, kinds: Iterable[UnitKind]) 
     """
     units: dict[str, Units] = {}
     for kind in kinds:
+        group_kind = "vocab" if kind == "token" else kind
         if kind == "head":
             units |= find_heads(model, structure) if structure.attention else {}
             continue
         for group in structure.groups:
-            if group.kind == GROUP_KINDS.get(kind, kind) and not (kind == "channel" and why_not(model, structure, group)):
+            if group.kind == group_kind and not (kind == "channel" and why_not(model, structure, group)):
                 name = group.where if group.where not in units else f"{group.where} {kind}s"
                 units[name if name not in units else f"{name} {len(units)}"] = _units_of_group(model, structure, group, kind)
     return units

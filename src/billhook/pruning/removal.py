@@ -312,8 +312,7 @@ def _scales(model: PreTrainedModel, owner: str, numbers: Mapping[str, tuple[floa
     module = model.get_submodule(owner)
     if not isinstance(module, nn.Embedding):
         return None
-    old_numbers, new_numbers = zip(*numbers.values(), strict=True)
-    old, new = dict(zip(numbers, old_numbers, strict=True)), dict(zip(numbers, new_numbers, strict=True))
+    old, new = ({name: pair[index] for name, pair in numbers.items()} for index in (0, 1))
     used = next((name for name in numbers if name in module._buffers), next(iter(numbers)))
     before, after = torch.tensor(numbers[used]).to(module.weight.dtype).tolist()  # rounded as in the forward pass
     ratio, tokens = before / after, torch.arange(3)

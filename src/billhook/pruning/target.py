@@ -71,15 +71,12 @@ class RatioSearch:
             if ratio and not of_kind(self.units, unit_kind):
                 why = why_none(self.model, self.structure, unit_kind)
                 raise ValueError(f"{name}={ratio:g}: the model has no prunable units{why}")
-        return self.cut(self._equal_scores())
+        return self.cut(self.equal_scores())
 
-    def removes_any(self) -> bool:
-        """Returns whether ratios without a budget remove any unit, for any scores."""
-        return bool(self._choose(self._equal_scores(), self.amount.ratios, self.amount))
-
-    def _equal_scores(self) -> dict[str, Tensor]:
+    def equal_scores(self) -> dict[str, Tensor]:
+        """Returns scores that prefer no unit; tokens that the config names stay."""
         scores = {name: torch.zeros(layer.count(self.amount.per)) for name, layer in self.units.items()}
-        for name in of_kind(self.units, "token"):  # tokens that the config names stay
+        for name in of_kind(self.units, "token"):
             scores[name][list(named_token_ids(self.model, len(scores[name])))] = torch.inf
         return scores
 
@@ -129,11 +126,11 @@ class RatioSearch:
         """Returns notes on the widths after a cut, if `round_to` is `"auto"`."""
         if self.amount.round_to != "auto" or self._ratios is None:
             return ()
-        exact = self._choose(scores, self._ratios, replace(self.amount, round_to=1))
+        exact = self.choose(scores, self._ratios, replace(self.amount, round_to=1))
         requested = {name: layer.count() - len(exact.get(name, [])) for name, layer in self.units.items()}
         return tuple(note for _, note in width_notes(cut, requested))
 
-    def _choose(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float], amount: Amount) -> dict[str, list[int]]:
+    def choose(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float], amount: Amount) -> dict[str, list[int]]:
         """Chooses the units with the lowest scores, of several kinds, and rounds the numbers that remain.
 
         Returns ascending unit numbers by module; for attention, query heads. Heads are scored as query heads or KV heads, as the
@@ -175,7 +172,7 @@ class RatioSearch:
         chosen: dict[str, list[int]] = {}
         for amount, of_target in ((self.amount, False), (replace(self.amount, round_to=1), True)):
             ratios_of_pass = {name: ratio for name, ratio in ratios.items() if (name in exact) == of_target}
-            chosen |= self._choose(scores, ratios_of_pass, amount)
+            chosen |= self.choose(scores, ratios_of_pass, amount)
         return find_cut(self.model, self.structure, self.units, chosen)
 
     def _find_ratios(self, scores: Mapping[str, Tensor]) -> dict[str, float]:
@@ -211,19 +208,16 @@ class RatioSearch:
             )
         ratios |= {name: min(common, self._highest(name)) for name in names}
         if len(names) > 1:  # heads are few and large, so channels then fine-tune the size
-            for kv_ratios in (ratios | self._divisible_ratio(ratios["kv_heads"]), ratios):
+            counts, divisible = set(self._counts("kv_heads")), ratios
+            if self.amount.round_to == "auto" and self.amount.ranking != "global" and len(counts) == 1:
+                count = counts.pop()
+                num_kept = round_kv_heads(count - int(ratios["kv_heads"] * count + 1e-9), count, self.amount.min_units)
+                divisible = ratios | {"kv_heads": 1 - num_kept / count}  # the nearest ratio that divides among devices
+            for kv_ratios in (divisible, ratios):
                 ratio = lowest_ratio(names[-1:], kv_ratios)
                 if ratio is not None:
                     return kv_ratios | {names[-1]: ratio}
         return ratios
-
-    def _divisible_ratio(self, ratio: float) -> dict[str, float]:
-        """Returns the nearest ratio of KV heads that divides among devices, if rounding is on."""
-        counts = set(self._counts("kv_heads"))
-        if self.amount.round_to != "auto" or self.amount.ranking == "global" or len(counts) != 1:
-            return {}
-        count = counts.pop()
-        return {"kv_heads": 1 - round_kv_heads(count - int(ratio * count + 1e-9), count, self.amount.min_units) / count}
 
     @cached_property
     def now(self) -> Costs:
@@ -315,7 +309,7 @@ class Baseline:
         elif not any(changes.values()):
             return None
         part = search.part(replace(amount, **changes), self.counts)
-        return part if amount.target is not None or part.removes_any() else None
+        return part if amount.target is not None or part.choose(part.equal_scores(), part.amount.ratios, part.amount) else None
 
 
 def first_within(count: int, cost: Callable[[int], int], limit: int) -> int | None:

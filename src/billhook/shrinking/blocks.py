@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers import PreTrainedModel
 
-from billhook.engine.lazy import LazyTensors
 from billhook.model.costs import cost_of
-from billhook.pruning.block_plan import BlockPlan, checked_block_plan, find_block_plan, without_blocks
-from billhook.pruning.block_writers import block_writers, why_not_zeros, writers_behind, zero_weights
+from billhook.pruning.block_plan import checked_block_plan, find_block_plan, without_blocks
+from billhook.pruning.block_writers import block_writers, why_not_zeros
 from billhook.pruning.target import RatioSearch
 from billhook.shrinking.modules import PrunableModule
 from billhook.units.blocks import block_of
@@ -70,18 +69,6 @@ class Blocks:
             except ValueError as error:
                 self._refusals[numbers] = str(error)
         return self._refusals[numbers]
-
-    def planned(self, model: PreTrainedModel, removed: Sequence[Block]) -> BlockPlan:
-        """Plans the removal of blocks from a model, also on the meta device."""
-        return find_block_plan(model, {self.stack: [block.number for block in removed]}, names=[self.stack])
-
-    def zeros(self, removed: Sequence[Block]) -> LazyTensors:
-        """Returns zero weights with which removed blocks write nothing to the residual stream."""
-        return zero_weights(self.model, [name for block in removed for name in self.writers[block.number]])
-
-    def behind(self, removed: Sequence[Block]) -> list[str]:
-        """Returns the output layers of the kept blocks after the first removed block."""
-        return writers_behind(self.writers, [block.number for block in removed])
 
 
 def find_blocks(search: RatioSearch, target: str, modules: Sequence[PrunableModule]) -> Blocks:

@@ -199,7 +199,18 @@ def fill_cache(
                 continue
             waiting.remove(module)
             refits = {name: ConsumerRefit(model, name, moments.pop(name, ())) for name in linears}
-            _add_variants(cache, module, missing[module], units, scores, refits, repair.ridges if repair else ())
+            grid = module.grid()  # ridge penalties are chosen at the middle level
+            middle = kept_inputs(module, units, removed_units(module, units, scores, grid[len(grid) // 2]))
+            for name, keep in middle.items():
+                refits[name].choose(keep, repair.ridges if repair else ())
+            total = max(sum(refit.total for refit in refits.values()), torch.finfo(torch.float64).tiny)
+            for kept in missing[module]:
+                error, weights = 0.0, dict[str, dict[str, Tensor]]()
+                for name, keep in kept_inputs(module, units, removed_units(module, units, scores, kept)).items():
+                    of_layer, weights[name] = refits[name].refitted(keep)
+                    error += of_layer
+                cache.add(module.name, kept, error / total, by_parameter(weights))
+                del weights
             del refits  # before the Gram matrices of the next module exist
             progress.advance()
 
@@ -210,30 +221,6 @@ def fill_cache(
     with evaluating_without_grad(model):
         watch_blockwise(model, watched, runs, note, make, restart)
         make({consumer for module in modules for consumer in consumers_of(module, units)})
-
-
-def _add_variants(
-    cache: VariantCache,
-    module: PrunableModule,
-    levels: Sequence[int],
-    units: Mapping[str, Units],
-    scores: Mapping[str, Tensor],
-    refits: Mapping[str, "ConsumerRefit"],
-    ridges: Sequence[float],
-) -> None:
-    """Adds the variants of a module, with ridge penalties chosen at its middle level."""
-    grid = module.grid()
-    middle = kept_inputs(module, units, removed_units(module, units, scores, grid[len(grid) // 2]))
-    for name, keep in middle.items():
-        refits[name].choose(keep, ridges)
-    total = max(sum(refit.total for refit in refits.values()), torch.finfo(torch.float64).tiny)
-    for kept in levels:
-        error, weights = 0.0, dict[str, dict[str, Tensor]]()
-        for name, keep in kept_inputs(module, units, removed_units(module, units, scores, kept)).items():
-            of_layer, weights[name] = refits[name].refitted(keep)
-            error += of_layer
-        cache.add(module.name, kept, error / total, by_parameter(weights))
-        del weights
 
 
 def check_token_count(search: RatioSearch, modules: Sequence[PrunableModule], batches: Sequence[Any]) -> None:

@@ -179,7 +179,15 @@ def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     for rows, block in _blocks(scores):
         groups, kept = block.reshape(-1, m), keep[rows].view(-1, m)
         if m <= MAX_PAIRED:
-            torch.ge(_ranks(groups.t().contiguous()).t(), m - n, out=kept)
+            # ranks each score in its group, in stable ascending order
+            columns = groups.t().contiguous()
+            ranks = torch.zeros(columns.shape, dtype=torch.uint8, device=columns.device)
+            for later in range(1, m):
+                for earlier in range(later):
+                    lower = columns[earlier] <= columns[later]
+                    ranks[later] += lower
+                    ranks[earlier] += ~lower
+            torch.ge(ranks.t(), m - n, out=kept)
         else:
             _drop_lowest(groups, m - n, kept)
     return keep
@@ -267,14 +275,3 @@ def _keys(scores: Iterable[Tensor]) -> Iterator[Tensor]:
 def _flip(bits: Tensor) -> Tensor:
     """Converts between the bits of a float32 and an int32 of the same order, both ways."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-def _ranks(groups: Tensor) -> Tensor:
-    """Ranks each score in its column in stable ascending order, uint8."""
-    ranks = torch.zeros(groups.shape, dtype=torch.uint8, device=groups.device)
-    for later in range(1, len(groups)):
-        for earlier in range(later):
-            lower = groups[earlier] <= groups[later]
-            ranks[later] += lower
-            ranks[earlier] += ~lower
-    return ranks

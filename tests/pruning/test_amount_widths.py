@@ -50,7 +50,7 @@ class TestRule:
     def test_is_the_largest_multiple_that_is_near_enough(self, first, each):
         for asked in range(1, first):
             for more in (True, False):
-                assert round_units(asked, first, unit_size=each, allow_more=more) == by_trial(asked, first, each, more)
+                assert round_units(asked, first, first, unit_size=each, allow_more=more) == by_trial(asked, first, each, more)
 
     @pytest.mark.parametrize("width", [64, 96, 255])
     def test_small_models_are_cut_as_asked(self, width):

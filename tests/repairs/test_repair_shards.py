@@ -72,7 +72,7 @@ def test_other_parameters_that_are_given(mesh):
     for name in (f"model.layers.{layer}.self_attn.v_proj" for layer in range(2)):
         linear = plain.get_submodule(name)
         values |= {f"{name}.weight": linear.weight.detach() * 1.5, f"{name}.bias": linear.bias.detach()}
-    asked, others = (bh.pruning.plan_units(plain, {0: [0, 1]}), batches(plain)), LazyTensors.of(values)
+    asked, others = (bh.pruning.plan_units(plain, {0: [0, 1]}), batches(plain), None), LazyTensors.of(values)
     expected = repair_with(plain, *asked, new_params=others)
     with blockwise(sharded):
         found = repair_with(sharded, *asked, comm=Comm(lambda tensor: tensor), new_params=others)

@@ -20,9 +20,9 @@ from billhook.shrinking.divergence import Divergence, split_batches
 from billhook.shrinking.knapsack import Frontier, Slot, cost, loss
 from billhook.shrinking.measurement import Measurement, measure
 from billhook.shrinking.modules import PrunableModule, find_modules, uniform_groups
-from billhook.shrinking.planning import plan_choice, simulated
 from billhook.shrinking.scope import Progress, SearchScope
 from billhook.shrinking.selection import search_within
+from billhook.shrinking.shrink_plan import plan_choice, simulated
 from billhook.shrinking.space import best_point, free_space, uniform_spaces, with_removal
 from kit import shrinks
 from kit.families import BERT, T5, build, llama, tokens
@@ -108,7 +108,7 @@ def searched(model, layers, params, repair=None):
     fitted, held_out = split_batches(texts())
     candidates = SearchScope.find(model, Amount(params=params), layers == "uniform")
     measured = measure(candidates, fitted, held_out, bh.importance.WeightNorm(), repair)
-    return measured, search_within(measured, candidates.limit, fitted, repair, bh.Search(generations=1, candidates=2), 0)
+    return measured, search_within(measured, fitted, repair, bh.Search(generations=1, candidates=2), 0, candidates.limit)
 
 
 MATCHED = RepairConfig(match=BlockMatching(steps=20))

@@ -30,7 +30,7 @@ class Made:
         self.units, self.modules = self.search.units, find_modules(self.search, "params")
         self.scores = bh.score(model, self.units, bh.importance.WeightNorm(), per="kv_head")
         runs = [make_run(model, self.units, batch) for batch in batches]
-        self.cache = VariantCache(model, folder)
+        self.cache = VariantCache(model, folder, {})
         fill_cache(self.cache, self.modules, self.units, self.scores, runs, repair, Progress())
 
     def removed(self, layer, kept):
@@ -192,7 +192,7 @@ def test_what_is_damaged_in_a_library_is_made_again(tmp_path, monkeypatch, damag
     assert again.cache.errors == errors
     assert again.cache.measured == ({} if file.suffix == ".json" else first.cache.measured)
     assert config_losses(again.cache, Divergence(model, runs_of(model, batches)), layer) == found
-    assert VariantCache(model, tmp_path).errors.keys() >= errors.keys()
+    assert VariantCache(model, tmp_path, {}).errors.keys() >= errors.keys()
     assert not list(tmp_path.glob("unfinished*"))
 
 

@@ -102,12 +102,14 @@ class OutputNorm(Importance):
             table, exists = unit_positions(module_units, per)
             for consumer, module in consumer_modules(model, module_units).items():
                 store_of(model).load(module)
-                if (window := wide_convolution(module)) is None:
-                    tables[name, consumer], grams[name, consumer] = table, gram_of(module, table, exists, len(module_units.index))
+                if is_convolution(module) and module.groups == 1 and {*module.kernel_size, *module.stride} != {1}:
+                    taps = torch.arange(prod(module.kernel_size)) * channels_of(module)
+                    windows[consumer], tables[name, consumer] = module, (table[:, None] + taps[:, None]).flatten(1)
+                    columns = weight_of(module).detach().float().t()[tables[name, consumer].to(module.weight.device)]
+                    at_taps = exists.repeat(1, len(taps)).to(columns.device)
+                    grams[name, consumer] = _square(columns * at_taps[..., None])
                 else:
-                    taps = torch.arange(prod(window.kernel_size)) * channels_of(window)
-                    windows[consumer], tables[name, consumer] = window, (table[:, None] + taps[:, None]).flatten(1)
-                    grams[name, consumer] = gram_over_kernel(window, tables[name, consumer], exists)
+                    tables[name, consumer], grams[name, consumer] = table, gram_of(module, table, exists, len(module_units.index))
 
         def note(_: int, name: str, consumer: str, inputs: Tensor, tokens: Tensor | None) -> None:
             if (window := windows.get(consumer)) is not None:
@@ -247,21 +249,6 @@ def gram_of(consumer: nn.Module, table: Tensor, exists: Tensor, width: int, at_o
             columns = product(vectors.view(-1, *zero.shape[1:])) - product(zero)  # without the bias
             grams.append(_square(columns.float().view(*positions.shape, -1) * mask[..., None]))
     return torch.cat(grams)
-
-
-def wide_convolution(consumer: nn.Module) -> Convolution | None:
-    """Returns a consumer layer if it is a convolution with several kernel positions."""
-    if not is_convolution(consumer) or consumer.groups > 1 or {*consumer.kernel_size, *consumer.stride} == {1}:
-        return None
-    return consumer
-
-
-@torch.no_grad()
-def gram_over_kernel(window: Convolution, table: Tensor, exists: Tensor) -> Tensor:
-    """Returns W_u^T W_u over all kernel positions: float32, `[units, size, size]`."""
-    columns = weight_of(window).float().t()[table.to(window.weight.device)]
-    exists = exists.repeat(1, prod(window.kernel_size)).to(columns.device)
-    return _square(columns * exists[..., None])
 
 
 def _square(rows: Tensor) -> Tensor:

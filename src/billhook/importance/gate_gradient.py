@@ -66,7 +66,7 @@ class GateGradient(Importance):
         check_consumers(units, type(self).__name__)
         sums = Sums.zero(units, per)
         for number, run in enumerate(runs):
-            Products(units, per, run.tokens, partial(self._note, sums, number)).run(model, run.forward)
+            pass_products(model, run, units, per, partial(self._note, sums, number))
         return sums
 
     def _note(self, sums: Sums, number: int, name: str, products: Tensor, tokens: int) -> None:
@@ -92,56 +92,58 @@ class _Sum:
     products: Tensor | None = None
 
 
-class Products:
-    """Products of unit outputs with their gradients, collected in the backward pass.
+def pass_products(
+    model: nn.Module, run: Run, units: Mapping[str, Units], per: Per, use: Callable[[str, Tensor, int], None]
+) -> None:
+    """Passes products of unit outputs with their gradients to `use`, during a backward pass.
 
     Several consumer layers of a module, or several calls of a layer, share a gate, so their products add up if they belong to
-    the same tokens. Complete sums are passed to `use` and dropped, which limits memory: the module, the products of a batch
-    (float32, `[..., units]`, zero for padding), and the number of non-padding tokens.
+    the same tokens. Complete sums are passed on and dropped, which limits memory.
+
+    Args:
+        model: The model.
+        run: The batch.
+        units: Units by module.
+        per: Query heads or KV heads.
+        use: Function of the module, the products of a batch (float32, `[..., units]`, zero for padding), and the number of
+            non-padding tokens.
+
+    Raises:
+        ValueError: If the loss does not depend on a module.
     """
+    probes, sums = {name: torch.zeros((), requires_grad=True) for name in units}, dict[Any, _Sum]()
 
-    def __init__(
-        self, units: Mapping[str, Units], per: Per, tokens: Mapping[str, Tensor], use: Callable[[str, Tensor, int], None]
-    ) -> None:
-        self._units, self._per, self._tokens, self._use = units, per, tokens, use
-        self._sums = dict[Any, _Sum]()
+    def pass_on(total: _Sum) -> None:
+        if total.products is not None:
+            use(total.name, total.products, count_tokens(total.products, total.tokens))
+            total.products = None
 
-    def run(self, model: nn.Module, loss: Callable[[], Tensor]) -> None:
-        """Runs a loss and its backward pass; raises if the loss does not depend on a module."""
-        probes = {name: torch.zeros((), requires_grad=True) for name in self._units}
-        with ExitStack() as hooks, torch.enable_grad():
-            for name, module_units in self._units.items():
-                for consumer, module in consumer_modules(model, module_units).items():
-                    hook = partial(self._probe, name, self._tokens.get(consumer), probes[name])
-                    hooks.callback(module.register_forward_pre_hook(hook).remove)
-            gradients = torch.autograd.grad(scalar_loss(loss()), list(probes.values()), allow_unused=True)
-        for name, gradient in zip(self._units, gradients, strict=True):
-            if gradient is None:
-                raise ValueError(no_gradient_message(name))
-        for incomplete in self._sums.values():  # a call of theirs does not affect the loss
-            self._pass_on(incomplete)
-
-    def _probe(
-        self, name: str, tokens: Tensor | None, probe: Tensor, module: nn.Module, args: tuple[Any, ...]
-    ) -> tuple[Any, ...]:
-        dim = read_dim(module)
-        inputs = args[0].movedim(dim, -1)
-        total = self._sums.setdefault((name, inputs.shape[:-1], id(tokens)), _Sum(name, tokens))
-        total.awaited += 1
-        probed = _Probe.apply(inputs, probe.to(inputs.device), partial(self._note, total))  # type: ignore[no-untyped-call]
-        return (probed.movedim(-1, dim), *args[1:])
-
-    def _note(self, total: _Sum, values: Tensor) -> None:
-        products = mask_padding(by_unit(values, self._units[total.name], self._per), total.tokens)
+    def note(total: _Sum, values: Tensor) -> None:
+        products = mask_padding(by_unit(values, units[total.name], per), total.tokens)
         total.products = products if total.products is None else total.products + products
         total.awaited -= 1
         if not total.awaited:
-            self._pass_on(total)
+            pass_on(total)
 
-    def _pass_on(self, total: _Sum) -> None:
-        if total.products is not None:
-            self._use(total.name, total.products, count_tokens(total.products, total.tokens))
-            total.products = None
+    def probe(name: str, tokens: Tensor | None, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        dim = read_dim(module)
+        inputs = args[0].movedim(dim, -1)
+        total = sums.setdefault((name, inputs.shape[:-1], id(tokens)), _Sum(name, tokens))
+        total.awaited += 1
+        probed = _Probe.apply(inputs, probes[name].to(inputs.device), partial(note, total))  # type: ignore[no-untyped-call]
+        return (probed.movedim(-1, dim), *args[1:])
+
+    with ExitStack() as hooks, torch.enable_grad():
+        for name, module_units in units.items():
+            for consumer, module in consumer_modules(model, module_units).items():
+                hook = partial(probe, name, run.tokens.get(consumer))
+                hooks.callback(module.register_forward_pre_hook(hook).remove)
+        gradients = torch.autograd.grad(scalar_loss(run.forward()), list(probes.values()), allow_unused=True)
+    for name, gradient in zip(units, gradients, strict=True):
+        if gradient is None:
+            raise ValueError(no_gradient_message(name))
+    for incomplete in sums.values():  # a call of theirs does not affect the loss
+        pass_on(incomplete)
 
 
 class _Probe(torch.autograd.Function):

@@ -25,7 +25,7 @@ from billhook.linalg import cholesky_, damp_, float64_device
 from billhook.units.units import Per, Units
 
 
-class RepeatedCall(ValueError):
+class _RepeatedCall(ValueError):
     """A consumer layer is called again after all runs have passed its block."""
 
 
@@ -35,8 +35,11 @@ def watch_blockwise(
     runs: Sequence[Run],
     note: Callable[..., None],
     leave: Callable[[Collection[str]], None],
+    restart: Callable[[str], None],
 ) -> None:
     """Watches consumer layers while all runs pass the blocks of a model in parallel.
+
+    If a consumer layer is called again later, statistics are complete only after all runs. All runs are then repeated.
 
     Args:
         model: The model. Without blocks, runs are one after the other.
@@ -45,9 +48,7 @@ def watch_blockwise(
         note: See `watch`.
         leave: Called after each block, and at the end, with the names of all consumer layers that all runs have passed. It may
             call these layers.
-
-    Raises:
-        RepeatedCall: If a consumer layer is called again later. Statistics are then complete only after all runs.
+        restart: Called with the reason before runs are repeated, to drop what was noted.
     """
     consumers = {
         consumer: module for module_units in units.values() for consumer, module in consumer_modules(model, module_units).items()
@@ -59,7 +60,7 @@ def watch_blockwise(
         if leaving:
             return
         if consumer in passed:
-            raise RepeatedCall(f"model: {consumer} is called again after its block")
+            raise _RepeatedCall(f"model: {consumer} is called again after its block")
         note(run, name, consumer, inputs, tokens)
 
     def pass_block(block: nn.Module) -> None:
@@ -72,7 +73,11 @@ def watch_blockwise(
         leave(passed)
         leaving = False
 
-    watch(model, units, runs, see, pass_block)
+    try:
+        watch(model, units, runs, see, pass_block)
+    except _RepeatedCall as error:
+        restart(str(error))
+        watch(model, units, runs, note)
     leave(consumers.keys())
 
 
@@ -130,60 +135,50 @@ class OBS(Importance):
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches. See `Importance.sums`."""
         check_consumers(units, type(self).__name__)
+        sums, grams, names = Sums.zero(units, per), InputGrams(), list(units)
+
+        def leave(passed: Collection[str]) -> None:
+            complete = {key: grams.pop(key) for key in list(grams) if key[1] in passed}
+            self._add(sums, model, units, per, complete)
+
+        def restart(why: str) -> None:
+            nonlocal sums
+            store_of(model).check_can_hold_all(why)
+            grams.clear()
+            sums = Sums.zero(units, per)
+
         if self.passes == 1 or store_of(model).in_files:
-            sums, grams = Sums.zero(units, per), InputGrams()
-
-            def leave(passed: Collection[str]) -> None:
-                complete = {key: grams.pop(key) for key in list(grams) if key[1] in passed}
-                self._add(sums, model, units, per, complete)
-
-            try:
-                watch_blockwise(model, units, runs, partial(_note, grams), leave)
-                return sums
-            except RepeatedCall as error:  # then statistics are complete only after all runs
-                store_of(model).check_can_hold_all(str(error))
-        sums, names = Sums.zero(units, per), list(units)
+            watch_blockwise(model, units, runs, partial(_note, grams), leave, restart)
+            return sums
         for first in range(min(self.passes, len(names))):
-            part, grams = {name: units[name] for name in names[first :: self.passes]}, InputGrams()
+            part = {name: units[name] for name in names[first :: self.passes]}
             watch(model, part, runs, partial(_note, grams))
-            self._add(sums, model, units, per, grams)
+            leave({consumer for module_units in part.values() for consumer in module_units.readers})
         return sums
 
     def _add(self, sums: Sums, model: nn.Module, units: Mapping[str, Units], per: Per, grams: InputGrams) -> None:
-        """Adds the errors of removal, computed from Gram matrices."""
+        """Adds the error of removing each unit: tr(W_u^T W_u ([H^-1]_uu)^-1), from Gram matrices.
+
+        Raises:
+            ValueError: If a matrix is singular in spite of the damping.
+        """
         for (name, consumer), statistics in grams.items():
             table, exists = unit_positions(units[name], per)
             store_of(model).load(model.get_submodule(consumer))
             gram = gram_of(model.get_submodule(consumer), table, exists, statistics.in_features)
-            sums.add(name, removal_errors(statistics.products, gram, table, exists, self.damping), int(statistics.tokens))
+            h = statistics.products.to(float64_device(statistics.products.device), torch.float64, copy=True)
+            factor, failed = cholesky_(damp_(h, self.damping))
+            if failed:
+                raise ValueError(
+                    f"damping={self.damping} is too small for inputs this similar, or they are NaN or infinite. Raise it."
+                )
+            inverse = torch.cholesky_inverse(factor, out=factor)
+            table, exists = table.to(h.device), exists.to(h.device)
+            both = exists[:, :, None] & exists[:, None, :]  # units may differ in size
+            blocks = torch.where(both, inverse[table[:, :, None], table[:, None, :]], torch.eye(table.shape[1], device=h.device))
+            lost = (gram.to(h.device).double() * torch.linalg.inv(blocks)).sum((1, 2))
+            sums.add(name, lost, int(statistics.tokens))
 
     def of_mean(self, mean: Tensor) -> Tensor:
         """Returns the scores of a module. See `Importance.of_mean`."""
         return mean.clamp(min=0).sqrt()
-
-
-def removal_errors(products: Tensor, gram: Tensor, table: Tensor, exists: Tensor, damping: float) -> Tensor:
-    """Returns the error of removing each unit, after a refit: float64, `[units]`.
-
-    For a unit u it is tr(W_u^T W_u ([H^-1]_uu)^-1), with H = X X^T + damping * mean(diag) I.
-
-    Args:
-        products: X X^T, `[in_features, in_features]`.
-        gram: W_u^T W_u, `[units, size, size]`, zero for positions that do not exist.
-        table: The positions of each unit, `[units, size]`, int64.
-        exists: Mask of positions that exist, because units may differ in size: bool.
-        damping: Share of the mean diagonal that is added to the diagonal.
-
-    Raises:
-        ValueError: If the matrix is singular in spite of the damping.
-    """
-    h = products.to(float64_device(products.device), torch.float64, copy=True)
-    factor, failed = cholesky_(damp_(h, damping))
-    if failed:
-        raise ValueError(f"damping={damping} is too small for inputs this similar, or they are NaN or infinite. Raise it.")
-    inverse = torch.cholesky_inverse(factor, out=factor)
-    table, exists = table.to(h.device), exists.to(h.device)
-    both = exists[:, :, None] & exists[:, None, :]
-    blocks = torch.where(both, inverse[table[:, :, None], table[:, None, :]], torch.eye(table.shape[1], device=h.device))
-    lost: Tensor = (gram.to(h.device).double() * torch.linalg.inv(blocks)).sum((1, 2))
-    return lost

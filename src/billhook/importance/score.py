@@ -1,7 +1,7 @@
 """Importance of units: the base class, sums over batches, and `score`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -91,12 +91,6 @@ class Importance(ABC):
         return mean
 
 
-def check_has_gradients(model: nn.Module, importance: Importance) -> None:
-    """Raises if an importance needs gradients and the model is streamed."""
-    if not store_of(model).trains:
-        check_supports_streaming(importance)
-
-
 def check_supports_streaming(importance: Importance) -> None:
     """Raises if an importance needs gradients, which a streamed model does not have."""
     if importance.needs_gradients:
@@ -154,8 +148,8 @@ def score_units(
     model: nn.Module,
     units: Mapping[str, Units],
     importance: Importance,
-    batches: Batches | None = None,
-    loss: Loss | None = None,
+    batches: Batches | None,
+    loss: Loss | None,
     normalize: bool = False,
     per: Per = "head",
     comm: Comm = SINGLE_PROCESS,
@@ -179,7 +173,8 @@ def score_units(
     """
     unit_ids(units, {}, per)
     check_values(model, streamed=True)
-    check_has_gradients(model, importance)
+    if not store_of(model).trains:
+        check_supports_streaming(importance)
     check_belongs(model, units)
     loaded = read_batches(batches, model) if importance.needs_data else ()
     blocks = store_of(model).independently(comm) if importance.blockwise else store_of(model).all_loaded()
@@ -228,9 +223,5 @@ def recomputing(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         for part in model.modules() if not store_of(model).blocks else ():
             if isinstance(part, GradientCheckpointingLayer) and part.gradient_checkpointing:
-                stack.enter_context(overridden(part, forward=partial(_recomputed, part.forward)))
+                stack.enter_context(overridden(part, forward=partial(checkpoint, part.forward, use_reentrant=False)))
         yield
-
-
-def _recomputed(forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - the arguments of any layer
-    return checkpoint(partial(forward, **kwargs), *args, use_reentrant=False)

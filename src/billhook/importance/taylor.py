@@ -4,6 +4,7 @@
 section 3.2.
 """
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -88,10 +89,16 @@ class Taylor(Importance):
         for part in parts:
             keys[part.place].append(_key(part))
         with trainable(model, [part.name for part in parts]) as parameters:
+            # shares of neighboring parameters, similar in size
+            total, passes = sum(map(Tensor.numel, parameters.values())), self.passes if self.order == "mixed" else 1
+            shares, offset = dict[int, dict[str, nn.Parameter]](), 0
+            for name, parameter in parameters.items():
+                shares.setdefault((offset + parameter.numel() // 2) * passes // total, {})[name] = parameter
+                offset += parameter.numel()
             for number, run in enumerate(runs):
                 scores: Scores = {}
-                for share in _shares(parameters, self.passes if self.order == "mixed" else 1):
-                    _Pass(self.order, share, parts, scores).run(run, f"batch {number}")
+                for share in shares.values():
+                    _add_scores(self.order, share, parts, run, f"batch {number}", scores)
                 for name in units:
                     module_keys = keys[name]
                     if scores.keys().isdisjoint(module_keys):
@@ -118,72 +125,56 @@ def _key(part: Part) -> tuple[str, str, int]:
     return part.place, part.name, part.dim
 
 
-class _Pass:
-    """A run of a batch, whose gradients are turned into scores as they arrive."""
+def _add_scores(
+    order: Order, parameters: Mapping[str, nn.Parameter], parts: Sequence[Part], run: Run, where: str, scores: Scores
+) -> None:
+    """Runs a batch, and turns gradients into scores as they arrive; `where` names the batch in messages."""
+    parts_with = {name: [part for part in parts if part.name == name] for name in parameters}
+    curvature, positions = dict[str, Tensor](), Scores()
+    finite = list[tuple[str, str, Tensor]]()  # searched only if the sums are not finite
 
-    def __init__(self, order: Order, parameters: Mapping[str, nn.Parameter], parts: Sequence[Part], scores: Scores) -> None:
-        self._order, self._parameters, self._scores = order, parameters, scores
-        self._parts = {name: [part for part in parts if part.name == name] for name in parameters}
-        self._curvature, self._positions = dict[str, Tensor](), Scores()
-        self._finite = list[tuple[str, str, Tensor]]()  # searched only if the sums are not finite
+    def weight(name: str) -> Tensor:
+        return _full(parameters[name].detach())
 
-    def run(self, run: Run, where: str) -> None:
-        """Runs the batch; `where` names it in messages."""
-        if self._order in ("second", "mixed"):
-            examples = run.examples()
-            for number, example in enumerate(examples):
-                note = partial(self._squares, 1 / len(examples), f"example {number} of {where}")
-                stream_gradients(example, self._parameters, note)
-        if self._order != "second":
-            stream_gradients(run.forward, self._parameters, partial(self._products, where))
-        for parts in self._parts.values():
-            for part in parts:
-                if (key := _key(part)) in self._positions:
-                    on_host = self._positions.pop(key).cpu()
-                    if not np.isfinite(on_host.numpy()).all():
-                        where, name = next((where, name) for where, name, finite in self._finite if not finite)
-                        raise ValueError(f"batches: {where} (counted from 0) has a NaN or infinite gradient for {name}.")
-                    self._scores[key] = part.by_unit(on_host)
-
-    def _squares(self, factor: float, where: str, name: str, gradient: Tensor) -> None:
-        squares = _full(gradient).square().mul_(factor)
-        if self._order == "second":
-            self._note(where, name, squares.mul_(self._weight(name).square()))
-        else:
-            self._curvature[name] = self._curvature[name].add_(squares) if name in self._curvature else squares
-
-    def _products(self, where: str, name: str, gradient: Tensor) -> None:
-        weight = self._weight(name)
-        products = weight * _full(gradient)
-        if self._order == "mixed" and name in self._curvature:
-            products -= self._curvature.pop(name).mul_(weight.square()).div_(2)
-        self._note(where, name, products)
-
-    def _note(self, where: str, name: str, products: Tensor) -> None:
+    def note(where: str, name: str, products: Tensor) -> None:
         """Adds the products of a parameter to its parts, by position, without a host sync."""
-        values = products if self._order in ("vector", "unit") else products.abs_()
-        for part in self._parts[name]:
+        values = products if order in ("vector", "unit") else products.abs_()
+        for part in parts_with[name]:
             values_along = part.sum_others(values)
-            self._finite.append((where, name, values_along.isfinite().all()))
-            total = in_float64((values_along.abs() if self._order == "vector" else values_along).detach())
-            self._positions[_key(part)] = total + self._positions.get(_key(part), 0.0)  # NaN and infinity stay in the sums
+            finite.append((where, name, values_along.isfinite().all()))
+            total = in_float64((values_along.abs() if order == "vector" else values_along).detach())
+            positions[_key(part)] = total + positions.get(_key(part), 0.0)  # NaN and infinity stay in the sums
 
-    def _weight(self, name: str) -> Tensor:
-        return _full(self._parameters[name].detach())
+    def note_squares(factor: float, where: str, name: str, gradient: Tensor) -> None:
+        squares = _full(gradient).square().mul_(factor)
+        if order == "second":
+            note(where, name, squares.mul_(weight(name).square()))
+        else:
+            curvature[name] = curvature[name].add_(squares) if name in curvature else squares
+
+    def note_products(name: str, gradient: Tensor) -> None:
+        products = weight(name) * _full(gradient)
+        if order == "mixed" and name in curvature:
+            products -= curvature.pop(name).mul_(weight(name).square()).div_(2)
+        note(where, name, products)
+
+    if order in ("second", "mixed"):
+        examples = run.examples()
+        for number, example in enumerate(examples):
+            stream_gradients(example, parameters, partial(note_squares, 1 / len(examples), f"example {number} of {where}"))
+    if order != "second":
+        stream_gradients(run.forward, parameters, note_products)
+    for part in itertools.chain.from_iterable(parts_with.values()):
+        if (key := _key(part)) in positions:
+            on_host = positions.pop(key).cpu()
+            if not np.isfinite(on_host.numpy()).all():
+                bad, name = next((batch, name) for batch, name, is_finite in finite if not is_finite)
+                raise ValueError(f"batches: {bad} (counted from 0) has a NaN or infinite gradient for {name}.")
+            scores[key] = part.by_unit(on_host)
 
 
 def _full(values: Tensor) -> Tensor:
     return values if values.dtype == torch.float64 else values.float()
-
-
-def _shares(parameters: Mapping[str, nn.Parameter], count: int) -> Iterator[dict[str, nn.Parameter]]:
-    """Divides parameters into at most `count` shares of neighbors, similar in size."""
-    total = sum(parameter.numel() for parameter in parameters.values())
-    shares, offset = dict[int, dict[str, nn.Parameter]](), 0
-    for name, parameter in parameters.items():
-        shares.setdefault((offset + parameter.numel() // 2) * count // total, {})[name] = parameter
-        offset += parameter.numel()
-    yield from shares.values()
 
 
 @contextmanager

@@ -24,7 +24,7 @@ PERCENT = 3
 def round_units(
     requested: int,
     num_first: int,
-    maximum: int | None = None,
+    maximum: int,
     minimum: int = 1,
     unit_size: int = 1,
     step: int = 1,
@@ -38,43 +38,30 @@ def round_units(
     Args:
         requested: Number of units to keep.
         num_first: Original number of units. Fewer are kept.
-        maximum: Most units to keep. Defaults to all but one.
+        maximum: Most units to keep; never all of the original ones.
         minimum: Fewest units to keep.
         unit_size: Entries of one unit in a row, such as the head dimension.
         step: Number that the units must be a multiple of.
         allow_more: If False, never keeps more units than requested.
 
-    >>> round_units(1229, 1536), round_units(1300, 1536), round_units(1300, 1536, allow_more=False)
+    >>> round_units(1229, 1536, 1536), round_units(1300, 1536, 1536), round_units(1300, 1536, 1536, allow_more=False)
     (1216, 1280, 1280)
-    >>> round_units(30, 40, unit_size=128)
+    >>> round_units(30, 40, 40, unit_size=128)
     30
-    >>> round_units(308, 384), round_units(72, 96)
+    >>> round_units(308, 384, 384), round_units(72, 96, 96)
     (None, None)
     """
     if num_first * unit_size < MULTIPLES[0]:
         return None
-    highest = num_first - 1 if maximum is None else min(maximum, num_first - 1)
+    highest = min(maximum, num_first - 1) if allow_more else min(maximum, num_first - 1, requested)
     for multiple in MULTIPLES:
         units = math.lcm(multiple // math.gcd(multiple, unit_size), step)  # the fewest units whose rows are a multiple
-        number = nearest_multiple(requested, units, minimum, highest, allow_more)
+        below = requested // units * units
+        near = [number for number in (below + units, below) if minimum <= number <= highest]
+        number = min(near, key=lambda number: abs(number - requested), default=None)  # of two equally near, the higher
         if number is not None and 100 * abs(number - requested) <= PERCENT * num_first:
             return number
     return None
-
-
-def nearest_multiple(requested: int, step: int, minimum: int, maximum: int, allow_more: bool = True) -> int | None:
-    """Returns the multiple of a step nearest to a number, or None if none is within bounds.
-
-    Of two equally near multiples, returns the higher.
-
-    >>> nearest_multiple(1229, 256, 1, 1535), nearest_multiple(1229, 256, 1, 1535, allow_more=False)
-    (1280, 1024)
-    >>> nearest_multiple(24, 16, 1, 47), nearest_multiple(24, 64, 1, 47)
-    (32, None)
-    """
-    below = requested // step * step
-    options = [number for number in (below + step, below) if minimum <= number <= maximum and (allow_more or number <= requested)]
-    return min(options, key=lambda number: abs(number - requested), default=None)
 
 
 def multiple_of(length: int) -> int:
@@ -84,15 +71,6 @@ def multiple_of(length: int) -> int:
     (256, 64, 1)
     """
     return next((multiple for multiple in MULTIPLES if length % multiple == 0), 1)
-
-
-def rounding_multiple(count: int) -> int:
-    """Returns the largest of `MULTIPLES` that any count can be rounded down to, or 1.
-
-    >>> rounding_multiple(11008), rounding_multiple(1536), rounding_multiple(384)
-    (256, 32, 1)
-    """
-    return next((multiple for multiple in MULTIPLES if 100 * multiple <= PERCENT * count), 1)
 
 
 def unit_length(units: Units, per: Per = "head") -> int:
@@ -121,11 +99,6 @@ def round_kv_heads(kept: int, count: int, minimum: int = 1) -> int:
     """
     options = [number for number in range(count, minimum - 1, -1) if number == count or divides_among_devices(number)]
     return min(options, key=lambda number: abs(number - kept))
-
-
-def uneven_devices_note(kv_heads: int) -> str:
-    """Returns the note for a number of KV heads that does not divide among devices."""
-    return f"{kv_heads} KV heads cannot be divided among 2, 4, and 8 devices; 1, 2, 4, or a multiple of 8 can"
 
 
 def kernel_multiple(model: nn.Module, units: Units) -> int:

@@ -150,7 +150,16 @@ def find_block_plan(
             raise ValueError(f"blocks: {name} would be left without blocks; at least one of its {count} must stay")
         if numbers:
             removed[name] = numbers
-    _check_unshared(model, stacks, removed)
+    staying, leaving = dict[int, str](), list[tuple[tuple[str, int], int]]()
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        block = block_of(name, stacks)
+        if block is not None and block[1] in removed.get(block[0], ()):
+            leaving.append((block, id(parameter)))
+        else:
+            staying[id(parameter)] = name
+    for (stack, number), key in leaving:
+        if key in staying:
+            raise ValueError(f"blocks: block {number} of {stack} shares weights with {staying[key]}, which stays")
     sizes = dict(zip(stacks, map(len, stacks.values()), strict=True))
     fields, attributes = find_block_fields(model, sizes, removed) if removed else ({}, {})
     # some classes refuse too few blocks; compare with the unchanged config
@@ -165,21 +174,6 @@ def find_block_plan(
     parameters = before, before - sum(map(Tensor.numel, removed_params))
     score_lists = {name: values.tolist() for name, values in (scores or {}).items()}
     return BlockPlan(type(model).__name__, _digest(model), removed, _counts(stacks), fields, attributes, parameters, score_lists)
-
-
-def _check_unshared(model: nn.Module, stacks: Mapping[str, nn.ModuleList], removed: Mapping[str, list[int]]) -> None:
-    """Raises if a removed block shares parameters with a module that stays."""
-    blocks = {(name, number) for name, numbers in removed.items() for number in numbers}
-    staying, leaving = dict[int, str](), list[tuple[tuple[str, int], int]]()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        block = block_of(name, stacks)
-        if block is not None and block in blocks:
-            leaving.append((block, id(parameter)))
-        else:
-            staying[id(parameter)] = name
-    for (stack, number), key in leaving:
-        if key in staying:
-            raise ValueError(f"blocks: block {number} of {stack} shares weights with {staying[key]}, which stays")
 
 
 def _building_error(model: PreTrainedModel, fields: Fields) -> Exception | None:

@@ -1,9 +1,7 @@
 """Chooses the units with the lowest importance scores, within each layer or globally."""
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from operator import attrgetter
 from statistics import fmean
 
@@ -13,14 +11,10 @@ from torch import Tensor, nn
 
 from billhook.arguments import check_fraction, check_int, check_one_of, check_types
 from billhook.linalg import Indices
-from billhook.pruning.amount import RATIOS, Amount, Ranking, round_units, unit_length
+from billhook.pruning.amount import Amount, Ranking
 from billhook.pruning.cut import coupled_modules
 from billhook.units.blocks import block_of, find_blocks
-from billhook.units.find import of_kind
 from billhook.units.units import Per, Units, plural
-
-Counts = Mapping[str, Mapping[str, int]]
-"""Ratio name -> module -> number of units."""
 
 
 @dataclass(frozen=True)
@@ -131,15 +125,35 @@ def choose(
             raise ValueError(f"scores: {layer} has a score that is NaN")
     competitions = list[list[_Order]]()  # units are ranked within each of these
     for layers in coupled_modules(units) if remove else zip(units, strict=True):
+        first, score = units[layers[0]], torch.stack([scores[layer].detach().cpu().double() for layer in layers]).mean(0)
+        values, count = score.numpy(), first.count(per)
+        if remove and per == "head" and first.count("kv_head") < count:
+            # steps of the next lowest query head of every KV head, with their mean scores
+            sorted_queries = []
+            for kv_head in range(first.count("kv_head")):
+                queries = np.flatnonzero(first.kv_of == kv_head)
+                sorted_queries.append(queries[np.argsort(values[queries], kind="stable")])
+            if len(set(map(len, sorted_queries))) > 1:
+                raise ValueError(
+                    f"per='head' is not supported: the KV heads of {layers[0]} have different numbers of query heads. Use "
+                    "per='kv_head'."
+                )
+            steps = np.sort(np.stack(sorted_queries, axis=1), axis=1)
+            # fmean rounds once, so that a step's mean does not depend on the order of its heads
+            means = np.array([fmean(step) for step in values[steps].tolist()])
+        else:
+            steps = np.array(rank_units(first, score, ends), dtype=np.int64)[:, None]
+            means = values[steps[:, 0]]
+        in_step = steps.shape[1]
+        most = max(count // in_step - -(-min_units // in_step), 0)
         if ranking == "layer" or not competitions:
             competitions.append([])
-        competitions[-1].append(_order(units, layers, scores, per, remove, min_units, ends))
+        competitions[-1].append(_Order(layers, steps[:most], means[:most]))
     removed: dict[str, list[int]] = {}
     for orders in competitions:
         total = sum(units[layer].count(per) for order in orders for layer in order.layers)
         where = (orders[0].layers[0] or "the model") if ranking == "layer" else "all layers"
-        steps = _lowest_steps(orders, ratio, total, f"{what} of {where}", name)
-        for order, numbers in zip(orders, steps, strict=True):
+        for order, numbers in zip(orders, _lowest_steps(orders, ratio, total, f"{what} of {where}", name), strict=True):
             removed |= dict.fromkeys(order.layers, np.sort(order.units[numbers].flatten()).tolist())
     return {layer: list(removed[layer]) for layer in units if removed.get(layer)}
 
@@ -152,43 +166,6 @@ def rank_units(units: Units, scores: Tensor, ends: tuple[int, int] = (0, 0)) -> 
     values, count = scores.detach().cpu().double().numpy(), len(scores)
     order = count - 1 - np.argsort(values[::-1], kind="stable") if units.kind == "block" else np.argsort(values, kind="stable")
     return [unit for unit in order.tolist() if ends[0] <= unit < count - ends[1] and values[unit] < np.inf]
-
-
-def _order(
-    units: Mapping[str, Units],
-    layers: Sequence[str],
-    scores: Mapping[str, Tensor],
-    per: Per,
-    remove: bool,
-    min_units: int,
-    ends: tuple[int, int],
-) -> _Order:
-    """Orders the removable units of coupled modules, the least important first."""
-    first, score = units[layers[0]], torch.stack([scores[layer].detach().cpu().double() for layer in layers]).mean(0)
-    values, count = score.numpy(), first.count(per)
-    if remove and per == "head" and first.count("kv_head") < count:
-        steps, means = _head_steps(first, values, layers[0])
-    else:
-        steps = np.array(rank_units(first, score, ends), dtype=np.int64)[:, None]
-        means = values[steps[:, 0]]
-    in_step = steps.shape[1]
-    most = max(count // in_step - -(-min_units // in_step), 0)
-    return _Order(layers, steps[:most], means[:most])
-
-
-def _head_steps(units: Units, values: np.ndarray, name: str) -> tuple[Indices, np.ndarray]:
-    """Returns steps of the next lowest query head of every KV head, with their mean scores."""
-    order = []
-    for kv_head in range(units.count("kv_head")):
-        queries = np.flatnonzero(units.kv_of == kv_head)
-        order.append(queries[np.argsort(values[queries], kind="stable")])
-    if len(set(map(len, order))) > 1:
-        raise ValueError(
-            f"per='head' is not supported: the KV heads of {name} have different numbers of query heads. Use per='kv_head'."
-        )
-    steps = np.sort(np.stack(order, axis=1), axis=1)
-    # fmean rounds once, so that a step's mean does not depend on the order of its heads
-    return steps, np.array([fmean(step) for step in values[steps].tolist()])
 
 
 def _lowest_steps(orders: Sequence[_Order], ratio: float, total: int, what: str, name: str) -> list[list[int]]:
@@ -216,103 +193,6 @@ def _lowest_steps(orders: Sequence[_Order], ratio: float, total: int, what: str,
             chosen[number].append(step)
             left -= sizes[number]
     return chosen
-
-
-def choose_units(
-    units: Mapping[str, Units],
-    scores: Mapping[str, Tensor],
-    amount: Amount,
-    ratios: Mapping[str, float],
-    protected: frozenset[str] = frozenset(),
-    steps: Mapping[str, int] | None = None,
-    first: Counts | None = None,
-) -> dict[str, list[int]]:
-    """Chooses the units with the lowest scores, of several kinds.
-
-    Returns ascending unit numbers by module; for attention, query heads. Heads are scored as query heads or KV heads, as the name
-    of the ratio says.
-
-    Args:
-        units: Units by module.
-        scores: Their scores.
-        amount: Ranking, minimum sizes, and width rounding.
-        ratios: Fraction to remove, by the name of the ratio.
-        protected: Modules that keep all units.
-        steps: Number that the kept units must be a multiple of, by module.
-        first: Original number of units by ratio name and module, if parts of the amount were removed before. Ratios refer to
-            them.
-
-    Raises:
-        ValueError: If a score is missing or NaN, or a ratio would leave a module with fewer than `min_units`.
-    """
-    removed: dict[str, list[int]] = {}
-    for name, ratio in ratios.items():
-        kind, per = RATIOS[name]
-        if not ratio:
-            continue
-        layers = unprotected(of_kind(units, kind), protected)
-        if not layers:
-            if of_kind(units, kind):
-                raise ValueError(f"{name}={ratio:g}: all are in protected blocks. Lower first or last.")
-            raise ValueError(f"{name}={ratio:g}: the model has no prunable units")
-        chosen = _choose_kind(layers, scores, amount, name, ratio, steps or {}, (first or {}).get(name, {}))
-        for layer, numbers in chosen.items():
-            if numbers:
-                removed[layer] = layers[layer].query_heads(numbers) if per == "kv_head" else numbers
-    return removed
-
-
-def _choose_kind(
-    layers: Mapping[str, Units],
-    scores: Mapping[str, Tensor],
-    amount: Amount,
-    name: str,
-    ratio: float,
-    steps: Mapping[str, int],
-    first: Mapping[str, int],
-) -> dict[str, list[int]]:
-    """Chooses the units of a single ratio, and rounds the numbers that remain."""
-    kind, per = RATIOS[name]
-    ends = (amount.first, amount.last) if kind == "block" else (0, 0)
-    take = partial(choose, scores=scores, min_units=amount.min_units, per=per, ends=ends, name=name)
-    num_first = {layer: first.get(layer, of_layer.count(per)) for layer, of_layer in layers.items()}
-    parts: dict[float, list[str]] = {}  # modules by the fraction of their remaining units to remove
-    for names in [list(layers)] if amount.ranking == "global" else [[layer] for layer in layers]:
-        total, now = sum(num_first[layer] for layer in names), sum(layers[layer].count(per) for layer in names)
-        unchanged = total == now or name not in amount.ratios
-        part = ratio if unchanged else max(0.0, ratio * total - (total - now)) / now
-        parts.setdefault(part, []).extend(names)
-    chosen: dict[str, list[int]] = {}
-    for part, names in parts.items():
-        chosen |= take(_subset(layers, names), ratio=part, ranking=amount.ranking)
-    for coupled_layers in coupled_modules(_subset(layers, chosen)):
-        layer = coupled_layers[0]
-        count, num_kept = layers[layer].count(per), layers[layer].count(per) - len(chosen[layer])
-        at_most = name in amount.open_ratios
-        num_rounded = _rounded(layers[layer], num_kept, num_first[layer], steps.get(layer, 1), per, amount, at_most)
-        if num_rounded != num_kept:
-            again = take(_subset(layers, coupled_layers), ratio=(count - num_rounded) / count)
-            chosen |= dict.fromkeys(coupled_layers, []) | again
-    return chosen
-
-
-def _subset(units: Mapping[str, Units], names: Iterable[str]) -> dict[str, Units]:
-    return {name: units[name] for name in names}
-
-
-def _rounded(units: Units, num_kept: int, num_first: int, step: int, per: Per, amount: Amount, at_most: bool) -> int:
-    """Returns the rounded number of units to keep in a module."""
-    count, channels, length = units.count(per), units.kind in ("channel", "residual", "token"), unit_length(units, per)
-    if amount.round_to == "auto" and length and (channels or not at_most):
-        grouped = per == "head" and units.count("kv_head") < count and not channels
-        in_step = units.count("kv_head") if grouped else 1  # every KV head loses the same number of query heads
-        num_rounded = round_units(
-            num_kept, num_first, count, amount.min_units, length, math.lcm(step, in_step), allow_more=not at_most
-        )
-        if num_rounded is not None:
-            return num_rounded
-    multiple = math.lcm(1 if amount.round_to == "auto" else amount.round_to, step) if channels else 1
-    return min(-(-num_kept // multiple) * multiple, count)
 
 
 def unprotected(units: Mapping[str, Units], protected: Iterable[str]) -> dict[str, Units]:

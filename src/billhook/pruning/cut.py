@@ -12,7 +12,6 @@ from billhook.model.find import check_plain
 from billhook.pruning.amount import kernel_multiple
 from billhook.tracing.axes import Axis, leaves
 from billhook.tracing.coupling import NEVER, Structure
-from billhook.tracing.groups import Member
 from billhook.units.find import Chosen, unit_ids
 from billhook.units.units import PLURAL, Per, UnitKind, Units, counts
 
@@ -73,7 +72,20 @@ def find_cut(model: nn.Module, structure: Structure, units: Mapping[str, Units],
     for name, layer in units.items():
         kinds[name], before[name] = layer.kind, counts(layer)
         after[name] = _count_left(name, layer, removed.get(name, []))
-    _check_left(model, units, removed, after)
+    for name in removed:
+        step, left = kernel_multiple(model, units[name]), after[name][0]
+        if left % step:
+            raise ValueError(
+                f"{PLURAL[units[name].kind]}: {name or 'the model'} would be left with {left} of {units[name].count()}, but the "
+                f"kernel of its experts requires multiples of {step}. Keep {left // step * step or step} or "
+                f"{-(-left // step) * step}."
+            )
+    for names in coupled_modules(units):
+        if len({tuple(removed.get(name, [])) for name in names}) > 1:
+            raise ValueError(
+                f"heads: {', '.join(names[:3])}{' and more' if len(names) > 3 else ''} share a position bias with one column per "
+                "head. Remove the same heads from all of them, or use bh.mask."
+            )
     cuts = _cuts(structure, units, removed)
     num_before = num_after = 0
     for name, shape in structure.shapes.items():
@@ -135,26 +147,6 @@ def _count_left(name: str, units: Units, removed: Sequence[int]) -> tuple[int, .
     return len(kv_of_kept), len(heads_per_kv)
 
 
-def _check_left(
-    model: nn.Module, units: Mapping[str, Units], removed: Mapping[str, list[int]], after: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Raises for expert widths without a kernel, or unequal heads with a shared bias."""
-    for name in removed:
-        step, left = kernel_multiple(model, units[name]), after[name][0]
-        if left % step:
-            raise ValueError(
-                f"{PLURAL[units[name].kind]}: {name or 'the model'} would be left with {left} of {units[name].count()}, but the "
-                f"kernel of its experts requires multiples of {step}. Keep {left // step * step or step} or "
-                f"{-(-left // step) * step}."
-            )
-    for names in coupled_modules(units):
-        if len({tuple(removed.get(name, [])) for name in names}) > 1:
-            raise ValueError(
-                f"heads: {', '.join(names[:3])}{' and more' if len(names) > 3 else ''} share a position bias with one column per "
-                "head. Remove the same heads from all of them, or use bh.mask."
-            )
-
-
 def _cuts(structure: Structure, units: Mapping[str, Units], removed: Mapping[str, list[int]]) -> Cuts:
     cuts: Cuts = {}
     leaves_of: dict[tuple[str, int], set[Axis]] = {}
@@ -162,7 +154,13 @@ def _cuts(structure: Structure, units: Mapping[str, Units], removed: Mapping[str
         layer = units[name]
         members = {(m.name, m.dim): m for group in structure.groups if group.leaf in layer.leaves for m in group.members}
         for key, member in members.items():
-            kept_positions, unit_leaves = _kept_positions(layer, member, numbers), set(leaves(member.axis)) & set(layer.leaves)
+            if layer.kind == "head":  # keys serve all query heads of a group, so they stay until the last of these goes
+                (place_of, holders), is_removed = layer.units_at(member), np.isin(np.arange(layer.count()), numbers)
+                goes = np.any(holders, axis=1) & np.all(~holders | is_removed, axis=1)
+                kept_positions = np.flatnonzero(~goes[place_of])
+            else:
+                kept_positions = np.flatnonzero(~np.isin(layer.of_member(member), numbers))
+            unit_leaves = set(leaves(member.axis)) & set(layer.leaves)
             if key not in cuts:
                 cuts[key], leaves_of[key] = kept_positions, unit_leaves
             elif leaves_of[key] != unit_leaves:
@@ -171,15 +169,3 @@ def _cuts(structure: Structure, units: Mapping[str, Units], removed: Mapping[str
             elif not np.array_equal(cuts[key], kept_positions):
                 raise ValueError(f"heads: {member.name} would lose different heads for {name} than for another layer")
     return cuts
-
-
-def _kept_positions(units: Units, member: Member, removed: Sequence[int]) -> Indices:
-    """Returns the positions to keep: all but positions whose heads are all removed.
-
-    Keys serve all query heads of a group, so they stay until the last of these is removed.
-    """
-    if units.kind != "head":
-        return np.flatnonzero(~np.isin(units.of_member(member), removed))
-    (place_of, holders), is_removed = units.units_at(member), np.isin(np.arange(units.count()), removed)
-    is_removed_position: Indices = np.any(holders, axis=1) & np.all(~holders | is_removed, axis=1)
-    return np.flatnonzero(~is_removed_position[place_of])

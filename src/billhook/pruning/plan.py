@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, get_args
+from typing import Any, ClassVar
 
 import numpy as np
 from rich.console import RenderableType
@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedTokenizerBase
 from typing_extensions import Self
 
+from billhook.arguments import check_one_of
 from billhook.display import text_table
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
@@ -21,13 +22,13 @@ from billhook.model.costs import Costs
 from billhook.model.find import find_transformer
 from billhook.model.plan import ShapePlan, Weights, with_weights
 from billhook.model.surgery import UpdateOptimizers, update_optimizers
-from billhook.pruning.amount import divides_among_devices, uneven_devices_note
+from billhook.pruning.amount import divides_among_devices
 from billhook.pruning.cut import Cut, find_cut
 from billhook.pruning.removal import remove
 from billhook.tracing.show import name_pattern
 from billhook.tracing.trace import trace
 from billhook.units.find import units_of
-from billhook.units.units import PLURAL, UnitKind, count_text, counts
+from billhook.units.units import PLURAL, UnitKind, counts
 from billhook.vocabulary.tokenizer import Vocabulary
 
 
@@ -56,7 +57,9 @@ class UnitPlan(Cut, ShapePlan):
                 count, module = len(numbers[kind]), "attention module" if kind == "head" else "module"
                 where = f" in {count:,} {module}{'s' * (count != 1)}"
                 is_single = kind in ("residual", "token") and count == 1
-                words.append(f"{count_text(kind, sum(numbers[kind]))}{'' if is_single else where}")
+                total = sum(numbers[kind])
+                units = PLURAL[kind].removesuffix("s") if total == 1 else PLURAL[kind]
+                words.append(f"{total:,} {units}{'' if is_single else where}")
         return ", ".join(words)
 
     def to_json(self) -> dict[str, Any]:
@@ -71,15 +74,17 @@ class UnitPlan(Cut, ShapePlan):
 
     @classmethod
     def _read(cls, plain: Mapping[str, Any], model: nn.Module) -> Self:
-        parts = ("model", "kinds", "units", "before")
-        if not all(part in plain for part in parts):
-            raise ValueError(f"plan must be a mapping with {', '.join(parts)}. Pass the output of to_json.")
-        for part in parts[1:]:
-            values = plain[part].values() if isinstance(plain[part], Mapping) else [None]
-            if not all(value in get_args(UnitKind) if part == "kinds" else _is_list(value) for value in values):
-                raise ValueError(f"plan: {part}={str(plain[part])[:80]!r} is malformed. Pass the output of to_json.")
-        before = {name: tuple(numbers) for name, numbers in plain["before"].items()}
-        return cls.of(_find_again(plain["model"], plain["kinds"], before, plain["units"], find_transformer(model)))
+        try:
+            kinds, units = dict(plain["kinds"]), {name: list(numbers) for name, numbers in plain["units"].items()}
+            made_for, before = plain["model"], {name: tuple(numbers) for name, numbers in plain["before"].items()}
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            cause = f"{type(error).__name__}: {error}"
+            raise ValueError(
+                f"plan must be a mapping with model, kinds, units, before ({cause}). Pass the output of to_json."
+            ) from error
+        for kind in kinds.values():
+            check_one_of("plan: kind", kind, UnitKind)
+        return cls.of(_find_again(made_for, kinds, before, units, find_transformer(model)))
 
     def check_made_for(self, model: nn.Module) -> None:
         """Raises if the plan was made for another model; see `ModelPlan.check_made_for`."""
@@ -134,15 +139,24 @@ class UnitPlan(Cut, ShapePlan):
                 numbers = f": {', '.join(name.split('.')[star] for name in names)}" if num_rows[_pattern(row_name)] > 1 else ""
                 where = f" in each of {len(names)}{numbers}"
             rows.append((layer, f"{change}{where}"))
-        first, *costs = self._costs()
+        costs = [("parameters", *self.parameters)]
+        if self.costs:
+            now, then = self.costs
+            flops, cache = f"FLOPs per {'token' if now.context else 'image'}", f"KV-cache bytes per token in {now.dtype}"
+            for label, name in {flops: "flops", cache: "kv_cache_bytes", "bytes": "bytes"}.items():
+                if getattr(now, name) and getattr(then, name):
+                    costs.append((label, getattr(now, name), getattr(then, name)))
+        lines = [f"{before:,} -> {after:,} {label} ({1 - after / before:.1%} fewer)" for label, before, after in costs]
         kv_heads = set()
         for name in self.units:
             if self.kinds[name] == "head" and self.after[name][1] < self.before[name][1]:
                 kv_heads.add(self.after[name][1])
-        uneven = sorted(number for number in kv_heads if not divides_among_devices(number))
-        lines = [*costs, *self.widths, *map(uneven_devices_note, uneven)]
-        notes = [Padding.indent(Text(line), 2) for line in lines]
-        return [first, *notes[: len(costs)], text_table(rows, aligns="<", indent=2), *notes[len(costs) :]]
+        lines += self.widths
+        for number in sorted(kv_heads):
+            if not divides_among_devices(number):
+                lines.append(f"{number} KV heads cannot be divided among 2, 4, and 8 devices; 1, 2, 4, or a multiple of 8 can")
+        notes, count = [Padding.indent(Text(line), 2) for line in lines[1:]], len(costs) - 1
+        return [f"{self.model}: {lines[0]}", *notes[:count], text_table(rows, aligns="<", indent=2), *notes[count:]]
 
     def _change(self, name: str) -> str:
         """Describes the change of a module: head numbers, or counts of other units."""
@@ -155,28 +169,9 @@ class UnitPlan(Cut, ShapePlan):
         after_text = "{} query, {} KV".format(*after) if kv != query else f"{after[0]}"
         return f"{query} -> {after_text} heads; without {', '.join(map(str, removed))}"
 
-    def _costs(self) -> list[str]:
-        """Describes the model's costs before and after, parameters first."""
-        costs = [("parameters", *self.parameters)]
-        if self.costs:
-            before, after = self.costs
-            flops, cache = f"FLOPs per {'token' if before.context else 'image'}", f"KV-cache bytes per token in {before.dtype}"
-            for label, name in {flops: "flops", cache: "kv_cache_bytes", "bytes": "bytes"}.items():
-                if getattr(before, name) and getattr(after, name):
-                    costs.append((label, getattr(before, name), getattr(after, name)))
-        lines = [
-            f"{cost_before:,} -> {cost_after:,} {label} ({1 - cost_after / cost_before:.1%} fewer)"
-            for label, cost_before, cost_after in costs
-        ]
-        return [f"{self.model}: {lines[0]}", *lines[1:]]
-
 
 def _as_lists(numbers_of: Mapping[str, Collection[int]]) -> dict[str, list[int]]:
     return {name: list(numbers) for name, numbers in numbers_of.items()}
-
-
-def _is_list(value: object) -> bool:
-    return isinstance(value, list | tuple) and all(type(number) is int for number in value)
 
 
 def _find_again(

@@ -1,6 +1,7 @@
 """Plans pruning: `plan` chooses units by their scores, `plan_units` takes given units."""
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from billhook.engine.comm import SINGLE_PROCESS, Comm, Reduce
 from billhook.engine.state import cpu_by_default
 from billhook.importance.activations import OutputNorm
 from billhook.importance.blocks import BlockInfluence
-from billhook.importance.score import Importance, check_has_gradients, score_units
+from billhook.importance.score import Importance, score_units
 from billhook.importance.taylor import Taylor
 from billhook.model.find import find_transformer
 from billhook.model.plan import apply_plan
@@ -23,7 +24,7 @@ from billhook.model.surgery import check_replaceable
 from billhook.progress import OnProgress
 from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan, checked_block_plan, find_block_plan
-from billhook.pruning.choice import choose_units, rank_units
+from billhook.pruning.choice import choose, rank_units
 from billhook.pruning.cut import find_cut
 from billhook.pruning.plan import UnitPlan, check_kinds
 from billhook.pruning.removal import try_removal
@@ -98,14 +99,14 @@ def plan(
         {((384,), (288,))}
     """
     check_types(plan, locals())
-    by_name = {
+    by_name: dict[str, Any] = {
         "heads": heads, "kv_heads": kv_heads, "channels": channels, "residual": residual, "experts": experts, "blocks": blocks,
         "tokens": tokens, "params": params,
     }  # fmt: skip
     given_names = [name for name, value in by_name.items() if value is not None]
     if amount is not None and given_names:
         raise ValueError(f"amount cannot be combined with {given_names[0]}. Pass {given_names[0]} to Amount instead.")
-    amount = amount or Amount(heads, kv_heads, channels, residual, experts, blocks, tokens, params)
+    amount = amount or Amount(**by_name)
     return plan_amount(model, amount, importance, batches, scores, greedy, loss, Comm.of(reduce, model), tokenizer=tokenizer)
 
 
@@ -126,8 +127,6 @@ def plan_amount(
     `progress` is called with the number of scored batches and the total; if `greedy`, with the number of chosen blocks.
     """
     subject = find_transformer(model)
-    if importance is not None and scores is None:
-        check_has_gradients(subject, importance)
     if amount.blocks is None:
         if greedy:
             raise ValueError("greedy=True requires blocks. Set blocks, or remove greedy.")
@@ -138,7 +137,7 @@ def plan_amount(
     if not greedy or scores is not None:
         if scores is None:
             scores = score_units(subject, stacks, importance, batches, loss, amount.normalize, comm=comm, progress=progress)
-        blocks = choose_units(stacks, scores, amount, amount.ratios)
+        blocks = _lowest_blocks(stacks, scores, amount)
         return checked_block_plan(subject, find_block_plan(subject, blocks, scores))
     blocks = {name: [] for name in numbers}
     runs = list(read_batches(batches, subject))  # an iterator would be empty in the second round
@@ -267,7 +266,12 @@ def count_blocks(model: nn.Module, amount: Amount) -> tuple[dict[str, Units], di
     """
     stacks = find_units(model, "block")
     equal_scores = {name: torch.zeros(stack.count()) for name, stack in stacks.items()}
-    return stacks, {name: len(blocks) for name, blocks in choose_units(stacks, equal_scores, amount, amount.ratios).items()}
+    return stacks, {name: len(blocks) for name, blocks in _lowest_blocks(stacks, equal_scores, amount).items()}
+
+
+def _lowest_blocks(stacks: Mapping[str, Units], scores: Mapping[str, Tensor], amount: Amount) -> dict[str, list[int]]:
+    ends, ratio = (amount.first, amount.last), amount.blocks or 0
+    return choose(stacks, scores, ratio, amount.ranking, amount.min_units, ends=ends, name="blocks")
 
 
 def default_importance(units: Mapping[str, Units]) -> Importance:

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -58,8 +57,8 @@ def remove(model: PreTrainedModel, cut: Cut, key: Callable[[], str] = str) -> li
             if layer.kind in ("head", "channel") and cut.cuts.keys().isdisjoint(rows):
                 readers.add(reader)
     computes = model.device.type != "meta"
-    ids = _drawn_ids(model, cut) if computes else _Ids()
-    masked = _masked_answer(model, cut, readers, ids) if computes else None
+    ids_before, ids_after = _drawn_ids(model, cut) if computes else ({}, {})
+    masked = _masked_answer(model, cut, readers, ids_before) if computes else None
     token_fields = with_kept_tokens(model.config, *cut.tokens) if cut.tokens else {}
     why = ""
     for shape, fields in candidate_shapes(model, cut):
@@ -69,7 +68,7 @@ def remove(model: PreTrainedModel, cut: Cut, key: Callable[[], str] = str) -> li
                 expected = masked
                 if masked is None and computes and fields:
                     with suppress(_Different):  # of a model whose code asks the config for sizes
-                        expected = _answer_or_differ(model, readers, ids.after)
+                        expected = _answer_or_differ(model, readers, ids_after)
                 swaps += _change_config(model, fields)
                 if cut.tokens:
                     set_fields(model.config, token_fields)  # also if the shape exceeds the config
@@ -77,7 +76,7 @@ def remove(model: PreTrainedModel, cut: Cut, key: Callable[[], str] = str) -> li
                     setattr(model, LOST_TOKENS, vocabulary_fingerprint(cut.tokens[0], getattr(model, LOST_TOKENS, 0)))
                 record_shape(model)
                 if computes:
-                    answer = _answer_or_differ(model, readers, ids.after)
+                    answer = _answer_or_differ(model, readers, ids_after)
                     if expected is not None and not outputs_match(expected, answer, tolerance(model)):
                         raise _Different
             return swaps
@@ -162,18 +161,13 @@ def _selected_state(_: str, state: Tensor, kept: Mapping[int, Indices]) -> Tenso
     return _selected(state, kept)
 
 
-@dataclass(frozen=True)
-class _Ids:
-    """Ids of the same tokens by input name, before and after a removal of tokens."""
+def _drawn_ids(model: PreTrainedModel, cut: Cut) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Draws remaining tokens that the config does not name, for all inputs that are token ids.
 
-    before: Mapping[str, Tensor] = field(default_factory=dict)
-    after: Mapping[str, Tensor] = field(default_factory=dict)
-
-
-def _drawn_ids(model: PreTrainedModel, cut: Cut) -> _Ids:
-    """Draws remaining tokens that the config does not name, for all inputs that are token ids."""
+    Returns their ids by input name, before and after the removal.
+    """
     if cut.tokens is None:
-        return _Ids()
+        return {}, {}
     kept, size = cut.tokens
     unnamed = np.flatnonzero(~np.isin(kept, list(named_token_ids(model, size))))
     generator = np.random.default_rng(0)
@@ -183,7 +177,7 @@ def _drawn_ids(model: PreTrainedModel, cut: Cut) -> _Ids:
             numbers = generator.choice(unnamed if len(unnamed) else np.arange(len(kept)), value.shape)
             after[name] = torch.from_numpy(numbers).to(value)
             before[name] = torch.from_numpy(kept[numbers]).to(value)
-    return _Ids(before, after)
+    return before, after
 
 
 def _check_tokens(model: PreTrainedModel, cut: Cut) -> None:
@@ -212,7 +206,7 @@ def _check_tokens(model: PreTrainedModel, cut: Cut) -> None:
                 )
 
 
-def _masked_answer(model: PreTrainedModel, cut: Cut, readers: Iterable[str], ids: _Ids) -> list[Tensor] | None:
+def _masked_answer(model: PreTrainedModel, cut: Cut, readers: Iterable[str], ids: Mapping[str, Tensor]) -> list[Tensor] | None:
     """Returns the output with removed units masked; None if nothing can be masked.
 
     Heads and channels are masked, and logits of removed tokens are left out. The hidden dimensions to remove are removed for this
@@ -227,7 +221,7 @@ def _masked_answer(model: PreTrainedModel, cut: Cut, readers: Iterable[str], ids
     try:
         if residual:
             remove(model, find_cut(model, cut.structure, cut.all_units, residual))
-        answer = _zeroed_answer(model, cut.all_units, masked, readers, ids.before)
+        answer = _zeroed_answer(model, cut.all_units, masked, readers, ids)
     finally:
         if back is not None:
             back()
@@ -318,8 +312,7 @@ def _scales(model: PreTrainedModel, owner: str, numbers: Mapping[str, tuple[floa
     module = model.get_submodule(owner)
     if not isinstance(module, nn.Embedding):
         return None
-    old_numbers, new_numbers = zip(*numbers.values(), strict=True)
-    old, new = dict(zip(numbers, old_numbers, strict=True)), dict(zip(numbers, new_numbers, strict=True))
+    old, new = ({name: pair[index] for name, pair in numbers.items()} for index in (0, 1))
     used = next((name for name in numbers if name in module._buffers), next(iter(numbers)))
     before, after = torch.tensor(numbers[used]).to(module.weight.dtype).tolist()  # rounded as in the forward pass
     ratio, tokens = before / after, torch.arange(3)
@@ -334,6 +327,11 @@ def _scales(model: PreTrainedModel, owner: str, numbers: Mapping[str, tuple[floa
 
 def _divided_norm(model: PreTrainedModel, width: int, ratio: float) -> dict[str, Scale] | None:
     """Finds how to divide the output of the last norm by scaling its weight, or None."""
+
+    def divide_with_one(weight: Tensor) -> Tensor:
+        """Divides 1 + weight, by which Gemma's norms multiply."""
+        return (1 + in_float64(weight)).div(ratio).sub(1).to(weight)
+
     norms = []
     for name, module in model.named_modules():
         if [(part, tuple(parameter.shape)) for part, parameter in module.named_parameters()] == [("weight", (width,))]:
@@ -341,15 +339,10 @@ def _divided_norm(model: PreTrainedModel, width: int, ratio: float) -> dict[str,
     if norms:
         name, norm = norms[-1]
         inputs = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).to(norm.get_parameter("weight").dtype)
-        for down in (partial(torch.div, other=ratio), partial(_divided_with_one, by=ratio)):
+        for down in (partial(torch.div, other=ratio), divide_with_one):
             if _alike(_small_output(norm, inputs, {}) / ratio, _small_output(norm, inputs, {}, down)):
                 return {f"{name}.weight": down}
     return None
-
-
-def _divided_with_one(weight: Tensor, by: float) -> Tensor:
-    """Divides 1 + weight, by which Gemma's norms multiply."""
-    return (1 + in_float64(weight)).div(by).sub(1).to(weight)
 
 
 @torch.no_grad()

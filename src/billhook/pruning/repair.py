@@ -34,7 +34,7 @@ def repair_if_requested(
     model: nn.Module,
     plan: ModelPlan,
     batches: Batches,
-    how: RepairOption,
+    repair: RepairOption,
     comm: Comm = SINGLE_PROCESS,
     progress: OnProgress | None = None,
 ) -> tuple[Weights | None, str]:
@@ -45,14 +45,13 @@ def repair_if_requested(
     Returns:
         The new values, and a note on layers that were not refitted; empty if there are none.
     """
-    if how is None:
+    if repair is None:
         return None, ""
     not_repaired = list[str]()
-    config = how if isinstance(how, RepairConfig) else None
     try:
-        weights = _repaired(model, plan, batches, config, comm, progress, not_repaired)
+        weights = _repaired(model, plan, batches, None if repair == "auto" else repair, comm, progress, not_repaired)
     except NoRepair as error:
-        if config is not None:
+        if repair != "auto":
             raise
         return None, f"not repaired: {strip_argument(error)}"
     return weights, not_refitted_message(not_repaired)
@@ -98,35 +97,23 @@ def repair(
     """
     check_types(repair, locals())
     plan.check_made_for(model)
-    return _repaired(model, plan, batches, how, Comm.of(reduce, model), progress)
+    return _repaired(model, plan, batches, how, Comm.of(reduce, model), progress, [])
 
 
 def _repaired(
     model: nn.Module,
     plan: ModelPlan,
     batches: Batches,
-    how: RepairConfig | None,
+    repair: RepairConfig | None,
     comm: Comm,
     progress: OnProgress | None,
-    not_repaired: list[str] | None = None,
+    not_repaired: list[str],
 ) -> LazyTensors:
+    """Refits consumer layers of units, or output layers of blocks behind removed ones, whose own are zero."""
     if isinstance(plan, UnitPlan):
-        return repair_with(model, plan, batches, how, comm, progress=progress, not_repaired=not_repaired)
+        return repair_with(model, plan, batches, repair, comm, progress=progress, not_repaired=not_repaired)
     if not isinstance(plan, BlockPlan):
         raise ValueError(f"plan: repair supports plans of units and of blocks, got a plan of {plan.kind}")
-    return _repaired_blocks(model, plan, batches, how, comm, progress, not_repaired)
-
-
-def _repaired_blocks(
-    model: nn.Module,
-    plan: BlockPlan,
-    batches: Batches,
-    how: RepairConfig | None,
-    comm: Comm,
-    progress: OnProgress | None,
-    not_repaired: list[str] | None,
-) -> LazyTensors:
-    """Refits the output layers of blocks behind removed ones, whose own are zero."""
     check_values(model, streamed=True)
     subject = find_transformer(model)
     units, removed, behind = units_of(subject, trace(subject), ["head", "channel"]), list[str](), list[str]()
@@ -141,7 +128,7 @@ def _repaired_blocks(
     modules = {name: subject.get_submodule(name) for name in behind}
     kept = {_stored(subject, name): torch.ones(size_of(layer)[1], dtype=torch.bool) for name, layer in modules.items()}
     zeros = zero_weights(subject, [_stored(subject, name) for name in removed])
-    weights = repair_linears(subject, kept, _runs(subject, modules, batches), how, comm, zeros, progress, not_repaired)
+    weights = repair_linears(subject, kept, _runs(subject, modules, batches), repair, comm, zeros, progress, not_repaired)
     removed_blocks = tuple(f"{stack}.{number}." for stack, numbers in plan.units.items() for number in numbers)
     return weights.without([name for name in weights if name.startswith(removed_blocks)])
 
@@ -159,7 +146,7 @@ def repair_with(
     model: nn.Module,
     plan: UnitPlan,
     batches: Batches,
-    how: RepairConfig | None = None,
+    repair: RepairConfig | None,
     comm: Comm = SINGLE_PROCESS,
     new_params: LazyTensors | None = None,
     also: Collection[str] = (),
@@ -174,7 +161,7 @@ def repair_with(
         model: The model.
         plan: Plan of the units to remove.
         batches: Batches to fit to.
-        how: Repair settings.
+        repair: Repair settings.
         comm: Communication between ranks.
         new_params: New parameters of other layers. They are not refitted, unless named in `also`.
         also: Layers to refit even if the plan keeps all of their inputs.
@@ -200,7 +187,7 @@ def repair_with(
     for reader, is_kept in kept_inputs.items():
         modules[reader], keep[_stored(subject, reader)] = subject.get_submodule(reader), is_kept
     runs = _runs(subject, modules, batches)
-    return repair_linears(subject, keep, runs, how, comm, new_params or None, progress, not_repaired)
+    return repair_linears(subject, keep, runs, repair, comm, new_params or None, progress, not_repaired)
 
 
 def _stored(model: nn.Module, reader: str) -> str:

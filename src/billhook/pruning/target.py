@@ -2,9 +2,9 @@
 
 import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -16,16 +16,17 @@ from billhook.model.costs import Costs, costs_of
 from billhook.model.token_ids import named_token_ids
 from billhook.pruning.amount import (
     MULTIPLES,
+    PERCENT,
     RATIOS,
     Amount,
     kernel_multiple,
     multiple_of,
     round_kv_heads,
-    rounding_multiple,
+    round_units,
     unit_length,
 )
-from billhook.pruning.choice import Counts, choose_units, protected_modules, unprotected
-from billhook.pruning.cut import Cut, find_cut, size_after
+from billhook.pruning.choice import choose, protected_modules, unprotected
+from billhook.pruning.cut import Cut, coupled_modules, find_cut, size_after
 from billhook.pruning.removal import try_removal
 from billhook.tracing.trace import trace
 from billhook.units.find import of_kind, units_of, why_none
@@ -35,17 +36,25 @@ MAX_CHANNEL_RATIO = 0.52
 """Largest channel ratio at which a budget is met by channels only: beyond it, SmolLM2 loses less if KV heads are removed, too
 (docs/evidence/equal_size.md)."""
 
+Counts = Mapping[str, Mapping[str, int]]
+"""Ratio name -> module -> number of units."""
+
 
 class RatioSearch:
     """The ratios of an amount for a model, with cached costs of each model shape."""
 
     def __init__(self, model: PreTrainedModel, amount: Amount) -> None:
         self.model, self.amount = model, amount
-        self.first: Counts | None = None
+        self.first: Counts = {}
         self.structure = trace(model)
         self.units: dict[str, Units] = units_of(model, self.structure, amount.kinds)
         self.protected = protected_modules(model, self.units, amount)
-        self._steps = _steps(model, self.units)
+        # units must keep multiples of a step, shared by modules with the same count, because one config field holds it
+        most: dict[tuple[str, int], int] = {}
+        for layer in self.units.values():
+            key = layer.kind, layer.count()
+            most[key] = max(most.get(key, 1), kernel_multiple(model, layer))
+        self._steps = {name: most[layer.kind, layer.count()] for name, layer in self.units.items()}
         self._ratios: dict[str, float] | None = None
         self._known: dict[tuple[tuple[str, tuple[int, ...]], ...], Costs] = {}
 
@@ -62,15 +71,12 @@ class RatioSearch:
             if ratio and not of_kind(self.units, unit_kind):
                 why = why_none(self.model, self.structure, unit_kind)
                 raise ValueError(f"{name}={ratio:g}: the model has no prunable units{why}")
-        return self.cut(self._equal_scores())
+        return self.cut(self.equal_scores())
 
-    def removes_any(self) -> bool:
-        """Returns whether ratios without a budget remove any unit, for any scores."""
-        return bool(self._choose(self._equal_scores(), self.amount.ratios, self.amount))
-
-    def _equal_scores(self) -> dict[str, Tensor]:
+    def equal_scores(self) -> dict[str, Tensor]:
+        """Returns scores that prefer no unit; tokens that the config names stay."""
         scores = {name: torch.zeros(layer.count(self.amount.per)) for name, layer in self.units.items()}
-        for name in of_kind(self.units, "token"):  # tokens that the config names stay
+        for name in of_kind(self.units, "token"):
             scores[name][list(named_token_ids(self.model, len(scores[name])))] = torch.inf
         return scores
 
@@ -94,7 +100,9 @@ class RatioSearch:
 
     def step(self, name: str) -> int:
         """Returns the multiple that the remaining channels of a module must have."""
-        by = rounding_multiple(self.units[name].count()) if self.amount.round_to == "auto" else self.amount.round_to
+        count = self.units[name].count()
+        auto = next((multiple for multiple in MULTIPLES if 100 * multiple <= PERCENT * count), 1)  # any number can round to it
+        by = auto if self.amount.round_to == "auto" else self.amount.round_to
         return math.lcm(by, self._steps.get(name, 1))
 
     def costs(self, cut: Cut) -> tuple[Costs, Costs]:
@@ -118,12 +126,45 @@ class RatioSearch:
         """Returns notes on the widths after a cut, if `round_to` is `"auto"`."""
         if self.amount.round_to != "auto" or self._ratios is None:
             return ()
-        exact = self._choose(scores, self._ratios, replace(self.amount, round_to=1))
+        exact = self.choose(scores, self._ratios, replace(self.amount, round_to=1))
         requested = {name: layer.count() - len(exact.get(name, [])) for name, layer in self.units.items()}
         return tuple(note for _, note in width_notes(cut, requested))
 
-    def _choose(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float], amount: Amount) -> dict[str, list[int]]:
-        return choose_units(self.units, scores, amount, ratios, self.protected, self._steps, self.first)
+    def choose(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float], amount: Amount) -> dict[str, list[int]]:
+        """Chooses the units with the lowest scores, of several kinds, and rounds the numbers that remain.
+
+        Returns ascending unit numbers by module; for attention, query heads. Heads are scored as query heads or KV heads, as the
+        name of the ratio says. Raises if a score is missing or NaN, or a module would keep fewer than `min_units`.
+        """
+        removed: dict[str, list[int]] = {}
+        for name, ratio in ratios.items():
+            if not ratio:
+                continue
+            per, layers = RATIOS[name][1], self.removable(name)
+            if not layers:
+                raise ValueError(f"{name}={ratio:g}: all are in protected blocks. Lower first or last.")
+            take = partial(choose, scores=scores, min_units=amount.min_units, per=per, name=name)
+            num_first = {layer: of_layer.count(per) for layer, of_layer in layers.items()} | dict(self.first.get(name, {}))
+            parts: dict[float, list[str]] = {}  # modules by the fraction of their remaining units to remove
+            for names in [list(layers)] if amount.ranking == "global" else [[layer] for layer in layers]:
+                total, now = sum(num_first[layer] for layer in names), sum(layers[layer].count(per) for layer in names)
+                unchanged = total == now or name not in amount.ratios
+                part = ratio if unchanged else max(0.0, ratio * total - (total - now)) / now
+                parts.setdefault(part, []).extend(names)
+            chosen: dict[str, list[int]] = {}
+            for part, names in parts.items():
+                chosen |= take(_subset(layers, names), ratio=part, ranking=amount.ranking)
+            for coupled in coupled_modules(_subset(layers, chosen)):
+                layer, count = coupled[0], layers[coupled[0]].count(per)
+                num_kept = count - len(chosen[layer])
+                num_rounded = _rounded(layers[layer], num_kept, num_first[layer], self._steps.get(layer, 1), amount, name)
+                if num_rounded != num_kept:
+                    again = take(_subset(layers, coupled), ratio=(count - num_rounded) / count)
+                    chosen |= dict.fromkeys(coupled, []) | again
+            for layer, numbers in chosen.items():
+                if numbers:
+                    removed[layer] = layers[layer].query_heads(numbers) if per == "kv_head" else numbers
+        return removed
 
     def _cut(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float], target: bool = False) -> Cut:
         """Finds the cut of some ratios; for a budget, searched counts are not rounded."""
@@ -131,7 +172,7 @@ class RatioSearch:
         chosen: dict[str, list[int]] = {}
         for amount, of_target in ((self.amount, False), (replace(self.amount, round_to=1), True)):
             ratios_of_pass = {name: ratio for name, ratio in ratios.items() if (name in exact) == of_target}
-            chosen |= self._choose(scores, ratios_of_pass, amount)
+            chosen |= self.choose(scores, ratios_of_pass, amount)
         return find_cut(self.model, self.structure, self.units, chosen)
 
     def _find_ratios(self, scores: Mapping[str, Tensor]) -> dict[str, float]:
@@ -167,19 +208,16 @@ class RatioSearch:
             )
         ratios |= {name: min(common, self._highest(name)) for name in names}
         if len(names) > 1:  # heads are few and large, so channels then fine-tune the size
-            for kv_ratios in (ratios | self._divisible_ratio(ratios["kv_heads"]), ratios):
+            counts, divisible = set(self._counts("kv_heads")), ratios
+            if self.amount.round_to == "auto" and self.amount.ranking != "global" and len(counts) == 1:
+                count = counts.pop()
+                num_kept = round_kv_heads(count - int(ratios["kv_heads"] * count + 1e-9), count, self.amount.min_units)
+                divisible = ratios | {"kv_heads": 1 - num_kept / count}  # the nearest ratio that divides among devices
+            for kv_ratios in (divisible, ratios):
                 ratio = lowest_ratio(names[-1:], kv_ratios)
                 if ratio is not None:
                     return kv_ratios | {names[-1]: ratio}
         return ratios
-
-    def _divisible_ratio(self, ratio: float) -> dict[str, float]:
-        """Returns the nearest ratio of KV heads that divides among devices, if rounding is on."""
-        counts = set(self._counts("kv_heads"))
-        if self.amount.round_to != "auto" or self.amount.ranking == "global" or len(counts) != 1:
-            return {}
-        count = counts.pop()
-        return {"kv_heads": 1 - round_kv_heads(count - int(ratio * count + 1e-9), count, self.amount.min_units) / count}
 
     @cached_property
     def now(self) -> Costs:
@@ -213,16 +251,24 @@ class RatioSearch:
         return value
 
 
-def _steps(model: PreTrainedModel, units: Mapping[str, Units]) -> dict[str, int]:
-    """Returns the multiples that unit counts must have.
+def _subset(units: Mapping[str, Units], names: Iterable[str]) -> dict[str, Units]:
+    return {name: units[name] for name in names}
 
-    Modules with the same count share one, because one config field holds it.
-    """
-    most: dict[tuple[str, int], int] = {}
-    for layer in units.values():
-        key = (layer.kind, layer.count())
-        most[key] = max(most.get(key, 1), kernel_multiple(model, layer))
-    return {name: most[layer.kind, layer.count()] for name, layer in units.items()}
+
+def _rounded(units: Units, num_kept: int, num_first: int, step: int, amount: Amount, name: str) -> int:
+    """Returns the rounded number of units to keep in a module, for a named ratio."""
+    per, at_most = RATIOS[name][1], name in amount.open_ratios
+    count, channels, length = units.count(per), units.kind in ("channel", "residual", "token"), unit_length(units, per)
+    if amount.round_to == "auto" and length and (channels or not at_most):
+        grouped = per == "head" and units.count("kv_head") < count and not channels
+        in_step = units.count("kv_head") if grouped else 1  # every KV head loses the same number of query heads
+        num_rounded = round_units(
+            num_kept, num_first, count, amount.min_units, length, math.lcm(step, in_step), allow_more=not at_most
+        )
+        if num_rounded is not None:
+            return num_rounded
+    multiple = math.lcm(1 if amount.round_to == "auto" else amount.round_to, step) if channels else 1
+    return min(-(-num_kept // multiple) * multiple, count)
 
 
 @dataclass(frozen=True)
@@ -263,7 +309,7 @@ class Baseline:
         elif not any(changes.values()):
             return None
         part = search.part(replace(amount, **changes), self.counts)
-        return part if amount.target is not None or part.removes_any() else None
+        return part if amount.target is not None or part.choose(part.equal_scores(), part.amount.ratios, part.amount) else None
 
 
 def first_within(count: int, cost: Callable[[int], int], limit: int) -> int | None:

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from torch import nn
 from transformers import PreTrainedModel
 
-from billhook.engine.lazy import LazyTensors
 from billhook.model.costs import cost_of
-from billhook.pruning.block_plan import BlockPlan, checked_block_plan, find_block_plan, without_blocks
-from billhook.pruning.block_writers import block_writers, why_not_zeros, writers_behind, zero_weights
+from billhook.pruning.block_plan import checked_block_plan, find_block_plan, without_blocks
+from billhook.pruning.block_writers import block_writers, why_not_zeros
 from billhook.pruning.target import RatioSearch
 from billhook.shrinking.modules import PrunableModule
 from billhook.units.blocks import block_of
@@ -71,18 +70,6 @@ class Blocks:
                 self._refusals[numbers] = str(error)
         return self._refusals[numbers]
 
-    def planned(self, model: PreTrainedModel, removed: Sequence[Block]) -> BlockPlan:
-        """Plans the removal of blocks from a model, also on the meta device."""
-        return find_block_plan(model, {self.stack: [block.number for block in removed]}, names=[self.stack])
-
-    def zeros(self, removed: Sequence[Block]) -> LazyTensors:
-        """Returns zero weights with which removed blocks write nothing to the residual stream."""
-        return zero_weights(self.model, [name for block in removed for name in self.writers[block.number]])
-
-    def behind(self, removed: Sequence[Block]) -> list[str]:
-        """Returns the output layers of the kept blocks after the first removed block."""
-        return writers_behind(self.writers, [block.number for block in removed])
-
 
 def find_blocks(search: RatioSearch, target: str, modules: Sequence[PrunableModule]) -> Blocks:
     """Finds the removable blocks for a budget; protected blocks stay.
@@ -107,14 +94,17 @@ def find_blocks(search: RatioSearch, target: str, modules: Sequence[PrunableModu
             return Blocks(model, why=f"{module.name} is coupled to modules of other blocks")
         if (block := where.pop()) is not None:
             inside[block[1]].append(module)
-    costs = {}
+    costs = dict[object, tuple[int, str]]()  # of a block without, or the reason why it cannot be removed
     for number in range(amount.first, count - amount.last):
         name, shape = f"{stack}.{number} block", _shape(model.get_submodule(f"{stack}.{number}"), inside[number])
         if shape not in costs:
-            costs[shape] = _cost_of(search, target, {stack: [number]})
-        cost = costs[shape]
-        why = cost if isinstance(cost, str) else why_not_zeros(model, {stack: [number]}, blocks.writers[number])
-        if not why and isinstance(cost, int):
+            try:
+                smaller = without_blocks(model, find_block_plan(model, {stack: [number]}))
+                costs[shape] = int(getattr(search.now, target)) - int(cost_of(smaller, target) or 0), ""
+            except ValueError as error:  # the config cannot express it
+                costs[shape] = 0, str(error)
+        cost, why = costs[shape]
+        if not (why := why or why_not_zeros(model, {stack: [number]}, blocks.writers[number])):
             blocks.removable.append(Block(name, number, tuple(module.name for module in inside[number]), cost))
         blocks.why = blocks.why or why
     blocks.removable = blocks.removable[int(len(blocks.removable) == count) :]  # the first stays where any other could
@@ -126,12 +116,3 @@ def _shape(block: nn.Module, modules: Sequence[PrunableModule]) -> object:
     """Returns the class, parameter shapes, and unit costs that blocks of equal cost share."""
     parameters = tuple((name, parameter.shape, parameter.dtype) for name, parameter in block.named_parameters())
     return type(block), parameters, tuple(module.unit_cost for module in modules)
-
-
-def _cost_of(search: RatioSearch, target: str, chosen: Mapping[str, list[int]]) -> int | str:
-    """Returns the cost of a block, or the reason why the config cannot express its removal."""
-    try:
-        smaller = without_blocks(search.model, find_block_plan(search.model, chosen))
-    except ValueError as error:
-        return str(error)
-    return int(getattr(search.now, target)) - int(cost_of(smaller, target) or 0)

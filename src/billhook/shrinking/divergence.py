@@ -46,18 +46,11 @@ def split_batches(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
         )
     chosen, config = list[int](), RepairConfig(held_out=SHARE)
     for of_source in numbers.values():
-        for number in config.held_out_batches(len(of_source)):
-            chosen.append(of_source[number])
+        chosen += [of_source[number] for number in config.held_out_batches(len(of_source))]
     chosen.sort()
     limited = dict(zip(chosen, limit_tokens([batches[number] for number in chosen]), strict=True))
-    repair_batches, held_out = list[Any](), list[Any]()
-    for number, batch in enumerate(batches):
-        rows = limited.get(number)
-        if rows is None:
-            repair_batches.append(batch)
-        else:
-            held_out.append(rows)
-    return repair_batches, held_out
+    repair_batches = [batch for number, batch in enumerate(batches) if limited.get(number) is None]
+    return repair_batches, [rows for rows in limited.values() if rows is not None]
 
 
 def split_examples(batches: Sequence[Any]) -> list[Any]:

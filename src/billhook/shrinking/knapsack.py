@@ -82,7 +82,11 @@ class Frontier:
             count = len(slot.costs)
             costs = (self.costs[:, None] + np.array(slot.costs, dtype=np.int64)).reshape(-1)
             losses = (self.losses[:, None] + np.array(slot.losses)).reshape(-1)
-            best = _unbeaten(costs, losses)
+            order = np.lexsort((losses, costs))
+            lowest = np.minimum.accumulate(losses[order])
+            best = order[np.concatenate([[True], lowest[1:] < lowest[:-1]])]
+            if len(best) > MOST:
+                best = best[np.linspace(0, len(best) - 1, MOST).round().astype(np.int64)]
             self.costs, self.losses = costs[best], losses[best]
             self._steps.append((best // count, best % count))
 
@@ -101,15 +105,6 @@ class Frontier:
             chosen.append(int(levels[number]))
             number = int(parents[number])
         return tuple(reversed(chosen))
-
-
-def _unbeaten(costs: NDArray[np.int64], losses: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Returns the indices of Pareto-optimal choices, by increasing cost."""
-    order = np.lexsort((losses, costs))
-    lowest = np.minimum.accumulate(losses[order])
-    better = np.concatenate([[True], lowest[1:] < lowest[:-1]])
-    best: NDArray[np.int64] = order[better]
-    return best if len(best) <= MOST else best[np.linspace(0, len(best) - 1, MOST).round().astype(np.int64)]
 
 
 def cost(slots: Sequence[Slot | JointSlot], levels: Levels) -> int:
@@ -141,20 +136,6 @@ def join_slots(slots: Sequence[Slot]) -> Slot:
         costs.append(cost(slots, levels))
         losses.append(loss(slots, levels))
     return Slot(tuple(names), slots[0].kept, tuple(costs), tuple(losses))
-
-
-def combine_slots(slots: Sequence[Slot], rest: int = 0) -> JointSlot:
-    """Combines slots into a slot whose levels are their Pareto-optimal combinations.
-
-    Args:
-        slots: The slots.
-        rest: Cost to add at every level.
-
-    >>> combine_slots([Slot(("a",), (2, 1), (4, 2), (0.0, 0.5)), Slot(("b",), (2, 1), (6, 3), (0.0, 0.25))]).kept
-    ({'a': 2, 'b': 2}, {'a': 2, 'b': 1}, {'a': 1, 'b': 1})
-    """
-    every = product(*(range(len(slot.costs)) for slot in slots))
-    return pareto_slot([(rest + cost(slots, levels), loss(slots, levels), kept_at(slots, levels)) for levels in every])
 
 
 def pareto_slot(options: Sequence[tuple[int, float, Mapping[str, int]]]) -> JointSlot:

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from billhook.model.layers import is_linear
 from billhook.pruning.amount import divides_among_devices
@@ -78,18 +77,24 @@ def find_modules(search: RatioSearch, target: str, uniform: bool = False) -> lis
     """
     model, free, modules, consumed = search.model, search.removable(), list[PrunableModule](), set[str]()
     for names in coupled_modules(free):
-        if not all(has_linear_consumers(model, free[name]) for name in names):
+        consumers = [free[name].readers for name in names]
+        if not all(consumers) or not all(is_linear(model.get_submodule(layer)) for layers in consumers for layer in layers):
             continue
         cost = _unit_cost(search, names, target)
         module = _prunable_module(search, free[names[0]], names, cost, uniform)
-        consumers = set(consumers_of(module, free))
-        if len(module.allowed) > 1 and cost > 0 and not consumers & consumed:
+        if len(module.allowed) > 1 and cost > 0 and consumed.isdisjoint(consumers_of(module, free)):
             modules.append(module)
-            consumed |= consumers
-    refusals = {}
+            consumed.update(consumers_of(module, free))
+    refusals = dict[UnitKind, str]()  # by kind, if the model does not run at the lowest numbers of units
     for of_kind in group_by(modules, lambda module: module.kind):
-        refusals[of_kind[0].kind] = _refusal(search, of_kind)
-    able = [module for module in modules if not refusals[module.kind]]
+        removed = dict[str, list[int]]()
+        for module in of_kind:
+            removed |= any_removed(module, search.units, module.allowed[-1])
+        try:
+            try_removal(model, find_cut(model, search.structure, search.units, removed))
+        except ValueError as error:
+            refusals[of_kind[0].kind] = str(error)
+    able = [module for module in modules if module.kind not in refusals]
     if able:
         return able
     if modules:
@@ -122,23 +127,6 @@ def consumers_of(module: PrunableModule, units: Mapping[str, Units]) -> list[str
 def units_by_name(modules: Iterable[PrunableModule], units: Mapping[str, Units]) -> dict[str, Units]:
     """Returns the units of some modules by name."""
     return {name: units[name] for module in modules for name in module.names}
-
-
-def has_linear_consumers(model: PreTrainedModel, units: Units) -> bool:
-    """Returns whether all consumers of a module's units are linear layers."""
-    return bool(units.readers) and all(is_linear(model.get_submodule(reader)) for reader in units.readers)
-
-
-def _refusal(search: RatioSearch, modules: Sequence[PrunableModule]) -> str:
-    """Returns why the model does not run at the lowest numbers of units; empty if it runs."""
-    removed = dict[str, list[int]]()
-    for module in modules:
-        removed |= any_removed(module, search.units, module.allowed[-1])
-    try:
-        try_removal(search.model, find_cut(search.model, search.structure, search.units, removed))
-    except ValueError as error:
-        return str(error)
-    return ""
 
 
 def _unit_cost(search: RatioSearch, names: Sequence[str], target: str) -> int:

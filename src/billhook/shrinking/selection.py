@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -14,15 +15,14 @@ from billhook.shrinking.divergence import Perplexity
 from billhook.shrinking.knapsack import cost, fill_budget
 from billhook.shrinking.measurement import Measurement
 from billhook.shrinking.modules import unit_counts
-from billhook.shrinking.planning import ShrinkPlan, plan_choice, simulated
 from billhook.shrinking.result import Candidate
 from billhook.shrinking.scope import CURVE
 from billhook.shrinking.search import Budget, Search
+from billhook.shrinking.shrink_plan import ShrinkPlan, plan_choice, simulated
 from billhook.shrinking.space import (
     Point,
     best_point,
     evenly_sized,
-    finalists,
     initial_points,
     make_slots,
     neighbor,
@@ -35,6 +35,10 @@ SIZES = 64
 """Number of sizes that a search for a quality budget considers."""
 TRIES = 20
 """Attempts per new candidate before a generation ends early."""
+NEAR = 1.25
+"""Largest loss of a finalist before repair, relative to the best: repair can change the ranking."""
+MOST = 2
+"""Maximum number of candidates to repair."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,10 @@ def select_for_budget(
 ) -> SearchResult:
     """Selects the best repaired candidate within a budget.
 
+    For a quality budget, it finds the smallest size at which the repaired model meets the perplexity ratio. Bisection on
+    assembled variants finds the size to start from. From there, smaller sizes are searched and repaired while they are good
+    enough, or else larger ones until one is.
+
     Args:
         measurement: Losses of the variants.
         budget: The budget.
@@ -81,21 +89,48 @@ def select_for_budget(
     Raises:
         ValueError: If no model meets a quality budget.
     """
-    if budget.max_loss is None:
-        chosen = search_within(measurement, measurement.scope.limit, repair_batches, repair, search, seed)
+    scope, max_loss = measurement.scope, budget.max_loss
+    model, within = scope.model, partial(search_within, measurement, repair_batches, repair, search, seed)
+    if max_loss is None:
+        best: SearchResult | None = within(scope.limit)
     else:
-        chosen = smallest(measurement, budget.max_loss, repair_batches, held_out, repair, search, seed)
+        sizes = sorted({*np.linspace(scope.least, scope.now, SIZES + 1)[:-1].astype(int).tolist()})
+        perplexity = Perplexity(model, [make_run(model, {}, batch) for batch in held_out], measurement.divergence.broadcast)
+
+        def good(number: int) -> SearchResult | None:
+            chosen = within(sizes[number])
+            with simulated(model, chosen.planned):
+                ratio = perplexity.ratio()
+            return replace(chosen, ratio=ratio) if ratio <= max_loss else None
+
+        number, high = 0, len(sizes) - 1  # the smallest size at which assembled variants meet the ratio
+        while number < high:
+            middle = (number + high) // 2
+            point, ratio = best_point(measurement.spaces, sizes[middle]), math.inf
+            if point is not None:
+                with measurement.cache.assembled(measurement.kept(point)):
+                    ratio = perplexity.ratio()
+            number, high = (number, middle) if ratio <= max_loss else (middle + 1, high)
+        best = good(number)
+        while best is not None and number > 0 and (smaller := good(number - 1)) is not None:
+            best, number = smaller, number - 1
+        while best is None and number < len(sizes) - 1:
+            best, number = good(number + 1), number + 1
+    if best is None:
+        raise ValueError(
+            f"max_loss={max_loss} is out of reach: a model of {sizes[-1]:,} parameters already exceeds it. Raise max_loss."
+        )
     measurement.cache.forget()
-    return chosen
+    return best
 
 
 def search_within(
     measurement: Measurement,
-    limit: int,
     repair_batches: Sequence[Any],
     repair: RepairConfig | None,
     search: Search,
     seed: int,
+    limit: int,
 ) -> SearchResult:
     """Searches within a limit and repairs the best candidates.
 
@@ -105,11 +140,11 @@ def search_within(
     choices, curve, tried = choose(measurement, search, seed, limit)
     if repair is None or len(choices) == 1:
         return SearchResult(choices[0], plan_choice(measurement, limit, choices[0], repair_batches, repair), limit, curve, tried)
-    refit, losses = replace(repair, match=None), list[float]()
-    plans = [plan_choice(measurement, limit, kept, repair_batches, refit) for kept in choices]
-    results = [SearchResult(kept, planned, limit, curve, tried) for kept, planned in zip(choices, plans, strict=True)]
-    for result in results:
-        with simulated(measurement.scope.model, result.planned):
+    refit, losses, results = replace(repair, match=None), list[float](), list[SearchResult]()
+    for kept in choices:
+        planned = plan_choice(measurement, limit, kept, repair_batches, refit)
+        results.append(SearchResult(kept, planned, limit, curve, tried))
+        with simulated(measurement.scope.model, planned):
             losses.append(measurement.divergence.mean())
     best = results[losses.index(min(losses))]
     if repair.match is None:
@@ -132,43 +167,30 @@ def choose(
         start += single_kind_points(scope.modules, losses, more)
     else:
         start += uniform_points(spaces[0], scope.modules, losses, more)
-    measured = dict(sorted(evolve(measurement, start, limit, search, seed).items(), key=lambda item: item[1]))
+    # As in Týr-the-Pruner (Li et al., 2025, https://arxiv.org/abs/2503.09657), each mutation trades units between modules within
+    # the budget, and the best measured point is the parent of the next generation.
+    random, tried = Random(seed), {point: measurement.lost(point) for point in dict.fromkeys(start)}
+    for _ in range(search.generations):
+        best, new = min(tried, key=tried.__getitem__), set[Point]()
+        for _ in range(TRIES * search.candidates):
+            other = neighbor(spaces, limit, best, random)
+            if len(new) < search.candidates and other is not None and other not in tried:
+                new.add(other)
+        if not new:
+            break
+        tried |= {point: measurement.lost(point) for point in sorted(new)}
+    measured = dict(sorted(tried.items(), key=lambda item: item[1]))
     kept = [_filled(measurement, point, limit) for point in _finalists(measurement, measured)]
     progress.steps = progress.done + CURVE
     curve = {point: measurement.lost(point) for point in evenly_sized(spaces, CURVE)}
     return kept, _candidates(measurement, curve), _candidates(measurement, measured)
 
 
-def evolve(measurement: Measurement, start: Sequence[Point], limit: int, search: Search, seed: int) -> dict[Point, float]:
-    """Runs an evolutionary search and returns all measured points with their losses.
-
-    As in Týr-the-Pruner (Li et al., 2025, https://arxiv.org/abs/2503.09657): each mutation trades units between modules within
-    the budget, and the best measured point is the parent of the next generation.
-
-    Args:
-        measurement: Measures the points.
-        start: Points within the limit to start from.
-        limit: Largest allowed cost.
-        search: Numbers of generations and of new points per generation.
-        seed: Seed for the mutations.
-    """
-    random, losses = Random(seed), {point: measurement.lost(point) for point in dict.fromkeys(start)}
-    for _ in range(search.generations):
-        best, new = min(losses, key=losses.__getitem__), set[Point]()
-        for _ in range(TRIES * search.candidates):
-            other = neighbor(measurement.spaces, limit, best, random)
-            if len(new) < search.candidates and other is not None and other not in losses:
-                new.add(other)
-        if not new:
-            break
-        losses |= {point: measurement.lost(point) for point in sorted(new)}
-    return losses
-
-
 def _finalists(measurement: Measurement, measured: Mapping[Point, float]) -> list[Point]:
     """Returns the points to repair, whose blocks can be removed.
 
-    Measured points are sorted by loss. Raises a ValueError if there are none.
+    Measured points are sorted by loss. With uniform modules these are the best, and the best that prunes other kinds at a similar
+    loss. Raises a ValueError if there are none.
     """
     scope, order = measurement.scope, list(measured)
     first = next((number for number, point in enumerate(order) if not _refusal(measurement, point)), None)
@@ -176,12 +198,14 @@ def _finalists(measurement: Measurement, measured: Mapping[Point, float]) -> lis
         raise ValueError(_refusal(measurement, order[-1]))
     if not scope.uniform:
         return [order[first]]
-    kinds = {}
+    best = dict[frozenset[str], Point]()
     for point in order[first:]:
         kept = measurement.kept(point)
         blocks = {"block"} if measurement.spaces[point[0]].removed else set()
-        kinds[point] = frozenset(blocks | {module.kind for module in scope.modules if 0 < kept[module.name] < module.count})
-    return [point for point in finalists(measured, kinds) if not _refusal(measurement, point)]
+        kinds = frozenset(blocks | {module.kind for module in scope.modules if 0 < kept[module.name] < module.count})
+        best.setdefault(kinds, point)
+    near = [point for point in best.values() if point == order[first] or measured[point] <= NEAR * measured[order[first]]]
+    return [point for point in near[:MOST] if not _refusal(measurement, point)]
 
 
 def _refusal(measurement: Measurement, point: Point) -> str:
@@ -218,53 +242,3 @@ def _candidates(measurement: Measurement, losses: Mapping[Point, float]) -> list
         by_module = {name: stay for name, (_, stay) in unit_counts(measurement.scope.modules, kept).items()}
         candidates.append(Candidate(kept | by_module, space.left(point[1]), space.predicted(point[1]), lost))
     return candidates
-
-
-def smallest(
-    measurement: Measurement,
-    max_loss: float,
-    repair_batches: Sequence[Any],
-    held_out: Sequence[Any],
-    repair: RepairConfig | None,
-    search: Search,
-    seed: int,
-) -> SearchResult:
-    """Finds the smallest size at which the repaired model meets a perplexity ratio.
-
-    Bisection on assembled variants finds the size to start from. From there, smaller sizes are searched and repaired while they
-    are good enough, or else larger ones until one is.
-    """
-    scope = measurement.scope
-    model, sizes = scope.model, sorted({*np.linspace(scope.least, scope.now, SIZES + 1)[:-1].astype(int).tolist()})
-    perplexity = Perplexity(model, [make_run(model, {}, batch) for batch in held_out], measurement.divergence.broadcast)
-
-    def good(number: int) -> SearchResult | None:
-        chosen = search_within(measurement, sizes[number], repair_batches, repair, search, seed)
-        with simulated(model, chosen.planned):
-            ratio = perplexity.ratio()
-        return replace(chosen, ratio=ratio) if ratio <= max_loss else None
-
-    number = first_within_loss(measurement, sizes, max_loss, perplexity)
-    best = good(number)
-    while best is not None and number > 0 and (smaller := good(number - 1)) is not None:
-        best, number = smaller, number - 1
-    while best is None and number < len(sizes) - 1:
-        best, number = good(number + 1), number + 1
-    if best is None:
-        raise ValueError(
-            f"max_loss={max_loss} is out of reach: a model of {sizes[-1]:,} parameters already exceeds it. Raise max_loss."
-        )
-    return best
-
-
-def first_within_loss(measurement: Measurement, sizes: Sequence[int], max_loss: float, perplexity: Perplexity) -> int:
-    """Returns the index of the smallest size at which assembled variants meet the ratio."""
-    low, high = 0, len(sizes) - 1
-    while low < high:
-        middle = (low + high) // 2
-        point, ratio = best_point(measurement.spaces, sizes[middle]), math.inf
-        if point is not None:
-            with measurement.cache.assembled(measurement.kept(point)):
-                ratio = perplexity.ratio()
-        low, high = (low, middle) if ratio <= max_loss else (middle + 1, high)
-    return low

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import product
 from random import Random
 
 import numpy as np
@@ -14,7 +15,6 @@ from billhook.shrinking.knapsack import (
     JointSlot,
     Levels,
     Slot,
-    combine_slots,
     cost,
     join_slots,
     kept_at,
@@ -76,7 +76,13 @@ class Space:
         """Returns the best levels within a limit if exactly these blocks are removed."""
         removed = frozenset(blocks)
         if removed not in self._frontiers:
-            self._frontiers[removed] = Frontier([_decided(slot, removed) for slot in self.slots])
+            decided = list[Slot | JointSlot]()
+            for slot in self.slots:
+                if isinstance(slot, JointSlot) and 0 in slot.at(-1).values():  # with only its last level, or without it
+                    levels_left = slice(-1, None) if _goes(slot, removed) else slice(0, -1)
+                    slot = JointSlot(slot.kept[levels_left], slot.costs[levels_left], slot.losses[levels_left])
+                decided.append(slot)
+            self._frontiers[removed] = Frontier(decided)
         levels = self._frontiers[removed].within(limit - self.rest)
         if levels is None:
             return None
@@ -97,14 +103,6 @@ class Space:
 def _goes(slot: Slot | JointSlot, blocks: Collection[str]) -> bool:
     """Returns whether the block of a slot is removed."""
     return any(slot.at(-1).get(name) == 0 for name in blocks)
-
-
-def _decided(slot: Slot | JointSlot, removed: Collection[str]) -> Slot | JointSlot:
-    """Returns the slot with only its last level if its block is removed, or without it."""
-    if isinstance(slot, Slot) or 0 not in slot.at(-1).values():
-        return slot
-    levels = slice(-1, None) if _goes(slot, removed) else slice(0, -1)
-    return JointSlot(slot.kept[levels], slot.costs[levels], slot.losses[levels])
 
 
 def make_slots(modules: Sequence[PrunableModule], losses: Losses, uniform: bool) -> list[Slot]:
@@ -138,9 +136,10 @@ def free_space(modules: Sequence[PrunableModule], losses: Losses, blocks: Sequen
 
 def with_removal(slots: Sequence[Slot], block: Block, lost: float) -> JointSlot:
     """Combines the slots of a block's modules and the option to remove the block."""
-    stays = combine_slots(slots, block.cost - full_cost(slots))
-    nothing = dict.fromkeys((*block.modules, block.name), 0)
-    return pareto_slot([*zip(stays.costs, stays.losses, stays.kept, strict=True), (0, lost, nothing)])
+    rest, nothing = block.cost - full_cost(slots), dict.fromkeys((*block.modules, block.name), 0)
+    every = product(*(range(len(slot.costs)) for slot in slots))
+    options = [(rest + cost(slots, levels), loss(slots, levels), kept_at(slots, levels)) for levels in every]
+    return pareto_slot([*options, (0, lost, nothing)])
 
 
 def uniform_spaces(modules: Sequence[PrunableModule], losses: Losses, blocks: Sequence[Block], now: int) -> list[Space]:
@@ -292,37 +291,9 @@ def round_channels(modules: Sequence[PrunableModule], kept: Mapping[str, int], s
         present, module = [module.name for module in group if kept.get(module.name, 0)], group[0]
         now = kept[present[0]] if present else module.count
         if module.kind == "channel" and now < module.count:
-            fewer = round_units(_afforded(module, now, spare / len(present)), module.count, maximum=now, allow_more=False)
+            within = module.cost(now) + spare / len(present)
+            larger = range(now + 1, module.count)
+            afforded = next((more - 1 for more in larger if module.cost(more) > within), module.count - 1)
+            fewer = round_units(afforded, module.count, now, allow_more=False)
             numbers |= dict.fromkeys(present, fewer if fewer in module.allowed else now)
     return numbers
-
-
-def _afforded(module: PrunableModule, kept: int, spare: float) -> int:
-    """Returns the number of units that a module could keep with the unused part of the budget."""
-    within = module.cost(kept) + spare
-    return next((more - 1 for more in range(kept + 1, module.count) if module.cost(more) > within), module.count - 1)
-
-
-NEAR = 1.25
-"""Largest loss of a finalist before repair, relative to the best: repair can change the ranking."""
-MOST = 2
-"""Maximum number of candidates to repair."""
-
-
-def finalists(measured: Mapping[Point, float], kinds: Mapping[Point, frozenset[str]]) -> list[Point]:
-    """Returns the best point, and the best that prunes other kinds at a similar loss.
-
-    Args:
-        measured: Measured loss of each point.
-        kinds: The kinds of units that each point prunes, by increasing loss.
-
-    >>> heads, channels, both = (0, (1, 0)), (0, (0, 1)), (0, (1, 1))
-    >>> finalists({both: 1.0, heads: 1.1, channels: 1.5},
-    ...     {both: frozenset({"head", "channel"}), heads: frozenset({"head"}), channels: frozenset({"channel"})})
-    [(0, (1, 1)), (0, (1, 0))]
-    """
-    best: dict[frozenset[str], Point] = {}
-    for point, of_point in kinds.items():
-        best.setdefault(of_point, point)
-    first, *others = best.values()
-    return [first, *(point for point in others if measured[point] <= NEAR * measured[first])][:MOST]

@@ -26,8 +26,7 @@ from billhook.engine.lazy import LazyTensors, by_parameter
 from billhook.engine.parts import fingerprint, identity_of, replace_file
 from billhook.engine.state import evaluating_without_grad
 from billhook.engine.store import store_of
-from billhook.importance.activations import watch
-from billhook.importance.obs import RepeatedCall, watch_blockwise
+from billhook.importance.obs import watch_blockwise
 from billhook.importance.score import make_run
 from billhook.linalg import float64_device
 from billhook.model.layers import matrix_of, to_parameters
@@ -59,20 +58,15 @@ class VariantCache:
         measured: By module and number of kept units, the measured loss of the whole model.
     """
 
-    def __init__(
-        self, model: PreTrainedModel, folder: Path | None = None, writers: Mapping[str, Sequence[str]] | None = None
-    ) -> None:
-        self.model, self._folder, self._writers = model, folder, writers or {}
+    def __init__(self, model: PreTrainedModel, folder: Path | None, writers: Mapping[str, Sequence[str]]) -> None:
+        self.model, self._folder, self._writers = model, folder, writers
         self.errors: dict[tuple[str, int], float] = {}
         self.measured: dict[tuple[str, int], float] = {}
         self._weights: dict[tuple[str, int], LazyTensors] = {}
-        if folder is not None:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._read(folder)
-
-    def _read(self, folder: Path) -> None:
-        """Reads the variants of an earlier search; damaged files are removed and recomputed."""
-        damaged = []
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        damaged = []  # files of an earlier search that are removed and recomputed
         for file in sorted(folder.glob("*.safetensors")):
             try:
                 with safe_open(file, "pt") as stored:
@@ -183,8 +177,7 @@ def fill_cache(
         repair: Ridge penalties and held-out fraction of the refits; None keeps the old weights.
         progress: Counts the modules.
     """
-    model, how = cache.model, repair or RepairConfig()
-    parts = how.parts(len(runs))
+    model, parts = cache.model, (repair or RepairConfig()).parts(len(runs))
     missing = {}
     for module in modules:
         levels = [kept for kept in module.levels if kept < module.count and (module.name, kept) not in cache.errors]
@@ -206,45 +199,28 @@ def fill_cache(
                 continue
             waiting.remove(module)
             refits = {name: ConsumerRefit(model, name, moments.pop(name, ())) for name in linears}
-            _add_variants(cache, module, missing[module], units, scores, refits, how.ridges if repair else ())
+            grid = module.grid()  # ridge penalties are chosen at the middle level
+            middle = kept_inputs(module, units, removed_units(module, units, scores, grid[len(grid) // 2]))
+            for name, keep in middle.items():
+                refits[name].choose(keep, repair.ridges if repair else ())
+            total = max(sum(refit.total for refit in refits.values()), torch.finfo(torch.float64).tiny)
+            for kept in missing[module]:
+                error, weights = 0.0, dict[str, dict[str, Tensor]]()
+                for name, keep in kept_inputs(module, units, removed_units(module, units, scores, kept)).items():
+                    of_layer, weights[name] = refits[name].refitted(keep)
+                    error += of_layer
+                cache.add(module.name, kept, error / total, by_parameter(weights))
+                del weights
             del refits  # before the Gram matrices of the next module exist
             progress.advance()
 
+    def restart(_: str) -> None:
+        moments.clear()
+        waiting[:] = missing
+
     with evaluating_without_grad(model):
-        try:
-            watch_blockwise(model, watched, runs, note, make)
-        except RepeatedCall:
-            moments.clear()
-            waiting[:] = missing
-            watch(model, watched, runs, note)
-        every = set()
-        for module in modules:
-            every |= set(consumers_of(module, units))
-        make(every)
-
-
-def _add_variants(
-    cache: VariantCache,
-    module: PrunableModule,
-    levels: Sequence[int],
-    units: Mapping[str, Units],
-    scores: Mapping[str, Tensor],
-    refits: Mapping[str, "ConsumerRefit"],
-    ridges: Sequence[float],
-) -> None:
-    """Adds the variants of a module, with ridge penalties chosen at its middle level."""
-    grid = module.grid()
-    middle = kept_inputs(module, units, removed_units(module, units, scores, grid[len(grid) // 2]))
-    for name, keep in middle.items():
-        refits[name].choose(keep, ridges)
-    total = max(sum(refit.total for refit in refits.values()), torch.finfo(torch.float64).tiny)
-    for kept in levels:
-        error, weights = 0.0, dict[str, dict[str, Tensor]]()
-        for name, keep in kept_inputs(module, units, removed_units(module, units, scores, kept)).items():
-            of_layer, weights[name] = refits[name].refitted(keep)
-            error += of_layer
-        cache.add(module.name, kept, error / total, by_parameter(weights))
-        del weights
+        watch_blockwise(model, watched, runs, note, make, restart)
+        make({consumer for module in modules for consumer in consumers_of(module, units)})
 
 
 def check_token_count(search: RatioSearch, modules: Sequence[PrunableModule], batches: Sequence[Any]) -> None:
@@ -292,7 +268,11 @@ class ConsumerRefit:
     """
 
     def __init__(self, model: PreTrainedModel, name: str, parts: Sequence[ResidualStatistics]) -> None:
-        _check(name, parts)
+        if not sum(float(part.tokens) for part in parts):
+            raise ValueError(f"batches: {name} received no non-padding token")
+        bad = sum(int((~part.products.diagonal().isfinite()).sum()) for part in parts)
+        if bad:
+            raise ValueError(f"batches: {bad} input features of {name} are NaN or infinite")
         self.model, self.linear, self._ridge = model, model.get_submodule(name), math.inf
         self._parts = parts
         weight, bias = self._matrix()
@@ -339,12 +319,3 @@ class ConsumerRefit:
         weight, bias = matrix_of(self.linear)
         device = float64_device(weight.device)  # the CPU where the device has no float64
         return weight.to(device), None if bias is None else bias.to(device)
-
-
-def _check(name: str, parts: Sequence[ResidualStatistics]) -> None:
-    """Raises a ValueError if inputs are not finite, or the layer saw no token."""
-    if not sum(float(part.tokens) for part in parts):
-        raise ValueError(f"batches: {name} received no non-padding token")
-    bad = sum(int((~part.products.diagonal().isfinite()).sum()) for part in parts)
-    if bad:
-        raise ValueError(f"batches: {bad} input features of {name} are NaN or infinite")

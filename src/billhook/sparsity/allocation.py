@@ -159,27 +159,21 @@ class OWL(Allocation):
         sparsity = check_amount(sparsity)
         if len(measured) != len(blocks):
             raise ValueError(f"measured must have a value for each of the {len(blocks)} blocks, got {len(measured)}.")
-        low, high = min(measured), max(measured)
-        shifts = [-2 * self.lam * (outliers - low) / (high - low) if high > low else -0.0 for outliers in measured]
+        least, most = min(measured), max(measured)
+        shifts = [-2 * self.lam * (outliers - least) / (most - least) if most > least else -0.0 for outliers in measured]
         sizes = [sum(block.values()) for block in blocks]
-        allocated = dict[str, float]()
-        for block, block_sparsity in zip(blocks, _center(shifts, sizes, sparsity), strict=True):
+        highest, allocated = max(HIGHEST, sparsity), dict[str, float]()
+        low, high = -max(shifts), highest - min(shifts)
+        for _ in range(100):  # finds the equal shift of all values, within [0, highest], that gives the mean weighted by size
+            center = (low + high) / 2
+            shifted = [min(max(shift + center, 0.0), highest) for shift in shifts]
+            if sum(part * size for part, size in zip(shifted, sizes, strict=True)) < sparsity * sum(sizes):
+                low = center
+            else:
+                high = center
+        for block, block_sparsity in zip(blocks, shifted, strict=True):
             allocated |= dict.fromkeys(block, block_sparsity)
         return allocated
-
-
-def _center(values: Sequence[float], sizes: Sequence[int], mean: float) -> list[float]:
-    """Shifts all values equally, within [0, `HIGHEST`], to reach a mean weighted by size."""
-    highest = max(HIGHEST, mean)
-    low, high = -max(values), highest - min(values)
-    for _ in range(100):
-        shift = (low + high) / 2
-        shifted = [min(max(value + shift, 0.0), highest) for value in values]
-        if sum(m * size for m, size in zip(shifted, sizes, strict=True)) < mean * sum(sizes):
-            low = shift
-        else:
-            high = shift
-    return shifted
 
 
 def allocate_sparsities(settings: WalkSettings, amount: float, allocation: Allocation) -> dict[str, float]:

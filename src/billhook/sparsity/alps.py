@@ -69,21 +69,6 @@ def admm(dense: Tensor, h: Tensor, keep_of: Keep, penalty: float, steps: int) ->
     return d, keep
 
 
-def refit_(solution: Tensor, residual: Tensor, h: Tensor, keep: Tensor, steps: int) -> None:
-    """Moves V on its support toward the minimum of tr((W - V) H (W - V)^T), in place.
-
-    Algorithm 2.
-
-    Args:
-        solution: V, `[out_features, in_features]`, zero outside the support.
-        residual: (W - V) H, `[out_features, in_features]`, which is overwritten.
-        h: H, `[in_features, in_features]`.
-        keep: The support, bool, in the shape of V.
-        steps: Number of steps of conjugate gradients.
-    """
-    conjugate_gradients(solution, residual.mul_(keep), h, keep, steps)
-
-
 @dataclass(frozen=True)
 class ALPS(Criterion):
     """Optimizes mask and weights together: min ||W X - V X||^2 over sparse V.
@@ -142,12 +127,13 @@ class ALPS(Criterion):
         zero = (weight.detach() == 0) | (gram.squares == 0)
 
         def keep_of(scores: Tensor) -> Tensor:
-            return self.keep(scores.masked_fill(zero, -1), sparsity, kept, check=False)  # NaN raises an error at the end
+            return self.keep(scores.masked_fill(zero, -1), sparsity, kept)
 
         with torch.autocast(weight.device.type, enabled=False):
             dense = weight.detach().float().contiguous() * scale
             solution, keep = admm(dense, h, keep_of, self.penalty, self.steps)
-            refit_(solution, (dense - solution) @ h, h, keep, self.refits)
+            # algorithm 2: conjugate gradients move V on its support toward the minimum of tr((W - V) H (W - V)^T), in place
+            conjugate_gradients(solution, ((dense - solution) @ h).mul_(keep), h, keep, self.refits)
         updated = solution.div_(scale).to(weight.dtype)
         check_finite(updated, f"the updated weight, as {weight.dtype},")
         return updated, keep
@@ -212,5 +198,6 @@ class Refit(Criterion):
         pruned, keep = self.criterion.prune(weight, gram, sparsity, pattern)
         with torch.autocast(weight.device.type, enabled=False):
             h, solution = damp_(gram.products.clone(), self.damping), pruned.float().clone()
-            refit_(solution, (weight.detach().float() - solution) @ h, h, keep, self.steps)
+            residual = ((weight.detach().float() - solution) @ h).mul_(keep)
+            conjugate_gradients(solution, residual, h, keep, self.steps)
         return solution.to(weight.dtype), keep

@@ -21,8 +21,8 @@ from billhook.engine.trees import tree_map_only
 from billhook.engine.walk import Sequential, find_sites
 from billhook.model.layers import adjacent_inputs, is_convolution, prunable
 from billhook.model.meta import to_meta
-from billhook.repairs.matching import BlockMatching, too_few_batches
-from billhook.sparsity.allocation import Allocation, Uniform
+from billhook.repairs.matching import too_few_batches
+from billhook.sparsity.allocation import Uniform
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.masks import parse_pattern
 from billhook.sparsity.options import PruneOptions
@@ -60,7 +60,21 @@ def check_pruning(
     """
     if not isinstance(criterion, Criterion):
         raise ValueError(f"criterion={criterion!r} must be a Criterion, such as Wanda().")
-    linears = _linears(model, options)
+    every = prunable(model, options.output_embeddings, options.convolutions)
+    if not every:
+        raise ValueError(f"model: {type(model).__name__} has no linear layers to prune.")
+    empty = next((name for name, linear in every.items() if linear.get_parameter("weight").is_meta), None)
+    if empty is not None and store_of(model).holds_all:
+        raise ValueError(f"model: {empty} has no values (it is on the meta device). Load all weights first.")
+    linears = dict(every)
+    for skipped in options.patterns:
+        matching = [name for name in every if fnmatchcase(name, skipped)]
+        if not matching:
+            raise ValueError(f"skip={skipped!r} matches none of the {len(every)} linear layers, such as {list(every)[:3]}.")
+        for name in matching:
+            linears.pop(name, None)
+    if not linears:
+        raise ValueError(f"skip={list(options.patterns)} excludes all {len(every)} linear layers. Exclude fewer.")
     sequential, allocation = options.sequential, options.allocation
     group, compares_all = parse_pattern(pattern), criterion.compares == "global"
     if compares_all and group is not None:
@@ -79,32 +93,12 @@ def check_pruning(
     return linears
 
 
-def _linears(model: nn.Module, options: PruneOptions) -> dict[str, nn.Module]:
-    linears = prunable(model, options.output_embeddings, options.convolutions)
-    if not linears:
-        raise ValueError(f"model: {type(model).__name__} has no linear layers to prune.")
-    empty = next((name for name, linear in linears.items() if linear.get_parameter("weight").is_meta), None)
-    if empty is not None and store_of(model).holds_all:
-        raise ValueError(f"model: {empty} has no values (it is on the meta device). Load all weights first.")
-    remaining = dict(linears)
-    for pattern in options.patterns:
-        matching = [name for name in linears if fnmatchcase(name, pattern)]
-        if not matching:
-            raise ValueError(f"skip={pattern!r} matches none of the {len(linears)} linear layers, such as {list(linears)[:3]}.")
-        for name in matching:
-            remaining.pop(name, None)
-    if not remaining:
-        raise ValueError(f"skip={list(options.patterns)} excludes all {len(linears)} linear layers. Exclude fewer.")
-    return remaining
-
-
 def make_runs(
     model: nn.Module,
     batches: Batches | None,
     comm: Comm,
     criterion: Criterion,
-    allocation: Allocation | None = None,
-    match: BlockMatching | None = None,
+    options: PruneOptions,
 ) -> list[Run]:
     """Makes a run of each batch if data is needed.
 
@@ -113,20 +107,19 @@ def make_runs(
         batches: See `prune`.
         comm: The ranks.
         criterion: The criterion.
-        allocation: The allocation, if any.
-        match: Settings of block-wise reconstruction, if any.
+        options: The options.
 
     Raises:
         ValueError: If data is needed and any rank has too few batches.
     """
-    user = criterion if needs_data(criterion) else allocation if allocation is not None and allocation.measures else match
-    if user is None:
+    if not needs_data(criterion) and not options.needs_data:
         return []
+    user = criterion if needs_data(criterion) else options.match or options.allocation
     problem = f"{type(user).__name__} needs calibration data."
     if batches is None and comm is not SINGLE_PROCESS:
         raise ValueError(f"batches=None: {problem} Pass batches.")
     runs = runs_of(model, read_batches(batches, model))
-    too_few = int(match is not None and len(runs) < 2)
+    too_few = int(options.match is not None and len(runs) < 2)
     counts = torch.tensor([len(runs), too_few], device=next(model.parameters()).device)
     count, any_too_few = comm(counts).tolist()
     if not count:

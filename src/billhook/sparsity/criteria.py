@@ -91,18 +91,17 @@ class Criterion(ABC):
         keep = self.keep(self.score(weight, statistics), sparsity, kept)
         return where_kept(weight, keep), keep
 
-    def keep(self, scores: Tensor, sparsity: float, kept: tuple[int, int] | None, check: bool = True) -> Tensor:
+    def keep(self, scores: Tensor, sparsity: float, kept: tuple[int, int] | None) -> Tensor:
         """Returns the mask of the highest scores, per comparison group or N of every M.
 
         Args:
             scores: The scores, `[out_features, in_features]`.
             sparsity: Fraction of weights to zero.
             kept: (N, M) of an N:M pattern. None for unstructured.
-            check: Whether NaN raises an error, which needs a host sync.
         """
         if kept is not None:
-            return keep_n_of_m(scores, *kept, check)
-        return keep_rows(scores, sparsity, check) if self.compares == "row" else keep_layer(scores, sparsity, check)
+            return keep_n_of_m(scores, *kept)
+        return keep_rows(scores, sparsity) if self.compares == "row" else keep_layer(scores, sparsity)
 
     def _of_inputs(self, statistics: Statistics | None, weight: Tensor, kind: type[S]) -> S:
         """Returns the statistics if their type and size fit; raises otherwise."""

@@ -90,10 +90,7 @@ class EnforcedMasks:
             raise
         self._weights = {name: first[name].get_parameter("weight") for name in self._masks}  # `change` may have replaced them
         self.apply()
-        adapted = {}
-        for name in self._adapted:
-            if name in self._masks:
-                adapted[name] = self._masks[name]
+        adapted = {name: self._masks[name] for name in self._adapted if name in self._masks}
         for model in self._models if adapted else ():
             mask_adapters(model, adapted)
 

@@ -2,7 +2,7 @@
 
 The mask equals that of a full stable ascending sort: of equal scores the lower column is removed first. Only the lowest kept
 score is selected, in blocks of rows or in a copy of the matrix, without a sort. Scores of any floating-point dtype are compared
-as float32. With `check=False` there is no host sync; NaN is then kept instead of raising an error.
+as float32. NaN raises an error.
 """
 
 import math
@@ -20,7 +20,7 @@ CPU_BLOCK, DEVICE_BLOCK = 2**18, 2**24
 """Scores per block: small enough for a core's cache, large enough to use an accelerator."""
 
 HOST = "cpu"
-"""Device on which NumPy selects; on others torch does, without a host sync."""
+"""Device on which NumPy selects and packs, up to ten times faster than torch; on others torch does, without a host sync."""
 
 WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integer types by size in bytes; multiplied by 0 or 1 they clear or keep the bits."""
@@ -92,7 +92,7 @@ def pruned_count(size: int, sparsity: float) -> int:
     return rounded if rounded < size and math.isclose(product, rounded, rel_tol=1e-12) else int(product)
 
 
-def keep_rows(scores: Tensor, sparsity: float, check: bool = True) -> Tensor:
+def keep_rows(scores: Tensor, sparsity: float) -> Tensor:
     """Removes int(columns * sparsity) scores of each row of `[rows, columns]`.
 
     >>> keep_rows(torch.tensor([[3.0, 1.0, 1.0, 2.0], [0.0, 0.0, 0.0, 9.0]]), 0.5).int()
@@ -101,12 +101,12 @@ def keep_rows(scores: Tensor, sparsity: float, check: bool = True) -> Tensor:
     """
     count = pruned_count(scores.shape[1], sparsity)
     keep = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    for rows, block in _blocks(scores, check):
+    for rows, block in _blocks(scores):
         _drop_lowest(block, count, keep[rows])
     return keep
 
 
-def keep_layer(scores: Tensor, sparsity: float, check: bool = True) -> Tensor:
+def keep_layer(scores: Tensor, sparsity: float) -> Tensor:
     """Compares within the matrix, and removes int(numel * sparsity) of all scores.
 
     Of equal scores, lower rows and then lower columns are removed first.
@@ -116,11 +116,6 @@ def keep_layer(scores: Tensor, sparsity: float, check: bool = True) -> Tensor:
             [1, 1]], dtype=torch.int32)
     """
     count = pruned_count(scores.numel(), sparsity)
-    if not check:
-        keep = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-        if keep.numel():
-            _drop_lowest(_without_nan(scores.detach().float().reshape(1, -1)), count, keep.view(1, -1))
-        return keep
     if scores.device.type == "cpu" and count:  # NumPy's selection is faster
         parted = np.partition(scores.detach().float().numpy(), count, axis=None)
         lowest = RemovalThreshold(float(parted[count]), count - int(np.count_nonzero(parted[:count] < parted[count])))
@@ -168,24 +163,31 @@ class RemovalThreshold:
         return kept
 
 
-def keep_n_of_m(scores: Tensor, n: int, m: int, check: bool = True) -> Tensor:
+def keep_n_of_m(scores: Tensor, n: int, m: int) -> Tensor:
     """Keeps the n highest of every m consecutive scores along the last dimension.
 
     Args:
         scores: The scores, `[..., columns]`.
         n: Number of kept scores.
         m: Size of a group, which divides the columns.
-        check: Whether NaN raises an error, which needs a host sync.
 
     >>> keep_n_of_m(torch.tensor([[1.0, 4.0, 3.0, 2.0, 5.0, 5.0, 5.0, 5.0]]), 2, 4).int()
     tensor([[0, 1, 1, 0, 0, 0, 1, 1]], dtype=torch.int32)
     """
     check_width(scores.shape[-1], f"{n}:{m}")
     keep = torch.empty(scores.shape, dtype=torch.bool, device=scores.device)
-    for rows, block in _blocks(scores, check):
+    for rows, block in _blocks(scores):
         groups, kept = block.reshape(-1, m), keep[rows].view(-1, m)
         if m <= MAX_PAIRED:
-            torch.ge(_ranks(groups.t().contiguous()).t(), m - n, out=kept)
+            # ranks each score in its group, in stable ascending order
+            columns = groups.t().contiguous()
+            ranks = torch.zeros(columns.shape, dtype=torch.uint8, device=columns.device)
+            for later in range(1, m):
+                for earlier in range(later):
+                    lower = columns[earlier] <= columns[later]
+                    ranks[later] += lower
+                    ranks[earlier] += ~lower
+            torch.ge(ranks.t(), m - n, out=kept)
         else:
             _drop_lowest(groups, m - n, kept)
     return keep
@@ -216,8 +218,8 @@ def sparsity_of(tensors: Iterable[Tensor]) -> float:
     return 1 - nonzero / total if total else 0.0
 
 
-def _blocks(scores: Tensor, check: bool = True) -> Iterator[tuple[slice, Tensor]]:
-    """Yields blocks of rows in float32; NaN raises, or becomes infinity with `check=False`."""
+def _blocks(scores: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yields blocks of rows in float32; NaN raises."""
     if scores.numel() == 0:
         return
     size = CPU_BLOCK if scores.device.type == "cpu" else DEVICE_BLOCK
@@ -225,17 +227,11 @@ def _blocks(scores: Tensor, check: bool = True) -> Iterator[tuple[slice, Tensor]
     for start in range(0, len(scores), step):
         rows = slice(start, start + step)
         block = scores.detach()[rows].float()
-        if not check:
-            block = _without_nan(block)
-        elif block.amax().isnan():
+        if block.amax().isnan():
             raise ValueError(
                 f"a score is NaN (the first in row {start + int(block.isnan().reshape(len(block), -1).any(1).int().argmax())})"
             )
         yield rows, block
-
-
-def _without_nan(scores: Tensor) -> Tensor:
-    return scores.nan_to_num(torch.inf, torch.inf, -torch.inf)
 
 
 def _drop_lowest(block: Tensor, count: int, keep: Tensor) -> None:
@@ -279,14 +275,3 @@ def _keys(scores: Iterable[Tensor]) -> Iterator[Tensor]:
 def _flip(bits: Tensor) -> Tensor:
     """Converts between the bits of a float32 and an int32 of the same order, both ways."""
     return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-def _ranks(groups: Tensor) -> Tensor:
-    """Ranks each score in its column in stable ascending order, uint8."""
-    ranks = torch.zeros(groups.shape, dtype=torch.uint8, device=groups.device)
-    for later in range(1, len(groups)):
-        for earlier in range(later):
-            lower = groups[earlier] <= groups[later]
-            ranks[later] += lower
-            ranks[earlier] += ~lower
-    return ranks

@@ -1,10 +1,9 @@
 """Block-wise reconstruction of pruned weights, a block at a time while `prune` walks."""
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from billhook.engine.walk import Arguments, Site
 from billhook.model.layers import is_convolution, to_layout, weight_of
@@ -26,10 +25,7 @@ class MatchingVisitor(PruningVisitor):
         self.matching, self._batches = matching, len(self.settings.runs)
         self.dense = range(self._batches, 2 * self._batches)
         self._outputs: dict[int, tuple[Arguments, Tensor]] = {}  # by run
-
-    def check_runs(self) -> None:
-        """Raises if linear layers share a weight, which would be pruned before its second use."""
-        if self.settings.tied:
+        if self.settings.tied:  # the weight would be pruned before its second use
             raise_block_called_again(self.settings.tied[0][0])
 
     def on_exit(self, run: int, arguments: Arguments, output: object) -> None:
@@ -57,14 +53,12 @@ class MatchingVisitor(PruningVisitor):
                 if output.shape == goal.shape:
                     counts = self._counting(goal.shape[:-1], goal, run)
                     samples.append(BlockSample(inputs, goal, counts, self.settings.runs[run].source))
-        if linears:
-            # each rank needs samples to tune on and samples to hold out
-            too_few = torch.tensor([float(len(samples) < 2)], device=weight_of(next(iter(linears.values()))).device)
-            if not self.comm(too_few):
-                self._tune(site.module, linears, samples)
-
-    def _tune(self, block: nn.Module, linears: Mapping[str, nn.Module], samples: Sequence[BlockSample]) -> None:
-        names = {id(parameter): name for name, parameter in block.named_parameters()}
+        if not linears:
+            return
+        # each rank needs samples to tune on and samples to hold out
+        if self.comm(torch.tensor([float(len(samples) < 2)], device=weight_of(next(iter(linears.values()))).device)):
+            return
+        names = {id(parameter): name for name, parameter in site.module.named_parameters()}
         parameters = {name: names[id(linear.get_parameter("weight"))] for name, linear in linears.items()}
         weights, keeps = dict[str, Tensor](), dict[str, Tensor]()
         for name, linear in linears.items():
@@ -74,7 +68,7 @@ class MatchingVisitor(PruningVisitor):
         for sample, is_held_out in zip(samples, self.matching.is_held_out([each.source for each in samples]), strict=True):
             parts[is_held_out].append(sample)
         with torch.inference_mode(False):  # tensors made in inference mode cannot have gradients
-            tuning = BlockTuning(self.matching, block, weights, keeps, self.comm)
+            tuning = BlockTuning(self.matching, site.module, weights, keeps, self.comm)
             weights.clear()  # copied by BlockTuning
             tuned = tuning(*parts)
         for name, linear in linears.items():  # rounded to the dtype of the old weights

@@ -117,7 +117,7 @@ def prune(
             linears = check_pruning(model, criterion, pattern, options)
             if match is not None:
                 check_matching(criterion, options.sequential)
-            runs = make_runs(model, batches, comm, criterion, allocation, match)
+            runs = make_runs(model, batches, comm, criterion, options)
             check_called_once(model, runs)
             unsupported = unsupported_weights(model, linears)
             warn_of_unsupported_weights(unsupported)
@@ -145,7 +145,7 @@ def prune(
             fewer = {name: seen for name, seen in visitor.tokens.items() if name not in expected or seen[0] < expected[name][0]}
             if message := too_few_tokens(criterion, fewer):
                 log_once(message)
-        shapes = dict(zip(linears, map(size_of, linears.values()), strict=True))
+        shapes = {name: size_of(linear) for name, linear in linears.items()}
         plan = WeightPlan(type(model).__name__, str(criterion), pattern, pruned, shapes, left_out, unsupported)
         if not dry_run:
             plan.apply(model)

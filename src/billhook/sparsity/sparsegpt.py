@@ -102,23 +102,16 @@ def solve(
         block, local = work[columns], factor[columns, columns]
         if kept is None:
             keep[columns] = keep_layer(saliency(block.t(), local), sparsity).t()
-        errors = _solve_block(block, local, keep[columns], kept)
+        errors, diagonal, block_keep = torch.empty_like(block), local.diagonal().tolist(), keep[columns]
+        for column in range(len(block)):
+            if kept is not None and column % kept[1] == 0:
+                group = slice(column, column + kept[1])
+                block_keep[group] = keep_n_of_m(saliency(block[group].t(), local[group, group]), *kept).t()
+            torch.div(block[column].masked_fill(block_keep[column], 0), diagonal[column], out=errors[column])
+            block[column].mul_(block_keep[column])
+            block[column + 1 :].addr_(local[column, column + 1 :], errors[column], alpha=-1)
         work[start + block_size :].addmm_(factor[columns, start + block_size :].t(), errors, alpha=-1)
     return work.t().contiguous(), keep.t().contiguous()
-
-
-def _solve_block(block: Tensor, factor: Tensor, keep: Tensor, kept: tuple[int, int] | None) -> Tensor:
-    """Prunes and updates the columns of a block; returns the errors over U_jj."""
-    errors = torch.empty_like(block)
-    diagonal = factor.diagonal().tolist()
-    for column in range(len(block)):
-        if kept is not None and column % kept[1] == 0:
-            group = slice(column, column + kept[1])
-            keep[group] = keep_n_of_m(saliency(block[group].t(), factor[group, group]), *kept).t()
-        torch.div(block[column].masked_fill(keep[column], 0), diagonal[column], out=errors[column])
-        block[column].mul_(keep[column])
-        block[column + 1 :].addr_(factor[column, column + 1 :], errors[column], alpha=-1)
-    return errors
 
 
 @dataclass(frozen=True)

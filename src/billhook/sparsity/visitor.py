@@ -14,11 +14,10 @@ The model does not change: `WeightPlan.apply` puts the new weights into it.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import repeat
 from typing import Any, NoReturn, TypeVar
 from weakref import ReferenceType, ref
 
@@ -119,7 +118,16 @@ class WalkSettings:
             visitor = make_visitor(self, shared)
             step = self.store.step(f"{key} {shared}", partial(runs_fingerprint, self.runs)) if key else nullcontext()
             try:
-                with self._ready(sequential), step:
+                with ExitStack() as stack:
+                    stack.enter_context(evaluating_without_grad(self.model))
+                    blocks = [site.module for site in self.blocks]
+                    if self.offload is not None:
+                        stack.enter_context(self.store.on(self.offload, blocks))
+                    if self.activations is not None:
+                        files = stack.enter_context(closing(ActivationFiles(self.activations)))
+                        # runs that stop at each layer also hold outputs of modules within blocks
+                        stack.enter_context(spilled_outputs(files, self.model, [] if sequential == "layer" else blocks))
+                    stack.enter_context(step)
                     again = self._go(sequential, visitor, called_again, resumes=key is not None)
                     if again <= called_again:
                         visitor.close()
@@ -132,20 +140,6 @@ class WalkSettings:
                     raise
                 shared = False
 
-    @contextmanager
-    def _ready(self, sequential: Sequential | None) -> Iterator[None]:
-        """Prepares the model for runs, with offload and files if requested."""
-        with ExitStack() as stack:
-            stack.enter_context(evaluating_without_grad(self.model))
-            blocks = [site.module for site in self.blocks] if self.offload or self.activations else []
-            if self.offload is not None:
-                stack.enter_context(self.store.on(self.offload, blocks))
-            if self.activations is not None:
-                files = stack.enter_context(closing(ActivationFiles(self.activations)))
-                # runs that stop at each layer also hold outputs of modules within blocks
-                stack.enter_context(spilled_outputs(files, self.model, [] if sequential == "layer" else blocks))
-            yield
-
     def _go(self, sequential: Sequential | None, visitor: "PruningVisitor", called_again: set[str], resumes: bool) -> set[str]:
         """Walks and returns the layers with missed calls; `called_again` are pruned first."""
         done = set(visitor.resume() if resumes else ())
@@ -154,7 +148,6 @@ class WalkSettings:
                 if self.store.owner.get(site.module) not in done:
                     visitor.finish(site.linears)
             return set()
-        visitor.check_runs()
         forwards = [run.forward for run in self.runs] * (2 if visitor.dense else 1)
         at_once = sequential == "none" and not self.store.blocks
         pruned_first, other_layers = dict[str, nn.Module](), dict[str, nn.Module]()
@@ -167,11 +160,9 @@ class WalkSettings:
             new = by_parameter(visitor.parameters(site))
         # if blocks are loaded on demand, all runs leave a block before the next is loaded
         sites = find_sites(self.model, other_layers, "block" if sequential == "none" else sequential, self.store.blocks.values())
-        pending = False
         for site in sites:
             site.done = self.store.owner.get(site.module) in done
-            pending |= bool(site.linears) and not site.done
-        if not pending:
+        if all(site.done or not site.linears for site in sites):
             return set()
         visitor.untouched = range(len(forwards)) if sequential == "none" else visitor.dense
         visitor.ends = 1  # one run continues to its end, to detect layers that are called again
@@ -226,22 +217,20 @@ class PruningVisitor(Visitor):
         self._complete: set[str] = set()
         self._differ = False
 
-    def check_runs(self) -> None:
-        """Raises if this visitor does not support the model."""
-
     def resume(self) -> list[nn.Module]:
         """Restores the blocks that an earlier process has staged, and returns them."""
         blocks = []
         for block in self.store.blocks.values():
-            if (known := self.store.read_staged(block)) is not None:
-                tensors, kept = known
-                self._take(kept, tensors)
+            if (staged := self.store.read_staged(block)) is not None:
+                self._take(*staged)
                 blocks.append(block)
         return blocks
 
-    def _take(self, kept: Mapping[str, int], tensors: LazyTensors) -> None:
+    def _take(self, tensors: LazyTensors, kept: Mapping[str, int]) -> None:
         """Adds layers that a store has staged, with the number of weights that each keeps."""
-        self.pruned |= {name: PrunedLayer.from_staged(kept[name], self._weight(name), tensors) for name in kept}
+        for name, count in kept.items():
+            weight = self._weight(name)
+            self.pruned[name] = PrunedLayer(count, tensors.reads[f"bits {weight}"], tensors.reads.get(f"values {weight}"))
         self._staged |= kept.keys()
 
     def enter(self, module: nn.Module) -> None:
@@ -262,9 +251,13 @@ class PruningVisitor(Visitor):
                 new[name] = pruned
         if not self.store.blocks or self._staged.issuperset(new):  # in memory there is nothing to stage
             return
-        values = {key: value for name, pruned in new.items() for key, value in pruned.to_stage(self._weight(name)).items()}
-        kept = {name: pruned.kept for name, pruned in new.items()}
-        self._take(kept, self.store.stage(self._block, values, kept, torch.device("cpu")))
+        values, kept = dict[str, Tensor](), dict[str, int]()
+        for name, pruned in new.items():
+            weight, kept[name] = self._weight(name), pruned.kept
+            values[f"bits {weight}"] = pruned.read_bits()
+            if pruned.read_values is not None:
+                values[f"values {weight}"] = pruned.read_values()
+        self._take(self.store.stage(self._block, values, kept, torch.device("cpu")), kept)
 
     def _weight(self, name: str) -> str:
         """Returns the name of a layer's weight in the store."""
@@ -300,9 +293,9 @@ class PruningVisitor(Visitor):
         outputs = output_positions(linear, images)
         keep = self._counting(outputs, images, run)
         step = max(1, VALUES // max(1, outputs[1:].numel() * linear.groups * size_of(linear)[1]))
-        keeps = repeat(None) if keep is None else torch.split(keep, step)
-        for images_part, counting in zip(torch.split(images, step), keeps, strict=False):
-            self.statistics[name].add(patches(linear, images_part), counting)
+        for start in range(0, len(images), step):
+            part = slice(start, start + step)
+            self.statistics[name].add(patches(linear, images[part]), None if keep is None else keep[part])
 
     def _counting(self, shape: torch.Size, inputs: Tensor, run: int) -> Tensor | None:
         """Returns the mask of non-padding tokens that fits a shape, if there is any."""
@@ -314,19 +307,16 @@ class PruningVisitor(Visitor):
     def complete(self, site: Site) -> None:
         """Prunes the linear layers of a stop that had tokens."""
         self._sum(site)
-        reached, is_single_layer = dict[str, nn.Module](), False
+        reached = dict[str, nn.Module]()
         for name, linear in site.linears.items():
-            if name not in self._source:
-                continue
-            is_single_layer |= linear is site.module
-            if tokens := int(self.statistics[self._source[name]].tokens):
+            if name in self._source and (tokens := int(self.statistics[self._source[name]].tokens)):
                 reached[name] = linear
                 if not is_convolution(linear):
                     self.tokens[name] = tokens, adjacent_inputs(linear)
         self.finish(reached)
         self._complete |= site.linears.keys()
         # the next stop may have the same input tensor, so statistics stay until another tensor arrives
-        if not is_single_layer or self.comm.size > 1:
+        if site.module not in site.linears.values() or self.comm.size > 1:
             self._last = {run: last for run, last in self._last.items() if last[2] not in self._complete}
         needed = {source for _, _, source in self._last.values()}
         for name in self._complete - needed:
@@ -358,8 +348,14 @@ class PruningVisitor(Visitor):
         Raises:
             ValueError: If a weight or statistics are not finite, or the criterion changes weights that it must keep.
         """
-        divided = self.criterion.updates and self.comm.size > 1  # solving for weights takes longer than sending them
-        solved = self._solve_own(linears) if divided else {}
+        divided, solved = self.criterion.updates and self.comm.size > 1, dict[str, PrunedLayer]()
+        if divided:  # solving for weights takes longer than sending them; its cost is rows x width^2 + width^3
+            costs = [width**2 * (rows + width) for rows, width in map(size_of, linears.values())]
+            for (name, linear), is_own in zip(linears.items(), self.comm.owned_pieces(costs), strict=True):
+                self.store.load(linear)
+                if is_own:
+                    weight = weight_of(linear)
+                    solved[name] = PrunedLayer.of(weight, *self._prune(name, weight))
         for name, linear in linears.items():
             self.enter(linear)
             weight = weight_of(linear)
@@ -372,17 +368,6 @@ class PruningVisitor(Visitor):
                 new, keep = self._prune(name, weight)
             self.pruned[name] = PrunedLayer.of(weight, new, keep)
             self.report()
-
-    def _solve_own(self, linears: Mapping[str, nn.Module]) -> dict[str, PrunedLayer]:
-        """Prunes this rank's share of the layers, by cost rows x width^2 + width^3."""
-        costs = [width**2 * (rows + width) for rows, width in map(size_of, linears.values())]
-        solved = {}
-        for (name, linear), is_own in zip(linears.items(), self.comm.owned_pieces(costs), strict=True):
-            self.store.load(linear)
-            if is_own:
-                weight = weight_of(linear)
-                solved[name] = PrunedLayer.of(weight, *self._prune(name, weight))
-        return solved
 
     def scores(self, name: str, statistics: Statistics | GroupedStatistics | None) -> Tensor:
         """Scores the weight of a linear layer, whose block is in memory."""

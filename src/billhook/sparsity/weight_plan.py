@@ -30,11 +30,9 @@ from billhook.engine.state import fresh_autocast_cache
 from billhook.engine.store import store_of
 from billhook.model.layers import prunable, size_of, to_layout, weight_view
 from billhook.model.plan import ModelPlan, Weights, with_weights
-from billhook.sparsity.masks import CPU_BLOCK, DEVICE_BLOCK, where_kept
+from billhook.sparsity.masks import CPU_BLOCK, DEVICE_BLOCK, HOST, where_kept
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HOST = "cpu"
-"""Device on which NumPy packs, ten times faster than torch there."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,26 +62,16 @@ class PrunedLayer:
         """Makes a layer from a packed mask, and from the kept weights `[kept]` if they change."""
         return cls(count_kept(bits), torch.from_numpy(bits).detach, None if values is None else values.detach)
 
-    @classmethod
-    def from_staged(cls, kept: int, weight: str, tensors: LazyTensors) -> Self:
-        """Makes a layer from staged tensors, as named by `to_stage`."""
-        return cls(kept, tensors.reads[f"bits {weight}"], tensors.reads.get(f"values {weight}"))
-
-    def to_stage(self, weight: str) -> dict[str, Tensor]:
-        """Returns the tensors to stage, named by part and weight."""
-        bits = {f"bits {weight}": self.read_bits()}
-        return bits if self.read_values is None else bits | {f"values {weight}": self.read_values()}
-
     @property
     def bits(self) -> np.ndarray:
         """The mask, 8 weights to a byte."""
-        bits: np.ndarray = _on_host(self.read_bits()).numpy()
+        bits: np.ndarray = self.read_bits().cpu().numpy()
         return bits
 
     @property
     def values(self) -> Tensor | None:
         """The kept weights on the CPU if a criterion updates them; None otherwise."""
-        return None if self.read_values is None else _on_host(self.read_values())
+        return None if self.read_values is None else self.read_values().cpu()
 
     @property
     def decided(self) -> str:
@@ -101,9 +89,9 @@ class PrunedLayer:
         """Returns the pruned weight, `[out_features, in_features]`, or this rank's shard."""
         keep, values = self.keep(old), self.values
         if values is None:
-            return where_kept(local(old), local(sharded_as(keep, old))) if isinstance(old, DTensor) else where_kept(old, keep)
+            return where_kept(local(old), local(sharded_as(keep, old)))
         new = torch.zeros(old.shape, dtype=old.dtype, device=old.device).masked_scatter_(keep, values.to(old))
-        return local(sharded_as(new, old)) if isinstance(old, DTensor) else new
+        return local(sharded_as(new, old))
 
     @fresh_autocast_cache()
     @torch.no_grad()
@@ -152,11 +140,6 @@ class PrunedLayer:
         if len(values) != count_kept(bits):
             raise ValueError(f"{len(values)} values for {count_kept(bits)} kept weights")
         return cls.of_bits(bits, values)
-
-
-def _on_host(tensor: Tensor) -> Tensor:
-    """Returns a tensor on the CPU."""
-    return tensor if tensor.device.type == "cpu" else tensor.cpu()
 
 
 def pack_mask(mask: Tensor) -> np.ndarray:
@@ -232,9 +215,16 @@ class WeightPlan(ModelPlan):
         For a sharded model, all ranks must call this together.
         """
         pruned = {name: {"shape": list(self.shapes[name]), **part.to_json()} for name, part in self.pruned.items()}
-        names = {"kind": self.kind, "model": self.model, "criterion": self.criterion, "pattern": self.pattern}
         uncalled = {name: list(self.shapes[name]) for name in self.uncalled}
-        return names | {"pruned": pruned, "uncalled": uncalled, "unsupported": dict(self.unsupported)}
+        return {
+            "kind": self.kind,
+            "model": self.model,
+            "criterion": self.criterion,
+            "pattern": self.pattern,
+            "pruned": pruned,
+            "uncalled": uncalled,
+            "unsupported": dict(self.unsupported),
+        }
 
     @classmethod
     def _read(cls, plain: Mapping[str, Any], model: nn.Module) -> Self:

@@ -4,7 +4,7 @@ Blocks are found by a forward pass, because stages that change the shape of hidd
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from itertools import pairwise
@@ -67,19 +67,13 @@ def _find_names(subject: nn.Module, example_inputs: Mapping[str, Any] | None) ->
             raise ValueError(f"model: {what}: {type(error).__name__}: {error}") from error
     stacks: list[str] = []
     for name, stack in lists.items():  # outer ones come first
-        if not any(name.startswith(f"{outer}.") for outer in stacks) and _is_stack(calls[name], len(stack)):
+        called, returns = {number for number, _, _ in calls[name]}, all(returned is not None for _, _, returned in calls[name])
+        # a block receives the same tensor that another returned; equal values could be a coincidence
+        passes_on = any(states is returned for (_, _, returned), (_, states, _) in pairwise(calls[name]))
+        is_stack = returns and len(called) == len(stack) and (passes_on or len(stack) == 1)
+        if is_stack and not any(name.startswith(f"{outer}.") for outer in stacks):
             stacks.append(name)
     return stacks
-
-
-def _is_stack(calls: Sequence[_Call], count: int) -> bool:
-    uncalled = set(range(count))
-    for number, _, returned in calls:
-        if returned is None:
-            return False
-        uncalled.discard(number)
-    # a block receives the same tensor that another returned; equal values could be a coincidence
-    return not uncalled and (count == 1 or any(states is returned for (_, _, returned), (_, states, _) in pairwise(calls)))
 
 
 def block_of(name: str, stacks: Iterable[str]) -> tuple[str, int] | None:

@@ -13,9 +13,9 @@ from billhook.engine.state import cpu_by_default
 from billhook.linalg import Indices
 from billhook.model.find import find_transformer
 from billhook.model.layers import is_adapter, is_convolution
-from billhook.tracing.axes import Axis, leaves
+from billhook.tracing.axes import leaves
 from billhook.tracing.coupling import Structure
-from billhook.tracing.groups import Group, Kind, Member, common_module
+from billhook.tracing.groups import Group, Member, common_module
 from billhook.tracing.roles import Attention, Part
 from billhook.tracing.trace import Inputs, trace
 from billhook.units.blocks import find_blocks
@@ -23,9 +23,6 @@ from billhook.units.units import Per, UnitKind, Units, axis_numbers, plural
 
 Chosen = Mapping[int, Iterable[int]] | Mapping[str, Iterable[int]] | Mapping[int | str, Iterable[int]] | Iterable[int]
 """Unit numbers by module name or position in `find_units`, or unit numbers of the only module."""
-
-GROUP_KINDS: dict[UnitKind, Kind] = {"token": "vocab"}
-"""Kinds of groups that have another name than their units."""
 
 
 @cpu_by_default()
@@ -100,11 +97,12 @@ def units_of(model: nn.Module, structure: Structure, kinds: Iterable[UnitKind]) 
     """
     units: dict[str, Units] = {}
     for kind in kinds:
+        group_kind = "vocab" if kind == "token" else kind
         if kind == "head":
             units |= find_heads(model, structure) if structure.attention else {}
             continue
         for group in structure.groups:
-            if group.kind == GROUP_KINDS.get(kind, kind) and not (kind == "channel" and why_not(model, structure, group)):
+            if group.kind == group_kind and not (kind == "channel" and why_not(model, structure, group)):
                 name = group.where if group.where not in units else f"{group.where} {kind}s"
                 units[name if name not in units else f"{name} {len(units)}"] = _units_of_group(model, structure, group, kind)
     return units
@@ -235,7 +233,12 @@ def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Unit
     axis = structure.axes[consumers[0].name][consumers[0].dim]
     name = common_module([part.name for part in (*attention.q, *consumers)])
     query = tuple(leaf for leaf in dict.fromkeys(leaves(axis)) if leaf in attention.heads)
-    kv = _kv_leaves(structure, attention, query)
+    made = set()  # leaves that count KV heads, which are among those that count query heads
+    for part in (*attention.k, *attention.v):
+        made.update(leaves(structure.axes[part.name][part.dim]))
+    counted = made if made & set(query) else set(query)  # heads that other attention modules count may be fewer here
+    kinds = {group.leaf: group.kind for group in structure.groups}
+    kv = tuple(leaf for leaf in query if kinds.get(leaf) != "query_head" and leaf in counted)
     keys = axis_numbers(axis, query)
     in_heads = np.flatnonzero((keys >= 0).any(1))  # other positions belong to no head, such as of a parallel convolution
     numbers, first = _number(keys[in_heads])
@@ -256,16 +259,6 @@ def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Unit
             if member.name.startswith(f"{name}.") and not member.buffer:
                 members[member.name, member.dim] = member
     return Units("head", name, tuple(modules), index, kv_of, query, kv, tuple(members.values()))
-
-
-def _kv_leaves(structure: Structure, attention: Attention, query: Sequence[Axis]) -> tuple[Axis, ...]:
-    """Returns the leaves that count KV heads, among those that count query heads."""
-    made = set()
-    for part in (*attention.k, *attention.v):
-        made.update(leaves(structure.axes[part.name][part.dim]))
-    counted = made if made & set(query) else set(query)  # heads that other attention modules count may be fewer here
-    kinds = {group.leaf: group.kind for group in structure.groups}
-    return tuple(leaf for leaf in query if kinds.get(leaf) != "query_head" and leaf in counted)
 
 
 def _number(keys: Indices) -> tuple[Indices, Indices]:

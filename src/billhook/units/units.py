@@ -133,15 +133,6 @@ def counts(units: Units) -> tuple[int, ...]:
     return (units.count(), units.count("kv_head")) if units.kind == "head" else (units.count(),)
 
 
-def count_text(kind: UnitKind, number: int) -> str:
-    """Describes a number of units.
-
-    >>> count_text("head", 1), count_text("residual", 1200)
-    ('1 head', '1,200 hidden dimensions')
-    """
-    return f"{number:,} {PLURAL[kind].removesuffix('s') if number == 1 else PLURAL[kind]}"
-
-
 def plural(kinds: Iterable[UnitKind]) -> str:
     """Names units in a message, by kind if all have the same.
 

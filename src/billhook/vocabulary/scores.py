@@ -38,7 +38,25 @@ def token_shares(batches: Iterable[Any], size: int, comm: Comm = SINGLE_PROCESS)
     counts = dict[str, Tensor]()
     for batch in batches:
         count = counts.setdefault(source_of(batch), torch.zeros(size, dtype=torch.float64))
-        for ids in _counted(inputs_of(batch)):
+        inputs = inputs_of(batch)
+        if not isinstance(inputs, Mapping) or not {"input_ids", "decoder_input_ids"} & inputs.keys():
+            has = ", ".join(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
+            raise ValueError(f"batches: one has no input_ids to count tokens in ({has}). Pass dictionaries with input_ids.")
+        counted, labels = list[Tensor](), inputs.get("labels")
+        for name, padding in {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}.items():
+            ids, mask = inputs.get(name), inputs.get(padding)
+            if ids is None:
+                continue
+            if not isinstance(ids, Tensor) or ids.is_floating_point():
+                raise ValueError(f"batches: {name} must be a tensor of token ids, not a {type(ids).__name__}. Use torch.tensor.")
+            if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
+                raise ValueError(
+                    f"batches: {padding} must have the shape of {name}, {list(ids.shape)}, to tell padding. Pass such a mask."
+                )
+            counted.append(ids if mask is None else ids[mask.bool()])
+        if "decoder_input_ids" not in inputs and isinstance(labels, Tensor) and labels.dim() == 2:  # of a language model
+            counted.append(labels[labels >= 0])
+        for ids in counted:
             if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= size):
                 raise ValueError(
                     f"batches: token ids are in {int(ids.min())}..{int(ids.max())}, but must be in 0..{size - 1}. Use the "
@@ -51,28 +69,6 @@ def token_shares(batches: Iterable[Any], size: int, comm: Comm = SINGLE_PROCESS)
         count = comm(counts.get(source, torch.zeros_like(shares)).to(comm.device)).cpu()
         shares += (count - DISCOUNT).clamp(min=0) / count.sum().clamp(min=1)
     return shares, len(sources)
-
-
-def _counted(inputs: Any) -> list[Tensor]:  # noqa: ANN401 - any batch
-    """Returns the ids in a batch, without padding."""
-    if not isinstance(inputs, Mapping) or not {"input_ids", "decoder_input_ids"} & inputs.keys():
-        has = ", ".join(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
-        raise ValueError(f"batches: one has no input_ids to count tokens in ({has}). Pass dictionaries with input_ids.")
-    counted, labels = list[Tensor](), inputs.get("labels")
-    for name, padding in {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}.items():
-        ids, mask = inputs.get(name), inputs.get(padding)
-        if ids is None:
-            continue
-        if not isinstance(ids, Tensor) or ids.is_floating_point():
-            raise ValueError(f"batches: {name} must be a tensor of token ids, not a {type(ids).__name__}. Use torch.tensor.")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
-            raise ValueError(
-                f"batches: {padding} must have the shape of {name}, {list(ids.shape)}, to tell padding. Pass such a mask."
-            )
-        counted.append(ids if mask is None else ids[mask.bool()])
-    if "decoder_input_ids" not in inputs and isinstance(labels, Tensor) and labels.dim() == 2:  # of a language model
-        counted.append(labels[labels >= 0])
-    return counted
 
 
 def predicted_shares(model: PreTrainedModel, size: int, batches: Sequence[Any], comm: Comm = SINGLE_PROCESS) -> Tensor:
@@ -106,20 +102,6 @@ def predicted_shares(model: PreTrainedModel, size: int, batches: Sequence[Any], 
     return sums / sums.sum().clamp(min=1)
 
 
-def order_tokens(
-    model: PreTrainedModel, size: int, vocabulary: Vocabulary, batches: Sequence[Any], comm: Comm = SINGLE_PROCESS
-) -> tuple[list[int], list[int]]:
-    """Returns the ids that stay, and all others by falling score.
-
-    Raises:
-        ValueError: If the tokenizer has more tokens than the model.
-    """
-    vocabulary.check_within(size)
-    shares, sources = token_shares(batches, size, comm)
-    scores = shares + EXPECTED * sources * predicted_shares(model, size, batches, comm)
-    return vocabulary.order(scores.numpy(), shares.nonzero().flatten().numpy(), named_token_ids(model, size).keys())
-
-
 def token_scores(
     model: PreTrainedModel,
     units: Mapping[str, Units],
@@ -140,7 +122,10 @@ def token_scores(
     vocabulary, scores = Vocabulary(tokenizer), dict[str, Tensor]()
     for name, layer in units.items():
         size = layer.count()
-        _, others = order_tokens(model, size, vocabulary, batches, comm)
+        vocabulary.check_within(size)
+        shares, sources = token_shares(batches, size, comm)
+        worth = shares + EXPECTED * sources * predicted_shares(model, size, batches, comm)
+        _, others = vocabulary.order(worth.numpy(), shares.nonzero().flatten().numpy(), named_token_ids(model, size).keys())
         scores[name] = torch.full((size,), torch.inf, dtype=torch.float64)
         scores[name][others] = torch.arange(len(others), 0, -1, dtype=torch.float64)
     return comm.decide(lambda: scores)

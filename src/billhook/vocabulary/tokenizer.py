@@ -82,7 +82,13 @@ class Vocabulary:
         scripts = {_script(character) for text in used_texts for character in text if character.isalpha()}
         placed, others = {*named, *self.added.values(), *self._special, *self._spelling(scripts)}, list[int]()
         for prompt in (True, False) if getattr(self.tokenizer, "chat_template", None) else ():
-            placed.update(self._chat_ids(prompt))
+            for messages in (CHAT, CHAT[1:]):  # some templates have no system message
+                try:
+                    text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
+                except Exception:  # noqa: S112 - whatever a template raises
+                    continue
+                placed.update(self._backend.encode(text, add_special_tokens=False).ids)
+                break
         waiting = list(placed)
         while waiting:  # with what they are made of
             parts = set(self._parts.get(waiting.pop(), ())) - placed
@@ -157,7 +163,13 @@ class Vocabulary:
     @property
     def _special(self) -> set[int]:
         """The ids of special tokens, of tokens added to a text, and of the unknown token."""
-        special = {*self.tokenizer.all_special_ids, *_numbers(self._spec["post_processor"])}
+        special = set(self.tokenizer.all_special_ids)
+
+        def collect(number: int) -> int:
+            special.add(number)
+            return number
+
+        _with_numbers(self._spec["post_processor"], collect)
         if self._model["type"] == "Unigram" and self._model["unk_id"] is not None:
             special.add(self._model["unk_id"])
         if (unknown := self._model.get("unk_token")) is not None:
@@ -171,17 +183,6 @@ class Vocabulary:
             if len(text) == 1 and text != UNREADABLE and (not self._bytes or not text.isalpha() or _script(text) in scripts):
                 spelling.add(number)
         return spelling
-
-    def _chat_ids(self, prompt: bool) -> list[int]:
-        """Returns the ids of a conversation in the chat template; none if it raises."""
-        for messages in (CHAT, CHAT[1:]):  # some templates have no system message
-            try:
-                text = self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=prompt)
-            except Exception:  # noqa: S112 - whatever a template raises
-                continue
-            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
-            return ids
-        return []
 
     @cached_property
     def _bytes(self) -> tuple[str, ...]:
@@ -253,18 +254,6 @@ def _script(character: str) -> str:
     ('LATIN', 'CYRILLIC')
     """
     return unicodedata.name(character, "").partition(" ")[0]
-
-
-def _numbers(part: Any) -> set[int]:  # noqa: ANN401 - a part of a tokenizer's file
-    """Returns the token ids in a post-processor."""
-    numbers = set()
-
-    def collect(number: int) -> int:
-        numbers.add(number)
-        return number
-
-    _with_numbers(part, collect)
-    return numbers
 
 
 def _with_numbers(part: Any, change: Callable[[int], int]) -> Any:  # noqa: ANN401 - a part of a tokenizer's file

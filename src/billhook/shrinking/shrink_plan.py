@@ -18,15 +18,15 @@ from billhook.model.costs import cost_of
 from billhook.model.find import check_changeable, find_transformer
 from billhook.model.plan import ShapePlan, Weights, with_weights, without_inference_tensors
 from billhook.model.surgery import UpdateOptimizers, change_blockwise, restored_on_error
-from billhook.pruning.block_plan import BlockPlan, without_blocks
-from billhook.pruning.cut import Cut, find_cut
+from billhook.pruning.block_plan import BlockPlan, find_block_plan, without_blocks
+from billhook.pruning.block_writers import writers_behind, zero_weights
+from billhook.pruning.cut import find_cut
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.removal import try_removal
 from billhook.pruning.repair import repair_with
-from billhook.pruning.target import RatioSearch, width_notes
+from billhook.pruning.target import width_notes
 from billhook.repairs.repair import RepairConfig
 from billhook.repairs.residuals import NoRepair, not_refitted_message, strip_argument
-from billhook.shrinking.blocks import Block
 from billhook.shrinking.measurement import Measurement
 from billhook.shrinking.modules import removed_units, uniform_groups
 from billhook.shrinking.scope import SearchScope
@@ -80,14 +80,18 @@ def plan_choice(
     if repair is not None:
         measurement.progress.enter("repairing the selected model")
     scope, numbers = measurement.scope, dict[str, list[int]]()
-    blocks, levels = scope.blocks, _levels_in_config(scope, kept)
+    blocks, levels = scope.blocks, dict(kept)
+    for group in uniform_groups(scope.modules, scope.uniform):  # modules of removed blocks match the kept ones in the config
+        number = max(kept[module.name] for module in group) or group[0].count
+        levels |= {module.name: number for module in group if not kept[module.name]}
     for module in scope.modules:
         numbers |= removed_units(module, scope.search.units, measurement.scores, levels[module.name])
-    removed_blocks = blocks.removed(kept)
-    planned, behind = plan_removal(scope, limit, numbers, removed_blocks), blocks.behind(removed_blocks)
+    removed_blocks = [block.number for block in blocks.removed(kept)]
+    planned, behind = plan_removal(scope, limit, numbers, removed_blocks), writers_behind(blocks.writers, removed_blocks)
     if repair is None or not (planned.units.units or behind):
         return planned
-    zeros, not_refitted = blocks.zeros(removed_blocks), list[str]()
+    not_refitted = list[str]()
+    zeros = zero_weights(scope.model, [name for number in removed_blocks for name in blocks.writers[number]])
     try:
         refitted = repair_with(
             scope.model, planned.units, repair_batches, repair, new_params=zeros, also=behind, not_repaired=not_refitted
@@ -100,47 +104,33 @@ def plan_choice(
     return replace(planned, weights=weights or None, not_refitted=not_refitted_message(not_refitted))
 
 
-def _levels_in_config(scope: SearchScope, kept: Mapping[str, int]) -> dict[str, int]:
-    """Returns levels in which modules of removed blocks match the kept modules."""
-    levels = dict(kept)
-    for group in uniform_groups(scope.modules, scope.uniform):
-        number = max(kept[module.name] for module in group) or group[0].count
-        levels |= {module.name: number for module in group if not kept[module.name]}
-    return levels
-
-
-def plan_removal(scope: SearchScope, limit: int, numbers: Mapping[str, list[int]], removed_blocks: Sequence[Block]) -> ShrinkPlan:
+def plan_removal(scope: SearchScope, limit: int, numbers: Mapping[str, list[int]], removed_blocks: Sequence[int]) -> ShrinkPlan:
     """Plans the removal of units and blocks, as tried on the meta device.
 
     Args:
         scope: The prunable modules and blocks.
         limit: Largest allowed cost; above it, a ValueError is raised.
         numbers: The units to remove, by module.
-        removed_blocks: The blocks to remove.
+        removed_blocks: Numbers of the blocks to remove.
     """
     search, target = scope.search, scope.target
     cut = find_cut(search.model, search.structure, search.units, numbers)
     costs, blocks = search.costs(cut), None
-    left = int(getattr(costs[1], target))
+    remaining = int(getattr(costs[1], target))
     if removed_blocks:
         smaller = try_removal(search.model, cut)
-        blocks = scope.blocks.planned(smaller, removed_blocks)
-        left = int(cost_of(without_blocks(smaller, blocks), target) or 0)
-    if left > limit:
+        stack = scope.blocks.stack
+        blocks = find_block_plan(smaller, {stack: removed_blocks}, names=[stack])
+        remaining = int(cost_of(without_blocks(smaller, blocks), target) or 0)
+    if remaining > limit:
         raise ValueError(
-            f"{target}: the plan leaves {left:,}, more than the limit {limit:,}, because costs per unit differ. Try another "
+            f"{target}: the plan leaves {remaining:,}, more than the limit {limit:,}, because costs per unit differ. Try another "
             "budget."
         )
-    return ShrinkPlan(UnitPlan.of(cut, costs, _common_widths(search, cut)), blocks)
-
-
-def _common_widths(search: RatioSearch, cut: Cut) -> tuple[str, ...]:
-    """Returns the new widths, for kinds with a common width in all pruned layers."""
-    if search.amount.round_to != "auto":
-        return ()
-    widths = width_notes(cut, {name: left[0] for name, left in cut.after.items()})
-    kinds = Counter(kind for kind, _ in widths)
-    return tuple(note for kind, note in widths if kinds[kind] == 1)
+    automatic = search.amount.round_to == "auto"
+    widths = width_notes(cut, {name: left[0] for name, left in cut.after.items()}) if automatic else []
+    kinds = Counter(kind for kind, _ in widths)  # a note for kinds with a common width in all pruned layers
+    return ShrinkPlan(UnitPlan.of(cut, costs, tuple(note for kind, note in widths if kinds[kind] == 1)), blocks)
 
 
 @contextmanager

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from billhook.pruning.planning import plan as plan
     from billhook.pruning.repair import repair as repair
     from billhook.repairs.repair import RepairConfig as RepairConfig
-    from billhook.shrinking.search import Budget as Budget, Search as Search
+    from billhook.shrinking.result import Budget as Budget, Search as Search
     from billhook.shrinking.shrink import shrink as shrink
     from billhook.kv_heads.convert import convert_kv_heads as convert_kv_heads
 
@@ -77,7 +77,7 @@ else:
         "billhook.pruning.planning": "plan",
         "billhook.pruning.repair": "repair",
         "billhook.repairs.repair": "RepairConfig",
-        "billhook.shrinking.search": "Budget Search",
+        "billhook.shrinking.result": "Budget Search",
         "billhook.shrinking.shrink": "shrink",
         "billhook.kv_heads.convert": "convert_kv_heads",
         "billhook.sparsity.enforcement": "hold_masks",

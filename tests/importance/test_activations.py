@@ -5,7 +5,7 @@ import torch
 import transformers
 
 import billhook as bh
-from billhook.importance.probes import by_unit
+from billhook.importance.score import by_unit
 from kit.families import build, tokens
 from kit.losses import LOUD, own_loss
 

@@ -14,8 +14,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import billhook as bh
+from billhook.engine import shards
 from billhook.engine.sharding import full_tensor
-from billhook.fit import shards
 from kit.fits import trainer
 from kit.ranks import ENDING
 from kit.sharding import Own, sharding

@@ -31,9 +31,8 @@ from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import plan_units
 from billhook.shrinking.divergence import search_batches, split_batches
 from billhook.shrinking.measurement import Measurement, measure
-from billhook.shrinking.result import Shrunk
+from billhook.shrinking.result import Budget, Search, Shrunk
 from billhook.shrinking.scope import SearchScope
-from billhook.shrinking.search import Budget, Search
 from billhook.shrinking.selection import SearchResult, select_for_budget
 from billhook.shrinking.shrink import Layers, measure_result, resolve_repair
 from billhook.shrinking.shrink_plan import ShrinkPlan, apply_plans

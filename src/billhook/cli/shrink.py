@@ -24,8 +24,8 @@ from billhook.progress import progress_bar
 from billhook.repairs.matching import LEAST_STEPS
 from billhook.report.generation import generates
 from billhook.shrinking.divergence import split_batches
+from billhook.shrinking.result import Budget, Search
 from billhook.shrinking.scope import Progress, SearchScope
-from billhook.shrinking.search import Budget, Search
 from billhook.shrinking.shrink import Layers, check_variant_cache, resolve_repair, run_shrink
 from billhook.shrinking.variants import tokens_needed
 from billhook.tracing.show import name_pattern

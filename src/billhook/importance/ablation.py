@@ -17,8 +17,7 @@ from billhook.calibration.calibration import Batches, read_batches
 from billhook.display import Printable, text_table
 from billhook.engine.batches import Loss, Run
 from billhook.engine.state import cpu_by_default, evaluating
-from billhook.importance.probes import check_consumers
-from billhook.importance.score import Importance, Sums, make_run
+from billhook.importance.score import Importance, Sums, check_consumers, make_run
 from billhook.model.find import check_values, find_transformer
 from billhook.units.blocks import skipping
 from billhook.units.find import find_units, unit_ids

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 
 from billhook.arguments import check_one_of
 from billhook.engine.batches import Run
-from billhook.importance.probes import (
+from billhook.importance.score import (
+    Importance,
+    Sums,
     by_unit,
     check_consumers,
     consumer_modules,
@@ -23,7 +25,6 @@ from billhook.importance.probes import (
     no_gradient_message,
     scalar_loss,
 )
-from billhook.importance.score import Importance, Sums
 from billhook.model.layers import read_dim
 from billhook.units.units import Per, Units
 

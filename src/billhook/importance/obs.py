@@ -19,8 +19,7 @@ from billhook.engine.statistics import InputGram
 from billhook.engine.store import store_of
 from billhook.engine.walk import blocks_of
 from billhook.importance.activations import gram_of, unit_positions, watch
-from billhook.importance.probes import check_consumers, consumer_modules
-from billhook.importance.score import Importance, Sums
+from billhook.importance.score import Importance, Sums, check_consumers, consumer_modules
 from billhook.linalg import cholesky_, damp_, float64_device
 from billhook.units.units import Per, Units
 

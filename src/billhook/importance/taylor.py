@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from billhook.arguments import check_int, check_one_of, check_types
 from billhook.engine.batches import Run
-from billhook.importance.probes import no_gradient_message, scalar_loss
-from billhook.importance.score import Importance, Sums
+from billhook.importance.score import Importance, Sums, no_gradient_message, scalar_loss
 from billhook.linalg import in_float64
 from billhook.units.units import Part, Per, Units, parts_of
 

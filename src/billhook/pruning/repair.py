@@ -18,8 +18,7 @@ from billhook.model.find import check_stored, check_values, find_transformer
 from billhook.model.layers import is_adapter, is_linear, size_of
 from billhook.model.plan import ModelPlan, Weights
 from billhook.progress import OnProgress
-from billhook.pruning.block_plan import BlockPlan
-from billhook.pruning.block_writers import block_writers, why_not_zeros, writers_behind, zero_weights
+from billhook.pruning.block_plan import BlockPlan, block_writers, why_not_zeros, writers_behind, zero_weights
 from billhook.pruning.plan import UnitPlan
 from billhook.repairs.repair import RepairConfig, repair_linears
 from billhook.repairs.residuals import NoRepair, not_refitted_message, strip_argument

@@ -11,8 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.model.costs import cost_of
-from billhook.pruning.block_plan import checked_block_plan, find_block_plan, without_blocks
-from billhook.pruning.block_writers import block_writers, why_not_zeros
+from billhook.pruning.block_plan import block_writers, checked_block_plan, find_block_plan, why_not_zeros, without_blocks
 from billhook.pruning.target import RatioSearch
 from billhook.shrinking.modules import PrunableModule
 from billhook.units.blocks import block_of

@@ -15,9 +15,8 @@ from billhook.shrinking.divergence import Perplexity
 from billhook.shrinking.knapsack import cost, fill_budget
 from billhook.shrinking.measurement import Measurement
 from billhook.shrinking.modules import unit_counts
-from billhook.shrinking.result import Candidate
+from billhook.shrinking.result import Budget, Candidate, Search
 from billhook.shrinking.scope import CURVE
-from billhook.shrinking.search import Budget, Search
 from billhook.shrinking.shrink_plan import ShrinkPlan, plan_choice, simulated
 from billhook.shrinking.space import (
     Point,

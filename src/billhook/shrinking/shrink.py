@@ -22,9 +22,8 @@ from billhook.shrinking.divergence import search_batches, split_batches
 from billhook.shrinking.knapsack import interpolated_loss
 from billhook.shrinking.measurement import Measurement, measure
 from billhook.shrinking.modules import unit_counts
-from billhook.shrinking.result import Shrunk
+from billhook.shrinking.result import Budget, Search, Shrunk
 from billhook.shrinking.scope import Progress, SearchScope
-from billhook.shrinking.search import Budget, Search
 from billhook.shrinking.selection import SearchResult, select_for_budget
 from billhook.shrinking.shrink_plan import apply_plans
 from billhook.shrinking.space import make_slots, modules_outside

@@ -18,8 +18,7 @@ from billhook.model.costs import cost_of
 from billhook.model.find import check_changeable, find_transformer
 from billhook.model.plan import ShapePlan, Weights, with_weights, without_inference_tensors
 from billhook.model.surgery import UpdateOptimizers, change_blockwise, restored_on_error
-from billhook.pruning.block_plan import BlockPlan, find_block_plan, without_blocks
-from billhook.pruning.block_writers import writers_behind, zero_weights
+from billhook.pruning.block_plan import BlockPlan, find_block_plan, without_blocks, writers_behind, zero_weights
 from billhook.pruning.cut import find_cut
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.removal import try_removal

@@ -30,7 +30,7 @@ from billhook.importance.obs import watch_blockwise
 from billhook.importance.score import make_run
 from billhook.linalg import float64_device
 from billhook.model.layers import matrix_of, to_parameters
-from billhook.pruning.block_writers import zero_weights
+from billhook.pruning.block_plan import zero_weights
 from billhook.pruning.target import RatioSearch
 from billhook.repairs.least_squares import bias_shift, choose_ridge, error_without_refit, residual_error, solve_ridge
 from billhook.repairs.repair import RepairConfig

@@ -126,11 +126,19 @@ NEVER: dict[Kind, str] = {
 
 def name_kinds(groups: Sequence[Group], attention: Sequence[Attention], tape: Tape) -> None:
     """Sets the kind of every group, from the roles of its axis."""
-    queries, keys = _head_leaves(groups, attention)
-    over, values = set[Axis](), set[Axis]()
+    axes = {(member.name, member.dim): member.axis for group in groups for member in group.members}
+    queries, keys, over, values = (set[Axis]() for _ in range(4))  # head leaves of queries, and of keys and values
     for layer in attention:
         over.update(layer.query_key)
         values.update(layer.value)
+        heads = set(layer.heads)
+        for part in layer.q:
+            if (part.name, part.dim) in axes:
+                queries |= heads & set(leaves(axes[part.name, part.dim]))
+        for part in (*layer.k, *layer.v):
+            axis = axes.get((part.name, part.dim))
+            if axis is not None:  # in a fused matrix, only the leaves that these positions reach
+                keys |= {leaf for leaf in heads & set(leaves(axis)) if (layout(axis, leaf)[part.positions] >= 0).any()}
     only_queries = queries - keys
     for group in groups:
         leaf, flags = group.leaf, group.flags
@@ -150,22 +158,6 @@ def name_kinds(groups: Sequence[Group], attention: Sequence[Attention], tape: Ta
             group.kind = "position"
         else:
             group.kind = _width_kind(group, tape)
-
-
-def _head_leaves(groups: Sequence[Group], attention: Sequence[Attention]) -> tuple[set[Axis], set[Axis]]:
-    """Returns the head leaves of queries, and the head leaves of keys and values."""
-    axes = {(member.name, member.dim): member.axis for group in groups for member in group.members}
-    queries, keys = set[Axis](), set[Axis]()
-    for layer in attention:
-        heads = set(layer.heads)
-        for part in layer.q:
-            if (part.name, part.dim) in axes:
-                queries |= heads & set(leaves(axes[part.name, part.dim]))
-        for part in (*layer.k, *layer.v):
-            axis = axes.get((part.name, part.dim))
-            if axis is not None:  # in a fused matrix, only the leaves that these positions reach
-                keys |= {leaf for leaf in heads & set(leaves(axis)) if (layout(axis, leaf)[part.positions] >= 0).any()}
-    return queries, keys
 
 
 def find_idle(groups: Sequence[Group], attention: Sequence[Attention], axes: Mapping[str, Sequence[Axis]]) -> None:

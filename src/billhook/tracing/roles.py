@@ -1,6 +1,6 @@
 """Finds attention and MLP roles from the order of products, not from names."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 
@@ -107,11 +107,26 @@ def find_attention(tape: Tape, groups: Sequence[Group]) -> list[Attention]:
     by_leaf = {group.leaf: group for group in groups}
     for i, scores in enumerate(contractions):
         values = _find_values(scores, contractions[i + 1 : i + 1 + NEAR])
-        if values is not None:
-            layer = _attention_of(tape, scores, *values, by_leaf)
-            rows = tuple((part.name, part.dim, len(part.positions)) for part in (*layer.q, *layer.k, *layer.v))
-            if layer.q and layer.k and layer.v and layer.o:
-                layers.setdefault(rows, layer)
+        if values is None:
+            continue
+        sources, axes = values
+        q, k, v = (_parts(tape, of) for of in (scores.left, scores.right, sources))
+        heads = tuple(dict.fromkeys([*_units(scores.left_axes[:-2]), *_units(axes[:-2])]))
+        value = tuple(leaf for leaf in _units(axes[-2:]) if leaf not in heads)
+        producers = set(map(attrgetter("name"), (*q, *k, *v)))
+        readers = {}  # parameters that consume a value axis of these heads
+        for leaf in filter(by_leaf.__contains__, value):
+            for member in by_leaf[leaf].members:
+                has_heads = not heads or not set(heads).isdisjoint(leaves(member.axis))
+                if member.reads and member.name not in producers and has_heads:
+                    readers[member.name, member.dim] = _whole_dimension(member)
+        parents = {name.rsplit(".", 2)[0] for name in producers}
+        # if all layers share a value axis, take the consumers next to the values
+        neighbors = [part for part in readers.values() if part.name.rsplit(".", 2)[0] in parents]
+        o, over = tuple(neighbors or readers.values()), tuple(_units([scores.over])) if scores.over is not None else ()
+        if q and k and v and o:
+            rows = tuple((part.name, part.dim, len(part.positions)) for part in (*q, *k, *v))
+            layers.setdefault(rows, Attention(q, k, v, o, heads, over, value))
     return list(layers.values())
 
 
@@ -126,27 +141,6 @@ def _find_values(scores: ActivationProduct, later: Iterable[ActivationProduct]) 
         if both <= product.right.keys() and product.left:
             return product.left, product.left_axes
     return None
-
-
-def _attention_of(
-    tape: Tape, scores: ActivationProduct, values: Sources, axes: list[Axis], by_leaf: Mapping[Axis, Group]
-) -> Attention:
-    """Returns the attention module of a query-key product and of the values that it weighs."""
-    q, k, v = (_parts(tape, sources) for sources in (scores.left, scores.right, values))
-    heads = tuple(dict.fromkeys([*_units(scores.left_axes[:-2]), *_units(axes[:-2])]))
-    value = tuple(leaf for leaf in _units(axes[-2:]) if leaf not in heads)
-    producers = set(map(attrgetter("name"), (*q, *k, *v)))
-    over = tuple(_units([scores.over])) if scores.over is not None else ()
-    readers = {}  # parameters that consume a value axis of these heads
-    for leaf in filter(by_leaf.__contains__, value):
-        for member in by_leaf[leaf].members:
-            has_heads = not heads or not set(heads).isdisjoint(leaves(member.axis))
-            if member.reads and member.name not in producers and has_heads:
-                readers[member.name, member.dim] = _whole_dimension(member)
-    parents = {name.rsplit(".", 2)[0] for name in producers}
-    # if all layers share a value axis, take the consumers next to the values
-    neighbors = [part for part in readers.values() if part.name.rsplit(".", 2)[0] in parents]
-    return Attention(q, k, v, tuple(neighbors or readers.values()), heads, over, value)
 
 
 def _units(axes: Iterable[Axis]) -> list[Axis]:

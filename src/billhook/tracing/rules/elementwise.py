@@ -135,8 +135,8 @@ def _record_product(tape: Tape, inputs: list[Tensor]) -> bool:
 
 
 def factory(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
-    """Creates a filled or empty tensor: its axes are unknown, and no index is special."""
-    new = record(out, [Axis(n) for n in out.shape], [])
+    """Creates a filled or empty tensor: with unknown axes, or like another, whose values are unused."""
+    new = record(out, axes_of(args[0]) if tape.op.endswith("_like") else [Axis(n) for n in out.shape], [])
     new.active, new.written_sources = True, {}
 
 
@@ -147,12 +147,6 @@ def copy(tape: Tape, out: Tensor, x: Tensor, source: Tensor, *args: Any) -> None
     if written is not None:
         merge_sources(written, as_sets(note(source).sources))
         note(out).written_sources = written
-
-
-def like(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
-    """Creates a tensor with the axes of another, without using its values."""
-    new = record(out, axes_of(x), [])
-    new.active, new.written_sources = True, {}
 
 
 def constant(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
@@ -305,10 +299,10 @@ RULES: dict[str, Callable[..., None]] = {
     ),
     **dict.fromkeys(
         ("empty", "zeros", "ones", "full", "new_empty", "new_zeros", "new_ones", "new_full", "scalar_tensor", "rand", "randn",
-         "empty_strided", "new_empty_strided", "bernoulli", "randint", "_efficientzerotensor"),
+         "empty_strided", "new_empty_strided", "bernoulli", "randint", "_efficientzerotensor",
+         "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"),
         factory,
     ),
-    **dict.fromkeys(("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"), like),
     **dict.fromkeys(("linspace", "logspace", "lift_fresh", "hann_window", "tril_indices", "triu_indices"), constant),
     **dict.fromkeys(("copy_", "copy"), copy),
     "arange": arange,

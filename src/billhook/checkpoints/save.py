@@ -5,7 +5,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -151,41 +151,28 @@ def save(
         check_tokenizer(model, preprocessor)
     probe = probe or make_probe(model)
     check_target(folder)
-    with lock_folder(target):
+    with lock_folder(target), temporarily_merged(model) if has_adapters(model) else nullcontext() as merged:
         check_target(folder)
-        if not has_adapters(model):
-            return _save(model, str(folder), target, preprocessors, plain, probe)
-        with temporarily_merged(model) as merged:
+        if merged is not None:
+            model = cast(PreTrainedModel, merged.model)
             if merged.lost:
                 warnings.warn(f"the checkpoint differs from the model: {merged.text()}", stacklevel=4)
-            return _save(cast(PreTrainedModel, merged.model), str(folder), target, preprocessors, plain, probe, merged.text())
-
-
-def _save(
-    model: PreTrainedModel,
-    folder: str,
-    target: Path,
-    preprocessors: Sequence[Preprocessor],
-    plain: dict[str, Any],
-    probe: Probe,
-    adapters: str | None = None,
-) -> Saved:
-    """Saves a model without adapters to a locked folder, with a record of plain data."""
-    expected, origin = expect(model, probe), origin_of(str(model.config.name_or_path), model.config)
-    with draft_folder(target) as draft, _untouched(model):
-        way, family, difference = _write(model, expected, draft, probe)
-        for preprocessor in preprocessors:
-            preprocessor.save_pretrained(draft)
-        saved = Saved(folder, way, difference, folder_size(draft) / 1e6, adapters, family)
-        result = asdict(saved) | {"folder": target.name}
-        plain = {**origin, **plain, "versions": plain.get("versions", versions("lightning")), "saved": result}
-        config = read_config(str(draft)) if family else type(model.config).from_pretrained(draft)
-        (draft / CARD).write_text(card(plain, saved.format, config), encoding="utf-8")
-        files = sorted([RECORD, *(path.name for path in draft.iterdir())])
-        (draft / RECORD).write_text(json.dumps({**plain, "files": files}, indent=1) + "\n")
-        replace_folder(draft, target)
-    store_of(model).reopen(target)
-    return saved
+        expected, origin = expect(model, probe), origin_of(str(model.config.name_or_path), model.config)
+        with draft_folder(target) as draft, _untouched(model):
+            way, family, difference = _write(model, expected, draft, probe)
+            for preprocessor in preprocessors:
+                preprocessor.save_pretrained(draft)
+            adapters = None if merged is None else merged.text()
+            saved = Saved(str(folder), way, difference, folder_size(draft) / 1e6, adapters, family)
+            result = asdict(saved) | {"folder": target.name}
+            plain = {**origin, **plain, "versions": plain.get("versions", versions("lightning")), "saved": result}
+            config = read_config(str(draft)) if family else type(model.config).from_pretrained(draft)
+            (draft / CARD).write_text(card(plain, saved.format, config), encoding="utf-8")
+            files = sorted([RECORD, *(path.name for path in draft.iterdir())])
+            (draft / RECORD).write_text(json.dumps({**plain, "files": files}, indent=1) + "\n")
+            replace_folder(draft, target)
+        store_of(model).reopen(target)
+        return saved
 
 
 def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) -> tuple[Way, str | None, float]:

@@ -31,7 +31,7 @@ from billhook.engine.memory import fits
 from billhook.engine.state import evaluating
 from billhook.engine.store import store_of
 from billhook.engine.walk import find_sites
-from billhook.engine.zeros import zeros_by_name, zeros_of
+from billhook.engine.zeros import zeros_of
 from billhook.model.config_fields import text_config
 from billhook.model.costs import kv_cache_bytes
 from billhook.model.inputs import small_inputs
@@ -74,9 +74,9 @@ def time_forward(model: PreTrainedModel, length: int) -> float:
         return time.monotonic() - start
 
 
-def sizes_of(model: PreTrainedModel, zeros: int | None) -> dict[str, int | None]:
-    """Returns the parameter count, the given zero count, and the KV-cache bytes per token."""
-    return {"params": model.num_parameters(), "zeros": zeros, "kv_cache_bytes": kv_cache_bytes(model)}
+def sizes_of(model: PreTrainedModel) -> dict[str, int | None]:
+    """Returns the number of parameters, of zeros, and of KV-cache bytes per token."""
+    return {"params": model.num_parameters(), "zeros": zeros_of(model), "kv_cache_bytes": kv_cache_bytes(model)}
 
 
 def degradation_text(before: Before, degradation: Degradation) -> str | None:
@@ -174,29 +174,20 @@ class OneShot:
             raise ValueError(f"supplement={options.supplement}: {kind} needs labels, so it takes no other text.")
         default = SUPPLEMENT if refits and options.only_files and can_generate(self.model) else 0.0
         self._supplement = default if options.supplement is None else options.supplement
-        self._check_source()
+        if options.data is None and self.uses_data:
+            try:
+                check_can_generate(self.model)
+            except ValueError as error:
+                raise ValueError(f"data=None: {error}. Pass a file with --data.") from error
+            if options.stream and GENERATED in self.other_texts:
+                raise ValueError(f"data=None: '{name}' has no tokenizer to read text with. Pass --tokenizer and --data.")
         if self.metric == "perplexity":
             check_other_texts(self.calibration, options.also)
 
     @cached_property
     def sizes(self) -> dict[str, int | None]:
         """Parameters, zeros, and KV-cache bytes per token of the dense model."""
-        return sizes_of(self.model, None if self.zeros is None else sum(self.zeros.values()))
-
-    @cached_property
-    def zeros(self) -> dict[str, int] | None:
-        """Number of zero weights of the dense model by name; None if unknown."""
-        return zeros_by_name(self.model)
-
-    def _check_source(self) -> None:
-        """Raises if there is neither data nor a default text."""
-        if self.options.data is None and self.uses_data:
-            try:
-                check_can_generate(self.model)
-            except ValueError as error:
-                raise ValueError(f"data=None: {error}. Pass a file with --data.") from error
-            if self.options.stream and GENERATED in self.other_texts:
-                raise ValueError(f"data=None: '{self.name}' has no tokenizer to read text with. Pass --tokenizer and --data.")
+        return sizes_of(self.model)
 
     @cached_property
     def other_texts(self) -> list[str]:
@@ -364,23 +355,17 @@ class OneShot:
         if plan:
             print(f"{plan}\n")
         print(f"Dry run: {self.out} was not written.")
-        tokens = self._generated_tokens()
+        tokens = dict[str, int]()
+        if self.metric == "perplexity" and can_generate(self.model):
+            if self.calibrates:
+                tokens["calibration"] = self.example_counts.get(GENERATED, 0) * self.length
+            if self._measures and not self.options.stream:
+                tokens["evaluation"] = num_self_generated(self.calibration, self.options.evaluate, self.length) * self.length
         if total := sum(tokens.values()):
             purposes = " and ".join(purpose for purpose, count in tokens.items() if count)
             print(f"Without --dry_run, the model first generates {total:,} tokens for {purposes}.")
             if not plan:
                 print("With --data FILE, a dry run prints the whole plan.")
-
-    def _generated_tokens(self) -> dict[str, int]:
-        """Returns the number of tokens that the model generates, by purpose."""
-        if self.metric == "accuracy" or not can_generate(self.model):
-            return {}
-        rows = {"calibration": 0, "evaluation": 0}
-        if self.calibrates:
-            rows["calibration"] = self.example_counts.get(GENERATED, 0)
-        if self._measures and not self.options.stream:
-            rows["evaluation"] = num_self_generated(self.calibration, self.options.evaluate, self.length)
-        return {purpose: count * self.length for purpose, count in rows.items()}
 
     def _on_device(self) -> AbstractContextManager[None]:
         """Runs the blocks of an offloaded model on the device within a `with` block."""
@@ -481,7 +466,7 @@ class OneShot:
             lines: Lines to print before the results.
             not_refitted: Why layers were not refitted, for the record.
         """
-        event: dict[str, Any] = {"what": what, "before": self.sizes, "after": sizes_of(self.model, zeros_of(self.model))}
+        event: dict[str, Any] = {"what": what, "before": self.sizes, "after": sizes_of(self.model)}
         if not_refitted:
             event["not_refitted"] = not_refitted
         record = {"events": [event], **record}

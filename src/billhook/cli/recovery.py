@@ -58,7 +58,20 @@ def recover(
             lora=LoRA() if lora else None,
             distillation=Distillation(teacher=teacher),
         )
-        _trainer(steps, device, progress).fit(module, loader, val_dataloaders=[])
+        trainer = pl.Trainer(  # prints and writes nothing
+            accelerator=device.type,
+            devices=1 if device.index is None else [device.index],
+            max_steps=steps,
+            max_epochs=-1,
+            limit_val_batches=0,
+            gradient_clip_val=1.0,
+            callbacks=[_ReportProgress(progress)],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, loader, val_dataloaders=[])
     if lora:
         merge(model)
     for name, parameter in model.named_parameters():
@@ -75,20 +88,3 @@ class _ReportProgress(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
         """Reports the number of finished steps."""
         self.progress(trainer.global_step, trainer.max_steps)
-
-
-def _trainer(steps: int, device: torch.device, progress: OnProgress) -> pl.Trainer:
-    """Returns a trainer that prints and writes nothing."""
-    return pl.Trainer(
-        accelerator=device.type,
-        devices=1 if device.index is None else [device.index],
-        max_steps=steps,
-        max_epochs=-1,
-        limit_val_batches=0,
-        gradient_clip_val=1.0,
-        callbacks=[_ReportProgress(progress)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )

@@ -3,12 +3,10 @@
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from numpy.typing import NDArray
 from torch import Tensor
 
 from billhook.arguments import check_types
@@ -52,7 +50,9 @@ def heads(
     height = min(max(3.2, 0.28 * len(table) + 1.2), 14)
     figure = Plot(figsize=(9.5 if curve else 5, height), dpi=150, layout="constrained")
     axes = figure.subplots(1, 2 if curve else 1, squeeze=False)[0]
-    heat_map(axes[0], table, list(importance), "importance", least=np.nanmin(table, initial=0))
+    image = axes[0].imshow(table, aspect="auto", cmap="Blues", vmin=np.nanmin(table, initial=0))  # NaN stays blank
+    figure.colorbar(image, ax=axes[0], label="importance", shrink=0.8)
+    axes[0].set_yticks(range(len(table)), distinct_parts(list(importance)), fontsize=max(4, min(8, 200 // len(table))))
     crossed = [(head, row) for row, layer in enumerate(importance) for head in (removed or {}).get(layer, ())]
     if crossed:
         axes[0].plot(*zip(*crossed, strict=True), "x", color=RED, markersize=4, markeredgewidth=1.2)
@@ -95,22 +95,3 @@ def distinct_parts(names: Sequence[str]) -> list[str]:
 
 def _first_difference(columns: Sequence[tuple[str, ...]], default: int) -> int:
     return next((i for i, column in enumerate(columns) if len(set(column)) > 1), default)
-
-
-def heat_map(
-    axes: Axes, table: NDArray[Any], names: Sequence[str], label: str, least: float | None = None, most: float | None = None
-) -> None:
-    """Draws a table `[rows, columns]` as colors with a color bar; NaN stays blank.
-
-    Args:
-        axes: Axes to draw on.
-        table: Values.
-        names: Row names; their common beginning and end are left out.
-        label: Label of the color bar.
-        least: Value of the lightest color. Defaults to the minimum.
-        most: Value of the darkest color. Defaults to the maximum.
-    """
-    image = axes.imshow(table, aspect="auto", cmap="Blues", vmin=least, vmax=most)
-    figure: Any = axes.figure
-    figure.colorbar(image, ax=axes, label=label, shrink=0.8)
-    axes.set_yticks(range(len(table)), distinct_parts(names), fontsize=max(4, min(8, 200 // len(table))))

@@ -109,15 +109,19 @@ def _label(axes: Axes, curve: Any, points: Sequence[tuple[int, float, str]]) -> 
         if (step, value) in seen or not abs(value) < 1e100:
             continue
         seen.add((step, value))
-        text = axes.annotate(_short(value), (step, value), (6, 3), textcoords="offset points", fontsize=8)
+        short = f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:,.3g}"
+        text = axes.annotate(short, (step, value), (6, 3), textcoords="offset points", fontsize=8)
         sides = ["right", "left"] if side == "right" else ["left", "right"]
         options = list[tuple[int, int, tuple[str, bool], Any]]()
         for up, name in itertools.product((True, False), sides):
             _put(text, name, up)
             extent = text.get_window_extent()
             if not any(extent.padded(3).overlaps(other) for other in used):
-                is_ambiguous = _nearest(extent, dots) != (step, value)
-                cost = _collisions(axes, extent, lines) + 2 * is_ambiguous
+                cost = sum(line.intersects_bbox(extent.padded(2), filled=False) for line in lines)
+                if extent.x0 < axes.bbox.x0 or extent.x1 > axes.bbox.x1 or extent.y0 < axes.bbox.y0:
+                    cost += 2  # it leaves the axes
+                if _nearest(extent, dots) != (step, value):
+                    cost += 2  # another dot is nearer
                 options.append((cost, len(options), (name, up), extent))
         if not options:
             text.remove()
@@ -125,13 +129,6 @@ def _label(axes: Axes, curve: Any, points: Sequence[tuple[int, float, str]]) -> 
         _, _, side_and_height, extent = min(options)
         _put(text, *side_and_height)
         used.append(extent)
-
-
-def _collisions(axes: Axes, extent: Any, lines: Sequence[Any]) -> int:  # noqa: ANN401 - a bounding box
-    """Counts the lines that a text crosses, and adds two if it leaves the axes."""
-    leaves_axes: bool = extent.x0 < axes.bbox.x0 or extent.x1 > axes.bbox.x1 or extent.y0 < axes.bbox.y0
-    crossed: int = sum(line.intersects_bbox(extent.padded(2), filled=False) for line in lines)
-    return crossed + 2 * leaves_axes
 
 
 def _nearest(extent: Any, dots: Mapping[tuple[int, float], Any]) -> tuple[int, float]:  # noqa: ANN401 - a bounding box
@@ -143,7 +140,3 @@ def _nearest(extent: Any, dots: Mapping[tuple[int, float], Any]) -> tuple[int, f
 def _put(text: Any, side: str, up: bool) -> None:  # noqa: ANN401 - a line or a text
     text.set(ha="left" if side == "right" else "right", va="bottom" if up else "top")
     text.xyann = (6 if side == "right" else -6, 3 if up else -3)
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:,.3g}"

@@ -128,17 +128,14 @@ def _classes(
         task = kind.__name__.removeprefix(prefix)
         for family in families if task[:1].isupper() and task != kind.__name__ else ():
             equivalent = getattr(transformers, family.name + task, None)
-            if equivalent is not None and _is_complete(family, config, cast(type[PretrainedConfig], equivalent.config_class)):
-                yield equivalent, _added(family, config), family.lacks
-
-
-def _is_complete(family: Family, config: PretrainedConfig, kind: type[PretrainedConfig]) -> bool:
-    """Returns True if a config of the class `kind` expresses exactly this config."""
-    declared, other = _declared(type(config)), _declared(kind)
-    known = declared - other <= family.lacks.keys() and other - declared <= family.adds.keys() | {"head_dim"}
-    neutral = all(_is_neutral(getattr(config, name, value), value) for name, value in family.lacks.items())
-    agreed = all(getattr(config, name, value) == value for name, value in _added(family, config).items())
-    return known and neutral and agreed
+            if equivalent is None:
+                continue
+            # its config must express exactly this config
+            declared, other, added = _declared(type(config)), _declared(equivalent.config_class), _added(family, config)
+            known = declared - other <= family.lacks.keys() and other - declared <= family.adds.keys() | {"head_dim"}
+            neutral = all(_is_neutral(getattr(config, name, value), value) for name, value in family.lacks.items())
+            if known and neutral and all(getattr(config, name, value) == value for name, value in added.items()):
+                yield equivalent, added, family.lacks
 
 
 def _is_neutral(stated: object, neutral: object) -> bool:

@@ -49,7 +49,11 @@ def origin_of(name: str, config: PretrainedConfig) -> dict[str, Any]:
         kind = next(iter(config.architectures or []), None)
         folder = "tiny" if name == model_path("tiny") else Path(name).resolve().name
         origin["made_of"] = recorded or {"name": folder, **({"class": kind} if kind else {})}
-    card = _card_of(name) if name else {}
+    card: Mapping[str, Any] = {}
+    file = try_to_load_from_cache(name, CARD) if hub_name(name) else Path(name) / CARD
+    if name and isinstance(file, str | Path) and Path(file).is_file():
+        with suppress(OSError, ValueError, YAMLError, RecursionError):
+            card = metadata_load(file) or {}
     stated = card.get("license") or vars(config).get("license")
     if not _is_text(stated):
         return origin
@@ -71,16 +75,6 @@ def _recorded(folder: Path) -> dict[str, Any]:
             return {"base_model": base}
         if isinstance(made_of, dict) and _is_text(made_of.get("name")):
             return {part: made_of[part] for part in ("name", "class") if _is_text(made_of.get(part))}
-    return {}
-
-
-def _card_of(name: str) -> Mapping[str, Any]:
-    """Returns the front matter of a model card, or nothing if it cannot be read."""
-    file = try_to_load_from_cache(name, CARD) if hub_name(name) else Path(name) / CARD
-    if not isinstance(file, str | Path) or not Path(file).is_file():
-        return {}
-    with suppress(OSError, ValueError, YAMLError, RecursionError):
-        return metadata_load(file) or {}
     return {}
 
 

@@ -278,18 +278,14 @@ def timing_table(rows: Sequence[Timing], names: Sequence[str], sizes_of_tokens: 
             cells += [f"{row.tokens_per_second:,.1f}", peak, f"{row.cache_bytes / 1e6:,.1f}"]
             cells.append("-" if row.rate is None else f"{row.rate / 1e9:,.1f}")
             cells += [f"{row.tokens_per_second * sizes_of_tokens[row.model]:,.0f}"] if sizes_of_tokens else []
-            lines.append(cells + (_compared(row) if len(names) > 1 else []))
+            if row.model:
+                low, high = spread(row.ratios)
+                cells += [f"{row.speed_up:.2f}", f"({low:.2f}-{high:.2f})"]
+                cells += ["-", "-"] if row.ideal is None or row.share is None else [f"{row.ideal:.2f}", f"{row.share:.0%}"]
+            lines.append(cells + [""] * (len(head) - len(cells)))
         if lines:
             tables.append(render_table(head, lines))
     return "\n\n".join(tables)
-
-
-def _compared(row: Timing) -> list[str]:
-    if row.model == 0:
-        return [""] * 4
-    low, high = spread(row.ratios)
-    ideal = ["-", "-"] if row.ideal is None or row.share is None else [f"{row.ideal:.2f}", f"{row.share:.0%}"]
-    return [f"{row.speed_up:.2f}", f"({low:.2f}-{high:.2f})", *ideal]
 
 
 def _notes(

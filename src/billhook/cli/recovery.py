@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -65,7 +66,7 @@ def recover(
             max_epochs=-1,
             limit_val_batches=0,
             gradient_clip_val=1.0,
-            callbacks=[_ReportProgress(progress)],
+            callbacks=[LambdaCallback(on_train_batch_end=lambda trainer, *_: progress(trainer.global_step, steps))],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -77,14 +78,3 @@ def recover(
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
     model.to(device).eval()  # type: ignore[arg-type]
-
-
-class _ReportProgress(pl.Callback):
-    """Reports each training step to a callback."""
-
-    def __init__(self, progress: OnProgress) -> None:
-        self.progress = progress
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
-        """Reports the number of finished steps."""
-        self.progress(trainer.global_step, trainer.max_steps)

@@ -74,13 +74,13 @@ class Recovery:
         return "causal-lm"
 
 
-def search_space(scope: SearchScope, steps: int, budget: str | None = None) -> str:
+def search_space(scope: SearchScope, steps: int, budget: str | None) -> str:
     """Returns a description of the removable units, and the maximum number of steps.
 
     Args:
         scope: The search space.
         steps: Maximum number of search steps.
-        budget: A budget of loss, as text. Defaults to the size limit of the candidates.
+        budget: A budget of loss, as text. None names the size limit of the candidates.
     """
     budget = f"{scope.limit:,}" if budget is None else budget
     sizes = f"{scope.target} now {scope.now:,}, budget {budget}, smallest reachable {scope.least:,}"

@@ -159,7 +159,7 @@ def reconstruction_bytes(model: PreTrainedModel) -> int:
     return TUNED_COPIES * 4 * streamed_size(store_of(model)).largest // model.dtype.itemsize
 
 
-def io_summary(store: BlockStore, passes: int, exact: bool = True, unknown: Sequence[object] = ()) -> str:
+def io_summary(store: BlockStore, passes: int, exact: bool, unknown: Sequence[object]) -> str:
     """Returns a line on the bytes that a command reads and writes.
 
     Args:

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from torch import Tensor
 
@@ -60,24 +59,20 @@ def heads(
     axes[0].set(xlabel=f"head (x: {action})", ylabel="layer", title=f"{len(crossed)} of {number} heads {action}")
     axes[0].locator_params(axis="x", integer=True)
     if curve:
-        _draw_curve(axes[1], [(100 * share, value) for share, value in curve])
+        points = [(100 * share, value) for share, value in curve]
+        axes[1].plot(*zip(*points, strict=True), "o", markersize=4, color=BLUE)
+        finite = [pair for pair in pairwise(points) if math.isfinite(pair[0][1]) and math.isfinite(pair[1][1])]
+        colors = [BLUE if start[0] == end[0] else RED for start, end in finite]
+        if BLUE in colors or len(finite) == 1:  # arrows for pruning and training steps
+            for (start, end), color in zip(finite, colors, strict=True):
+                axes[1].annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "shrinkA": 3, "shrinkB": 3})
+            lines = [Line2D([], [], color=RED, label="pruning"), Line2D([], [], color=BLUE, label="training")]
+            axes[1].legend(handles=lines if BLUE in colors else lines[:1], frameon=False, fontsize=8)
+        elif finite:
+            axes[1].plot(*zip(*points, strict=True), "-", linewidth=1.4, color=BLUE)
         axes[1].set(xlabel=f"heads {action}, %", ylabel=metric_label(name))
         style_axes(axes[1])
     return figure
-
-
-def _draw_curve(axes: Axes, points: list[tuple[float, float]]) -> None:
-    """Draws the metric, with arrows for pruning and training steps."""
-    axes.plot(*zip(*points, strict=True), "o", markersize=4, color=BLUE)
-    finite = [pair for pair in pairwise(points) if math.isfinite(pair[0][1]) and math.isfinite(pair[1][1])]
-    colors = [BLUE if start[0] == end[0] else RED for start, end in finite]
-    if BLUE in colors or len(finite) == 1:
-        for (start, end), color in zip(finite, colors, strict=True):
-            axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "shrinkA": 3, "shrinkB": 3})
-        lines = [Line2D([], [], color=RED, label="pruning"), Line2D([], [], color=BLUE, label="training")]
-        axes.legend(handles=lines if BLUE in colors else lines[:1], frameon=False, fontsize=8)
-    elif finite:
-        axes.plot(*zip(*points, strict=True), "-", linewidth=1.4, color=BLUE)
 
 
 def distinct_parts(names: Sequence[str]) -> list[str]:

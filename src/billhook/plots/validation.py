@@ -40,7 +40,10 @@ def validation(
     for step, _, value_before, value_after in events:
         before += [] if value_before is None else [(step, value_before)]
         after += [] if value_after is None else [(step, value_after)]
-    curve = _joined_curve(history, before, after)
+    measured = dict([*before, *after])  # these values replace validation values of their steps
+    points = [(step, 1, value) for step, value in history if step not in measured]
+    points += [(step, 0, value) for step, value in before] + [(step, 2, value) for step, value in after]
+    curve = [(step, value if abs(value) < 1e100 else math.nan) for step, _, value in sorted(points)]
     (line,) = axes.plot(*zip(*curve, strict=True), **CURVE) if curve else axes.plot([], [])
     finite = [value for _, value in curve if math.isfinite(value)]
     if finite and min(finite) >= 1 and max(finite) > 5 * min(finite):
@@ -58,18 +61,6 @@ def validation(
         labels.append((*point, "left"))
     _label(axes, line, labels)
     return figure
-
-
-def _joined_curve(
-    history: Sequence[tuple[int, float]], before: Sequence[tuple[int, float]], after: Sequence[tuple[int, float]]
-) -> list[tuple[int, float]]:
-    """Joins validation values with values before and after events, which replace them."""
-    measured = dict([*before, *after])
-    points = [(step, 1, value) for step, value in history if step not in measured]
-    for order, values in ((0, before), (2, after)):
-        for step, value in values:
-            points.append((step, order, value))
-    return [(step, value if abs(value) < 1e100 else math.nan) for step, _, value in sorted(points)]
 
 
 def _mark(axes: Axes, events: Sequence[tuple[int, str]]) -> None:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from operator import truediv
 from pathlib import Path
@@ -34,15 +35,16 @@ class Peak:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.rise: int | None = None
+        self._before: int | None = None
 
     def __enter__(self) -> Self:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-            self._before: int | None = torch.cuda.memory_allocated(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
         elif self.device.type == "cpu":
-            self._before = resident() if _reset_peak() else None
-        else:
-            self._before = None
+            with suppress(OSError):
+                RESET.write_text("5")  # resets the kernel's peak memory of this process
+                self._before = resident()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -50,15 +52,6 @@ class Peak:
             cuda = self.device.type == "cuda"
             most = torch.cuda.max_memory_allocated(self.device) if cuda else resident("VmHWM") or 0
             self.rise = max(most - self._before, 0)
-
-
-def _reset_peak() -> bool:
-    """Resets the kernel's peak memory of this process; returns False if that fails."""
-    try:
-        RESET.write_text("5")
-    except OSError:
-        return False
-    return True
 
 
 Phase = Literal["prefill", "decode"]
@@ -226,37 +219,33 @@ def check_speed(
         cache: Kind of KV cache.
         phases: What to measure.
     """
-    for name, values in (("models", models), ("batch_sizes", batch_sizes), ("contexts", contexts), ("phases", phases)):
+    for argument, values in (("models", models), ("batch_sizes", batch_sizes), ("contexts", contexts), ("phases", phases)):
         if not values:
-            raise ValueError(f"{name}=[] must have at least one entry.")
+            raise ValueError(f"{argument}=[] must have at least one entry.")
     for batch_size in batch_sizes:
         check_int("batch_sizes", batch_size)
     for context in contexts:
         check_int("contexts", context, 2)
-    for name, number, least in (("new_tokens", new_tokens, 1), ("rounds", rounds, 1), ("warmup", warmup, 0)):
-        check_int(name, number, least)
+    for argument, count, least in (("new_tokens", new_tokens, 1), ("rounds", rounds, 1), ("warmup", warmup, 0)):
+        check_int(argument, count, least)
     check_one_of("cache", cache, CacheKind)
     for phase in phases:
         check_one_of("phases", phase, Phase)
     for number, model in enumerate(models):
-        tokens = max(contexts) + (new_tokens if generates(model) else 0)
-        _check_model(model, f"models: {type(model).__name__} (number {number})", tokens)
+        name, tokens = f"models: {type(model).__name__} (number {number})", max(contexts) + new_tokens * generates(model)
+        if model.main_input_name != "input_ids":
+            raise ValueError(f"{name} takes {model.main_input_name}. Only models that take input_ids are supported.")
+        if model.config.is_encoder_decoder:
+            raise ValueError(f"{name} is an encoder-decoder. Only decoders and encoders are supported.")
+        if generates(model) and cache_name(model) is None:
+            raise ValueError(f"{name} does not support transformers' caches, so its decoding cannot be measured.")
+        if model.training:
+            raise ValueError(f"{name} is in training mode. Call model.eval() first.")
+        longest = getattr(text_config(model.config), "max_position_embeddings", None)
+        if longest and tokens > longest:
+            raise ValueError(f"contexts and new_tokens add up to {tokens} tokens; {name} supports {longest}. Use fewer.")
     if list(phases) == ["decode"] and not all(map(generates, models)):
         raise ValueError("phases=['decode'] requires models that predict next tokens.")
-
-
-def _check_model(model: PreTrainedModel, name: str, tokens: int) -> None:
-    if model.main_input_name != "input_ids":
-        raise ValueError(f"{name} takes {model.main_input_name}. Only models that take input_ids are supported.")
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder. Only decoders and encoders are supported.")
-    if generates(model) and cache_name(model) is None:
-        raise ValueError(f"{name} does not support transformers' caches, so its decoding cannot be measured.")
-    if model.training:
-        raise ValueError(f"{name} is in training mode. Call model.eval() first.")
-    longest = getattr(text_config(model.config), "max_position_embeddings", None)
-    if longest and tokens > longest:
-        raise ValueError(f"contexts and new_tokens add up to {tokens} tokens; {name} supports {longest}. Use fewer.")
 
 
 def _prompts(model: PreTrainedModel, batch_size: int, context: int, seed: int) -> Tensor:

@@ -14,9 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from billhook.serving.converter import DType
-from billhook.serving.limitations import deci_limitation, misread
 
-SHAPED = "its converter cannot express its heads and widths"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 TYPES: dict[DType, Any] = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -25,13 +23,6 @@ TYPES: dict[DType, Any] = {
 }
 SIZE_KEYS = ("embedding_length", "block_count", "feed_forward_length", "attention.head_count", "attention.head_count_kv")
 """Keys whose values in the template file are not the model's."""
-
-
-def unsupported_reason(model: PreTrainedModel) -> str | None:
-    """Returns the reason why `deci` cannot compute a model, or None if it can."""
-    if (reason := deci_limitation(model.config)) is not None:
-        return f"llama.cpp: {misread(type(model).__name__, model.config) or SHAPED}, and {reason}"
-    return None
 
 
 def save_template(model: PreTrainedModel, folder: Path, out: Path) -> None:
@@ -69,7 +60,7 @@ def write_deci(model: PreTrainedModel, template: Path, out: Path, dtype: DType) 
     """Writes a model as a GGUF file of the architecture `deci`.
 
     Args:
-        model: Model for which `unsupported_reason` is None.
+        model: Model for which `deci_limitation` is None.
         template: GGUF file of its template (see `save_template`).
         out: Output file.
         dtype: Data type of matrices. Vectors are float32.

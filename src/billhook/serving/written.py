@@ -13,7 +13,7 @@ from billhook.model.preprocessors import FILES
 from billhook.model.shaped import has_shape_entry, load_as, readable
 from billhook.serving.converter import Converter, DType
 from billhook.serving.engine import Kind, LlamaCpp
-from billhook.serving.limitations import misread, rope_factors
+from billhook.serving.limitations import deci_limitation, misread, rope_factors
 from billhook.serving.worker import WorkerError
 
 
@@ -77,12 +77,13 @@ def write_gguf(folder: str, out: str | Path, converter: Converter, dtype: DType 
 
 def _write_shaped(folder: str, out: str | Path, converter: Converter, dtype: DType, vocabulary: bool) -> str | None:
     """Writes a billhook checkpoint as `deci`; returns the text splitting (see `Converter`)."""
-    from billhook.serving.deci import save_template, unsupported_reason, write_deci  # it needs gguf, an extra
+    from billhook.serving.deci import save_template, write_deci  # it needs gguf, an extra
 
     with readable(folder):
         model = load_as(model_class(read_config(folder), folder), folder, "auto")
-    if (reason := unsupported_reason(model)) is not None:
-        raise WorkerError(reason)
+    if (limitation := deci_limitation(model.config)) is not None:
+        problem = misread(type(model).__name__, model.config) or "its converter cannot express its heads and widths"
+        raise WorkerError(f"llama.cpp: {problem}, and {limitation}")
     with tempfile.TemporaryDirectory() as near:
         small, template = Path(near, Path(folder).resolve().name), Path(near, "template.gguf")
         save_template(model, Path(folder), small)

@@ -69,6 +69,10 @@ def build_structure(model: nn.Module, tape: Tape, outside: Mapping[str, tuple[in
         known = note(tensor, touch=False)
         if known.used and not known.active:
             axes[name] = tuple(map(find, known.axes))
+    first, tied = dict[int, str](), dict[str, str]()  # the first name of every weight, by its other names
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (original := first.setdefault(id(parameter), name)) != name:
+            tied[name] = original
     sizes, shapes = dict[str, int](), dict[str, tuple[int, ...]]()
     for name, parameter in model.named_parameters():
         sizes[name], shapes[name] = parameter.element_size(), tuple(parameter.shape)
@@ -97,21 +101,11 @@ def build_structure(model: nn.Module, tape: Tape, outside: Mapping[str, tuple[in
         attention=tuple(attention),
         feed_forward=tuple(find_feed_forward(tape, groups)),
         shapes=shapes,
-        tied=_tied_names(model),
+        tied=tied,
         untouched=tuple(untouched),
         opaque=dict(tape.misses),
         assumed=dict(tape.assumed),
     )
-
-
-def _tied_names(model: nn.Module) -> dict[str, str]:
-    """Returns the first name of every tied weight, by its other names."""
-    first, tied = dict[int, str](), dict[str, str]()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        original = first.setdefault(id(parameter), name)
-        if original != name:
-            tied[name] = original
-    return tied
 
 
 BY_FLAG: dict[str, Kind] = {"data": "position", "fixed": "fixed", "vocab": "vocab", "label": "label", "topk": "expert"}

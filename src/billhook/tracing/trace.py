@@ -94,7 +94,19 @@ def _run(meta_model: nn.Module, outside: Shapes, example_inputs: Inputs | None, 
     for config in configs_of(meta_model):
         if attention_of(config) not in ("eager", "sdpa"):  # other implementations do not run on meta
             set_attention(config, "eager")
-    tape, vocab = _tape(meta_model), _vocabulary(meta_model)
+    tape, vocab = Tape(), _vocabulary(meta_model)
+    for name, tensor in [*meta_model.named_parameters(), *meta_model.named_buffers()]:
+        tape.parameters[name] = tensor
+        tape.storages[memory_of(tensor)] = name
+        fresh = note(tensor)
+        fresh.sources, fresh.used = {(name, -1): Rows(None)}, False
+    for hook in stand_ins_in(meta_model):
+        notes = tape.assumed if hook.harmless else tape.misses
+        notes[hook.says] = notes.get(hook.says, 0) + 1
+        hook.note = partial(_opaque, hook.says)
+    config = getattr(meta_model, "config", None)
+    if getattr(config, "quantization_config", None) is not None and not hasattr(meta_model, "hf_quantizer"):
+        tape.assumed["the config is of a quantized model: traced as not quantized, bytes included"] = 1
     noted = _noted(args, vocab if isinstance(meta_model, PreTrainedModel) else None)
     named = {key: _noted(value, vocab if "input_ids" in key else None) for key, value in kwargs.items()}
     try:
@@ -172,23 +184,6 @@ def _arguments(meta_model: nn.Module, inputs: Inputs | None) -> tuple[list[Any],
     if isinstance(inputs, Mapping):
         return [], dict(inputs)
     return ([inputs] if isinstance(inputs, Tensor) else list(inputs)), {}
-
-
-def _tape(meta_model: nn.Module) -> Tape:
-    tape = Tape()
-    for name, tensor in [*meta_model.named_parameters(), *meta_model.named_buffers()]:
-        tape.parameters[name] = tensor
-        tape.storages[memory_of(tensor)] = name
-        fresh = note(tensor)
-        fresh.sources, fresh.used = {(name, -1): Rows(None)}, False
-    for hook in stand_ins_in(meta_model):
-        notes = tape.assumed if hook.harmless else tape.misses
-        notes[hook.says] = notes.get(hook.says, 0) + 1
-        hook.note = partial(_opaque, hook.says)
-    config = getattr(meta_model, "config", None)
-    if getattr(config, "quantization_config", None) is not None and not hasattr(meta_model, "hf_quantizer"):
-        tape.assumed["the config is of a quantized model: traced as not quantized, bytes included"] = 1
-    return tape
 
 
 def _opaque(reason: str, replaceable: object) -> None:

@@ -12,7 +12,6 @@ from billhook.tracing.axes import Axis, mark, notes_of, product, split
 from billhook.tracing.rules.movement import mark_ranked
 from billhook.tracing.tape import (
     ActivationProduct,
-    Note,
     Tape,
     apply_pending,
     as_sets,
@@ -57,15 +56,11 @@ def elementwise(tape: Tape, out: Any, *args: Any, **kwargs: Any) -> None:  # noq
         if new.active and (name in NONLINEAR or (name == "mul" and _record_product(tape, inputs))):
             new.bent = True
             mark_units(axes, "bent", tape.op)
-        if name == "add" and new.active and len(inputs) == 2 and _adds(*map(note, inputs)):
-            mark_units(axes[-1:] if result.dim() < 4 else axes, "added", "a residual stream")
-
-
-def _adds(left: Note, right: Note) -> bool:
-    """Returns whether a matrix product is added to something else."""
-    if not (left.active and right.active) or left.sources.keys() == right.sources.keys():
-        return False
-    return any(rows.exact for factor in (left, right) for rows in factor.sources.values())
+        if name == "add" and len(inputs) == 2:
+            left, right = map(note, inputs)
+            is_product = any(rows.exact for rows in (*left.sources.values(), *right.sources.values()))
+            if left.active and right.active and is_product and left.sources.keys() != right.sources.keys():
+                mark_units(axes[-1:] if result.dim() < 4 else axes, "added", "a residual stream")
 
 
 def _points(op: str, out: Tensor, inputs: list[Tensor], args: tuple[Any, ...]) -> Axis | None:

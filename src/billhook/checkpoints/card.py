@@ -122,7 +122,7 @@ def card(record: Mapping[str, Any], loading: str, config: PretrainedConfig) -> s
     data = ModelCardData(base_model=base, **fields, library_name=library, tags=["billhook", *_tags(*_sizes(record))])
     made_of, kind = record.get("made_of"), (config.architectures or ["a model"])[0]
     folder = dict(made_of) if isinstance(made_of, Mapping) else {}
-    done = "pruned" if "pruned" in data.tags else "changed" if _measured(record) else "saved"
+    done = "pruned" if "pruned" in (data.tags or ()) else "changed" if _measured(record) else "saved"
     title = f"# {plain(base.rpartition('/')[2] if base else folder.get('name') or kind)}, {done} with billhook"
     parts = [f"---\n{data.to_yaml().strip()}\n---", title]
     if base:

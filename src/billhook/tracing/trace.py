@@ -91,9 +91,9 @@ class _EntriesDiffer(ValueError):
 def _run(meta_model: nn.Module, outside: Shapes, example_inputs: Inputs | None, everything: bool) -> Structure:
     args, kwargs = _arguments(meta_model, example_inputs)
     compute_every_expert(meta_model)
-    for config in configs_of(meta_model):
-        if attention_of(config) not in ("eager", "sdpa"):  # other implementations do not run on meta
-            set_attention(config, "eager")
+    for nested in configs_of(meta_model):
+        if attention_of(nested) not in ("eager", "sdpa"):  # other implementations do not run on meta
+            set_attention(nested, "eager")
     tape, vocab = Tape(), _vocabulary(meta_model)
     for name, tensor in [*meta_model.named_parameters(), *meta_model.named_buffers()]:
         tape.parameters[name] = tensor
@@ -121,7 +121,7 @@ def _run(meta_model: nn.Module, outside: Shapes, example_inputs: Inputs | None, 
     return build_structure(meta_model, tape, outside)
 
 
-def _subject(module: nn.Module | PretrainedConfig | str | os.PathLike[str], all_of_it: bool) -> tuple[nn.Module, Shapes]:
+def _subject(given: nn.Module | PretrainedConfig | str | os.PathLike[str], all_of_it: bool) -> tuple[nn.Module, Shapes]:
     """Returns the module to trace and the shapes of parameters outside of it.
 
     All of a module, or the Hugging Face model that it holds.
@@ -129,18 +129,19 @@ def _subject(module: nn.Module | PretrainedConfig | str | os.PathLike[str], all_
     Raises:
         ValueError: If it holds several and none is the one to work on.
     """
-    if not isinstance(module, nn.Module):
-        return (from_config(module) if isinstance(module, PretrainedConfig) else from_name(module)), {}
-    while True:  # wrappers without parameters: DDP, PEFT, torch.compile
-        wrapper: Any = module
-        if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-            module = wrapper.module
-        elif hasattr(module, "get_base_model") and not _prompts(module):
-            module = wrapper.get_base_model()
-        elif hasattr(module, "_orig_mod"):
-            module = wrapper._orig_mod
+    if not isinstance(given, nn.Module):
+        return (from_config(given) if isinstance(given, PretrainedConfig) else from_name(given)), {}
+    inner: Any = given
+    while True:  # inside wrappers without parameters: DDP, PEFT, torch.compile
+        if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        elif hasattr(inner, "get_base_model") and not _prompts(inner):
+            inner = inner.get_base_model()
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
         else:
             break
+    module: nn.Module = inner
     if all_of_it or not any(isinstance(child, PreTrainedModel) for child in module.modules()):
         return module, {}
     try:

@@ -61,7 +61,6 @@ class Degradation(EventFollower):
 
     def prepare(self, fit: Fit) -> None:
         """Checks the run and evaluates the dense model once it exists."""
-        fit.check_strategy("Degradation")
         for callback, _ in fit.averages:
             check_listed_after(fit, self, callback)
         self.begin(fit)

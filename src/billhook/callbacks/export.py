@@ -92,13 +92,9 @@ class Export(FitCallback):
         check_path("folder", folder)
         if gguf is not None:
             check_path("gguf", gguf, [".gguf"])
-        if tokenizer is not None and not isinstance(tokenizer, Preprocessor | str):
-            raise ValueError(
-                f"tokenizer={tokenizer!r} must be a transformers tokenizer, processor, or image processor, or its name or folder."
-            )
-        if probe is not None and not (isinstance(probe, Mapping) and any(isinstance(value, Tensor) for value in probe.values())):
-            raise ValueError(f"probe={probe!r} must be a dictionary of forward inputs, such as {{'input_ids': ...}}.")
         check_types(Export, locals())
+        if probe is not None and not any(isinstance(value, Tensor) for value in probe.values()):
+            raise ValueError(f"probe={probe!r} must be a dictionary of forward inputs, such as {{'input_ids': ...}}.")
         if push_to_hub is not None:
             check_repository("push_to_hub", push_to_hub)
         elif private:

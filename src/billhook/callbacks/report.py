@@ -44,8 +44,6 @@ class Report(FitCallback):
         self, plot_file: str = "outputs/report.png", metric: str | None = None, measure_batches: int | None = None
     ) -> None:
         check_path("plot_file", plot_file, PLOT_SUFFIXES)
-        if metric is not None and not isinstance(metric, str):
-            raise ValueError(f"metric={metric!r} must be the name of a logged validation metric (str) or None.")
         check_types(Report, locals())
         if measure_batches is not None:
             check_int("measure_batches", measure_batches, least=0)

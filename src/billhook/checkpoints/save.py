@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from billhook.adapters.merge import has_adapters, temporarily_merged
 from billhook.arguments import check_types
 from billhook.assets import model_path
-from billhook.atomic_folder import RECORD, check_name, check_target, draft_folder, folder_size, replace_folder
+from billhook.atomic_folder import RECORD, check_target, draft_folder, folder_size, replace_folder
 from billhook.checkpoints.card import card
 from billhook.checkpoints.equivalent import equivalents, set_head_dim
 from billhook.checkpoints.origin import CARD, origin_of
@@ -140,8 +140,6 @@ def save(
     arguments = locals()
     plain = _to_plain(record or {})
     check_types(save, arguments)
-    check_name(folder)
-    target = Path(folder).resolve()
     _check_no_prompts(model)
     model = find_transformer(model)
     check_names(model)
@@ -151,6 +149,7 @@ def save(
         check_tokenizer(model, preprocessor)
     probe = probe or make_probe(model)
     check_target(folder)
+    target = Path(folder).resolve()
     with lock_folder(target), temporarily_merged(model) if has_adapters(model) else nullcontext() as merged:
         check_target(folder)
         if merged is not None:

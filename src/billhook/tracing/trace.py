@@ -56,10 +56,6 @@ def trace(model: nn.Module | PretrainedConfig | str | os.PathLike[str], example_
         >>> [(group.kind, group.size) for group in structure.groups if not group.reason][:3]
         [('residual', 256), ('head', 8), ('value', 32)]
     """
-    if not isinstance(model, nn.Module | PretrainedConfig | str | os.PathLike):
-        raise ValueError(f"model must be a module, a config, or a name, got {type(model).__name__}")
-    if not isinstance(example_inputs, Tensor | Mapping | list | tuple | None):
-        raise ValueError(f"example_inputs must be a dictionary, a tuple, or a tensor, got {type(example_inputs).__name__}")
     check_types(trace, locals())
     for name, parameter in model.named_parameters() if isinstance(model, nn.Module) else ():
         if isinstance(parameter, nn.UninitializedParameter):

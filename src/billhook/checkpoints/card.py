@@ -1,6 +1,7 @@
 """The model card of a checkpoint: changes, sizes, degradation, and how to load it."""
 
 import json
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
@@ -34,10 +35,10 @@ def number(value: object) -> str:
 
 
 def with_error(value: object, error: object) -> str:
-    """Formats a number with its standard error."""
-    if not isinstance(value, float):  # JSON has no NaN, which is stored as text
+    """Formats a number with its standard error, either of which may be NaN, or no number in a file."""
+    if not isinstance(value, float) or math.isnan(value):
         return "unknown"
-    return f"{value:,.3f}" + (f" ± {error:.3f}" if isinstance(error, float) else "")
+    return f"{value:,.3f}" + (f" ± {error:.3f}" if isinstance(error, float) and not math.isnan(error) else "")
 
 
 def plain(value: object) -> str:

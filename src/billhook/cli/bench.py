@@ -3,7 +3,6 @@
 import itertools
 import tempfile
 from collections.abc import Sequence
-from json import dumps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from billhook.assets import model_path
 from billhook.calibration.calibration import MIXED
 from billhook.calibration.reading import load_splits
 from billhook.checkpoints.save import load
-from billhook.cli.machine import check_file, cpu_threads, device_of, file_progress, machine_name
+from billhook.cli.machine import check_file, cpu_threads, device_of, file_progress, machine_name, write_json
 from billhook.display import render_table
 from billhook.model.config_fields import text_config
 from billhook.model.meta import from_name
@@ -144,7 +143,7 @@ def bench(
         if sizes_of_tokens:
             about = [size | {"bytes_per_token": mean} for size, mean in zip(about, sizes_of_tokens, strict=True)]
         record = {"versions": versions(), "machine": where, "settings": settings, "models": about}
-        _write(json, record | {"rows": list(map(Timing.to_dict, rows))})
+        write_json(json, record | {"rows": list(map(Timing.to_dict, rows))})
 
 
 def _supported_contexts(models: Sequence[PreTrainedModel], new_tokens: int) -> list[int]:
@@ -152,10 +151,6 @@ def _supported_contexts(models: Sequence[PreTrainedModel], new_tokens: int) -> l
     limits = [getattr(text_config(model.config), "max_position_embeddings", None) for model in models]
     most = max(min(filter(None, limits), default=CONTEXTS[-1] + new_tokens) - new_tokens, 1)
     return [context for context in CONTEXTS if context <= most] or [most]
-
-
-def _write(file: str, record: dict[str, object]) -> None:
-    Path(file).write_text(dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def _bench_llama_cpp(
@@ -200,7 +195,7 @@ def _bench_llama_cpp(
     print("\n".join([f"{where}\n\n{render_table(head, lines)}", *_text_notes(names, sizes_of_tokens)]))
     if json is not None:
         about = {"versions": versions("llama-cpp-py-sync"), "machine": where, "rounds": rounds, "warmup": warmup}
-        _write(json, about | {"rows": record})
+        write_json(json, about | {"rows": record})
 
 
 def _converted(models: Sequence[str], folder: Path) -> list[list[Path]]:

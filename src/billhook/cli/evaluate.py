@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module, util
-from json import dumps
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +17,7 @@ from billhook.calibration.reading import Rows
 from billhook.checkpoints.save import load
 from billhook.cli import images
 from billhook.cli.examples import IMAGE_COLUMN
-from billhook.cli.machine import check_file, device_of, file_progress, model_progress
+from billhook.cli.machine import check_file, device_of, file_progress, model_progress, write_json
 from billhook.display import render_table
 from billhook.model.config_fields import text_config
 from billhook.model.meta import model_class, read_config
@@ -141,7 +139,7 @@ def evaluate(
         of_models = [about | {"figures": _plain(figures, all_figures[0])} for figures, about in results]
         used = versions("tokenizers", *(["lm_eval"] if settings.get("tasks") else []))
         record = {"versions": used, "settings": settings, "models": of_models}
-        Path(json).write_text(dumps(record, indent=1, allow_nan=False) + "\n")
+        write_json(json, record)
 
 
 def _result(name: str, work: images.Work, device: torch.device, dtype: str, stream: bool) -> tuple[list[Figure], dict[str, Any]]:

@@ -273,7 +273,7 @@ class OneShot:
         """Prints the steps of the command before it runs them.
 
         Args:
-            steps: The steps up to measuring and saving.
+            steps: The steps up to calibrating, measuring, and saving.
             passes: Number of passes over a streamed model that the steps need.
             exact: If False, `passes` is an upper bound.
             unknown: Importances that need an unknown number of further passes.
@@ -289,7 +289,9 @@ class OneShot:
         store, more = store_of(self.model), 2 * self._measures
         streams = [] if store.holds_all else [io_summary(store, passes + more, exact, unknown)]
         print(f"Model: {self.name} ({self.model.num_parameters():,} parameters)\nPlan:")
-        for step in (*steps, *measure, *streams, f"save to {self.out}{replacement_note(self.out)}"):
+        # without calibration data, tokens are counted in text, which their step names
+        calibration = [self._calibration_step] if self.calibrates or not self._as_text else []
+        for step in (*steps, *calibration, *measure, *streams, f"save to {self.out}{replacement_note(self.out)}"):
             print(f"  {step}", flush=True)
         for line in self._expected_times():  # which takes a while for a large model
             print(f"  {line}")
@@ -320,7 +322,7 @@ class OneShot:
         return texts * self.options.evaluate
 
     @property
-    def calibration_step(self) -> str:
+    def _calibration_step(self) -> str:
         """The line of the plan about calibration data."""
         if not self.calibrates:
             return "no calibration data needed"

@@ -64,7 +64,7 @@ def prune(
     steps = [step] + ([] if match is None else [work.matching_step(match)])
     if not work.of_images and solves_for_weights(criterion) and (warning := too_few_tokens(criterion, counts)):
         steps.append(warning)
-    work.print_plan(*steps, work.calibration_step, passes=_passes(criterion, allocation))
+    work.print_plan(*steps, passes=_passes(criterion, allocation))
     if dry_run and work.must_generate:
         work.print_dry_run()
         return

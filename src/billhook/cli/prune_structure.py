@@ -161,7 +161,6 @@ def prune_structure(
         if needed is not None:
             expected_limits = repair_limits(work, needed, meta_batches(work), required)
             steps.append(expected_limits or work.repair_step(repair, "consumer layers"))
-    steps += [work.calibration_step] * calibrates
     work.print_plan(*steps, passes=passes.known, exact=required, unknown=passes.unknown)
     needs_data = any(scorer.needs_data for scorer in (block_importance, importance) if scorer is not None)
     if dry_run and needs_data and work.must_generate:

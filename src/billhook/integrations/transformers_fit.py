@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -29,24 +30,20 @@ T = TypeVar("T")
 FIRST = "Prune or convert first (bh.prune, bh.apply, bh.convert_kv_heads) and train the result"
 
 
+@dataclass(eq=False)
 class TransformersFit(Fit):
     """A run of transformers' Trainer."""
 
     validate_first = "Pass eval_on_start=True to the Trainer, or validation= to Callbacks."
 
-    def __init__(
-        self,
-        callbacks: Sequence[object],
-        args: TrainingArguments,
-        state: TrainerState,
-        model: nn.Module,
-        resumes: bool,
-        validation: Iterable[Any] | None,
-        metrics: dict[str, float],
-        hooked: Mapping[str, Any],
-    ) -> None:
-        self.module, self.args, self.state, self._callbacks, self._resumes = model, args, state, callbacks, resumes
-        self._validation, self._metrics, self._hooked = validation, metrics, hooked
+    _callbacks: Sequence[object]
+    args: TrainingArguments
+    state: TrainerState
+    module: nn.Module
+    _resumes: bool
+    _validation: Iterable[Any] | None
+    _metrics: dict[str, float]
+    _hooked: Mapping[str, Any]
 
     @property
     def all_callbacks(self) -> Sequence[object]:

@@ -24,6 +24,7 @@ from billhook.report.generation import CacheKind, Generation, cache_name, genera
 RESET = Path("/proc/self/clear_refs")
 
 
+@dataclass
 class Peak:
     """Context manager that measures the peak memory of a device.
 
@@ -32,10 +33,9 @@ class Peak:
     memory that the process had freed, kept, and used again.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.rise: int | None = None
-        self._before: int | None = None
+    device: torch.device
+    rise: int | None = None
+    _before: int | None = None
 
     def __enter__(self) -> Self:
         if self.device.type == "cuda":

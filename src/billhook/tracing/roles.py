@@ -1,7 +1,7 @@
 """Finds attention and MLP roles from the order of products, not from names."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from operator import attrgetter
 
 import numpy as np
@@ -9,7 +9,7 @@ import numpy as np
 from billhook.display import Printable
 from billhook.linalg import Indices
 from billhook.tracing.axes import Axis, find, leaves
-from billhook.tracing.groups import Group, Kind, Member
+from billhook.tracing.groups import Group, Member
 from billhook.tracing.tape import ActivationProduct, Rows, Sources, Tape
 
 NEAR = 6  # products to search after the query-key product for the one with the values
@@ -194,23 +194,3 @@ def consecutive_ranges(positions: Indices) -> list[tuple[int, int]]:
     """Returns the ranges without gaps in ascending numbers: first and last number."""
     breaks = np.flatnonzero(np.diff(positions) != 1) + 1
     return [(int(part[0]), int(part[-1])) for part in np.split(positions, breaks) if len(part)]
-
-
-@dataclass(eq=False)
-class StructureFields:
-    """Fields of a `Structure`, which documents them."""
-
-    model: str
-    axes: dict[str, tuple[Axis, ...]]
-    groups: tuple[Group, ...]
-    attention: tuple[Attention, ...]
-    feed_forward: tuple[FeedForward, ...]
-    shapes: dict[str, tuple[int, ...]]
-    tied: dict[str, str] = field(default_factory=dict)
-    untouched: tuple[str, ...] = ()
-    opaque: dict[str, int] = field(default_factory=dict)
-    assumed: dict[str, int] = field(default_factory=dict)
-
-    def of_kind(self, *kinds: Kind) -> list[Group]:
-        """Returns the groups of some kinds."""
-        return [group for group in self.groups if group.kind in kinds]

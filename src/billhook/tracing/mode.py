@@ -14,6 +14,7 @@ from billhook.engine.trees import tree_map_only
 from billhook.model.cache import CachedShapes
 from billhook.tracing.axes import Axis, Irregular, mark, product
 from billhook.tracing.rules import rule_for
+from billhook.tracing.rules.indexing import index
 from billhook.tracing.tape import (
     SMALL,
     Note,
@@ -43,7 +44,7 @@ def _nonzero(x: Tensor, everything: bool) -> Tensor:
     return out
 
 
-def _all_selected(x: Tensor, mask: Tensor) -> Tensor:
+def _all_selected(tape: Tape, x: Tensor, mask: Tensor) -> Tensor:
     """Returns x[mask] as if the mask were True everywhere."""
     broadcast(x.shape, [x, mask])
     keep_order(axes_of(x), "the code picks along it by a mask")
@@ -52,25 +53,18 @@ def _all_selected(x: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
-def _all_indexed(x: Tensor, indices: list[Tensor | None]) -> Tensor | None:
+def _all_indexed(tape: Tape, x: Tensor, indices: list[Tensor | None]) -> Tensor | None:
     """Returns x[..., mask] as if the mask were True everywhere; None without a mask."""
-    masks = [(d, i) for d, i in enumerate(indices) if i is not None and i.dtype == torch.bool]
-    if len(masks) != 1 or sum(i is not None for i in indices) != 1:
+    given = [(d, i) for d, i in enumerate(indices) if i is not None]
+    if len(given) != 1 or given[0][1].dtype != torch.bool:
         return None
-    d, mask = masks[0]
+    d, mask = given[0]
     out = x.flatten(d, d + mask.dim() - 1).clone()
-    axes = axes_of(x)
-    record(out, [*axes[:d], product(axes[d : d + mask.dim()]), *axes[d + mask.dim() :]], [x, mask], note(x).points)
-    for axis, of_mask in zip(axes[d : d + mask.dim()], axes_of(mask), strict=True):
-        join(axis, of_mask)
-    keep_order(axes_of(mask), "the code picks along it by a mask")
+    index(tape, out, x, indices)
     return out
 
 
-TAKEN_IN_FULL: dict[str, Callable[..., Tensor | None]] = {
-    "masked_select": _all_selected,
-    "index": _all_indexed,
-}
+TAKEN_IN_FULL: dict[str, Callable[..., Tensor | None]] = {"masked_select": _all_selected, "index": _all_indexed}
 
 
 FACTORIES = {"arange", "zeros", "ones", "full", "scalar_tensor", "linspace", "tril_indices", "triu_indices", "eye"}
@@ -115,7 +109,7 @@ class Recorder(CachedShapes):  # type: ignore[no-untyped-call]
         if name == "nonzero":
             self._assume(f"nonzero: {'every' if self.everything else 'one'} entry is taken")
             return _nonzero(args[0], self.everything)
-        if name in TAKEN_IN_FULL and (out := TAKEN_IN_FULL[name](*args)) is not None:
+        if name in TAKEN_IN_FULL and (out := TAKEN_IN_FULL[name](self.tape, *args)) is not None:
             self._assume(f"{name}: every entry is taken")
             return out
         args_before = (_before(args[0]), *args[1:]) if op.reshapes else None

@@ -21,7 +21,6 @@ from billhook.tracing.tape import (
     is_data,
     join,
     keep_order,
-    mark_units,
     note,
     record,
     record_move,
@@ -76,7 +75,7 @@ def index(tape: Tape, out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) 
         axes, masked = axes_of(x), axes_of(x)[d : d + mask.dim()]
         for axis, other in zip(masked, axes_of(mask), strict=True):
             join(axis, other)
-        mark_units(masked, "const", "the code picks along it by a mask")
+        keep_order(masked, "the code picks along it by a mask")
         record(out, [*axes[:d], product(masked), *axes[d + mask.dim() :]], [x, mask], note(x).points)
         return
     at, first_pick = list(picks), next(iter(picks.values()))

@@ -186,7 +186,11 @@ def measure_speed(
     rows = []
     for batch_size in batch_sizes:
         for context in contexts:
-            runs = [Generation(model, _prompts(model, batch_size, context, seed), new_tokens, cache) for model in models]
+            runs = list[Generation]()
+            for model in models:  # models with the same number of tokens get the same prompts
+                generator, tokens = torch.Generator().manual_seed(seed), text_config(model.config).vocab_size
+                ids = torch.randint(tokens, (batch_size, context), generator=generator)
+                runs.append(Generation(model, ids.to(model.device), new_tokens, cache))
             if "prefill" in phases:
                 rows += _rows(runs, "prefill", _rounds(runs, rounds, warmup, Generation.start, Generation.prefill, progress))
             elif all(map(generates, models)):
@@ -248,13 +252,6 @@ def check_speed(
         raise ValueError("phases=['decode'] requires models that predict next tokens.")
 
 
-def _prompts(model: PreTrainedModel, batch_size: int, context: int, seed: int) -> Tensor:
-    """Draws random tokens, `[batch_size, context]`, equal for equal vocabulary sizes."""
-    vocabulary = text_config(model.config).vocab_size
-    ids = torch.randint(vocabulary, (batch_size, context), generator=torch.Generator().manual_seed(seed))
-    return ids.to(model.device)
-
-
 def _rounds(
     runs: Sequence[Generation],
     rounds: int,
@@ -296,7 +293,12 @@ def _rows(runs: Sequence[Generation], phase: Phase, measured: Sequence[Sequence[
         peaks = [peak for _, peak in rounds if peak is not None]
         batch_size, context = run.ids.shape
         flops = _flops(run.model, context) if phase == "prefill" else None
-        weights, cache = _read(run.model), _bytes(run.tensors)
+        looked_up, used = set[nn.Parameter](), set[nn.Parameter]()
+        for module in run.model.modules():
+            (looked_up if isinstance(module, nn.Embedding) else used).update(module.parameters(recurse=False))
+        # a step reads all weights but embedding tables, of which it looks up rows
+        weights = _bytes(parameter for parameter in run.model.parameters() if parameter in used or parameter not in looked_up)
+        cache = _bytes(run.tensors)
         row = Timing(
             model=number, phase=phase, batch_size=batch_size, context=context, seconds=seconds, ratios=ratios,
             weight_bytes=weights, cache_bytes=cache, cache_tokens=run.cached_tokens, flops=flops and batch_size * flops,
@@ -313,14 +315,6 @@ def _rows(runs: Sequence[Generation], phase: Phase, measured: Sequence[Sequence[
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _read(model: PreTrainedModel) -> int:
-    """Counts bytes of the weights that a step reads, without looked-up embedding tables."""
-    looked_up, used = set[nn.Parameter](), set[nn.Parameter]()
-    for module in model.modules():
-        (looked_up if isinstance(module, nn.Embedding) else used).update(module.parameters(recurse=False))
-    return _bytes(parameter for parameter in model.parameters() if parameter in used or parameter not in looked_up)
 
 
 def _flops(model: PreTrainedModel, context: int) -> int | None:

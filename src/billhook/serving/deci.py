@@ -31,13 +31,13 @@ def save_template(model: PreTrainedModel, folder: Path, out: Path) -> None:
     llama.cpp's converter writes the GGUF fields of vocabulary and positions from it.
     """
     config: Any = model.config
-    width = _width(model)
+    parts, width = _parts_and_width(model)
     out.mkdir()
     for path in folder.iterdir():
         if path.is_file() and path.suffix not in WEIGHTS:
             shutil.copy(path, out)
     small = LlamaConfig(
-        vocab_size=len(_parts(model).embed_tokens.weight),
+        vocab_size=len(parts.embed_tokens.weight),
         hidden_size=width,
         head_dim=width,
         intermediate_size=32,
@@ -65,8 +65,8 @@ def write_deci(model: PreTrainedModel, template: Path, out: Path, dtype: DType) 
         out: Output file.
         dtype: Data type of matrices. Vectors are float32.
     """
-    parts, read = _parts(model), GGUFReader(template)
-    heads, kv_heads, widths, tensors = zip(*(_layer(layer, _width(model)) for layer in parts.layers), strict=True)
+    (parts, width), read = _parts_and_width(model), GGUFReader(template)
+    heads, kv_heads, widths, tensors = zip(*(_layer(layer, width) for layer in parts.layers), strict=True)
     writer = GGUFWriter(out, "deci", use_temp_file=True)
     skipped = ["general.architecture", "general.size_label", "general.file_type", *(f"llama.{name}" for name in SIZE_KEYS)]
     for key, field in read.fields.items():
@@ -98,14 +98,10 @@ def write_deci(model: PreTrainedModel, template: Path, out: Path, dtype: DType) 
     writer.close()
 
 
-def _parts(model: PreTrainedModel) -> Any:  # noqa: ANN401 - a decoder of any family
-    """Returns the decoder: embeddings, layers, and norm."""
-    return model.base_model
-
-
-def _width(model: PreTrainedModel) -> int:
-    """Returns the head dimension."""
-    return int(_parts(model).layers[0].self_attn.head_dim)
+def _parts_and_width(model: PreTrainedModel) -> tuple[Any, int]:
+    """Returns the decoder (embeddings, layers, and norm), and the head dimension."""
+    parts: Any = model.base_model
+    return parts, int(parts.layers[0].self_attn.head_dim)
 
 
 def _layer(layer: Any, width: int) -> tuple[int, int, int, dict[str, Tensor]]:  # noqa: ANN401 - a layer of any family

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from billhook.adapters.merge import has_adapters, temporarily_merged
 from billhook.arguments import check_types
 from billhook.assets import model_path
-from billhook.atomic_folder import RECORD, check_target, draft_folder, folder_size, replace_folder
+from billhook.atomic_folder import RECORD, check_target, draft_folder, replace_folder
 from billhook.checkpoints.card import card
 from billhook.checkpoints.equivalent import equivalents, set_head_dim
 from billhook.checkpoints.origin import CARD, origin_of
@@ -162,7 +162,8 @@ def save(
             for preprocessor in preprocessors:
                 preprocessor.save_pretrained(draft)
             adapters = None if merged is None else merged.text()
-            saved = Saved(str(folder), way, difference, folder_size(draft) / 1e6, adapters, family)
+            size = sum(path.stat().st_size for path in draft.rglob("*") if path.is_file())
+            saved = Saved(str(folder), way, difference, size / 1e6, adapters, family)
             result = asdict(saved) | {"folder": target.name}
             plain = {**origin, **plain, "versions": plain.get("versions", versions("lightning")), "saved": result}
             config = read_config(str(draft)) if family else type(model.config).from_pretrained(draft)

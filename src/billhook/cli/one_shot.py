@@ -86,28 +86,6 @@ def degradation_text(before: Before, degradation: Degradation) -> str | None:
     return None if degradation is None else f"Accuracy: {before:,.4g} before, {degradation:,.4g} after"
 
 
-def next_steps(model: PreTrainedModel, name: str, out: str, event: Mapping[str, Any]) -> list[str]:
-    """Returns commands to continue with, each with a comment.
-
-    Args:
-        model: The smaller model.
-        name: Name of the dense model.
-        out: Folder of the smaller model.
-        event: The recorded change, with sizes before and after.
-    """
-    if not generates(model):
-        return [f"billhook summary {out}  # count parameters and operations"]
-    train = f"billhook fit --model.model {out} --model.lora '{{}}' --data.data FILE --trainer.max_steps 1000"
-    export = f"--trainer.callbacks+=billhook.Export --trainer.callbacks.folder {out}-trained"
-    # plain training would make zeros nonzero
-    sparse = event["after"]["zeros"] - event["before"]["zeros"] > PRUNED * event["after"]["params"]
-    return [
-        f"billhook evaluate {name} {out} --text FILE  # compare both models on your text",
-        *([] if sparse else [f"{train} {export}  # recovery training on your text"]),
-        f"billhook serve-check {out}  # check the outputs in llama.cpp",
-    ]
-
-
 class OneShot:
     """A checkpoint that a command makes smaller, with its calibration and evaluation data.
 
@@ -503,7 +481,21 @@ class OneShot:
             if line:
                 print(line)
         print(saved.text())
-        print("\n".join(["", "Next steps:", *(f"  {line}" for line in next_steps(self.model, self.name, self.out, event))]))
+        print("\n".join(["", "Next steps:", *(f"  {line}" for line in self._next_steps(event))]))
+
+    def _next_steps(self, event: Mapping[str, Any]) -> list[str]:
+        """Returns commands to continue with, each with a comment; `event` has the sizes before and after."""
+        if not generates(self.model):
+            return [f"billhook summary {self.out}  # count parameters and operations"]
+        train = f"billhook fit --model.model {self.out} --model.lora '{{}}' --data.data FILE --trainer.max_steps 1000"
+        export = f"--trainer.callbacks+=billhook.Export --trainer.callbacks.folder {self.out}-trained"
+        # plain training would make zeros nonzero
+        sparse = event["after"]["zeros"] - event["before"]["zeros"] > PRUNED * event["after"]["params"]
+        return [
+            f"billhook evaluate {self.name} {self.out} --text FILE  # compare both models on your text",
+            *([] if sparse else [f"{train} {export}  # recovery training on your text"]),
+            f"billhook serve-check {self.out}  # check the outputs in llama.cpp",
+        ]
 
     def _preprocessor(self) -> Preprocessor | None:
         """Loads the tokenizer or image processor to save with the model, if there is one."""

@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from operator import itemgetter
 from textwrap import shorten
 from typing import Any
 
@@ -55,7 +54,7 @@ def validation(
     axes.margins(x=0.06, y=0.12)
     axes.locator_params(axis="x", integer=True)
     style_axes(axes)
-    _mark(axes, list(map(itemgetter(0, 1), events)))
+    _mark(axes, [(step, what) for step, what, _, _ in events])
     labels = [(*point, "right") for point in (*curve[-1:], *curve[:1], *after)]
     for point in before:
         labels.append((*point, "left"))

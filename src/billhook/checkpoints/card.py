@@ -120,16 +120,23 @@ def card(record: Mapping[str, Any], loading: str, config: PretrainedConfig) -> s
     fields: dict[str, Any] = {field: record[field] for field in license_fields if isinstance(record.get(field), str)}
     fields |= {"base_model_relation": RELATION} if base else {}
     library = "billhook" if record["saved"]["way"] == "shaped" else "transformers"
-    data = ModelCardData(base_model=base, **fields, library_name=library, tags=["billhook", *_tags(*_sizes(record))])
+    tags, (before, after) = ["billhook"], _sizes(record)
+    sizes = [size_of.get(name) for name in ("params", "zeros") for size_of in (before, after)]
+    known = [size for size in sizes if isinstance(size, int)]
+    if len(known) == len(sizes):  # fewer parameters or more zeros, and many more zeros
+        params, fewer, zeros, more = known
+        sparse = zeros < more and more >= SPARSE * fewer
+        tags += ["pruned"] * (sparse or fewer < params) + ["sparse"] * sparse
+    data = ModelCardData(base_model=base, **fields, library_name=library, tags=tags)
     made_of, kind = record.get("made_of"), (config.architectures or ["a model"])[0]
     folder = dict(made_of) if isinstance(made_of, Mapping) else {}
-    done = "pruned" if "pruned" in (data.tags or ()) else "changed" if _measured(record) else "saved"
+    done = "pruned" if "pruned" in tags else "changed" if _measured(record) else "saved"
     title = f"# {plain(base.rpartition('/')[2] if base else folder.get('name') or kind)}, {done} with billhook"
     parts = [f"---\n{data.to_yaml().strip()}\n---", title]
     if base:
         parts.append(f"Made from [{base}](https://huggingface.co/{base}) with billhook.")
     elif folder.get("name"):
-        size = _sizes(record)[0].get("params")
+        size = before.get("params")
         about = [plain(folder.get("class", kind)), *([f"{size:,} parameters"] if isinstance(size, int) else [])]
         parts.append(f"Made from a local folder, {plain(folder['name'])} ({', '.join(about)}).")
     for title, section in (("Changes", _changes(record)), ("Size and quality", _quality(record))):
@@ -140,17 +147,6 @@ def card(record: Mapping[str, Any], loading: str, config: PretrainedConfig) -> s
         code = f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained({quoted})  # or its Hub name"
     parts += ["## Usage", f"{loading[0].upper()}{loading[1:]}.", f"```python\n{code}\n```"]
     return "\n\n".join(parts) + "\n"
-
-
-def _tags(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Returns "pruned" for fewer parameters or more zeros, and "sparse" for many more zeros."""
-    sizes = [size_of.get(name) for name in ("params", "zeros") for size_of in (before, after)]
-    known = [size for size in sizes if isinstance(size, int)]
-    if len(known) < len(sizes):
-        return []
-    params, fewer, zeros, more = known
-    sparse = zeros < more and more >= SPARSE * fewer
-    return ["pruned"] * (sparse or fewer < params) + ["sparse"] * sparse
 
 
 def _sizes(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:

@@ -7,7 +7,7 @@ from typing import Any, cast
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-from billhook.model.config_fields import nested_configs, text_config
+from billhook.model.config_fields import text_config
 from billhook.model.shape import KEY, Shape, built_shape, shape_beyond_config, shape_of
 
 ANY = object()
@@ -70,18 +70,6 @@ NOT_COPIED = {"model_type", "auto_map"}
 """Config fields that identify the model type."""
 
 Candidate = tuple[type[PreTrainedModel], PretrainedConfig]
-
-
-def set_head_dim(model: PreTrainedModel) -> None:
-    """Sets `head_dim` in configs that leave it empty, because SGLang fails without it."""
-    for _, config in nested_configs(model.config):
-        if vars(config).get("head_dim", 0) is None:
-            sizes = set()
-            for module in model.modules():
-                size = getattr(module, "head_dim", None)
-                if getattr(module, "config", None) is config and type(size) is int:
-                    sizes.add(size)
-            config.head_dim = sizes.pop() if len(sizes) == 1 else None
 
 
 def equivalents(model: PreTrainedModel) -> Iterator[Candidate]:

@@ -18,7 +18,7 @@ from billhook.arguments import check_types
 from billhook.assets import model_path
 from billhook.atomic_folder import RECORD, check_target, draft_folder, replace_folder
 from billhook.checkpoints.card import card
-from billhook.checkpoints.equivalent import equivalents, set_head_dim
+from billhook.checkpoints.equivalent import equivalents
 from billhook.checkpoints.origin import CARD, origin_of
 from billhook.checkpoints.verify import Probe, expect, make_probe, verify
 from billhook.display import Printable
@@ -195,9 +195,16 @@ def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) 
 
 
 def state_shape(model: PreTrainedModel) -> Shape:
-    """Adds an entry to a model's config for a shape that no field can express."""
+    """Sets empty `head_dim` in a model's configs, and adds an entry for a shape that no field can express."""
     vars(model.config).pop(KEY, None)  # the entry of an earlier save
-    set_head_dim(model)
+    for _, config in nested_configs(model.config):
+        if vars(config).get("head_dim", 0) is None:  # SGLang fails without it
+            sizes = set()
+            for module in model.modules():
+                size = getattr(module, "head_dim", None)
+                if getattr(module, "config", None) is config and type(size) is int:
+                    sizes.add(size)
+            config.head_dim = sizes.pop() if len(sizes) == 1 else None
     shape = shape_beyond_config(model)
     if shape.tensors:
         setattr(model.config, KEY, to_entry(shape))

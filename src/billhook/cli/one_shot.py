@@ -458,19 +458,20 @@ class OneShot:
                     data = {name: value for name, value in data.items() if name not in ("tokens", "weights")}
             record["calibration" if self.calibrates else "text"] = data
         degradation, warning = self.measure_degradation(before), None
-        results: dict[str, Any] = {"before": None, "after": None, "examples": self.options.evaluate}
-        metric = self.metric
+        metric, (old, new), examples = self.metric, (before, degradation), self.options.evaluate
         if isinstance(degradation, list):
             first = degradation[0]
-            metric, values = ("bits_per_byte", bits) if (bits := first.bits_per_byte) else (metric, (first.before, first.after))
-            results = {"before": values[0], "after": values[1], "examples": first.rows}
+            old, new, examples = first.before, first.after, first.rows
+            if (bits := first.bits_per_byte) is not None:
+                metric, (old, new) = "bits_per_byte", bits
             record["degradation"], warning = [text.to_json() for text in degradation], degradation_warning(degradation)
         elif degradation is not None:
-            results = {"before": before, "after": degradation, "examples": len(self._labeled.measured_rows)}
+            examples = len(self._labeled.measured_rows)
+        record[metric] = {"before": old, "after": new, "examples": examples}
         if reused := store_of(self.model).reused:
             print(f"Reused {reused} block{'s' * (reused > 1)} from an interrupted run.")
         with file_progress("saving and verifying"):
-            saved = save(self.model, self.out, self._preprocessor(), record | {metric: results})
+            saved = save(self.model, self.out, self._preprocessor(), record)
         with suppress(OSError):  # there is no folder, or it has other files
             for file in self._text_folder.glob(f"*{KEPT}"):
                 file.unlink()

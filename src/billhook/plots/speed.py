@@ -27,7 +27,14 @@ def speed(rows: Sequence[Timing], names: Sequence[str]) -> Plot:
     figure = Plot(figsize=(1 + 4.5 * columns, 0.8 + 3.2 * len(phases)), dpi=150, layout="constrained")
     panels = figure.subplots(len(phases), columns, squeeze=False)
     for phase, (speeds, *others) in zip(phases, panels, strict=True):
-        curves = _curves([row for row in rows if row.phase == phase])
+        rows_of_phase = sorted((row for row in rows if row.phase == phase), key=attrgetter("context"))
+        sizes, by_model = sorted({row.batch_size for row in rows_of_phase}), dict[tuple[int, int], list[Timing]]()
+        for row in rows_of_phase:
+            by_model.setdefault((row.model, row.batch_size), []).append(row)
+        curves = list[tuple[list[Timing], dict[str, Any]]]()  # each with its line style
+        for (model, size), curve in sorted(by_model.items()):
+            marker = MARKERS[sizes.index(size) % len(MARKERS)]
+            curves.append((curve, {"color": COLORS[model % len(COLORS)], "marker": marker, "markersize": 4}))
         for curve, style in curves:
             points = []
             for row in curve:
@@ -55,19 +62,6 @@ def speed(rows: Sequence[Timing], names: Sequence[str]) -> Plot:
         style_axes(axes)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
-
-
-def _curves(rows: Sequence[Timing]) -> list[tuple[list[Timing], dict[str, Any]]]:
-    """Groups rows by model and batch size, ordered by context, with a line style each."""
-    batches = sorted({row.batch_size for row in rows})
-    curves = dict[tuple[int, int], list[Timing]]()
-    for row in sorted(rows, key=lambda row: row.context):
-        curves.setdefault((row.model, row.batch_size), []).append(row)
-    styled = []
-    for (model, batch), curve in sorted(curves.items()):
-        style = {"color": COLORS[model % len(COLORS)], "marker": MARKERS[batches.index(batch) % len(MARKERS)], "markersize": 4}
-        styled.append((curve, style))
-    return styled
 
 
 def _bars(axes: Axes, points: Sequence[tuple[float, float, float, float]], style: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -119,7 +120,13 @@ def export_gguf(folder: str | Path, out: str | Path, kind: GGUFKind = "auto", co
     path, quantized = Path(out), kind in get_args(Kind)
     draft = path.with_name(f".{path.name}.draft")
     exact = draft.with_name(f"{draft.name}-exact") if quantized else draft
-    dtype = _dtype_of(folder) if kind == "auto" or quantized else cast(DType, kind.lower())
+    dtype: DType = "f32"
+    if kind == "auto" or quantized:
+        with suppress(OSError, ValueError):  # a config that cannot be read is refused below
+            config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+            dtype = DTYPES.get(config.get("dtype") or config.get("torch_dtype") or "", dtype)
+    else:
+        dtype = cast(DType, kind.lower())
     try:
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         with Converter(converter) as running:
@@ -147,12 +154,3 @@ def check_gguf(out: str | Path, kind: GGUFKind = "auto") -> None:
             other = file.read(len(MAGIC)) != MAGIC
     if other:
         raise ValueError(f"gguf='{out}' exists and is not a GGUF file. Choose another file.")
-
-
-def _dtype_of(folder: str | Path) -> DType:
-    """Returns the dtype that a folder's config names; float32 if it names none, or another."""
-    try:
-        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "f32"  # refused where it is read
-    return DTYPES.get(config.get("dtype") or config.get("torch_dtype") or "", "f32")

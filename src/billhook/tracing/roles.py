@@ -10,7 +10,7 @@ from billhook.display import Printable
 from billhook.linalg import Indices
 from billhook.tracing.axes import Axis, find, leaves
 from billhook.tracing.groups import Group, Member
-from billhook.tracing.tape import ActivationProduct, Rows, Sources, Tape
+from billhook.tracing.tape import ActivationProduct, Sources, Tape
 
 NEAR = 6  # products to search after the query-key product for the one with the values
 
@@ -152,18 +152,17 @@ def _whole_dimension(member: Member) -> Part:
 
 
 def _parts(tape: Tape, sources: Sources) -> tuple[Part, ...]:
-    return tuple(_part(tape, name, dim, rows) for (name, dim), rows in sources.items() if dim >= 0)
-
-
-def _part(tape: Tape, name: str, dim: int, rows: Rows) -> Part:
-    size = tape.parameters[name].shape[dim]
-    if rows.positions is None:
-        return Part(name, dim, np.arange(size), size)
-    seen = np.zeros(size + 1, dtype=bool)  # the last entry collects positions from elsewhere (-1)
-    for positions in (rows.positions, *rows.more):
-        once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in positions.stride())  # without repetitions
-        seen[positions[once].numpy().reshape(-1)] = True
-    return Part(name, dim, np.flatnonzero(seen[:-1]), size)
+    parts = list[Part]()
+    for (name, dim), rows in sources.items():
+        if dim < 0:
+            continue
+        size = tape.parameters[name].shape[dim]
+        seen = np.full(size + 1, rows.positions is None)  # the last entry collects positions from elsewhere (-1)
+        for positions in () if rows.positions is None else (rows.positions, *rows.more):
+            once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in positions.stride())  # without repetitions
+            seen[positions[once].numpy().reshape(-1)] = True
+        parts.append(Part(name, dim, np.flatnonzero(seen[:-1]), size))
+    return tuple(parts)
 
 
 def find_feed_forward(tape: Tape, groups: Iterable[Group]) -> list[FeedForward]:

@@ -192,16 +192,12 @@ def _opaque(reason: str, replaceable: object) -> None:
 
 def _vocabulary(meta_model: nn.Module) -> Axis | None:
     """Returns the axis of token ids."""
-    model = next((child for child in meta_model.modules() if isinstance(child, PreTrainedModel)), None)
-    if model is None:
-        return None
+    model: Any = next((child for child in meta_model.modules() if isinstance(child, PreTrainedModel)), None)
     try:
-        table = getattr(model.get_input_embeddings(), "weight", None)
+        table = model.get_input_embeddings().weight
     except (NotImplementedError, AttributeError):
         return None
-    if not isinstance(table, Tensor) or table.dim() != 2:
-        return None
-    return Axis(table.shape[0], notes={"vocab": "token ids"})
+    return Axis(table.shape[0], notes={"vocab": "token ids"}) if isinstance(table, Tensor) and table.dim() == 2 else None
 
 
 def _noted(value: Any, vocab: Axis | None) -> Any:  # noqa: ANN401 - whatever a forward takes

@@ -292,7 +292,7 @@ class HeadPruning(HeadMasking):
         self.record.note(self.heads, metric, before, event["after"])
 
     def _choose(self, fit: Fit, ratio: float) -> dict[str, list[int]]:
-        """Returns the heads to mask, including heads that are masked already; records the scores."""
+        """Returns the heads to mask, including masked heads; records the scores."""
         model, record = fit.model, self.record
         heads = find_units(model, "head")
         record.begin({name: units.count(self.per) for name, units in heads.items()})

@@ -22,7 +22,7 @@ def listed(record: Mapping[str, Any], name: str, keys: Collection[str]) -> list[
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]], align: str = "---:") -> str:
-    """Returns a Markdown table of formatted numbers and escaped text; `align` skips the first column."""
+    """Returns a Markdown table of escaped cells; `align` skips the first column."""
     lines = [heads, ["---", *[align] * (len(heads) - 1)], *([number(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
@@ -35,7 +35,7 @@ def number(value: object) -> str:
 
 
 def with_error(value: object, error: object) -> str:
-    """Formats a number with its standard error, either of which may be NaN, or no number in a file."""
+    """Formats a number with its standard error; either may be missing."""
     if not isinstance(value, float) or math.isnan(value):
         return "unknown"
     return f"{value:,.3f}" + (f" ± {error:.3f}" if isinstance(error, float) and not math.isnan(error) else "")

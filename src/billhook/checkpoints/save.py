@@ -195,7 +195,7 @@ def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) 
 
 
 def state_shape(model: PreTrainedModel) -> Shape:
-    """Sets empty `head_dim` in a model's configs, and adds an entry for a shape that no field can express."""
+    """Completes a model's config: `head_dim`, and an entry for an unusual shape."""
     vars(model.config).pop(KEY, None)  # the entry of an earlier save
     for _, config in nested_configs(model.config):
         if vars(config).get("head_dim", 0) is None:  # SGLang fails without it

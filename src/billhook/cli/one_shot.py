@@ -485,7 +485,7 @@ class OneShot:
         print("\n".join(["", "Next steps:", *(f"  {line}" for line in self._next_steps(event))]))
 
     def _next_steps(self, event: Mapping[str, Any]) -> list[str]:
-        """Returns commands to continue with, each with a comment; `event` has the sizes before and after."""
+        """Returns commands to continue with, each with a comment."""
         if not generates(self.model):
             return [f"billhook summary {self.out}  # count parameters and operations"]
         train = f"billhook fit --model.model {self.out} --model.lora '{{}}' --data.data FILE --trainer.max_steps 1000"

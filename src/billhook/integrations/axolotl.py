@@ -32,7 +32,7 @@ class Plugin(BasePlugin):  # type: ignore[misc]
         return f"{Args.__module__}.{Args.__name__}"
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: nn.Module) -> list[Callbacks]:  # noqa: ANN401
-        """Returns the callbacks of a config; raises `ValueError` for illegal classes or arguments."""
+        """Returns the callbacks of a config, if their arguments are legal."""
         described = getattr(cfg, "billhook", None)
         if not described:
             return []

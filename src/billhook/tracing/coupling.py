@@ -92,7 +92,7 @@ class Structure(Printable):
         return render(*self._table(groups))
 
     def _table(self, groups: Sequence[Group]) -> list[RenderableType]:
-        """Returns a row per set of similar groups; for the whole structure, also roles and warnings."""
+        """Returns a row per set of similar groups, with roles and warnings below."""
         rows, notes = show.rows_and_notes(groups)
         if len(groups) == len(self.groups):
             lines = Counter[tuple[str, str]]()  # similar layers share a line

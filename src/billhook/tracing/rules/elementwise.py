@@ -130,7 +130,7 @@ def _record_product(tape: Tape, inputs: list[Tensor]) -> bool:
 
 
 def factory(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
-    """Creates a filled or empty tensor: with unknown axes, or like another, whose values are unused."""
+    """Creates a tensor with unknown axes, or with those of another tensor."""
     new = record(out, axes_of(args[0]) if tape.op.endswith("_like") else [Axis(n) for n in out.shape], [])
     new.active, new.written_sources = True, {}
 

@@ -131,8 +131,10 @@ def check_types(function: Callable[..., Any], arguments: Mapping[str, object]) -
     """
     for name, kind in _annotations(function).items():
         if name in arguments and not _fits(arguments[name], kind):
-            hint = getattr(arguments[name], "no_model", "")  # a report was passed instead of its model
-            raise ValueError(f"{name}={_short_repr(arguments[name])} must be {_legal(kind)}{f': {hint}' if hint else ''}")
+            hint, text = getattr(arguments[name], "no_model", ""), repr(arguments[name])  # a report instead of its model
+            if len(text) >= 80 or "\n" in text:
+                text = f"a {type(arguments[name]).__name__}"
+            raise ValueError(f"{name}={text} must be {_legal(kind)}{f': {hint}' if hint else ''}")
 
 
 @cache
@@ -143,7 +145,7 @@ def _annotations(function: Callable[..., Any]) -> dict[str, Any]:
 
 def _fits(value: object, kind: Any, within: bool = False) -> bool:  # noqa: ANN401 - annotations have no type
     """Returns True if a value matches an annotation; items within containers match by type."""
-    kind = _resolve_alias(kind)
+    kind = getattr(get_origin(kind) or kind, "__value__", kind)  # of a `type` alias, such as `NDArray` of numpy 2.5
     origin, inside = get_origin(kind), get_args(kind)
     if kind is Any or isinstance(kind, TypeVar):
         return True
@@ -170,11 +172,6 @@ def _all_fit(items: Iterable[object], kind: Any) -> bool:  # noqa: ANN401
     return all(_fits(item, kind, within=True) for item in items)
 
 
-def _resolve_alias(kind: Any) -> Any:  # noqa: ANN401
-    """Returns the value of a `type` alias, such as `NDArray` of numpy 2.5 on Python 3.12."""
-    return getattr(get_origin(kind) or kind, "__value__", kind)
-
-
 def _legal(kind: Any) -> str:  # noqa: ANN401
     """Describes an annotation."""
     origin, inside = get_origin(kind), get_args(kind)
@@ -188,11 +185,6 @@ def _legal(kind: Any) -> str:  # noqa: ANN401
         return "a function"
     name = kind.__name__ if isinstance(kind, type) and not inside else re.sub(r"\b(\w+\.)+", "", str(kind))
     return names.get(kind) or f"{'an' if name[0] in 'AEIOU' else 'a'} {name}"
-
-
-def _short_repr(value: object) -> str:
-    text = repr(value)
-    return text if len(text) < 80 and "\n" not in text else f"a {type(value).__name__}"
 
 
 def _is_finite(value: object) -> TypeGuard[float]:

@@ -34,7 +34,15 @@ def check_target(folder: str | Path) -> None:
     for parent in path.parents:
         if parent.exists() and not parent.is_dir():
             raise ValueError(f"'{folder}' cannot be created, because '{parent}' is a file. Choose another folder.")
-    foreign = _foreign(path) if path.is_dir() else "a file" if path.exists() else None
+    foreign = "a file" if path.exists() else ""
+    if path.is_dir():  # what shows that billhook did not write it
+        names = {file.name for file in path.iterdir()}
+        try:
+            record = json.loads((path / RECORD).read_text()) if RECORD in names else {}
+            added = sorted(names - set(record.get("files", names)))
+            foreign = f"no {RECORD}" if names and RECORD not in names else ", ".join(added)
+        except (ValueError, AttributeError, TypeError, RecursionError, OSError):
+            foreign = f"{RECORD} is malformed"
     if foreign:
         raise ValueError(
             f"'{folder}' is not a billhook checkpoint ({foreign}) and will not be overwritten. Choose another folder."
@@ -55,19 +63,6 @@ def replacement_note(folder: str | Path) -> str:
     if not record.is_file():
         return ""
     return f" (replaces the billhook checkpoint of {datetime.fromtimestamp(record.stat().st_mtime):%Y-%m-%d %H:%M})"
-
-
-def _foreign(folder: Path) -> str | None:
-    """Returns the sign that billhook did not write a folder, or None."""
-    names = {path.name for path in folder.iterdir()}
-    if names and RECORD not in names:
-        return f"no {RECORD}"
-    try:
-        record = json.loads((folder / RECORD).read_text()) if names else {}
-        added = sorted(names - set(record.get("files", names)))
-    except (ValueError, AttributeError, TypeError, RecursionError, OSError):
-        return f"{RECORD} is malformed"
-    return ", ".join(added) or None
 
 
 @contextmanager
@@ -133,8 +128,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def folder_size(folder: Path) -> int:
-    """Returns the total size of all files in a folder, in bytes."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -30,7 +30,7 @@ def text_table(rows: Iterable[Sequence[object]], head: Sequence[str] = (), align
     table = Table(box=RULE if head else None, show_header=bool(head), show_edge=False, pad_edge=False, padding=(0, 2, 0, 0))
     if head:
         table.padding = (0, 1, 0, 0)  # the box has a blank between columns
-    cells = list(map(_cells, rows))
+    cells = [[Text(str(cell)) for cell in row] for row in rows]  # `Text`, because brackets in a string would be markup
     count = len(head) or max(map(len, cells), default=0)
     sides = [aligns[min(number, len(aligns) - 1)] for number in range(count)]
     # a table that is too wide wraps its last column of text, or else its first, so that numbers stay in one piece
@@ -41,10 +41,6 @@ def text_table(rows: Iterable[Sequence[object]], head: Sequence[str] = (), align
     for row in cells:
         table.add_row(*row)
     return Padding.indent(table, indent) if indent else table
-
-
-def _cells(row: Sequence[object]) -> list[Text]:
-    return [Text(str(cell)) for cell in row]  # `Text`, because brackets in a string would be markup
 
 
 def render(*parts: RenderableType, width: int = COLUMNS) -> str:
@@ -67,19 +63,6 @@ def render(*parts: RenderableType, width: int = COLUMNS) -> str:
 def render_table(head: Sequence[str], rows: Iterable[Sequence[object]], aligns: str = "<>") -> str:
     """Renders a table as text of any width; see `text_table`."""
     return render(text_table(rows, head, aligns), width=UNLIMITED)
-
-
-def markdown_table(head: Sequence[str], rows: Iterable[Sequence[object]], align: str) -> str:
-    """Renders a table of escaped cells as Markdown; `align` skips the first column.
-
-    >>> print(markdown_table(["", "zeros"], [["dense", 0], ["pruned", "1,024"]], "---:"))
-    |  | zeros |
-    | --- | ---: |
-    | dense | 0 |
-    | pruned | 1,024 |
-    """
-    lines = [head, ["---", *[align] * (len(head) - 1)], *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 class Printable(JupyterMixin, ABC):

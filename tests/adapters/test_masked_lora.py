@@ -8,7 +8,8 @@ import torch
 from torch.nn.functional import linear
 
 import billhook as bh
-from billhook.adapters.masked import MaskedLora, mask_adapters, unmask_adapters
+from billhook.adapters.masked import mask_adapters, unmask_adapters
+from billhook.adapters.masked_layer import MaskedLora
 from billhook.adapters.merge import merge
 from billhook.model.layers import prunable
 from kit.adapters import BUILD, IDS, logits, lora, pruned, q_proj

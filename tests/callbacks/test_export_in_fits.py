@@ -246,8 +246,8 @@ class TestTokenizer:
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"tokenizer": 3}, "tokenizer=3 must be a transformers tokenizer, processor, or image processor"),
-        ({"probe": [1]}, r"probe=\[1\] must be a dictionary of forward inputs"),
+        ({"tokenizer": 3}, "tokenizer=3 must be a PreTrainedTokenizerBase or a ProcessorMixin or .* or a string or None"),
+        ({"probe": [1]}, r"probe=\[1\] must be a Mapping\[str, Any\] or None"),
         ({"probe": {}}, r"probe=\{\} must be a dictionary of forward inputs"),
         ({"push_to_hub": "cut"}, "push_to_hub='cut' must be the name of a Hub repository, such as 'user/name'"),
         ({"push_to_hub": "some one/cut"}, "push_to_hub='some one/cut' must be the name of a Hub repository"),

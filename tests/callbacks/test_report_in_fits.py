@@ -59,7 +59,7 @@ def test_events_of_many_words_have_short_labels_and_the_rest_below(files, tmp_pa
     [
         (lambda: Report(None), "plot_file=None must be a path that ends in .png"),
         (lambda: Report("x.foo"), "plot_file='x.foo' must be a path that ends in .png"),
-        (lambda: Report(metric=3), "metric=3 must be the name"),
+        (lambda: Report(metric=3), "metric=3 must be a string"),
         (lambda: Report(measure_batches=-1), "measure_batches=-1 must be a whole number"),
         (lambda: Export(None), "folder=None must be a path"),
     ],

@@ -10,7 +10,8 @@ import torch
 from lightning.pytorch.callbacks import EMAWeightAveraging
 
 import billhook as bh
-from billhook.adapters.masked import MaskedLora, unmask_adapters
+from billhook.adapters.masked import unmask_adapters
+from billhook.adapters.masked_layer import MaskedLora
 from billhook.model.find import find_transformer
 from billhook.model.layers import prunable
 from kit.adapters import gpt2

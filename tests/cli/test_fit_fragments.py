@@ -14,7 +14,7 @@ DROPS = "trainer:\n  callbacks:\n    - class_path: billhook.Export\n"
 @pytest.mark.parametrize(("later", "dropped"), [(ADDS, None), (DROPS, "WeightPruning"), ("trainer:\n  max_steps: 1\n", None)])
 def test_a_list_in_a_later_file_is_told_to_drop(tmp_path, monkeypatch, capsys, later, dropped):
     ran = []
-    monkeypatch.setattr("billhook.cli.main._run_lightning", ran.append)
+    monkeypatch.setattr("billhook.cli.fit.run_lightning", ran.append)
     for name, text in {"first.yaml": FIRST, "later.yaml": later}.items():
         (tmp_path / name).write_text(text)
     main(["fit", "--config", str(tmp_path / "first.yaml"), f"--config={tmp_path / 'later.yaml'}", *GIVEN])
@@ -55,7 +55,7 @@ GIVE = {NEITHER: "--model.model and --data.data", DATA: "--data.data"}
 )
 def test_fragments_without_a_base_are_told_what_to_put_before(tmp_path, monkeypatch, capsys, words, named, missing):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("billhook.cli.main._run_lightning", lambda words: None)
+    monkeypatch.setattr("billhook.cli.fit.run_lightning", lambda words: None)
     for name, text in {"adds": ADDS, "lora": LORA, **{f"base{number}": text for number, text in enumerate(BASES)}}.items():
         (tmp_path / f"{name}.yaml").write_text(text)
     main(["fit", *words])

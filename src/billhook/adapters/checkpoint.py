@@ -25,7 +25,7 @@ def save_adapters(model: PreTrainedModel, checkpoint: dict[str, Any]) -> None:
     layers = find_adapters(model)
     if not layers or sum(1 for name, _ in model.named_modules() if name.endswith("lora_A")) != len(layers):
         return
-    from billhook.adapters.masked import MaskedLora
+    from billhook.adapters.masked_layer import MaskedLora
 
     try:
         check_plain_lora(layers, "lora")

@@ -1,102 +1,16 @@
 """LoRA on sparse weights: its product, and masks that keep it from changing zeros."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.functional import linear
-from transformers.pytorch_utils import Conv1D
-from typing_extensions import Self
 
 from billhook.arguments import check_types
 from billhook.engine.sharding import full_tensor, reshard
-from billhook.model.layers import active_in, base_of, is_adapter, is_pruned, prunable
-
-HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
-"""Attributes that hold a module's hooks."""
-
-
-@dataclass(frozen=True, eq=False)
-class Mask:
-    """A mask (bool) that copies of a layer share, because it is replaced and never changed.
-
-    None for a weight that is sharded over ranks: its nonzero entries are kept.
-    """
-
-    keep: Tensor | None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        return self
-
-
-class MaskedLora(LoraLinear):
-    """LoRA that adds nothing where its mask is False, in the forward pass and when merged.
-
-    Attributes:
-        mask: Mask in the memory layout of the weight, not in the state dict.
-    """
-
-    mask: Mask
-
-    @property
-    def keep(self) -> Tensor:
-        """The mask (bool). For a sharded weight, all ranks must read it together."""
-        return full_tensor(self.base_layer.get_parameter("weight")) != 0 if self.mask.keep is None else self.mask.keep
-
-    def get_delta_weight(self, adapter: str) -> Tensor:
-        """Computes the masked product scale B A, which PEFT merges and unmerges."""
-        product = super().get_delta_weight(adapter)
-        return torch.where(self.keep.to(product.device), product, 0)
-
-    def forward(self, x: Tensor, adapter_names: list[str] | None = None) -> Tensor:
-        """Computes the base layer's output plus the active adapters' outputs."""
-        if adapter_names is not None:
-            raise ValueError(f"adapter_names={adapter_names} must be None: a masked adapter applies to the whole batch")
-        if self.disable_adapters and self.merged:
-            self.unmerge()
-        base: Any = self.base_layer
-        active = [] if self.merged else active_in(self)
-        if self._is_summed(x, active):
-            weight: Tensor = sum(map(self.get_delta_weight, active), base.weight)
-            return linear(x, weight.t() if self.fan_in_fan_out else weight, base.bias)
-        result: Tensor = base(x)
-        dtype = result.dtype
-        for adapter in active:
-            product = self.get_delta_weight(adapter)
-            inputs = self.lora_dropout[adapter](x.to(product.dtype))
-            result = result + linear(inputs, product.t() if self.fan_in_fan_out else product)
-        return result.to(dtype)
-
-    def _is_summed(self, x: Tensor, active: Sequence[str]) -> bool:
-        """Returns whether a single product with the summed weight gives the same output.
-
-        It does not with active dropout, with a custom forward or hooks on the base layer (quantized layers, walks), and in half
-        precision, where the sum rounds small updates away.
-        """
-        base = self.base_layer
-        if not active or type(base) not in (nn.Linear, Conv1D) or isinstance(base.weight, DTensor):
-            return False
-        if "forward" in vars(base) or any(getattr(base, hooks) for hooks in HOOKS):
-            return False
-        if x.dtype not in (torch.float32, torch.float64) or torch.is_autocast_enabled(x.device.type):
-            return False
-        weights = [base.weight]
-        for adapter in active:
-            dropout = self.lora_dropout[adapter]
-            if type(dropout) is not nn.Identity and (type(dropout) is not nn.Dropout or dropout.training):
-                return False
-            weights += [self.lora_A[adapter].weight, self.lora_B[adapter].weight]
-        return all((weight.dtype, weight.device) == (x.dtype, x.device) for weight in weights)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        self.mask = Mask(None if self.mask.keep is None else fn(self.mask.keep))
-        return super()._apply(fn, recurse)  # type: ignore[no-any-return, no-untyped-call]
-
+from billhook.model.layers import base_of, is_adapter, is_pruned, prunable
 
 WRAPPED = "base_model.model."
 """PEFT's name prefix for the model that it wraps."""
@@ -139,7 +53,7 @@ def mask_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -
     check_plain_lora({name: layers[name] for name in kept}, "model")
     if masks is None:
         unmask_adapters(model)
-    from billhook.adapters.masked import Mask, MaskedLora
+    from billhook.adapters.masked_layer import Mask, MaskedLora
 
     for name, keep in kept.items():
         weight = layers[name].base_layer.weight
@@ -170,7 +84,7 @@ def unmask_adapters(model: nn.Module, names: Iterable[str] | None = None) -> Non
     layers = require_adapters(model)
     from peft.tuners.lora import Linear as LoraLinear
 
-    from billhook.adapters.masked import MaskedLora
+    from billhook.adapters.masked_layer import MaskedLora
 
     for name in layers if names is None else names:
         if isinstance(layers[name], MaskedLora):
@@ -207,7 +121,7 @@ def mask_nonzero(model: nn.Module) -> None:
 @contextmanager
 def masked_by_zeros(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     """Masks LoRA by the zeros of current weights, which a walk replaces by pruned ones."""
-    from billhook.adapters.masked import Mask, MaskedLora
+    from billhook.adapters.masked_layer import Mask, MaskedLora
 
     adapted = find_adapters(model)
     layers = [adapted[name] for name in names]
@@ -242,7 +156,7 @@ def check_plain_lora(layers: Mapping[str, Any], argument: str) -> None:
         return
     from peft.tuners.lora import Linear as LoraLinear
 
-    from billhook.adapters.masked import MaskedLora
+    from billhook.adapters.masked_layer import MaskedLora
 
     for name, layer in layers.items():
         kind = type(layer).__name__

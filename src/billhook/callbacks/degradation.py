@@ -15,7 +15,7 @@ from billhook.fit.calibration import FitCalibration
 from billhook.fit.event import Event, EventCallback, EventFollower
 from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_identical, comm_of, fail_together
-from billhook.report.degradation import DenseReference, TextDegradation, degradation_warning
+from billhook.report.degradation import DenseReference, degradation_warning
 from billhook.report.generation import generates
 
 
@@ -61,7 +61,6 @@ class Degradation(EventFollower):
 
     def prepare(self, fit: Fit) -> None:
         """Checks the run and evaluates the dense model once it exists."""
-        fit.check_strategy("Degradation")
         for callback, _ in fit.averages:
             check_listed_after(fit, self, callback)
         self.begin(fit)
@@ -102,7 +101,11 @@ class Degradation(EventFollower):
         model, step = fit.model, fit.step
         with fail_together(fit, "Degradation"), _undisturbed(fit, model):
             degradation = self._dense.degradation(model)
-        fit.log_metrics(_metrics(degradation))
+        metrics = dict[str, float]()
+        for text in degradation:
+            values = {"perplexity": text.after, "perplexity_ratio": text.ratio, "kl": text.kl}
+            metrics |= {f"degradation/{text.source}/{name}": value for name, value in values.items()}
+        fit.log_metrics(metrics)
         if warning := degradation_warning(degradation):
             rank_zero_warn(f"Degradation, step {step}, {when}: {warning}")
         return [text.to_json() for text in degradation]
@@ -129,15 +132,6 @@ def check_listed_after(fit: Fit, first: object, second: object) -> None:
     order = list(fit.all_callbacks)
     if order.index(first) < order.index(second):
         raise ValueError(f"{type(first).__name__} must be listed after {type(second).__name__} in Trainer(callbacks=...).")
-
-
-def _metrics(degradation: list[TextDegradation]) -> dict[str, float]:
-    """Returns the values for loggers by name."""
-    metrics = dict[str, float]()
-    for text in degradation:
-        values = {"perplexity": text.after, "perplexity_ratio": text.ratio, "kl": text.kl}
-        metrics |= {f"degradation/{text.source}/{name}": value for name, value in values.items()}
-    return metrics
 
 
 @contextmanager

@@ -92,13 +92,9 @@ class Export(FitCallback):
         check_path("folder", folder)
         if gguf is not None:
             check_path("gguf", gguf, [".gguf"])
-        if tokenizer is not None and not isinstance(tokenizer, Preprocessor | str):
-            raise ValueError(
-                f"tokenizer={tokenizer!r} must be a transformers tokenizer, processor, or image processor, or its name or folder."
-            )
-        if probe is not None and not (isinstance(probe, Mapping) and any(isinstance(value, Tensor) for value in probe.values())):
-            raise ValueError(f"probe={probe!r} must be a dictionary of forward inputs, such as {{'input_ids': ...}}.")
         check_types(Export, locals())
+        if probe is not None and not any(isinstance(value, Tensor) for value in probe.values()):
+            raise ValueError(f"probe={probe!r} must be a dictionary of forward inputs, such as {{'input_ids': ...}}.")
         if push_to_hub is not None:
             check_repository("push_to_hub", push_to_hub)
         elif private:
@@ -182,23 +178,20 @@ class Export(FitCallback):
             shutil.rmtree(draft, ignore_errors=True)
         check_target(draft)
         try:
-            self._rehearse_save(model, draft)
+            try:
+                save(model, draft, self._along, probe=self._probe)
+            except (OSError, MemoryError, torch.OutOfMemoryError):
+                raise
+            except Exception as error:
+                by = "an example of the first batch" if self.probe is None and self._probe else "the probe"
+                raise ValueError(
+                    f"Export: the trial export before training failed on {by}: {type(error).__name__}: "
+                    f"{str(error).removesuffix('.')}. Pass other forward inputs as Export(probe={{...}})."
+                ) from error
             if self.gguf is not None:
                 export_gguf(draft, draft / "rehearsal.gguf", converter=self.converter)
         finally:
             shutil.rmtree(draft, ignore_errors=True)
-
-    def _rehearse_save(self, model: PreTrainedModel, draft: Path) -> None:
-        try:
-            save(model, draft, self._along, probe=self._probe)
-        except (OSError, MemoryError, torch.OutOfMemoryError):
-            raise
-        except Exception as error:
-            by = "an example of the first batch" if self.probe is None and self._probe else "the probe"
-            raise ValueError(
-                f"Export: the trial export before training failed on {by}: {type(error).__name__}: "
-                f"{str(error).removesuffix('.')}. Pass other forward inputs as Export(probe={{...}})."
-            ) from error
 
     def end_training(self, fit: Fit) -> None:
         """Saves on the first rank; the others wait."""
@@ -222,11 +215,30 @@ class Export(FitCallback):
     def _export(self, fit: Fit, model: PreTrainedModel, failed: list[Exception]) -> None:
         """Saves and converts; on error, appends to `failed`, so that ranks keep weights."""
         try:
-            self._save(fit, model)
+            start, folder = start_metrics(fit), self.folder
+            record = {"steps": fit.step, **({"start": start} if start else {}), "events": events_of(fit), **fit.record()}
+            for callback in fit.callbacks(Degradation):
+                record.setdefault("degradation", callback.last)
+            try:
+                check_target(folder)
+            except ValueError as error:  # it is in use meanwhile
+                folder = _unused(folder)
+                rank_zero_warn(f"{error} Saving to {folder} instead.")
+            self.saved = save(model, folder, self._along, record, self._probe)
         except Exception as error:  # noqa: BLE001 - raised again later
             failed.append(error)
             return
-        self._convert()
+        adapters = f"; {self.saved.adapters}" if self.saved.adapters else ""
+        rank_zero_info(f"billhook: saved to {self.saved.folder}, {self.saved.format}{adapters}")
+        if self.gguf is None:
+            return
+        try:
+            written = export_gguf(self.saved.folder, self.gguf, converter=self.converter)
+        except (ValueError, Missing, OSError) as error:
+            reason = str(error).removesuffix(".")
+            rank_zero_warn(f"Export: {self.gguf} was not written ({reason}). The checkpoint is in {self.saved.folder}.")
+        else:
+            rank_zero_info(f"billhook: {self.gguf} is {written}")
 
     def release(self, fit: Fit, completed: bool) -> None:
         """Lets other runs write to the folder."""
@@ -250,27 +262,6 @@ class Export(FitCallback):
             return
         rank_zero_info(f"billhook: pushed to {address}")
 
-    def _convert(self) -> None:
-        """Converts the saved checkpoint to GGUF."""
-        if self.gguf is None or self.saved is None:
-            return
-        try:
-            written = export_gguf(self.saved.folder, self.gguf, converter=self.converter)
-        except (ValueError, Missing, OSError) as error:
-            reason = str(error).removesuffix(".")
-            rank_zero_warn(f"Export: {self.gguf} was not written ({reason}). The checkpoint is in {self.saved.folder}.")
-            return
-        rank_zero_info(f"billhook: {self.gguf} is {written}")
-
-    def _save(self, fit: Fit, model: PreTrainedModel) -> None:
-        degradation = [{"degradation": callback.last} for callback in fit.callbacks(Degradation)]
-        start = {"start": start_metrics(fit)} if start_metrics(fit) else {}
-        record = {"steps": fit.step, **start, "events": events_of(fit), **fit.record()}
-        record |= degradation[0] if degradation else {}
-        self.saved = save(model, self._free_folder(), self._along, record, self._probe)
-        adapters = f"; {self.saved.adapters}" if self.saved.adapters else ""
-        rank_zero_info(f"billhook: saved to {self.saved.folder}, {self.saved.format}{adapters}")
-
     def _keep(self, fit: Fit, model: PreTrainedModel, why: str) -> None:
         """Keeps the weights if the export failed; each rank writes its shards."""
         folder = Path(from_first_rank(fit, "Export", "a folder for the weights", _unused(f"{self.folder}-unverified")))
@@ -290,16 +281,6 @@ class Export(FitCallback):
             shutil.rmtree(folder, ignore_errors=True)
             return
         rank_zero_warn(f"Export failed. The unverified weights are in {folder}.")
-
-    def _free_folder(self) -> str:
-        """Returns the folder, or a new folder next to it if it is in use meanwhile."""
-        try:
-            check_target(self.folder)
-        except ValueError as error:
-            folder = _unused(self.folder)
-            rank_zero_warn(f"{error} Saving to {folder} instead.")
-            return folder
-        return self.folder
 
 
 def _check_events_kept(fit: Fit) -> None:

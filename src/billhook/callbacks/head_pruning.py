@@ -8,29 +8,33 @@ from functools import partial
 from itertools import takewhile
 from typing import Any, Literal
 
+import torch
+from torch import Tensor
 from torch.optim import Optimizer
 
 from billhook.arguments import check_fraction, check_one_of, check_types
 from billhook.callbacks.export import Export
 from billhook.callbacks.head_masking import HeadMasking
-from billhook.callbacks.head_ranking import HeadRanking, HeadRecord
+from billhook.callbacks.head_record import HeadRecord
 from billhook.engine.passes import blockwise
+from billhook.engine.sharding import sizes_only
 from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event, log_event
 from billhook.fit.fit import Fit
-from billhook.fit.ranks import check_identical, fail_together
+from billhook.fit.ranks import check_identical, comm_of, fail_together
 from billhook.fit.shape_event import check_no_shape_changes
 from billhook.fit.targets import At, check_at, round_targets
 from billhook.importance.gate_gradient import GateGradient
-from billhook.importance.score import Importance, make_run
+from billhook.importance.score import Importance, make_run, score_units
 from billhook.model.plan import Weights, apply_plan
 from billhook.plots.style import Plot
-from billhook.pruning.choice import HeadOptions
+from billhook.pruning.choice import HeadOptions, choose, choose_including
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import plan_units
 from billhook.pruning.repair import RepairOption
 from billhook.schedules import Schedule
 from billhook.units.find import find_units
+from billhook.units.units import Units
 
 Mode = Literal["max", "min"]
 HIGHER = {
@@ -188,7 +192,6 @@ class HeadPruning(HeadMasking):
         self.ratio, self.at, self.remove, self.stop, self.repair = ratio, at, remove, stop, repair
         self.cuts_tensors, self.per = remove != "never", self.options.per
         self.importance = importance or GateGradient()
-        self.ranks = HeadRanking(self.importance, self.options, remove != "never")
         super().__init__(FitCalibration.of(calibration), measure_batches)
 
     def reset(self) -> None:
@@ -201,12 +204,12 @@ class HeadPruning(HeadMasking):
     @property
     def state_key(self) -> str:
         """The key of this callback's state in checkpoints."""
-        return self._generate_state_key(importance=type(self.ranks.importance).__qualname__, per=self.per)
+        return self._generate_state_key(importance=type(self.importance).__qualname__, per=self.per)
 
     @property
     def needs_data(self) -> bool:
         """True if the importance or the repair uses batches."""
-        return self.ranks.importance.needs_data or self.repair is not None
+        return self.importance.needs_data or self.repair is not None
 
     @property
     def only_at_start(self) -> bool:
@@ -239,7 +242,18 @@ class HeadPruning(HeadMasking):
             return
         first, last = min(self._steps), max(self._steps) if self.remove != "never" else sys.maxsize
         check_no_shape_changes(fit, self, first, last, "masked heads", lambda _: "")
-        self.ranks.check(fit.model, self.record, max(self._steps.values()))
+        heads, ratio = find_units(fit.model, "head"), max(self._steps.values())
+        equal_scores = {name: torch.zeros(units.count(self.per)) for name, units in heads.items()}
+        chosen = self._lowest(heads, self.record.left(ratio), equal_scores)
+        if ratio > 0 and not chosen and not self.record.first:
+            total = sum(map(len, equal_scores.values()))
+            shares = (number / total for number in range(1, total))
+            least = next((share for share in shares if self._lowest(heads, share, equal_scores)), None)
+            fix = f"The smallest ratio that removes a head is {least:.4g}." if least else "No ratio removes a head of this model."
+            raise ValueError(f"ratio={ratio} removes no head. {fix}")
+        if self.cuts_tensors:
+            with sizes_only(fit.model):
+                plan_units(fit.model, chosen, per=self.per)
 
     def begin_training(self, fit: Fit) -> None:
         """Checks that the metric is logged and applies events that are due before the first step."""
@@ -254,8 +268,7 @@ class HeadPruning(HeadMasking):
             if self.stop is not None:
                 self.best = self.stop.best(self.stop.value(before), self.best)
             with fail_together(fit, "HeadPruning"):
-                ratio = self._steps[step]
-                chosen = self.ranks.choose(fit, self.calibration, self.record, earlier, ratio)
+                chosen = self._choose(fit, self._steps[step])
                 check_identical(fit, "HeadPruning", "the masked heads", chosen)
             self.mask(fit.module, chosen)
             after, what, worse = self.validate(fit), f"{sum(map(len, chosen.values()))} heads masked", False
@@ -277,6 +290,21 @@ class HeadPruning(HeadMasking):
         log_event(fit, event)
         metric = next(iter(before), "") if self.stop is None else self.stop.monitor
         self.record.note(self.heads, metric, before, event["after"])
+
+    def _choose(self, fit: Fit, ratio: float) -> dict[str, list[int]]:
+        """Returns the heads to mask, including masked heads; records the scores."""
+        model, record = fit.model, self.record
+        heads = find_units(model, "head")
+        record.begin({name: units.count(self.per) for name, units in heads.items()})
+        with self.calibration.undisturbed(fit), fit.gradient_context(), blockwise(fit.module):
+            pairs = self.calibration.pairs(fit) if self.importance.needs_data else ()
+            trials = [make_run(model, heads, *pair) for pair in pairs]
+            scores = score_units(model, heads, self.importance, trials, None, self.options.normalize, self.per, comm_of(fit))
+        record.scored(scores)
+        return choose_including(partial(self._lowest, heads, record.left(ratio)), self.heads, scores)
+
+    def _lowest(self, heads: Mapping[str, Units], ratio: float, scores: Mapping[str, Tensor]) -> dict[str, list[int]]:
+        return choose(heads, scores, ratio, self.options.ranking, self.options.min_heads, self.per, self.cuts_tensors)
 
     def plots(self) -> dict[str, Plot]:
         """Returns a plot of head importance, removed heads, and the metric, once there are scores."""
@@ -303,7 +331,7 @@ class HeadPruning(HeadMasking):
             self.record.removed(self.heads)
             self.heads = {}
             before, after = (sum(lengths[0] for lengths in counts.values()) for counts in (plan.before, plan.after))
-            removed = f"{before} -> {after} attention heads ({type(self.ranks.importance).__name__}{how})"
+            removed = f"{before} -> {after} attention heads ({type(self.importance).__name__}{how})"
             what = f"{removed}; {what}" if worse else removed
         self.last_event_step, self.last_target, self._stopped = step, self._steps[step], worse
         self._steps = {} if worse else self._steps

@@ -1,6 +1,7 @@
 """The Report callback: a table and a plot of the training run."""
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,8 +45,6 @@ class Report(FitCallback):
         self, plot_file: str = "outputs/report.png", metric: str | None = None, measure_batches: int | None = None
     ) -> None:
         check_path("plot_file", plot_file, PLOT_SUFFIXES)
-        if metric is not None and not isinstance(metric, str):
-            raise ValueError(f"metric={metric!r} must be the name of a logged validation metric (str) or None.")
         check_types(Report, locals())
         if measure_batches is not None:
             check_int("measure_batches", measure_batches, least=0)
@@ -144,9 +143,8 @@ class Report(FitCallback):
         dense = ReportRow("dense", events[0]["step"] if num_events else first["step"], start)
         after = [ReportRow(f"after {event['label']}", event["step"], event["after"]) for event in events]
         if num_events:
-            after[num_events - 1] = ReportRow(
-                after[num_events - 1].name, after[num_events - 1].step, first["after"] | after[num_events - 1].numbers
-            )
+            last_before = after[num_events - 1]
+            after[num_events - 1] = replace(last_before, numbers=first["after"] | last_before.numbers)
         return [dense, *after, last]
 
     def _points(self, name: str, last: dict[str, Any], step: int) -> list[tuple[int, float]]:

@@ -153,7 +153,8 @@ class Shrinking(ShapeCallback):
             lasts = (
                 self.at == "start" and not store_of(model).on_ranks
             )  # training changes the model, and shards are gathered again
-            seen = _seen(model) if lasts else None
+            shape = signature(model) if lasts else None
+            seen = None if shape is None else (id(model), shape, cache_key(model, None, {}, ()))
             scope = self._known.pop(seen, None) or SearchScope.find(model, self.amount, self.layers == "uniform")
         self._known = {seen: scope} if seen is not None else {}
         return scope
@@ -192,12 +193,6 @@ class Shrinking(ShapeCallback):
         apply_plans(model, _above(model, planned) if layers else planned.plans, optimizers, weights)
         before, after = planned.parameters
         return f"{before:,} -> {after:,} parameters ({planned.words}; Shrinking)"
-
-
-def _seen(model: PreTrainedModel) -> Hashable | None:
-    """Returns a fingerprint of a model's shape and weights; None if it cannot be computed."""
-    seen = signature(model)
-    return None if seen is None else (id(model), seen, cache_key(model, None, {}, ()))
 
 
 def _above(model: PreTrainedModel, planned: ShrinkPlan) -> Iterator[UnitPlan | BlockPlan]:

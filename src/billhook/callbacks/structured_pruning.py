@@ -110,38 +110,28 @@ class StructuredPruning(ShapeCallback):
         for number in range(1, self.rounds + 1):
             share = self.last_target + (goal - self.last_target) * number / self.rounds
             with fail_together(fit, "StructuredPruning"):
-                planned = self._plan(fit, share)
-            if planned is not None:
-                plan, weights, how, left = planned
-                change = partial(self._remove, fit.module, plan, weights, how)
-                event = self.run_change(fit, {} if self.events[before:] else metrics, change)
-                record_not_refitted(event, left)
+                model = fit.model
+                search = RatioSearch(model, self.amount)
+                self._first = self._first or Baseline.of(search)
+                part = self._first.part(search, share)
+                if part is None:  # depends on numbers of units only, which are equal on all ranks
+                    continue
+                with self.calibration.undisturbed(fit), fit.gradient_context(), blockwise(fit.module):
+                    pairs = self.calibration.pairs(fit) if self.needs_data else ()
+                    runs = [make_run(model, part.units, *pair) for pair in pairs]
+                    importance = self.importance or default_importance(part.units)
+                    plan = plan_from_search(part, importance, runs, comm=comm_of(fit, self.calibration.shared(fit)))
+                    check_identical(fit, "StructuredPruning", "the plan", plan.to_json)
+                    weights, why, how = self.repaired(fit, plan, runs, self.repair if self.needs_data else None)
+                    del runs  # frees the batches
+            change = partial(self._remove, fit.module, plan, weights, f"{type(importance).__name__}{how}")
+            event = self.run_change(fit, {} if self.events[before:] else metrics, change)
+            record_not_refitted(event, why)
         self.last_event_step, self.last_target = step, goal
         for event in self.events[before:][-1:]:
             event["after"] |= self.validate(fit)
         for event in self.events[before:]:
             log_event(fit, event)
-
-    def _plan(self, fit: Fit, share: float) -> tuple[UnitPlan, Weights | None, str, str] | None:
-        """Plans a share of the amount for the current model; None if there is nothing to remove.
-
-        Returns:
-            Plan, repaired weights, description, and the reason if layers were not refitted.
-        """
-        model = fit.model
-        search = RatioSearch(model, self.amount)
-        self._first = self._first or Baseline.of(search)
-        part = self._first.part(search, share)
-        if part is None:  # depends on numbers of units only, which are equal on all ranks
-            return None
-        with self.calibration.undisturbed(fit), fit.gradient_context(), blockwise(fit.module):
-            pairs = self.calibration.pairs(fit) if self.needs_data else ()
-            runs = [make_run(model, part.units, *pair) for pair in pairs]
-            importance = self.importance or default_importance(part.units)
-            plan = plan_from_search(part, importance, runs, comm=comm_of(fit, self.calibration.shared(fit)))
-            check_identical(fit, "StructuredPruning", "the plan", plan.to_json)
-            weights, why, how = self.repaired(fit, plan, runs, self.repair if self.needs_data else None)
-            return plan, weights, f"{type(importance).__name__}{how}", why
 
     def label(self, event: Event) -> str:
         """Returns the change in size of the model."""

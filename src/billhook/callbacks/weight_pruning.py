@@ -2,7 +2,6 @@
 
 import logging
 import sys
-from collections.abc import Collection
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -31,16 +30,6 @@ from billhook.sparsity.masks import check_amount
 from billhook.sparsity.options import PruneOptions
 from billhook.sparsity.prune import prune
 from billhook.sparsity.weight_plan import WeightPlan
-
-
-@rank_zero_only
-def _warn_unmasked_adapters(adapted: Collection[str]) -> None:
-    """Warns that merging drops the effect of adapters at pruned weights."""
-    if adapted:
-        logging.getLogger("billhook").warning(
-            f"WeightPruning: {len(adapted)} of the pruned linear layers have adapters. Merging, as in Export, drops the "
-            "effect of adapters at pruned weights. Use mask_adapters=True to restrict LoRA to unpruned weights."
-        )
 
 
 class WeightPruning(EventCallback, ShapeFollower):
@@ -126,8 +115,11 @@ class WeightPruning(EventCallback, ShapeFollower):
         with adapters_removed(model):
             self._weights = [*(f"{layer}.weight" for layer in layers), *unsupported_weights(model, layers)]
         self._adapted = list(require_plain_adapters(model, layers, "mask_adapters=True")) if self.mask_adapters else []
-        if self._steps and not self.mask_adapters:
-            _warn_unmasked_adapters(set(find_adapters(model)) & set(layers))
+        if self._steps and not self.mask_adapters and (adapted := set(find_adapters(model)) & set(layers)):
+            rank_zero_only(logging.getLogger("billhook").warning)(
+                f"WeightPruning: {len(adapted)} of the pruned linear layers have adapters. Merging, as in Export, drops the "
+                "effect of adapters at pruned weights. Use mask_adapters=True to restrict LoRA to unpruned weights."
+            )
         if self._steps:
             check_no_shape_changes(fit, self, min(self._steps), sys.maxsize, "made masks", self._cannot_follow)
 

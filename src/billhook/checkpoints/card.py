@@ -1,17 +1,17 @@
 """The model card of a checkpoint: changes, sizes, degradation, and how to load it."""
 
 import json
+import math
 import re
 from collections.abc import Collection, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any
 
 import transformers
 from huggingface_hub import ModelCardData
 from transformers import PretrainedConfig
 
 from billhook.checkpoints.origin import hub_name
-from billhook.display import markdown_table
 
 
 def listed(record: Mapping[str, Any], name: str, keys: Collection[str]) -> list[Mapping[str, Any]]:
@@ -22,8 +22,9 @@ def listed(record: Mapping[str, Any], name: str, keys: Collection[str]) -> list[
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[object]], align: str = "---:") -> str:
-    """Returns a Markdown table, with formatted numbers and escaped text."""
-    return markdown_table(heads, [[number(cell) for cell in row] for row in rows], align)
+    """Returns a Markdown table of escaped cells; `align` skips the first column."""
+    lines = [heads, ["---", *[align] * (len(heads) - 1)], *([number(cell) for cell in row] for row in rows)]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
 
 
 def number(value: object) -> str:
@@ -34,10 +35,10 @@ def number(value: object) -> str:
 
 
 def with_error(value: object, error: object) -> str:
-    """Formats a number with its standard error."""
-    if not isinstance(value, float):  # JSON has no NaN, which is stored as text
+    """Formats a number with its standard error; either may be missing."""
+    if not isinstance(value, float) or math.isnan(value):
         return "unknown"
-    return f"{value:,.3f}" + (f" ± {error:.3f}" if isinstance(error, float) else "")
+    return f"{value:,.3f}" + (f" ± {error:.3f}" if isinstance(error, float) and not math.isnan(error) else "")
 
 
 def plain(value: object) -> str:
@@ -119,41 +120,33 @@ def card(record: Mapping[str, Any], loading: str, config: PretrainedConfig) -> s
     fields: dict[str, Any] = {field: record[field] for field in license_fields if isinstance(record.get(field), str)}
     fields |= {"base_model_relation": RELATION} if base else {}
     library = "billhook" if record["saved"]["way"] == "shaped" else "transformers"
-    data = ModelCardData(base_model=base, **fields, library_name=library, tags=["billhook", *_tags(*_sizes(record))])
-    parts = [f"---\n{data.to_yaml().strip()}\n---", *_title(record, base, config)]
+    tags, (before, after) = ["billhook"], _sizes(record)
+    sizes = [size_of.get(name) for name in ("params", "zeros") for size_of in (before, after)]
+    known = [size for size in sizes if isinstance(size, int)]
+    if len(known) == len(sizes):  # fewer parameters or more zeros, and many more zeros
+        params, fewer, zeros, more = known
+        sparse = zeros < more and more >= SPARSE * fewer
+        tags += ["pruned"] * (sparse or fewer < params) + ["sparse"] * sparse
+    data = ModelCardData(base_model=base, **fields, library_name=library, tags=tags)
+    made_of, kind = record.get("made_of"), (config.architectures or ["a model"])[0]
+    folder = dict(made_of) if isinstance(made_of, Mapping) else {}
+    done = "pruned" if "pruned" in tags else "changed" if _measured(record) else "saved"
+    title = f"# {plain(base.rpartition('/')[2] if base else folder.get('name') or kind)}, {done} with billhook"
+    parts = [f"---\n{data.to_yaml().strip()}\n---", title]
+    if base:
+        parts.append(f"Made from [{base}](https://huggingface.co/{base}) with billhook.")
+    elif folder.get("name"):
+        size = before.get("params")
+        about = [plain(folder.get("class", kind)), *([f"{size:,} parameters"] if isinstance(size, int) else [])]
+        parts.append(f"Made from a local folder, {plain(folder['name'])} ({', '.join(about)}).")
     for title, section in (("Changes", _changes(record)), ("Size and quality", _quality(record))):
         parts += [f"## {title}", *section] if section else []
-    kind, quoted = (config.architectures or ["?"])[0], json.dumps(record["saved"]["folder"], ensure_ascii=False)
+    quoted = json.dumps(record["saved"]["folder"], ensure_ascii=False)
     code = f"import billhook\n\nmodel = billhook.load({quoted})  # this folder, or its Hub name"
     if library == "transformers" and hasattr(transformers, kind):
         code = f"from transformers import {kind}\n\nmodel = {kind}.from_pretrained({quoted})  # or its Hub name"
     parts += ["## Usage", f"{loading[0].upper()}{loading[1:]}.", f"```python\n{code}\n```"]
     return "\n\n".join(parts) + "\n"
-
-
-def _title(record: Mapping[str, Any], base: str | None, config: PretrainedConfig) -> list[str]:
-    """Returns the title and a sentence on the base model: Hub name, or folder and class."""
-    made_of = record.get("made_of")
-    folder = dict(made_of) if isinstance(made_of, Mapping) else {}
-    kind = (config.architectures or ["a model"])[0]
-    done = "pruned" if "pruned" in _tags(*_sizes(record)) else "changed" if _measured(record) else "saved"
-    title = f"# {plain(base.rpartition('/')[2] if base else folder.get('name') or kind)}, {done} with billhook"
-    if base:
-        return [title, f"Made from [{base}](https://huggingface.co/{base}) with billhook."]
-    size = _sizes(record)[0].get("params")
-    about = [plain(folder.get("class", kind)), *([f"{size:,} parameters"] if isinstance(size, int) else [])]
-    return [title, *([f"Made from a local folder, {plain(folder['name'])} ({', '.join(about)})."] if folder.get("name") else [])]
-
-
-def _tags(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
-    """Returns "pruned" for fewer parameters or more zeros, and "sparse" for many more zeros."""
-    sizes = [size_of.get(name) for name in ("params", "zeros") for size_of in (before, after)]
-    known = [size for size in sizes if isinstance(size, int)]
-    if len(known) < len(sizes):
-        return []
-    params, fewer, zeros, more = known
-    sparse = zeros < more and more >= SPARSE * fewer
-    return ["pruned"] * (sparse or fewer < params) + ["sparse"] * sparse
 
 
 def _sizes(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
@@ -207,11 +200,6 @@ def _where(text: Mapping[str, Any]) -> str:
     return "calibrated on" if text["inside"] else "not calibrated on"
 
 
-def _is_pair(value: object) -> TypeGuard[list[float]]:
-    """Returns whether a value of an untrusted record is two positive numbers."""
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(number, float) and number > 0 for number in value)
-
-
 def _quality(record: Mapping[str, Any]) -> list[str]:
     """Returns a table of the degradation on texts, or of accuracy."""
     accuracy, rows = record.get("accuracy"), list[list[object]]()
@@ -220,11 +208,12 @@ def _quality(record: Mapping[str, Any]) -> list[str]:
     degradation, when = listed(record, "degradation", LOSSES), ""
     for event in listed(record, "events", ("step", "degradation"))[-1:] if not degradation else ():
         degradation, when = listed(event, "degradation", LOSSES), f"Right after step {plain(event['step'])}:"
-    if in_bits := [text for text in degradation if _is_pair(text.get("bits_per_byte")) and "token_ratio" in text]:
+    for text in degradation:
+        match text.get("bits_per_byte"):
+            case [float(before), float(after)] if before > 0 and after > 0 and "token_ratio" in text:
+                rows.append([text["source"], _where(text), before, after, after / before, text["token_ratio"]])
+    if rows:
         heads = ["bits per byte of", "", "before", "after", "ratio", "tokens"]
-        for text in in_bits:
-            before, after = text["bits_per_byte"]
-            rows.append([text["source"], _where(text), before, after, after / before, text["token_ratio"]])
         return [*([when] if when else []), table(heads, rows), BITS_LEGEND]
     for text in degradation:
         pairs = [with_error(text[name], text[f"{name}_error"]) for name in ("ratio", "kl")]

@@ -7,7 +7,7 @@ from typing import Any, cast
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-from billhook.model.config_fields import nested_configs, text_config
+from billhook.model.config_fields import text_config
 from billhook.model.shape import KEY, Shape, built_shape, shape_beyond_config, shape_of
 
 ANY = object()
@@ -72,18 +72,6 @@ NOT_COPIED = {"model_type", "auto_map"}
 Candidate = tuple[type[PreTrainedModel], PretrainedConfig]
 
 
-def set_head_dim(model: PreTrainedModel) -> None:
-    """Sets `head_dim` in configs that leave it empty, because SGLang fails without it."""
-    for _, config in nested_configs(model.config):
-        if vars(config).get("head_dim", 0) is None:
-            sizes = set()
-            for module in model.modules():
-                size = getattr(module, "head_dim", None)
-                if getattr(module, "config", None) is config and type(size) is int:
-                    sizes.add(size)
-            config.head_dim = sizes.pop() if len(sizes) == 1 else None
-
-
 def equivalents(model: PreTrainedModel) -> Iterator[Candidate]:
     """Yields classes and configs that build a model's exact tensors and integer attributes.
 
@@ -128,17 +116,14 @@ def _classes(
         task = kind.__name__.removeprefix(prefix)
         for family in families if task[:1].isupper() and task != kind.__name__ else ():
             equivalent = getattr(transformers, family.name + task, None)
-            if equivalent is not None and _is_complete(family, config, cast(type[PretrainedConfig], equivalent.config_class)):
-                yield equivalent, _added(family, config), family.lacks
-
-
-def _is_complete(family: Family, config: PretrainedConfig, kind: type[PretrainedConfig]) -> bool:
-    """Returns True if a config of the class `kind` expresses exactly this config."""
-    declared, other = _declared(type(config)), _declared(kind)
-    known = declared - other <= family.lacks.keys() and other - declared <= family.adds.keys() | {"head_dim"}
-    neutral = all(_is_neutral(getattr(config, name, value), value) for name, value in family.lacks.items())
-    agreed = all(getattr(config, name, value) == value for name, value in _added(family, config).items())
-    return known and neutral and agreed
+            if equivalent is None:
+                continue
+            # its config must express exactly this config
+            declared, other, added = _declared(type(config)), _declared(equivalent.config_class), _added(family, config)
+            known = declared - other <= family.lacks.keys() and other - declared <= family.adds.keys() | {"head_dim"}
+            neutral = all(_is_neutral(getattr(config, name, value), value) for name, value in family.lacks.items())
+            if known and neutral and all(getattr(config, name, value) == value for name, value in added.items()):
+                yield equivalent, added, family.lacks
 
 
 def _is_neutral(stated: object, neutral: object) -> bool:

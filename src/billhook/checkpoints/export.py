@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 import transformers
 from torch import Tensor
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.adapters.checkpoint import base_checkpoint, restore_adapters
 from billhook.atomic_folder import check_target
@@ -118,21 +118,15 @@ def export(ckpt: str | Path, out: str | Path, tokenizer: str | None = None) -> S
                 f"training, but is {now:.7g} according to the config in the checkpoint"
             )
     restore_adapters(model, checkpoint, str(ckpt))
-    _zero_masked(model, checkpoint.get(MASKED), str(ckpt))
+    if (masked := checkpoint.get(MASKED)) is not None:  # their consumer weights become zero
+        heads = masked.get("heads") if isinstance(masked, dict) else None
+        if not isinstance(heads, dict) or not all(isinstance(numbers, list) for numbers in heads.values()):
+            raise ValueError(f"'{ckpt}' has a malformed entry '{MASKED}' for masked heads")
+        zero_units(model, heads, per=cast(Per, masked.get("per")))  # checks `per`
     steps, name = checkpoint.get("global_step", 0), checkpoint[KEY]["name_or_path"]
     record = {"exported_from": Path(ckpt).name, "steps": steps if isinstance(steps, int) else None, **history(checkpoint)}
     record |= origin_of(name or "", model.config)
     return save(model, out, _find_tokenizer(tokenizer, name, model), record)
-
-
-def _zero_masked(model: PreTrainedModel, masked: Any, name: str) -> None:  # noqa: ANN401 - what a file holds
-    """Zeroes the consumer weights of heads that were masked in training."""
-    if masked is None:
-        return
-    heads = masked.get("heads") if isinstance(masked, dict) else None
-    if not isinstance(heads, dict) or not all(isinstance(numbers, list) for numbers in heads.values()):
-        raise ValueError(f"'{name}' has a malformed entry '{MASKED}' for masked heads")
-    zero_units(model, heads, per=cast(Per, masked.get("per")))  # checks `per`
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -179,7 +173,13 @@ def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
         state[key] = value
     try:
         shape = Shape.from_dict(record["shape"])
-        config = _read_config(record, shape, limit=1000 + len(state))
+        fields = _harmless(json.loads(record["config"], object_hook=_number), limit=1000 + len(state))
+        config = transformers.AutoConfig.for_model(**{**copy.deepcopy(fields), "architectures": [record["class"]]})
+        derived = {key: shape.config[key] for key, value in fields_of(config).items() if shape.config.get(key, value) != value}
+        for key, stated in derived.items():
+            if _within(fields, key) != stated:
+                raise ValueError(f"config and shape have different values of {key}")
+        set_fields(config, derived)
         kind = model_class(config, name)
         with torch.random.fork_rng(devices=[]):
             plain = _check_sizes(build_class_on_meta(kind, copy.deepcopy(config)), shape, state)
@@ -192,18 +192,6 @@ def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
     except Exception as error:
         raise ValueError(f"'{name}': its {record['class'][:80]} cannot be built: {error}") from error
     return model
-
-
-def _read_config(record: dict[str, Any], shape: Shape, limit: int) -> PretrainedConfig:
-    """Builds the config in a checkpoint, with the recorded values of derived fields."""
-    fields = _harmless(json.loads(record["config"], object_hook=_number), limit)
-    config: PretrainedConfig = transformers.AutoConfig.for_model(**{**copy.deepcopy(fields), "architectures": [record["class"]]})
-    derived = {name: shape.config[name] for name, value in fields_of(config).items() if shape.config.get(name, value) != value}
-    for name, stated in derived.items():
-        if _within(fields, name) != stated:
-            raise ValueError(f"config and shape have different values of {name}")
-    set_fields(config, derived)
-    return config
 
 
 def _number(fields: dict[str, Any]) -> Any:  # noqa: ANN401 - any JSON

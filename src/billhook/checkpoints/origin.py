@@ -39,7 +39,14 @@ def origin_of(name: str, config: PretrainedConfig) -> dict[str, Any]:
     Nothing is downloaded: a model card on the Hub is used if it is in the cache.
     """
     origin: dict[str, Any] = {}
-    recorded = _recorded(Path(name)) if name else {}
+    recorded: dict[str, Any] = {}
+    with suppress(OSError, ValueError, AttributeError, RecursionError):
+        record = json.loads(Path(name, RECORD).read_text(encoding="utf-8")) if name else {}
+        base, made_of = record.get("base_model"), record.get("made_of")
+        if isinstance(base, str) and hub_name(base):
+            recorded = {"base_model": base}
+        elif isinstance(made_of, dict) and _is_text(made_of.get("name")):
+            recorded = {part: made_of[part] for part in ("name", "class") if _is_text(made_of.get(part))}
     # huggingface_hub's cache names the folder of a model "models--user--name"
     cached = next((part for part in Path(name).parts if part.startswith("models--")), "").split("--")[1:]
     base = hub_name(name) or hub_name("/".join(cached)) or recorded.get("base_model") if name else None
@@ -49,7 +56,11 @@ def origin_of(name: str, config: PretrainedConfig) -> dict[str, Any]:
         kind = next(iter(config.architectures or []), None)
         folder = "tiny" if name == model_path("tiny") else Path(name).resolve().name
         origin["made_of"] = recorded or {"name": folder, **({"class": kind} if kind else {})}
-    card = _card_of(name) if name else {}
+    card: Mapping[str, Any] = {}
+    file = try_to_load_from_cache(name, CARD) if hub_name(name) else Path(name) / CARD
+    if name and isinstance(file, str | Path) and Path(file).is_file():
+        with suppress(OSError, ValueError, YAMLError, RecursionError):
+            card = metadata_load(file) or {}
     stated = card.get("license") or vars(config).get("license")
     if not _is_text(stated):
         return origin
@@ -60,28 +71,6 @@ def origin_of(name: str, config: PretrainedConfig) -> dict[str, Any]:
     if _is_text(link) and str(link).startswith(("https://", "http://")):  # a link to a file would be broken
         origin["license_link"] = link
     return origin
-
-
-def _recorded(folder: Path) -> dict[str, Any]:
-    """Returns the origin in the record of a billhook checkpoint: a Hub model or a folder."""
-    with suppress(OSError, ValueError, AttributeError, RecursionError):
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-        base, made_of = record.get("base_model"), record.get("made_of")
-        if isinstance(base, str) and hub_name(base):
-            return {"base_model": base}
-        if isinstance(made_of, dict) and _is_text(made_of.get("name")):
-            return {part: made_of[part] for part in ("name", "class") if _is_text(made_of.get(part))}
-    return {}
-
-
-def _card_of(name: str) -> Mapping[str, Any]:
-    """Returns the front matter of a model card, or nothing if it cannot be read."""
-    file = try_to_load_from_cache(name, CARD) if hub_name(name) else Path(name) / CARD
-    if not isinstance(file, str | Path) or not Path(file).is_file():
-        return {}
-    with suppress(OSError, ValueError, YAMLError, RecursionError):
-        return metadata_load(file) or {}
-    return {}
 
 
 def _is_text(value: object) -> bool:

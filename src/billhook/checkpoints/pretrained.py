@@ -58,7 +58,11 @@ def load_model(
             check_shards(name)
             config = None if options.get("trust_remote_code") else read_config(name)
             if config is not None and has_shape_entry(name):
-                kind = _class_for(auto, config, task)
+                kinds = classes_of(auto, config)
+                if not kinds:
+                    missing = f"transformers has no such class for model type '{config.model_type}'"
+                    raise ValueError(f"task={task!r} is not supported: {missing}")
+                kind = next((kind for kind in kinds if kind.__name__ in (config.architectures or ())), kinds[0])
                 return load_shaped(kind, name, options.get("dtype", "auto"), options.get("attn_implementation"), num_labels)
         loaded = load_complete(auto, name, gguf_file=gguf_file, **options, **labels)
     if gguf_file is None:
@@ -75,11 +79,3 @@ def _built(auto: Any, config: PretrainedConfig, options: dict[str, Any], labels:
         setattr(config, name, value)
     built: PreTrainedModel = auto.from_config(config, **options)
     return built
-
-
-def _class_for(auto: Any, config: PretrainedConfig, task: str) -> type[PreTrainedModel]:  # noqa: ANN401 - an auto class
-    """Returns the class of an auto class that a config names, or the first."""
-    kinds = classes_of(auto, config)
-    if not kinds:
-        raise ValueError(f"task={task!r} is not supported: transformers has no such class for model type '{config.model_type}'")
-    return next((kind for kind in kinds if kind.__name__ in (config.architectures or ())), kinds[0])

@@ -60,7 +60,14 @@ def push(folder: str | Path, name: str, private: bool = False, revision: str | N
     """
     check_repository("name", name)
     check_token("name", name)
-    _check_saved(Path(folder))
+    legal = "Only folders that billhook saved, and so verified, can be pushed."
+    try:
+        files = json.loads(Path(folder, RECORD).read_text(encoding="utf-8"))["files"]
+        missing = [file for file in files if not Path(folder, file).exists()]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise ValueError(f"folder='{folder}' has no valid {RECORD}. {legal}") from None
+    if missing:
+        raise ValueError(f"folder='{folder}': {missing[0]} is missing. {legal}")
     _check_paths(Path(folder))
     try:
         api = HfApi(library_name="billhook")
@@ -83,18 +90,6 @@ def _describe(error: BaseException) -> str:
     message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     cause = error.__cause__
     return message if cause is None or str(cause) in str(error) else f"{message}: {_describe(cause)}"
-
-
-def _check_saved(folder: Path) -> None:
-    """Raises an error unless a folder is a complete, verified checkpoint."""
-    legal = "Only folders that billhook saved, and so verified, can be pushed."
-    try:
-        files = json.loads((folder / RECORD).read_text(encoding="utf-8"))["files"]
-        missing = [file for file in files if not (folder / file).exists()]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise ValueError(f"folder='{folder}' has no valid {RECORD}. {legal}") from None
-    if missing:
-        raise ValueError(f"folder='{folder}': {missing[0]} is missing. {legal}")
 
 
 def _check_paths(folder: Path) -> None:

@@ -5,7 +5,7 @@ import math
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 from billhook.adapters.merge import has_adapters, temporarily_merged
 from billhook.arguments import check_types
 from billhook.assets import model_path
-from billhook.atomic_folder import RECORD, check_name, check_target, draft_folder, folder_size, replace_folder
+from billhook.atomic_folder import RECORD, check_target, draft_folder, replace_folder
 from billhook.checkpoints.card import card
-from billhook.checkpoints.equivalent import equivalents, set_head_dim
+from billhook.checkpoints.equivalent import equivalents
 from billhook.checkpoints.origin import CARD, origin_of
 from billhook.checkpoints.verify import Probe, expect, make_probe, verify
 from billhook.display import Printable
@@ -140,8 +140,6 @@ def save(
     arguments = locals()
     plain = _to_plain(record or {})
     check_types(save, arguments)
-    check_name(folder)
-    target = Path(folder).resolve()
     _check_no_prompts(model)
     model = find_transformer(model)
     check_names(model)
@@ -151,41 +149,30 @@ def save(
         check_tokenizer(model, preprocessor)
     probe = probe or make_probe(model)
     check_target(folder)
-    with lock_folder(target):
+    target = Path(folder).resolve()
+    with lock_folder(target), temporarily_merged(model) if has_adapters(model) else nullcontext() as merged:
         check_target(folder)
-        if not has_adapters(model):
-            return _save(model, str(folder), target, preprocessors, plain, probe)
-        with temporarily_merged(model) as merged:
+        if merged is not None:
+            model = cast(PreTrainedModel, merged.model)
             if merged.lost:
                 warnings.warn(f"the checkpoint differs from the model: {merged.text()}", stacklevel=4)
-            return _save(cast(PreTrainedModel, merged.model), str(folder), target, preprocessors, plain, probe, merged.text())
-
-
-def _save(
-    model: PreTrainedModel,
-    folder: str,
-    target: Path,
-    preprocessors: Sequence[Preprocessor],
-    plain: dict[str, Any],
-    probe: Probe,
-    adapters: str | None = None,
-) -> Saved:
-    """Saves a model without adapters to a locked folder, with a record of plain data."""
-    expected, origin = expect(model, probe), origin_of(str(model.config.name_or_path), model.config)
-    with draft_folder(target) as draft, _untouched(model):
-        way, family, difference = _write(model, expected, draft, probe)
-        for preprocessor in preprocessors:
-            preprocessor.save_pretrained(draft)
-        saved = Saved(folder, way, difference, folder_size(draft) / 1e6, adapters, family)
-        result = asdict(saved) | {"folder": target.name}
-        plain = {**origin, **plain, "versions": plain.get("versions", versions("lightning")), "saved": result}
-        config = read_config(str(draft)) if family else type(model.config).from_pretrained(draft)
-        (draft / CARD).write_text(card(plain, saved.format, config), encoding="utf-8")
-        files = sorted([RECORD, *(path.name for path in draft.iterdir())])
-        (draft / RECORD).write_text(json.dumps({**plain, "files": files}, indent=1) + "\n")
-        replace_folder(draft, target)
-    store_of(model).reopen(target)
-    return saved
+        expected, origin = expect(model, probe), origin_of(str(model.config.name_or_path), model.config)
+        with draft_folder(target) as draft, _untouched(model):
+            way, family, difference = _write(model, expected, draft, probe)
+            for preprocessor in preprocessors:
+                preprocessor.save_pretrained(draft)
+            adapters = None if merged is None else merged.text()
+            size = sum(path.stat().st_size for path in draft.rglob("*") if path.is_file())
+            saved = Saved(str(folder), way, difference, size / 1e6, adapters, family)
+            result = asdict(saved) | {"folder": target.name}
+            plain = {**origin, **plain, "versions": plain.get("versions", versions("lightning")), "saved": result}
+            config = read_config(str(draft)) if family else type(model.config).from_pretrained(draft)
+            (draft / CARD).write_text(card(plain, saved.format, config), encoding="utf-8")
+            files = sorted([RECORD, *(path.name for path in draft.iterdir())])
+            (draft / RECORD).write_text(json.dumps({**plain, "files": files}, indent=1) + "\n")
+            replace_folder(draft, target)
+        store_of(model).reopen(target)
+        return saved
 
 
 def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) -> tuple[Way, str | None, float]:
@@ -208,9 +195,16 @@ def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) 
 
 
 def state_shape(model: PreTrainedModel) -> Shape:
-    """Adds an entry to a model's config for a shape that no field can express."""
+    """Completes a model's config: `head_dim`, and an entry for an unusual shape."""
     vars(model.config).pop(KEY, None)  # the entry of an earlier save
-    set_head_dim(model)
+    for _, config in nested_configs(model.config):
+        if vars(config).get("head_dim", 0) is None:  # SGLang fails without it
+            sizes = set()
+            for module in model.modules():
+                size = getattr(module, "head_dim", None)
+                if getattr(module, "config", None) is config and type(size) is int:
+                    sizes.add(size)
+            config.head_dim = sizes.pop() if len(sizes) == 1 else None
     shape = shape_beyond_config(model)
     if shape.tensors:
         setattr(model.config, KEY, to_entry(shape))

@@ -3,7 +3,6 @@
 import itertools
 import tempfile
 from collections.abc import Sequence
-from json import dumps
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from billhook.assets import model_path
 from billhook.calibration.calibration import MIXED
 from billhook.calibration.reading import load_splits
 from billhook.checkpoints.save import load
-from billhook.cli.machine import check_file, cpu_threads, device_of, file_progress, machine_name
+from billhook.cli.machine import check_file, cpu_threads, device_of, file_progress, machine_name, write_json
 from billhook.display import render_table
 from billhook.model.config_fields import text_config
 from billhook.model.meta import from_name
@@ -144,7 +143,7 @@ def bench(
         if sizes_of_tokens:
             about = [size | {"bytes_per_token": mean} for size, mean in zip(about, sizes_of_tokens, strict=True)]
         record = {"versions": versions(), "machine": where, "settings": settings, "models": about}
-        _write(json, record | {"rows": list(map(Timing.to_dict, rows))})
+        write_json(json, record | {"rows": list(map(Timing.to_dict, rows))})
 
 
 def _supported_contexts(models: Sequence[PreTrainedModel], new_tokens: int) -> list[int]:
@@ -152,10 +151,6 @@ def _supported_contexts(models: Sequence[PreTrainedModel], new_tokens: int) -> l
     limits = [getattr(text_config(model.config), "max_position_embeddings", None) for model in models]
     most = max(min(filter(None, limits), default=CONTEXTS[-1] + new_tokens) - new_tokens, 1)
     return [context for context in CONTEXTS if context <= most] or [most]
-
-
-def _write(file: str, record: dict[str, object]) -> None:
-    Path(file).write_text(dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 def _bench_llama_cpp(
@@ -200,7 +195,7 @@ def _bench_llama_cpp(
     print("\n".join([f"{where}\n\n{render_table(head, lines)}", *_text_notes(names, sizes_of_tokens)]))
     if json is not None:
         about = {"versions": versions("llama-cpp-py-sync"), "machine": where, "rounds": rounds, "warmup": warmup}
-        _write(json, about | {"rows": record})
+        write_json(json, about | {"rows": record})
 
 
 def _converted(models: Sequence[str], folder: Path) -> list[list[Path]]:
@@ -278,18 +273,14 @@ def timing_table(rows: Sequence[Timing], names: Sequence[str], sizes_of_tokens: 
             cells += [f"{row.tokens_per_second:,.1f}", peak, f"{row.cache_bytes / 1e6:,.1f}"]
             cells.append("-" if row.rate is None else f"{row.rate / 1e9:,.1f}")
             cells += [f"{row.tokens_per_second * sizes_of_tokens[row.model]:,.0f}"] if sizes_of_tokens else []
-            lines.append(cells + (_compared(row) if len(names) > 1 else []))
+            if row.model:
+                low, high = spread(row.ratios)
+                cells += [f"{row.speed_up:.2f}", f"({low:.2f}-{high:.2f})"]
+                cells += ["-", "-"] if row.ideal is None or row.share is None else [f"{row.ideal:.2f}", f"{row.share:.0%}"]
+            lines.append(cells + [""] * (len(head) - len(cells)))
         if lines:
             tables.append(render_table(head, lines))
     return "\n\n".join(tables)
-
-
-def _compared(row: Timing) -> list[str]:
-    if row.model == 0:
-        return [""] * 4
-    low, high = spread(row.ratios)
-    ideal = ["-", "-"] if row.ideal is None or row.share is None else [f"{row.ideal:.2f}", f"{row.share:.0%}"]
-    return [f"{row.speed_up:.2f}", f"({low:.2f}-{high:.2f})", *ideal]
 
 
 def _notes(

@@ -72,7 +72,7 @@ def convert(
     if repair is not None and known is not None:
         limits = repair_limits(work, known.widths, meta_batches(work), required=True)
         steps.append(limits or work.repair_step(repair, "attention output projections and MLPs"))
-    work.print_plan(*steps, work.calibration_step, passes=passes)
+    work.print_plan(*steps, passes=passes)
     if dry_run:
         work.print_dry_run(plan.text())
         return

@@ -4,10 +4,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from importlib import import_module, util
-from json import dumps
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +16,7 @@ from billhook.calibration.reading import Rows
 from billhook.checkpoints.save import load
 from billhook.cli import images
 from billhook.cli.examples import IMAGE_COLUMN
-from billhook.cli.machine import check_file, device_of, file_progress, model_progress
+from billhook.cli.machine import check_file, device_of, file_progress, model_progress, write_json
 from billhook.display import render_table
 from billhook.model.config_fields import text_config
 from billhook.model.meta import model_class, read_config
@@ -46,14 +43,64 @@ from billhook.versions import versions
 
 @dataclass(frozen=True)
 class _Work:
-    """The evaluation data of one model, tokenized with its tokenizer."""
+    """The evaluation of one model, on data that is tokenized with its tokenizer."""
 
     model: str
     tokenizer: PreTrainedTokenizerBase
     sets: dict[str, Asked]
     text: Rows | None
+    same_texts: Sequence[ExampleText]
     tasks: list[str]
-    same_texts: Sequence[ExampleText] = ()
+    length: int
+    examples: int
+    batch_size: int
+    limit: int | None
+
+    def __call__(self, model: PreTrainedModel) -> tuple[list[Figure], dict[str, Any]]:
+        """Returns the results of a model, and the likelihoods of each file's choices."""
+        check_tokenizer(model, self.tokenizer)
+        tasks = self._harness(model) if self.tasks else []
+        with progress_bar(f"{self.model}: questions", "tokens") as progress:
+            scored = score_choices(model, f"models: '{self.model}'", self.sets, self.batch_size, progress)
+        with model_progress(model, f"{self.model}: text", "blocks") as progress:
+            figures = [*on_questions(scored), *on_text(model, self.text, self.length, self.examples, progress)]
+            if self.same_texts:
+                bits, tokens = bits_per_byte(model, self.tokenizer, self.same_texts, progress)
+                figures += [Figure(figures[-1].of, "bits per byte", bits), Figure(figures[-1].of, "tokens per byte", tokens)]
+        answers = {}
+        for file, likelihoods in scored.items():
+            right, right_normed = accuracies(file, likelihoods)
+            answers[file] = [
+                {"line": question.line, "label": question.label, "acc": plain, "acc_norm": norm, "log_likelihoods": sums}
+                for (question, sums), plain, norm in zip(likelihoods, right.each or (), right_normed.each or (), strict=True)
+            ]
+        cut = sum(row.cut for sources in self.sets.values() for _, rows in sources for row in rows)
+        return figures + tasks, {"cut": cut, "answers": answers}
+
+    def _harness(self, model: PreTrainedModel) -> list[Figure]:
+        """Runs lm-eval tasks, and returns each metric with lm-eval's standard error."""
+        wrapper = import_module("lm_eval.models.huggingface").HFLM
+        wrapped = wrapper(pretrained=model, tokenizer=self.tokenizer, batch_size=self.batch_size, max_length=self.length)
+        try:
+            results = import_module("lm_eval").simple_evaluate(
+                model=wrapped, tasks=self.tasks, limit=self.limit, log_samples=False
+            )
+        except KeyError as missing:
+            if not (unknown := [name for name in self.tasks if name in str(missing)]):
+                raise
+            raise ValueError(
+                f"tasks={unknown[0]}: lm-eval has no task of this name. Pass the path of the YAML file for a task of your own. "
+                "`lm_eval ls tasks` lists the others."
+            ) from missing
+        figures = []
+        for task, measures in results["results"].items():
+            for key, value in measures.items():
+                name, _, way = key.partition(",")
+                if way and not name.endswith("_stderr") and isinstance(value, int | float):
+                    error = measures.get(f"{name}_stderr,{way}")
+                    error = float(error) if isinstance(error, int | float) else None
+                    figures.append(Figure(task, name if way == "none" else f"{name} ({way})", float(value), error))
+        return figures
 
 
 def evaluate(
@@ -141,7 +188,7 @@ def evaluate(
         of_models = [about | {"figures": _plain(figures, all_figures[0])} for figures, about in results]
         used = versions("tokenizers", *(["lm_eval"] if settings.get("tasks") else []))
         record = {"versions": used, "settings": settings, "models": of_models}
-        Path(json).write_text(dumps(record, indent=1, allow_nan=False) + "\n")
+        write_json(json, record)
 
 
 def _result(name: str, work: images.Work, device: torch.device, dtype: str, stream: bool) -> tuple[list[Figure], dict[str, Any]]:
@@ -191,33 +238,9 @@ def _prepare(
         if differ and rows is not None and not same_texts:
             of_blocks = (torch.tensor(rows[number]["input_ids"]) for number in range(min(examples, len(rows))))
             same_texts = [ExampleText.of(ids, tokenizer) for ids in of_blocks]
-        work = _Work(name, tokenizer, encoded(questions, tokenizer, length, "data"), rows, tasks, same_texts)
-        works.append(partial(_measure, work=work, length=length, examples=examples, batch_size=batch_size, limit=limit))
+        sets = encoded(questions, tokenizer, length, "data")
+        works.append(_Work(name, tokenizer, sets, rows, same_texts, tasks, length, examples, batch_size, limit))
     return works
-
-
-def _measure(
-    model: PreTrainedModel, work: _Work, length: int, examples: int, batch_size: int, limit: int | None
-) -> tuple[list[Figure], dict[str, Any]]:
-    """Returns the results of a model, and the likelihoods of each file's choices."""
-    check_tokenizer(model, work.tokenizer)
-    tasks = _harness(model, work, length, batch_size, limit) if work.tasks else []
-    with progress_bar(f"{work.model}: questions", "tokens") as progress:
-        scored = score_choices(model, f"models: '{work.model}'", work.sets, batch_size, progress)
-    with model_progress(model, f"{work.model}: text", "blocks") as progress:
-        figures = [*on_questions(scored), *on_text(model, work.text, length, examples, progress)]
-        if work.same_texts:
-            bits, tokens = bits_per_byte(model, work.tokenizer, work.same_texts, progress)
-            figures += [Figure(figures[-1].of, "bits per byte", bits), Figure(figures[-1].of, "tokens per byte", tokens)]
-    answers = {}
-    for file, likelihoods in scored.items():
-        right, right_normed = accuracies(file, likelihoods)
-        answers[file] = [
-            {"line": question.line, "label": question.label, "acc": plain, "acc_norm": norm, "log_likelihoods": sums}
-            for (question, sums), plain, norm in zip(likelihoods, right.each or (), right_normed.each or (), strict=True)
-        ]
-    cut = sum(row.cut for sources in work.sets.values() for _, rows in sources for row in rows)
-    return figures + tasks, {"cut": cut, "answers": answers}
 
 
 def difference(figure: Figure, first: Figure) -> tuple[float, float | None]:
@@ -255,27 +278,3 @@ def _tasks(tasks: Sequence[str]) -> list[str]:
     if tasks and util.find_spec("lm_eval") is None:
         raise ValueError(f"tasks={','.join(tasks)} requires lm-eval. Install it: pip install 'billhook[eval]'")
     return names
-
-
-def _harness(model: PreTrainedModel, work: _Work, length: int, batch_size: int, limit: int | None) -> list[Figure]:
-    """Runs lm-eval tasks, and returns each metric with lm-eval's standard error."""
-    wrapper = import_module("lm_eval.models.huggingface").HFLM
-    wrapped = wrapper(pretrained=model, tokenizer=work.tokenizer, batch_size=batch_size, max_length=length)
-    try:
-        results = import_module("lm_eval").simple_evaluate(model=wrapped, tasks=work.tasks, limit=limit, log_samples=False)
-    except KeyError as missing:
-        if not (unknown := [name for name in work.tasks if name in str(missing)]):
-            raise
-        raise ValueError(
-            f"tasks={unknown[0]}: lm-eval has no task of this name. Pass the path of the YAML file for a task of your own. "
-            "`lm_eval ls tasks` lists the others."
-        ) from missing
-    figures = []
-    for task, measures in results["results"].items():
-        for key, value in measures.items():
-            name, _, way = key.partition(",")
-            if way and not name.endswith("_stderr") and isinstance(value, int | float):
-                error = measures.get(f"{name}_stderr,{way}")
-                error = float(error) if isinstance(error, int | float) else None
-                figures.append(Figure(task, name if way == "none" else f"{name} ({way})", float(value), error))
-    return figures

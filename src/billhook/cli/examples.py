@@ -136,6 +136,7 @@ class Examples(LabeledOptions):
     batch_size: int = 8
 
 
+@dataclass(eq=False)
 class LabeledData:
     """A table of labeled texts or images, loaded on first use.
 
@@ -146,8 +147,10 @@ class LabeledData:
         length: Maximum number of tokens per example.
     """
 
-    def __init__(self, options: TextOptions, model: PreTrainedModel, preprocessor: str, length: int) -> None:
-        self.options, self.model, self.preprocessor, self.length = options, model, preprocessor, length
+    options: TextOptions
+    model: PreTrainedModel
+    preprocessor: str
+    length: int
 
     @cached_property
     def data(self) -> "DatasetModule":

@@ -31,8 +31,7 @@ class ProgressBar(RichProgressBar):
 class ProgressLines(pl.Callback):
     """Prints a line per minute with the step, the loss, and the remaining time."""
 
-    def __init__(self) -> None:
-        self._start, self._due, self._first_step = 0.0, 0.0, 0
+    _start, _due, _first_step = 0.0, 0.0, 0
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock."""

@@ -63,6 +63,8 @@ def prepare(
 ) -> list[Work]:
     """Loads the evaluation data, and returns a function for each model that evaluates it.
 
+    The images are those of the split `test`, else `validation`, else the only split.
+
     Raises:
         ValueError: If the images do not exist, or the models have different numbers of classes.
     """
@@ -75,21 +77,17 @@ def prepare(
         raise ValueError(f"models: the numbers of classes differ ({counts}). Pass models with the same classes.")
     works: list[Work] = []
     for name in models:
-        sets = [_read(name, built[name], source, column, label_column, limit) for source in data]
+        sets = []
+        for source in data:
+            check_available(source)
+            module = ImageDataModule(source, name, column, label_column, validation=0)
+            module.read(built[name])
+            split = next(split for split in ("test", "validation", "train") if split in module.splits)
+            every: Any = module.splits[split]
+            names = {number: label for label, number in module.label2id.items()}
+            sets.append(Images(source, module, split, draw(len(every), limit or len(every)), names))
         works.append(partial(measure, who=name, sets=sets, batch_size=batch_size))
     return works
-
-
-def _read(name: str, model: PreTrainedModel, source: str, column: str, label_column: str, limit: int | None) -> Images:
-    """Loads the images of the split `test`, else `validation`, else the only split."""
-    check_available(source)
-    data = ImageDataModule(source, name, column, label_column, validation=0)
-    data.read(model)
-    split = next(split for split in ("test", "validation", "train") if split in data.splits)
-    every: Any = data.splits[split]
-    numbers = draw(len(every), limit or len(every))
-    names = {number: label for label, number in data.label2id.items()}
-    return Images(source, data, split, numbers, names)
 
 
 def measure(model: PreTrainedModel, who: str, sets: Sequence[Images], batch_size: int) -> tuple[list[Figure], dict[str, Any]]:

@@ -12,10 +12,6 @@ from billhook.atomic_folder import RECORD, check_target
 from billhook.folder_lock import lock_folder
 
 
-class Interrupted(KeyboardInterrupt):
-    """An interrupt whose message reports the written files, and how to continue."""
-
-
 class Terminated(KeyboardInterrupt):
     """A SIGTERM, which ends a command like Ctrl-C."""
 
@@ -37,7 +33,7 @@ def exclusive_output(options: Mapping[str, Any]) -> Iterator[None]:
     """Locks the output folder of a command, if it has one, within a `with` block.
 
     Raises:
-        Interrupted: Instead of another interrupt, to report what was written. Other errors get a note on partial results.
+        KeyboardInterrupt: With what was written, and how to continue. Other errors get a note on partial results.
     """
     out = options.get("out")
     if not isinstance(out, str):
@@ -53,7 +49,7 @@ def exclusive_output(options: Mapping[str, Any]) -> Iterator[None]:
         except KeyboardInterrupt as interrupt:
             written = f"{out} was written." if _written_at(target) != before else f"{out} was not written."
             resume = _partial_results(target, variant_cache) or "The same command starts from the beginning."
-            raise Interrupted(f"{written} {resume}") from interrupt
+            raise KeyboardInterrupt(f"{written} {resume}") from interrupt
         except Exception as error:
             if note := _partial_results(target, variant_cache):
                 vars(error).setdefault("__notes__", []).append(note)  # like `add_note`, which is new in Python 3.11

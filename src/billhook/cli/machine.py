@@ -1,7 +1,8 @@
 """The device of a command, checks of its output files, and its progress bars."""
 
+import json
 import platform
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
@@ -47,6 +48,11 @@ def check_file(name: str, file: str | None, suffix: str) -> None:
     """Raises if an output file has the wrong suffix or its folder does not exist."""
     if file is not None and (Path(file).suffix != suffix or not Path(file).absolute().parent.is_dir()):
         raise ValueError(f"{name}='{file}' must be a {suffix} file in an existing folder.")
+
+
+def write_json(file: str, record: Mapping[str, object]) -> None:
+    """Writes results to a JSON file."""
+    Path(file).write_text(json.dumps(record, indent=1, allow_nan=False) + "\n")
 
 
 @contextmanager

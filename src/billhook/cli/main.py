@@ -43,7 +43,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             resolved = resolve_recipes(words)
             for warning in config_warnings(resolved, config_files(words)):
                 sys.stderr.write(f"billhook {command}: warning: {warning}\n")
-            _run_lightning(resolved)
+            from billhook.cli.fit import run_lightning  # imports Lightning, which takes seconds
+
+            run_lightning(resolved)
     except KeyboardInterrupt as interrupt:
         _end(command, interrupt)
     except SystemExit as ended:
@@ -70,19 +72,10 @@ def _end(command: str, interrupt: KeyboardInterrupt) -> NoReturn:
     sys.exit(128 + (signal.SIGTERM if isinstance(interrupt.__cause__ or interrupt, Terminated) else signal.SIGINT))
 
 
-# modules that take seconds to import are imported on use
-
-
 def _run(command: str, words: list[str]) -> None:
     for name in ("criteria", "importance", "kv_methods"):  # jsonargparse finds imported classes by their short names
         getattr(billhook, name)
-    from billhook.cli.machine import hide_library_bars
+    from billhook.cli.machine import hide_library_bars  # imports torch, which takes seconds
 
     with sigterm_as_interrupt():
         run(command_of(command), words, hide_library_bars())
-
-
-def _run_lightning(words: list[str]) -> None:
-    from billhook.cli.fit import run_lightning
-
-    run_lightning(words)

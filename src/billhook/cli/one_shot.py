@@ -31,7 +31,7 @@ from billhook.engine.memory import fits
 from billhook.engine.state import evaluating
 from billhook.engine.store import store_of
 from billhook.engine.walk import find_sites
-from billhook.engine.zeros import zeros_by_name, zeros_of
+from billhook.engine.zeros import zeros_of
 from billhook.model.config_fields import text_config
 from billhook.model.costs import kv_cache_bytes
 from billhook.model.inputs import small_inputs
@@ -74,9 +74,9 @@ def time_forward(model: PreTrainedModel, length: int) -> float:
         return time.monotonic() - start
 
 
-def sizes_of(model: PreTrainedModel, zeros: int | None) -> dict[str, int | None]:
-    """Returns the parameter count, the given zero count, and the KV-cache bytes per token."""
-    return {"params": model.num_parameters(), "zeros": zeros, "kv_cache_bytes": kv_cache_bytes(model)}
+def sizes_of(model: PreTrainedModel) -> dict[str, int | None]:
+    """Returns the number of parameters, of zeros, and of KV-cache bytes per token."""
+    return {"params": model.num_parameters(), "zeros": zeros_of(model), "kv_cache_bytes": kv_cache_bytes(model)}
 
 
 def degradation_text(before: Before, degradation: Degradation) -> str | None:
@@ -84,28 +84,6 @@ def degradation_text(before: Before, degradation: Degradation) -> str | None:
     if isinstance(degradation, list):
         return degradation_table(degradation)
     return None if degradation is None else f"Accuracy: {before:,.4g} before, {degradation:,.4g} after"
-
-
-def next_steps(model: PreTrainedModel, name: str, out: str, event: Mapping[str, Any]) -> list[str]:
-    """Returns commands to continue with, each with a comment.
-
-    Args:
-        model: The smaller model.
-        name: Name of the dense model.
-        out: Folder of the smaller model.
-        event: The recorded change, with sizes before and after.
-    """
-    if not generates(model):
-        return [f"billhook summary {out}  # count parameters and operations"]
-    train = f"billhook fit --model.model {out} --model.lora '{{}}' --data.data FILE --trainer.max_steps 1000"
-    export = f"--trainer.callbacks+=billhook.Export --trainer.callbacks.folder {out}-trained"
-    # plain training would make zeros nonzero
-    sparse = event["after"]["zeros"] - event["before"]["zeros"] > PRUNED * event["after"]["params"]
-    return [
-        f"billhook evaluate {name} {out} --text FILE  # compare both models on your text",
-        *([] if sparse else [f"{train} {export}  # recovery training on your text"]),
-        f"billhook serve-check {out}  # check the outputs in llama.cpp",
-    ]
 
 
 class OneShot:
@@ -174,29 +152,20 @@ class OneShot:
             raise ValueError(f"supplement={options.supplement}: {kind} needs labels, so it takes no other text.")
         default = SUPPLEMENT if refits and options.only_files and can_generate(self.model) else 0.0
         self._supplement = default if options.supplement is None else options.supplement
-        self._check_source()
+        if options.data is None and self.uses_data:
+            try:
+                check_can_generate(self.model)
+            except ValueError as error:
+                raise ValueError(f"data=None: {error}. Pass a file with --data.") from error
+            if options.stream and GENERATED in self.other_texts:
+                raise ValueError(f"data=None: '{name}' has no tokenizer to read text with. Pass --tokenizer and --data.")
         if self.metric == "perplexity":
             check_other_texts(self.calibration, options.also)
 
     @cached_property
     def sizes(self) -> dict[str, int | None]:
         """Parameters, zeros, and KV-cache bytes per token of the dense model."""
-        return sizes_of(self.model, None if self.zeros is None else sum(self.zeros.values()))
-
-    @cached_property
-    def zeros(self) -> dict[str, int] | None:
-        """Number of zero weights of the dense model by name; None if unknown."""
-        return zeros_by_name(self.model)
-
-    def _check_source(self) -> None:
-        """Raises if there is neither data nor a default text."""
-        if self.options.data is None and self.uses_data:
-            try:
-                check_can_generate(self.model)
-            except ValueError as error:
-                raise ValueError(f"data=None: {error}. Pass a file with --data.") from error
-            if self.options.stream and GENERATED in self.other_texts:
-                raise ValueError(f"data=None: '{self.name}' has no tokenizer to read text with. Pass --tokenizer and --data.")
+        return sizes_of(self.model)
 
     @cached_property
     def other_texts(self) -> list[str]:
@@ -282,7 +251,7 @@ class OneShot:
         """Prints the steps of the command before it runs them.
 
         Args:
-            steps: The steps up to measuring and saving.
+            steps: The steps up to calibrating, measuring, and saving.
             passes: Number of passes over a streamed model that the steps need.
             exact: If False, `passes` is an upper bound.
             unknown: Importances that need an unknown number of further passes.
@@ -298,7 +267,9 @@ class OneShot:
         store, more = store_of(self.model), 2 * self._measures
         streams = [] if store.holds_all else [io_summary(store, passes + more, exact, unknown)]
         print(f"Model: {self.name} ({self.model.num_parameters():,} parameters)\nPlan:")
-        for step in (*steps, *measure, *streams, f"save to {self.out}{replacement_note(self.out)}"):
+        # without calibration data, tokens are counted in text, which their step names
+        calibration = [self._calibration_step] if self.calibrates or not self._as_text else []
+        for step in (*steps, *calibration, *measure, *streams, f"save to {self.out}{replacement_note(self.out)}"):
             print(f"  {step}", flush=True)
         for line in self._expected_times():  # which takes a while for a large model
             print(f"  {line}")
@@ -329,7 +300,7 @@ class OneShot:
         return texts * self.options.evaluate
 
     @property
-    def calibration_step(self) -> str:
+    def _calibration_step(self) -> str:
         """The line of the plan about calibration data."""
         if not self.calibrates:
             return "no calibration data needed"
@@ -364,23 +335,17 @@ class OneShot:
         if plan:
             print(f"{plan}\n")
         print(f"Dry run: {self.out} was not written.")
-        tokens = self._generated_tokens()
+        tokens = dict[str, int]()
+        if self.metric == "perplexity" and can_generate(self.model):
+            if self.calibrates:
+                tokens["calibration"] = self.example_counts.get(GENERATED, 0) * self.length
+            if self._measures and not self.options.stream:
+                tokens["evaluation"] = num_self_generated(self.calibration, self.options.evaluate, self.length) * self.length
         if total := sum(tokens.values()):
             purposes = " and ".join(purpose for purpose, count in tokens.items() if count)
             print(f"Without --dry_run, the model first generates {total:,} tokens for {purposes}.")
             if not plan:
                 print("With --data FILE, a dry run prints the whole plan.")
-
-    def _generated_tokens(self) -> dict[str, int]:
-        """Returns the number of tokens that the model generates, by purpose."""
-        if self.metric == "accuracy" or not can_generate(self.model):
-            return {}
-        rows = {"calibration": 0, "evaluation": 0}
-        if self.calibrates:
-            rows["calibration"] = self.example_counts.get(GENERATED, 0)
-        if self._measures and not self.options.stream:
-            rows["evaluation"] = num_self_generated(self.calibration, self.options.evaluate, self.length)
-        return {purpose: count * self.length for purpose, count in rows.items()}
 
     def _on_device(self) -> AbstractContextManager[None]:
         """Runs the blocks of an offloaded model on the device within a `with` block."""
@@ -481,7 +446,7 @@ class OneShot:
             lines: Lines to print before the results.
             not_refitted: Why layers were not refitted, for the record.
         """
-        event: dict[str, Any] = {"what": what, "before": self.sizes, "after": sizes_of(self.model, zeros_of(self.model))}
+        event: dict[str, Any] = {"what": what, "before": self.sizes, "after": sizes_of(self.model)}
         if not_refitted:
             event["not_refitted"] = not_refitted
         record = {"events": [event], **record}
@@ -493,19 +458,20 @@ class OneShot:
                     data = {name: value for name, value in data.items() if name not in ("tokens", "weights")}
             record["calibration" if self.calibrates else "text"] = data
         degradation, warning = self.measure_degradation(before), None
-        results: dict[str, Any] = {"before": None, "after": None, "examples": self.options.evaluate}
-        metric = self.metric
+        metric, (old, new), examples = self.metric, (before, degradation), self.options.evaluate
         if isinstance(degradation, list):
             first = degradation[0]
-            metric, values = ("bits_per_byte", bits) if (bits := first.bits_per_byte) else (metric, (first.before, first.after))
-            results = {"before": values[0], "after": values[1], "examples": first.rows}
+            old, new, examples = first.before, first.after, first.rows
+            if (bits := first.bits_per_byte) is not None:
+                metric, (old, new) = "bits_per_byte", bits
             record["degradation"], warning = [text.to_json() for text in degradation], degradation_warning(degradation)
         elif degradation is not None:
-            results = {"before": before, "after": degradation, "examples": len(self._labeled.measured_rows)}
+            examples = len(self._labeled.measured_rows)
+        record[metric] = {"before": old, "after": new, "examples": examples}
         if reused := store_of(self.model).reused:
             print(f"Reused {reused} block{'s' * (reused > 1)} from an interrupted run.")
         with file_progress("saving and verifying"):
-            saved = save(self.model, self.out, self._preprocessor(), record | {metric: results})
+            saved = save(self.model, self.out, self._preprocessor(), record)
         with suppress(OSError):  # there is no folder, or it has other files
             for file in self._text_folder.glob(f"*{KEPT}"):
                 file.unlink()
@@ -516,7 +482,21 @@ class OneShot:
             if line:
                 print(line)
         print(saved.text())
-        print("\n".join(["", "Next steps:", *(f"  {line}" for line in next_steps(self.model, self.name, self.out, event))]))
+        print("\n".join(["", "Next steps:", *(f"  {line}" for line in self._next_steps(event))]))
+
+    def _next_steps(self, event: Mapping[str, Any]) -> list[str]:
+        """Returns commands to continue with, each with a comment."""
+        if not generates(self.model):
+            return [f"billhook summary {self.out}  # count parameters and operations"]
+        train = f"billhook fit --model.model {self.out} --model.lora '{{}}' --data.data FILE --trainer.max_steps 1000"
+        export = f"--trainer.callbacks+=billhook.Export --trainer.callbacks.folder {self.out}-trained"
+        # plain training would make zeros nonzero
+        sparse = event["after"]["zeros"] - event["before"]["zeros"] > PRUNED * event["after"]["params"]
+        return [
+            f"billhook evaluate {self.name} {self.out} --text FILE  # compare both models on your text",
+            *([] if sparse else [f"{train} {export}  # recovery training on your text"]),
+            f"billhook serve-check {self.out}  # check the outputs in llama.cpp",
+        ]
 
     def _preprocessor(self) -> Preprocessor | None:
         """Loads the tokenizer or image processor to save with the model, if there is one."""

@@ -131,7 +131,12 @@ def _legal_for(argument: str, types: str, value: str, unknown: str) -> str:
             base = pkgutil.resolve_name(name)
         except (ImportError, AttributeError, ValueError):  # a class defined in a function
             continue
-        classes |= {kind.__name__ for kind in subclasses(base) if _is_public(kind)} if isinstance(base, type) else set()
+        for kind in subclasses(base) if isinstance(base, type) else ():  # those that YAML can name: concrete, and no command
+            ours = kind.__module__.startswith("billhook.") and not kind.__module__.startswith("billhook.cli.")
+            # `inspect.isabstract` needs the metaclass ABCMeta, which not all of these classes have
+            abstract = any(getattr(getattr(kind, member, None), "__isabstractmethod__", False) for member in dir(kind))
+            if ours and not kind.__name__.startswith("_") and not abstract:
+                classes.add(kind.__name__)
     known = f"{', '.join(sorted(classes))}, or a custom module.Class"
     hint = suggestion(unknown.rpartition(".")[2] or value, [*names, *sorted(classes)])
     if unknown and classes and not {*words} - {WORDS["NoneType"]}:
@@ -140,14 +145,6 @@ def _legal_for(argument: str, types: str, value: str, unknown: str) -> str:
     if not words or value.startswith(("[", "{", "NestedArg")):
         return ""
     return f"{argument}={value} must be {', '.join(words[:-1])}{' or ' * (len(words) > 1)}{words[-1]}.{hint}"
-
-
-def _is_public(kind: type) -> bool:
-    """Returns whether a class can be named in YAML: billhook's, concrete, and no command."""
-    public = kind.__module__.startswith("billhook.") and not kind.__module__.startswith("billhook.cli.")
-    # `inspect.isabstract` needs the metaclass ABCMeta, which not all of these classes have
-    abstract = any(getattr(getattr(kind, name, None), "__isabstractmethod__", False) for name in dir(kind))
-    return public and not kind.__name__.startswith("_") and not abstract
 
 
 def unknown_command(wrong: str, commands: Sequence[str], program: str = "billhook") -> str:
@@ -274,7 +271,22 @@ def _as_yaml(value: str, element: object) -> str:
 
 def description() -> str:
     """Returns the text of `billhook --help`: all commands with their summaries."""
-    commands = "\n".join(_usage(name) for name in COMMANDS)
+    commands = list[str]()
+    for name, module in COMMANDS.items():  # from the source, because imports take seconds
+        tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
+        command = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name.replace("-", "_"))
+        words = []
+        for argument in command.args.args[: len(command.args.args) - len(command.args.defaults)]:
+            word, kind = argument.arg.upper(), ast.unparse(argument.annotation) if argument.annotation else ""
+            if kind == "list[str]":
+                words.append(f"{word[:-1]} [{word[:-1]} ...]")
+            elif kind == "str":
+                words.append(word)
+        words = words or [f"[{argument.arg.upper()}]" for argument in command.args.args[:1]]
+        first = (ast.get_docstring(command) or "").splitlines()[0]
+        summary = textwrap.indent(textwrap.fill(first, 110), " " * 6)
+        commands.append(f"  billhook {' '.join([name, *words])}\n{summary}")
+    list_of_commands = "\n".join(commands)
     return f"""usage: billhook [-h | --version] COMMAND ...
 
 Prune and convert Hugging Face transformers, alone or while training with PyTorch Lightning.
@@ -283,7 +295,7 @@ Prune and convert Hugging Face transformers, alone or while training with PyTorc
       Trains a model with the callbacks of a config: your own file, or a recipe (see `billhook recipes`).
   billhook validate, billhook test, billhook predict
       Lightning's other subcommands, with the same configs.
-{commands}
+{list_of_commands}
 
 Help on a command: `billhook prune --help`.
 Help on a callback, model, or data module:
@@ -291,19 +303,3 @@ Help on a callback, model, or data module:
   billhook fit --model.help TransformerModule
   billhook fit --data.help TextDataModule
 """
-
-
-def _usage(name: str) -> str:
-    """Returns the usage and summary of a command, from its source (imports take seconds)."""
-    tree = ast.parse(Path(__file__).with_name(f"{COMMANDS[name]}.py").read_text(encoding="utf-8"))
-    command = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name.replace("-", "_"))
-    words = []
-    for argument in command.args.args[: len(command.args.args) - len(command.args.defaults)]:
-        word, kind = argument.arg.upper(), ast.unparse(argument.annotation) if argument.annotation else ""
-        if kind == "list[str]":
-            words.append(f"{word[:-1]} [{word[:-1]} ...]")
-        elif kind == "str":
-            words.append(word)
-    words = words or [f"[{argument.arg.upper()}]" for argument in command.args.args[:1]]
-    first = (ast.get_docstring(command) or "").splitlines()[0]
-    return f"  billhook {' '.join([name, *words])}\n{textwrap.indent(textwrap.fill(first, 110), ' ' * 6)}"

@@ -1,9 +1,5 @@
 """`billhook prune`: prunes individual weights of a checkpoint."""
 
-from collections.abc import Mapping
-
-from torch import nn
-
 from billhook.cli.examples import LabeledOptions
 from billhook.cli.machine import model_progress
 from billhook.cli.one_shot import OneShot
@@ -62,15 +58,13 @@ def prune(
         check_examples(work, 2, "match")
     check_folder(activations, work.model)
     layers = check_pruning(work.model, criterion, pattern, options)
+    tokens = token_count(meta_batches(work))
+    counts = {name: (tokens, adjacent_inputs(layer)) for name, layer in layers.items() if not is_convolution(layer)}
     step = f"prune linear layers to {100 * amount:.4g}% sparsity ({pattern}) with {criterion}"
     steps = [step] + ([] if match is None else [work.matching_step(match)])
-    if (
-        not work.of_images
-        and solves_for_weights(criterion)
-        and (warning := too_few_tokens(criterion, _token_counts(work, layers)))
-    ):
+    if not work.of_images and solves_for_weights(criterion) and (warning := too_few_tokens(criterion, counts)):
         steps.append(warning)
-    work.print_plan(*steps, work.calibration_step, passes=_passes(criterion, allocation))
+    work.print_plan(*steps, passes=_passes(criterion, allocation))
     if dry_run and work.must_generate:
         work.print_dry_run()
         return
@@ -105,12 +99,6 @@ def prune(
     record |= {"match": str(match)} if match else {}
     what = f"{plan.criterion}, {pattern}: sparsity {plan.sparsity:.4f} in {len(plan.pruned)} linear layers"
     work.save(before, what, {"pruned": record}, *lines)
-
-
-def _token_counts(work: OneShot, layers: Mapping[str, nn.Module]) -> dict[str, tuple[int, int]]:
-    """Returns the maximum number of tokens and the number of inputs of each linear layer."""
-    tokens = token_count(meta_batches(work))
-    return {name: (tokens, adjacent_inputs(layer)) for name, layer in layers.items() if not is_convolution(layer)}
 
 
 def _passes(criterion: Criterion, allocation: Allocation | None) -> int:

@@ -120,7 +120,7 @@ def prune_structure(
     """
     check_int("rounds", rounds)
     check_scored(examples, block_importance, importance)
-    refits, as_text = repair is not None, amount.tokens_only is not None
+    refits, required, as_text = repair is not None, repair != "auto", amount.tokens_only is not None
     calibrates = amount.blocks_only is not None or amount.within_blocks is not None
     work = OneShot(model, out, examples, refits=refits, calibrates=calibrates, streams=True, repair=repair, as_text=as_text)
     passes, batches_to_score = Passes(), batch_count(work.example_counts.values(), work.options.batch_size)
@@ -131,10 +131,10 @@ def prune_structure(
         block_importance = block_importance or BlockInfluence()
         block_rounds = sum(removed.values()) if amount.greedy else 1
         passes.add_scoring(block_rounds, block_importance, sum(map(Units.count, stacks.values())), batches_to_score)
-        passes.known += BLOCK_PASSES + (repair is not None) * ZEROS_PASSES + repair_passes(repair)
+        passes.known += BLOCK_PASSES + refits * ZEROS_PASSES + repair_passes(repair)
         one_by_one = " one at a time" * amount.greedy
         steps.append(f"remove blocks{one_by_one}: blocks={amount.blocks} (importance: {block_importance})")
-        if repair is not None:
+        if refits:
             steps.append(work.repair_step(repair, "output layers of blocks behind them"))
     if amount.tokens_only is not None:
         without_tokens = try_removal(work.model, RatioSearch(work.model, amount.tokens_only).check())
@@ -148,19 +148,20 @@ def prune_structure(
         search = RatioSearch(without_tokens, within_blocks)
         cut = search.check()
         kept = remaining_inputs(search, cut, most=True) if rounds == 1 else None
-        needed = remaining_inputs(search, cut, most=False) if repair is not None else None
+        needed = remaining_inputs(search, cut, most=False) if refits else None
         removable = search.removable()
         importance = importance or default_importance(removable)
         check_scored(examples, importance)
         count = sum(units.count(amount.per) for units in removable.values())
         passes.add_scoring(rounds, importance, count, batches_to_score)
         passes.known += rounds * (REMOVE_PASSES + repair_passes(repair))
-        steps.append(_units_step(amount, within_blocks, importance, rounds))
+        limits = within_blocks.ratios | ({amount.target: getattr(amount, amount.target)} if amount.target else {})
+        sizes = ", ".join(f"{name}={value}" for name, value in limits.items())
+        steps.append(f"remove units: {sizes} (importance: {importance}{f', {rounds} rounds' if rounds > 1 else ''})")
         if needed is not None:
-            expected_limits = repair_limits(work, needed, meta_batches(work), repair != "auto")
+            expected_limits = repair_limits(work, needed, meta_batches(work), required)
             steps.append(expected_limits or work.repair_step(repair, "consumer layers"))
-    steps += [work.calibration_step] * calibrates
-    work.print_plan(*steps, passes=passes.known, exact=repair != "auto", unknown=passes.unknown)
+    work.print_plan(*steps, passes=passes.known, exact=required, unknown=passes.unknown)
     needs_data = any(scorer.needs_data for scorer in (block_importance, importance) if scorer is not None)
     if dry_run and needs_data and work.must_generate:
         work.print_dry_run()
@@ -168,11 +169,11 @@ def prune_structure(
     batches = work.batches(dry_run) if needs_data or not dry_run else []
     if examples.stream:  # after reading text, whose memory is free again
         solved, sums = refit_bytes(work.model, repair, kept if amount.blocks_only is None else None)
-        work.spill(max(statistics_bytes(work.model, importance), solved), sums, 0 if repair is None else 2)
+        work.spill(max(statistics_bytes(work.model, importance), solved), sums, 2 * refits)
     if needed is not None and not dry_run:
-        limits = repair_limits(work, needed, batches, repair != "auto")
-        if limits and limits != expected_limits:
-            print(limits)  # a text is shorter than requested
+        actual_limits = repair_limits(work, needed, batches, required)
+        if actual_limits and actual_limits != expected_limits:
+            print(actual_limits)  # a text is shorter than requested
     before = None if dry_run else work.measure()
     plans, words, refitted, not_refitted = list[dict[str, Any]](), list[str](), False, list[str]()
     for plan in _plans(work, before, batches, amount, within_blocks, block_importance, importance, rounds):
@@ -204,13 +205,6 @@ def prune_structure(
     settings |= {"tokens": amount.tokens} if amount.tokens else {}
     record = {"plans": plans, "importance": settings}
     work.save(before, f"without {', '.join(words)}", record, not_refitted="; ".join(dict.fromkeys(not_refitted)))
-
-
-def _units_step(amount: RemoveOptions, within_blocks: Amount, importance: Importance, rounds: int) -> str:
-    """Returns the line of the plan about units within blocks."""
-    limits = within_blocks.ratios | ({amount.target: getattr(amount, amount.target)} if amount.target else {})
-    sizes = ", ".join(f"{name}={value}" for name, value in limits.items())
-    return f"remove units: {sizes} (importance: {importance}{f', {rounds} rounds' if rounds > 1 else ''})"
 
 
 def _plans(

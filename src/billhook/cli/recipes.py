@@ -4,7 +4,6 @@ import re
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -101,7 +100,11 @@ def config_warnings(words: Sequence[str], names: Sequence[str]) -> list[str]:
     """
     configs = []
     for file in dict.fromkeys(config_files(words)):
-        if (content := _read(file)) is None:  # the parser reports it
+        try:
+            content = yaml.safe_load(Path(file).read_text())
+        except (OSError, UnicodeDecodeError, yaml.YAMLError):
+            content = None
+        if not isinstance(content, dict):  # the parser reports it
             return []
         configs.append((file, content))
     if not configs:
@@ -132,15 +135,6 @@ def config_warnings(words: Sequence[str], names: Sequence[str]) -> list[str]:
             f"base, such as `--config recipe:base --config {names[0]}`, or pass {options}."
         )
     return warnings
-
-
-def _read(file: str) -> dict[str, Any] | None:
-    """Reads a YAML mapping; None if it cannot be read or is no mapping."""
-    try:
-        content = yaml.safe_load(Path(file).read_text())
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return None
-    return content if isinstance(content, dict) else None
 
 
 def _class_names(callbacks: object) -> list[str]:

@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import LambdaCallback
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel
 
@@ -58,37 +59,22 @@ def recover(
             lora=LoRA() if lora else None,
             distillation=Distillation(teacher=teacher),
         )
-        _trainer(steps, device, progress).fit(module, loader, val_dataloaders=[])
+        trainer = pl.Trainer(  # prints and writes nothing
+            accelerator=device.type,
+            devices=1 if device.index is None else [device.index],
+            max_steps=steps,
+            max_epochs=-1,
+            limit_val_batches=0,
+            gradient_clip_val=1.0,
+            callbacks=[LambdaCallback(on_train_batch_end=lambda trainer, *_: progress(trainer.global_step, steps))],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, loader, val_dataloaders=[])
     if lora:
         merge(model)
     for name, parameter in model.named_parameters():
         parameter.data = parameter.data.to(dtypes[name])
     model.to(device).eval()  # type: ignore[arg-type]
-
-
-class _ReportProgress(pl.Callback):
-    """Reports each training step to a callback."""
-
-    def __init__(self, progress: OnProgress) -> None:
-        self.progress = progress
-
-    def on_train_batch_end(self, trainer: pl.Trainer, *_: object) -> None:
-        """Reports the number of finished steps."""
-        self.progress(trainer.global_step, trainer.max_steps)
-
-
-def _trainer(steps: int, device: torch.device, progress: OnProgress) -> pl.Trainer:
-    """Returns a trainer that prints and writes nothing."""
-    return pl.Trainer(
-        accelerator=device.type,
-        devices=1 if device.index is None else [device.index],
-        max_steps=steps,
-        max_epochs=-1,
-        limit_val_batches=0,
-        gradient_clip_val=1.0,
-        callbacks=[_ReportProgress(progress)],
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )

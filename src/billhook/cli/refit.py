@@ -67,37 +67,30 @@ def repair_limits(work: OneShot, needed: Mapping[str, int], batches: Sequence[Ba
     Raises:
         NoRepair: If no linear layer can be refitted and that is required.
     """
-    problem = _no_repair(work, needed, batches)
+    tokens, problem = token_count(batches), ""
+    rows = sum(len(batch["input_ids"]) for batch in batches if "input_ids" in batch)
+    short = [] if work.of_images else [name for name, count in needed.items() if count > tokens]
+    if not needed:
+        problem = "no linear layer reads the removed units."
+    elif rows < 2 and not work.of_images:
+        problem = (
+            f"repair needs at least 2 examples, to choose the ridge penalty, got {rows}. Use more --examples, or a longer text."
+        )
+    elif len(short) == len(needed):
+        first, examples = min(needed, key=needed.__getitem__), work.options.examples
+        size = "" if examples is None else f"--examples {examples} "
+        problem = (
+            f"{size}--length {work.length} gives {tokens:,} tokens, and {first} needs at least {needed[first]:,}. Use more or "
+            "longer examples."
+        )
     if problem and required:
         raise NoRepair(f"{problem} Or use --repair null.")
     if problem:
         return f"no repair: {problem}"
-    tokens = token_count(batches)
-    short = [] if work.of_images else [name for name, count in needed.items() if count > tokens]
     if not short:
         return ""
     layers = f"up to {len(short)} of {len(needed)} consumer layers"
     return f"no repair of {layers}: they keep more inputs than there are calibration tokens ({tokens:,})"
-
-
-def _no_repair(work: OneShot, needed: Mapping[str, int], batches: Sequence[Batch]) -> str:
-    """Returns why no linear layer at all can be refitted; empty if that is not known."""
-    options, tokens = work.options, token_count(batches)
-    if not needed:
-        return "no linear layer reads the removed units."
-    rows = sum(len(batch["input_ids"]) for batch in batches if "input_ids" in batch)
-    if rows < 2 and not work.of_images:
-        return (
-            f"repair needs at least 2 examples, to choose the ridge penalty, got {rows}. Use more --examples, or a longer text."
-        )
-    if work.of_images or any(count <= tokens for count in needed.values()):
-        return ""
-    first = min(needed, key=needed.__getitem__)
-    size = "" if options.examples is None else f"--examples {options.examples} "
-    return (
-        f"{size}--length {work.length} gives {tokens:,} tokens, and {first} needs at least {needed[first]:,}. Use more or longer "
-        "examples."
-    )
 
 
 def token_count(batches: Sequence[Batch]) -> int:

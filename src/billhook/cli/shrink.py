@@ -57,11 +57,6 @@ class Recovery:
         if self.recover_lr is not None:
             check_number("recover_lr", self.recover_lr, above=0)
 
-    @property
-    def examples(self) -> int:
-        """Number of training examples."""
-        return self.recover * self.recover_batch_size
-
     def task_of(self, model: PreTrainedModel) -> Task:
         """Returns the training task of a model, or raises if there is none."""
         if "SequenceClassification" in type(model).__name__:
@@ -74,13 +69,13 @@ class Recovery:
         return "causal-lm"
 
 
-def search_space(scope: SearchScope, steps: int, budget: str | None = None) -> str:
+def search_space(scope: SearchScope, steps: int, budget: str | None) -> str:
     """Returns a description of the removable units, and the maximum number of steps.
 
     Args:
         scope: The search space.
         steps: Maximum number of search steps.
-        budget: A budget of loss, as text. Defaults to the size limit of the candidates.
+        budget: A budget of loss, as text. None names the size limit of the candidates.
     """
     budget = f"{scope.limit:,}" if budget is None else budget
     sizes = f"{scope.target} now {scope.now:,}, budget {budget}, smallest reachable {scope.least:,}"
@@ -194,7 +189,7 @@ def shrink(
             steps.append(work.matching_step(matching, LEAST_STEPS))
     if recovery.recover:
         steps.append(f"train for {recovery.recover:,} recovery steps")
-    work.print_plan(*steps, work.calibration_step)
+    work.print_plan(*steps)
     if dry_run:
         most_steps = scope.most_steps(search.generations, search.candidates)
         work.print_dry_run(search_space(scope, most_steps, None if budget.max_loss is None else budget.words))
@@ -230,7 +225,7 @@ def _recover(
     from billhook.cli.recovery import recover  # Lightning takes seconds to import
 
     degradation, seed = work.measure_degradation(before), work.options.seed
-    loader = work.training_loader(recovery.examples, recovery.recover_batch_size, batches, before)
+    loader = work.training_loader(recovery.recover * recovery.recover_batch_size, recovery.recover_batch_size, batches, before)
     with progress_bar("recovering", "steps") as progress:
         task, steps, lr, lora = recovery.task_of(work.model), recovery.recover, recovery.recover_lr, recovery.recover_lora
         recover(work.model, task, steps, lr, lora, work.name, loader, work.device, seed, progress)

@@ -71,34 +71,27 @@ class Passes:
     unknown: list[Importance] = field(default_factory=list)
 
     def add_scoring(self, rounds: int, importance: Importance, units: int, batches: int) -> None:
-        """Adds the passes of an importance that scores units in each round; see `scoring_passes`."""
-        passes = scoring_passes(importance, units, batches)
+        """Adds the maximum number of passes of an importance that scores units in each round.
+
+        Args:
+            rounds: Number of rounds.
+            importance: Scores the units.
+            units: Number of units.
+            batches: Number of batches.
+        """
+        known = {
+            OutputNorm: 2,  # the first finds the consumer layers
+            ActivationNorm: 1,
+            BlockInfluence: 1,
+            Ablation: (1 + units) * batches,
+            WeightNorm: 1,
+            RandomUnits: 0,
+        }
+        passes = importance.passes if isinstance(importance, OBS) else known.get(type(importance))
         if passes is not None:
             self.known += rounds * passes
         elif importance not in self.unknown:
             self.unknown.append(importance)
-
-
-def scoring_passes(importance: Importance, units: int, batches: int) -> int | None:
-    """Returns the maximum number of passes that score units; None for a custom importance.
-
-    Args:
-        importance: Scores the units.
-        units: Number of units.
-        batches: Number of batches.
-    """
-    known = {
-        OutputNorm: 2,  # the first finds the consumer layers
-        ActivationNorm: 1,
-        BlockInfluence: 1,
-        Ablation: 1 + units,
-        WeightNorm: 1,
-        RandomUnits: 0,
-    }
-    passes = importance.passes if isinstance(importance, OBS) else known.get(type(importance))
-    if passes is None or not importance.needs_data:
-        return passes
-    return passes * batches if isinstance(importance, Ablation) else passes
 
 
 def check_streamed(options: TextOptions, streams: bool, offload: bool) -> None:
@@ -166,7 +159,7 @@ def reconstruction_bytes(model: PreTrainedModel) -> int:
     return TUNED_COPIES * 4 * streamed_size(store_of(model)).largest // model.dtype.itemsize
 
 
-def io_summary(store: BlockStore, passes: int, exact: bool = True, unknown: Sequence[object] = ()) -> str:
+def io_summary(store: BlockStore, passes: int, exact: bool, unknown: Sequence[object]) -> str:
     """Returns a line on the bytes that a command reads and writes.
 
     Args:

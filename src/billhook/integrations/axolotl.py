@@ -32,22 +32,13 @@ class Plugin(BasePlugin):  # type: ignore[misc]
         return f"{Args.__module__}.{Args.__name__}"
 
     def add_callbacks_pre_trainer(self, cfg: Any, model: nn.Module) -> list[Callbacks]:  # noqa: ANN401
-        """Returns the callbacks of a config."""
+        """Returns the callbacks of a config, if their arguments are legal."""
         described = getattr(cfg, "billhook", None)
-        return [Callbacks(read_callbacks(described))] if described else []
-
-
-def read_callbacks(described: list[dict[str, Any]]) -> list[FitCallback]:
-    """Creates callbacks from their class paths and arguments, as LightningCLI does.
-
-    Raises:
-        ValueError: If a class or an argument is not legal.
-    """
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--billhook", type=list[FitCallback])
-    plain = [_plain(callback) for callback in described]
-    created: list[FitCallback] = parser.instantiate_classes(parser.parse_object({"billhook": plain})).billhook
-    return created
+        if not described:
+            return []
+        parser = ArgumentParser(exit_on_error=False)  # class paths and arguments, as LightningCLI reads them
+        parser.add_argument("--billhook", type=list[FitCallback])
+        return [Callbacks(parser.instantiate_classes(parser.parse_object({"billhook": _plain(described)})).billhook)]
 
 
 def _plain(value: Any) -> Any:  # noqa: ANN401

@@ -144,25 +144,21 @@ class Callbacks(TrainerCallback, ExportableState):
         with self._fitting(args, state, hooked, resumes=bool(state.global_step)) as fit:
             for callback in self.callbacks:
                 callback.resolve(fit)
-            self._check_later(fit)
+            for event_callback in fit.callbacks(EventCallback):  # can its events after the start happen in this Trainer?
+                name, steps = type(event_callback).__name__, event_callback.pending_steps(fit)
+                if isinstance(event_callback, ShapeCallback):
+                    steps = [step for step in event_callback.shape_steps(fit) if step > fit.step]
+                    if not event_callback.only_at_start and event_callback.due(fit):
+                        steps.insert(0, fit.step)  # the model is wrapped by now
+                    if steps:
+                        fit.check_reshaping_later(name, steps[0])
+                if args.load_best_model_at_end and steps and steps[-1] > 0:
+                    raise ValueError(
+                        f"load_best_model_at_end=True may load weights from before the event of {name} at step {steps[-1]}. Set "
+                        "it to False, or use at='start'."
+                    )
             for callback in self.callbacks:
                 callback.begin_training(fit)
-
-    def _check_later(self, fit: TransformersFit) -> None:
-        """Raises `ValueError` if events after the start cannot happen in this Trainer."""
-        for callback in fit.callbacks(EventCallback):
-            name, steps = type(callback).__name__, callback.pending_steps(fit)
-            if isinstance(callback, ShapeCallback):
-                steps = [step for step in callback.shape_steps(fit) if step > fit.step]
-                if not callback.only_at_start and callback.due(fit):
-                    steps.insert(0, fit.step)  # the model is wrapped by now
-                if steps:
-                    fit.check_reshaping_later(name, steps[0])
-            if fit.args.load_best_model_at_end and steps and steps[-1] > 0:
-                raise ValueError(
-                    f"load_best_model_at_end=True may load weights from before the event of {name} at step {steps[-1]}. Set it "
-                    "to False, or use at='start'."
-                )
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **hooked: Any) -> None:  # noqa: ANN401
         """Applies events that are due after the last step."""
@@ -197,8 +193,20 @@ class Callbacks(TrainerCallback, ExportableState):
         if not args.should_save or not folder.is_dir():
             return
         saves_base = fit is not None and self._changes_base(fit)
-        if fit is not None and saves_base:
-            _save_base(fit, folder)
+        if fit is not None and saves_base:  # the base model of adapters, beside them, and named as their base
+            base = (folder / BASE).absolute()
+            shutil.rmtree(base, ignore_errors=True)  # of a checkpoint that this one replaces
+            # else transformers saves adapters alone
+            with adapters_removed(fit.model), overridden(fit.model, _hf_peft_config_loaded=False):
+                state_shape(fit.model)
+                store_of(fit.model).write(base)
+            for preprocessor in fit.preprocessors():
+                preprocessor.save_pretrained(base)
+            for file in folder.rglob("adapter_config.json"):  # so that AutoPeftModel finds this base, and not the dense one
+                file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}, indent=2))
+            rank_zero_info(
+                f"billhook: the adapters in {folder} fit only the base model that events have left, saved in {base.name}/"
+            )
         saved = {"step": state.global_step, "run": self._run, "callbacks": states, "base": saves_base, **entries}
         torch.save(saved, folder / f".{STATE}")
         replace_file(folder / f".{STATE}", folder / STATE)
@@ -292,20 +300,6 @@ def _load_from(folder: str | Path) -> str:
         f"Create the model as PeftModel.from_pretrained(bh.load('{folder}/{BASE}'), '{folder}', is_trainable=True) before the "
         "Trainer is created."
     )
-
-
-def _save_base(fit: TransformersFit, folder: Path) -> None:
-    """Saves the base model of adapters beside them, and names it as their base."""
-    model, base = fit.model, (folder / BASE).absolute()
-    shutil.rmtree(base, ignore_errors=True)  # of a checkpoint that this one replaces
-    with adapters_removed(model), overridden(model, _hf_peft_config_loaded=False):  # else transformers saves adapters alone
-        state_shape(model)
-        store_of(model).write(base)
-    for preprocessor in fit.preprocessors():
-        preprocessor.save_pretrained(base)
-    for file in folder.rglob("adapter_config.json"):  # so that AutoPeftModel finds this base, and not the dense one
-        file.write_text(json.dumps(json.loads(file.read_text()) | {"base_model_name_or_path": str(base)}, indent=2))
-    rank_zero_info(f"billhook: the adapters in {folder} fit only the base model that events have left, saved in {base.name}/")
 
 
 def _refuse_other_shape(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: object) -> None:

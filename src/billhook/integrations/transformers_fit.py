@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -29,24 +30,20 @@ T = TypeVar("T")
 FIRST = "Prune or convert first (bh.prune, bh.apply, bh.convert_kv_heads) and train the result"
 
 
+@dataclass(eq=False)
 class TransformersFit(Fit):
     """A run of transformers' Trainer."""
 
     validate_first = "Pass eval_on_start=True to the Trainer, or validation= to Callbacks."
 
-    def __init__(
-        self,
-        callbacks: Sequence[object],
-        args: TrainingArguments,
-        state: TrainerState,
-        model: nn.Module,
-        resumes: bool,
-        validation: Iterable[Any] | None,
-        metrics: dict[str, float],
-        hooked: Mapping[str, Any],
-    ) -> None:
-        self.module, self.args, self.state, self._callbacks, self._resumes = model, args, state, callbacks, resumes
-        self._validation, self._metrics, self._hooked = validation, metrics, hooked
+    _callbacks: Sequence[object]
+    args: TrainingArguments
+    state: TrainerState
+    module: nn.Module
+    _resumes: bool
+    _validation: Iterable[Any] | None
+    _metrics: dict[str, float]
+    _hooked: Mapping[str, Any]
 
     @property
     def all_callbacks(self) -> Sequence[object]:
@@ -270,13 +267,8 @@ def val_metrics(metrics: Mapping[str, float], model: nn.Module) -> dict[str, flo
         for name, value in metrics.items()
         if name.startswith("eval_") and not name.endswith(timings)
     }
-    if "val_loss" in named and isinstance(model, nn.Module) and _predicts_tokens(model):
-        named["val_perplexity"] = math.exp(min(named["val_loss"], 700.0))
+    if "val_loss" in named:
+        with suppress(ValueError):  # it contains no transformers model
+            if generates(find_transformer(model)):
+                named["val_perplexity"] = math.exp(min(named["val_loss"], 700.0))
     return named
-
-
-def _predicts_tokens(model: nn.Module) -> bool:
-    try:
-        return generates(find_transformer(model))
-    except ValueError:
-        return False

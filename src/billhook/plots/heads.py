@@ -3,12 +3,9 @@
 import math
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
-from numpy.typing import NDArray
 from torch import Tensor
 
 from billhook.arguments import check_types
@@ -52,7 +49,9 @@ def heads(
     height = min(max(3.2, 0.28 * len(table) + 1.2), 14)
     figure = Plot(figsize=(9.5 if curve else 5, height), dpi=150, layout="constrained")
     axes = figure.subplots(1, 2 if curve else 1, squeeze=False)[0]
-    heat_map(axes[0], table, list(importance), "importance", least=np.nanmin(table, initial=0))
+    image = axes[0].imshow(table, aspect="auto", cmap="Blues", vmin=np.nanmin(table, initial=0))  # NaN stays blank
+    figure.colorbar(image, ax=axes[0], label="importance", shrink=0.8)
+    axes[0].set_yticks(range(len(table)), distinct_parts(list(importance)), fontsize=max(4, min(8, 200 // len(table))))
     crossed = [(head, row) for row, layer in enumerate(importance) for head in (removed or {}).get(layer, ())]
     if crossed:
         axes[0].plot(*zip(*crossed, strict=True), "x", color=RED, markersize=4, markeredgewidth=1.2)
@@ -60,24 +59,20 @@ def heads(
     axes[0].set(xlabel=f"head (x: {action})", ylabel="layer", title=f"{len(crossed)} of {number} heads {action}")
     axes[0].locator_params(axis="x", integer=True)
     if curve:
-        _draw_curve(axes[1], [(100 * share, value) for share, value in curve])
+        points = [(100 * share, value) for share, value in curve]
+        axes[1].plot(*zip(*points, strict=True), "o", markersize=4, color=BLUE)
+        finite = [pair for pair in pairwise(points) if math.isfinite(pair[0][1]) and math.isfinite(pair[1][1])]
+        colors = [BLUE if start[0] == end[0] else RED for start, end in finite]
+        if BLUE in colors or len(finite) == 1:  # arrows for pruning and training steps
+            for (start, end), color in zip(finite, colors, strict=True):
+                axes[1].annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "shrinkA": 3, "shrinkB": 3})
+            lines = [Line2D([], [], color=RED, label="pruning"), Line2D([], [], color=BLUE, label="training")]
+            axes[1].legend(handles=lines if BLUE in colors else lines[:1], frameon=False, fontsize=8)
+        elif finite:
+            axes[1].plot(*zip(*points, strict=True), "-", linewidth=1.4, color=BLUE)
         axes[1].set(xlabel=f"heads {action}, %", ylabel=metric_label(name))
         style_axes(axes[1])
     return figure
-
-
-def _draw_curve(axes: Axes, points: list[tuple[float, float]]) -> None:
-    """Draws the metric, with arrows for pruning and training steps."""
-    axes.plot(*zip(*points, strict=True), "o", markersize=4, color=BLUE)
-    finite = [pair for pair in pairwise(points) if math.isfinite(pair[0][1]) and math.isfinite(pair[1][1])]
-    colors = [BLUE if start[0] == end[0] else RED for start, end in finite]
-    if BLUE in colors or len(finite) == 1:
-        for (start, end), color in zip(finite, colors, strict=True):
-            axes.annotate("", end, start, arrowprops={"arrowstyle": "->", "color": color, "shrinkA": 3, "shrinkB": 3})
-        lines = [Line2D([], [], color=RED, label="pruning"), Line2D([], [], color=BLUE, label="training")]
-        axes.legend(handles=lines if BLUE in colors else lines[:1], frameon=False, fontsize=8)
-    elif finite:
-        axes.plot(*zip(*points, strict=True), "-", linewidth=1.4, color=BLUE)
 
 
 def distinct_parts(names: Sequence[str]) -> list[str]:
@@ -95,22 +90,3 @@ def distinct_parts(names: Sequence[str]) -> list[str]:
 
 def _first_difference(columns: Sequence[tuple[str, ...]], default: int) -> int:
     return next((i for i, column in enumerate(columns) if len(set(column)) > 1), default)
-
-
-def heat_map(
-    axes: Axes, table: NDArray[Any], names: Sequence[str], label: str, least: float | None = None, most: float | None = None
-) -> None:
-    """Draws a table `[rows, columns]` as colors with a color bar; NaN stays blank.
-
-    Args:
-        axes: Axes to draw on.
-        table: Values.
-        names: Row names; their common beginning and end are left out.
-        label: Label of the color bar.
-        least: Value of the lightest color. Defaults to the minimum.
-        most: Value of the darkest color. Defaults to the maximum.
-    """
-    image = axes.imshow(table, aspect="auto", cmap="Blues", vmin=least, vmax=most)
-    figure: Any = axes.figure
-    figure.colorbar(image, ax=axes, label=label, shrink=0.8)
-    axes.set_yticks(range(len(table)), distinct_parts(names), fontsize=max(4, min(8, 200 // len(table))))

@@ -27,12 +27,31 @@ def speed(rows: Sequence[Timing], names: Sequence[str]) -> Plot:
     figure = Plot(figsize=(1 + 4.5 * columns, 0.8 + 3.2 * len(phases)), dpi=150, layout="constrained")
     panels = figure.subplots(len(phases), columns, squeeze=False)
     for phase, (speeds, *others) in zip(phases, panels, strict=True):
-        rows_of_phase = [row for row in rows if row.phase == phase]
-        _draw_speeds(speeds, rows_of_phase, names)
+        rows_of_phase = sorted((row for row in rows if row.phase == phase), key=attrgetter("context"))
+        sizes, by_model = sorted({row.batch_size for row in rows_of_phase}), dict[tuple[int, int], list[Timing]]()
+        for row in rows_of_phase:
+            by_model.setdefault((row.model, row.batch_size), []).append(row)
+        curves = list[tuple[list[Timing], dict[str, Any]]]()  # each with its line style
+        for (model, size), curve in sorted(by_model.items()):
+            marker = MARKERS[sizes.index(size) % len(MARKERS)]
+            curves.append((curve, {"color": COLORS[model % len(COLORS)], "marker": marker, "markersize": 4}))
+        for curve, style in curves:
+            points = []
+            for row in curve:
+                fast, slow = (row.tokens_per_second * row.median / seconds for seconds in spread(row.seconds))
+                points.append((row.context, row.tokens_per_second, slow, fast))
+            _bars(speeds, points, style | {"label": f"{names[curve[0].model]}, batch {curve[0].batch_size}"})
         speeds.set(title=phase, ylabel="tokens per second")
         log_scale(speeds)
         for axes in others:
-            _draw_ratios(axes, rows_of_phase)
+            for curve, style in curves:
+                if curve[0].model == 0:  # the baseline
+                    continue
+                _bars(axes, [(row.context, row.speed_up, *spread(row.ratios)) for row in curve], style)
+                ideal = [(row.context, row.ideal) for row in curve if row.ideal is not None]
+                if ideal:
+                    axes.plot(*zip(*ideal, strict=True), **style, linestyle="--", linewidth=1, markerfacecolor="none")
+            axes.axhline(1, color="0.6", linewidth=0.8, zorder=1)
             axes.set(title=f"{phase}: speedup over {names[0]} (dashed: ideal)", ylabel="speedup", ylim=(0, None))
     contexts = sorted(set(map(attrgetter("context"), rows)))
     for axes in panels.flat:
@@ -43,39 +62,6 @@ def speed(rows: Sequence[Timing], names: Sequence[str]) -> Plot:
         style_axes(axes)
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, fontsize=8)
     return figure
-
-
-def _curves(rows: Sequence[Timing]) -> list[tuple[list[Timing], dict[str, Any]]]:
-    """Groups rows by model and batch size, ordered by context, with a line style each."""
-    batches = sorted({row.batch_size for row in rows})
-    curves = dict[tuple[int, int], list[Timing]]()
-    for row in sorted(rows, key=lambda row: row.context):
-        curves.setdefault((row.model, row.batch_size), []).append(row)
-    styled = []
-    for (model, batch), curve in sorted(curves.items()):
-        style = {"color": COLORS[model % len(COLORS)], "marker": MARKERS[batches.index(batch) % len(MARKERS)], "markersize": 4}
-        styled.append((curve, style))
-    return styled
-
-
-def _draw_speeds(axes: Axes, rows: Sequence[Timing], names: Sequence[str]) -> None:
-    for curve, style in _curves(rows):
-        points = []
-        for row in curve:
-            fast, slow = (row.tokens_per_second * row.median / seconds for seconds in spread(row.seconds))
-            points.append((row.context, row.tokens_per_second, slow, fast))
-        _bars(axes, points, style | {"label": f"{names[curve[0].model]}, batch {curve[0].batch_size}"})
-
-
-def _draw_ratios(axes: Axes, rows: Sequence[Timing]) -> None:
-    for curve, style in _curves(rows):
-        if curve[0].model == 0:  # the baseline
-            continue
-        _bars(axes, [(row.context, row.speed_up, *spread(row.ratios)) for row in curve], style)
-        ideal = [(row.context, row.ideal) for row in curve if row.ideal is not None]
-        if ideal:
-            axes.plot(*zip(*ideal, strict=True), **style, linestyle="--", linewidth=1, markerfacecolor="none")
-    axes.axhline(1, color="0.6", linewidth=0.8, zorder=1)
 
 
 def _bars(axes: Axes, points: Sequence[tuple[float, float, float, float]], style: dict[str, Any]) -> None:

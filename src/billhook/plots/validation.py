@@ -3,7 +3,6 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from operator import itemgetter
 from textwrap import shorten
 from typing import Any
 
@@ -40,7 +39,10 @@ def validation(
     for step, _, value_before, value_after in events:
         before += [] if value_before is None else [(step, value_before)]
         after += [] if value_after is None else [(step, value_after)]
-    curve = _joined_curve(history, before, after)
+    measured = dict([*before, *after])  # these values replace validation values of their steps
+    points = [(step, 1, value) for step, value in history if step not in measured]
+    points += [(step, 0, value) for step, value in before] + [(step, 2, value) for step, value in after]
+    curve = [(step, value if abs(value) < 1e100 else math.nan) for step, _, value in sorted(points)]
     (line,) = axes.plot(*zip(*curve, strict=True), **CURVE) if curve else axes.plot([], [])
     finite = [value for _, value in curve if math.isfinite(value)]
     if finite and min(finite) >= 1 and max(finite) > 5 * min(finite):
@@ -52,24 +54,12 @@ def validation(
     axes.margins(x=0.06, y=0.12)
     axes.locator_params(axis="x", integer=True)
     style_axes(axes)
-    _mark(axes, list(map(itemgetter(0, 1), events)))
+    _mark(axes, [(step, what) for step, what, _, _ in events])
     labels = [(*point, "right") for point in (*curve[-1:], *curve[:1], *after)]
     for point in before:
         labels.append((*point, "left"))
     _label(axes, line, labels)
     return figure
-
-
-def _joined_curve(
-    history: Sequence[tuple[int, float]], before: Sequence[tuple[int, float]], after: Sequence[tuple[int, float]]
-) -> list[tuple[int, float]]:
-    """Joins validation values with values before and after events, which replace them."""
-    measured = dict([*before, *after])
-    points = [(step, 1, value) for step, value in history if step not in measured]
-    for order, values in ((0, before), (2, after)):
-        for step, value in values:
-            points.append((step, order, value))
-    return [(step, value if abs(value) < 1e100 else math.nan) for step, _, value in sorted(points)]
 
 
 def _mark(axes: Axes, events: Sequence[tuple[int, str]]) -> None:
@@ -109,15 +99,19 @@ def _label(axes: Axes, curve: Any, points: Sequence[tuple[int, float, str]]) -> 
         if (step, value) in seen or not abs(value) < 1e100:
             continue
         seen.add((step, value))
-        text = axes.annotate(_short(value), (step, value), (6, 3), textcoords="offset points", fontsize=8)
+        short = f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:,.3g}"
+        text = axes.annotate(short, (step, value), (6, 3), textcoords="offset points", fontsize=8)
         sides = ["right", "left"] if side == "right" else ["left", "right"]
         options = list[tuple[int, int, tuple[str, bool], Any]]()
         for up, name in itertools.product((True, False), sides):
             _put(text, name, up)
             extent = text.get_window_extent()
             if not any(extent.padded(3).overlaps(other) for other in used):
-                is_ambiguous = _nearest(extent, dots) != (step, value)
-                cost = _collisions(axes, extent, lines) + 2 * is_ambiguous
+                cost = sum(line.intersects_bbox(extent.padded(2), filled=False) for line in lines)
+                if extent.x0 < axes.bbox.x0 or extent.x1 > axes.bbox.x1 or extent.y0 < axes.bbox.y0:
+                    cost += 2  # it leaves the axes
+                if _nearest(extent, dots) != (step, value):
+                    cost += 2  # another dot is nearer
                 options.append((cost, len(options), (name, up), extent))
         if not options:
             text.remove()
@@ -125,13 +119,6 @@ def _label(axes: Axes, curve: Any, points: Sequence[tuple[int, float, str]]) -> 
         _, _, side_and_height, extent = min(options)
         _put(text, *side_and_height)
         used.append(extent)
-
-
-def _collisions(axes: Axes, extent: Any, lines: Sequence[Any]) -> int:  # noqa: ANN401 - a bounding box
-    """Counts the lines that a text crosses, and adds two if it leaves the axes."""
-    leaves_axes: bool = extent.x0 < axes.bbox.x0 or extent.x1 > axes.bbox.x1 or extent.y0 < axes.bbox.y0
-    crossed: int = sum(line.intersects_bbox(extent.padded(2), filled=False) for line in lines)
-    return crossed + 2 * leaves_axes
 
 
 def _nearest(extent: Any, dots: Mapping[tuple[int, float], Any]) -> tuple[int, float]:  # noqa: ANN401 - a bounding box
@@ -143,7 +130,3 @@ def _nearest(extent: Any, dots: Mapping[tuple[int, float], Any]) -> tuple[int, f
 def _put(text: Any, side: str, up: bool) -> None:  # noqa: ANN401 - a line or a text
     text.set(ha="left" if side == "right" else "right", va="bottom" if up else "top")
     text.xyann = (6 if side == "right" else -6, 3 if up else -3)
-
-
-def _short(value: float) -> str:
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:,.3g}"

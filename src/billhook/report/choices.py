@@ -51,21 +51,18 @@ def read_questions(file: str, limit: int | None = None, argument: str = "questio
                 row = json.loads(line)
             except ValueError as error:
                 raise ValueError(f"{argument}: {file}, line {number} is not JSON ({error}); {LEGAL}") from error
-            questions.append(_question(row, file, number, argument))
+            match row:
+                case {"context": str(context), "choices": [_, _, *_] as choices, "label": int(label)} if (
+                    type(label) is int
+                    and 0 <= label < len(choices)
+                    and all(isinstance(text, str) and text.strip() for text in (context, *choices))
+                ):
+                    questions.append(Question(file, number, context, tuple(choices), label))
+                case _:
+                    raise ValueError(f"{argument}: {file}, line {number} is {str(row)[:120]}; {LEGAL}")
     if not questions:
         raise ValueError(f"{argument}: {file} has no questions; {LEGAL}")
     return questions
-
-
-def _question(row: object, file: str, number: int, argument: str) -> Question:
-    match row:
-        case {"context": str(context), "choices": [_, _, *_] as choices, "label": int(label)} if (
-            type(label) is int
-            and 0 <= label < len(choices)
-            and all(isinstance(text, str) and text.strip() for text in (context, *choices))
-        ):
-            return Question(file, number, context, tuple(choices), label)
-    raise ValueError(f"{argument}: {file}, line {number} is {str(row)[:120]}; {LEGAL}")
 
 
 def encode(

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
 from billhook.calibration.reading import Rows
+from billhook.checkpoints.card import with_error
 from billhook.display import render_table
 from billhook.engine.batches import Run, runs_of, source_of
 from billhook.engine.comm import SINGLE_PROCESS, Comm
@@ -307,20 +308,12 @@ def degradation_table(degradation: Sequence[TextDegradation]) -> str:
     """
     rows, in_bits = list[list[str]](), any(text.bits_per_byte for text in degradation)
     for text in degradation:
-        name = [text.source, "calibrated on" if text.inside else "not calibrated on"]
+        sizes = [f"{text.before:,.4g}", f"{text.after:,.4g}", with_error(*text.shown_ratio), with_error(text.kl, text.kl_error)]
         if (bits := text.bits_per_byte) is not None:
-            rows.append([*name, f"{bits[0]:.4f}", f"{bits[1]:.4f}", _with_error(*text.shown_ratio), f"{text.token_ratio:.3f}"])
-        else:
-            kl = _with_error(text.kl, text.kl_error)
-            rows.append([*name, f"{text.before:,.4g}", f"{text.after:,.4g}", _with_error(*text.shown_ratio), kl])
+            sizes = [f"{bits[0]:.4f}", f"{bits[1]:.4f}", with_error(*text.shown_ratio), f"{text.token_ratio:.3f}"]
+        rows.append([text.source, "calibrated on" if text.inside else "not calibrated on", *sizes])
     what, last = ("bits per byte of", "tokens") if in_bits else ("perplexity on", "KL")
     return render_table([what, "", "before", "after", "ratio", last], rows, aligns="<<>")
-
-
-def _with_error(value: float, error: float) -> str:
-    if math.isnan(value):
-        return "unknown"
-    return f"{value:,.3f}" + ("" if math.isnan(error) else f" ± {error:.3f}")
 
 
 def degradation_warning(degradation: Sequence[TextDegradation]) -> str | None:

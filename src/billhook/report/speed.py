@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from operator import truediv
 from pathlib import Path
@@ -23,6 +24,7 @@ from billhook.report.generation import CacheKind, Generation, cache_name, genera
 RESET = Path("/proc/self/clear_refs")
 
 
+@dataclass
 class Peak:
     """Context manager that measures the peak memory of a device.
 
@@ -31,18 +33,18 @@ class Peak:
     memory that the process had freed, kept, and used again.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.rise: int | None = None
+    device: torch.device
+    rise: int | None = None
+    _before: int | None = None
 
     def __enter__(self) -> Self:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
-            self._before: int | None = torch.cuda.memory_allocated(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
         elif self.device.type == "cpu":
-            self._before = resident() if _reset_peak() else None
-        else:
-            self._before = None
+            with suppress(OSError):
+                RESET.write_text("5")  # resets the kernel's peak memory of this process
+                self._before = resident()
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -50,15 +52,6 @@ class Peak:
             cuda = self.device.type == "cuda"
             most = torch.cuda.max_memory_allocated(self.device) if cuda else resident("VmHWM") or 0
             self.rise = max(most - self._before, 0)
-
-
-def _reset_peak() -> bool:
-    """Resets the kernel's peak memory of this process; returns False if that fails."""
-    try:
-        RESET.write_text("5")
-    except OSError:
-        return False
-    return True
 
 
 Phase = Literal["prefill", "decode"]
@@ -193,7 +186,11 @@ def measure_speed(
     rows = []
     for batch_size in batch_sizes:
         for context in contexts:
-            runs = [Generation(model, _prompts(model, batch_size, context, seed), new_tokens, cache) for model in models]
+            runs = list[Generation]()
+            for model in models:  # models with the same number of tokens get the same prompts
+                generator, tokens = torch.Generator().manual_seed(seed), text_config(model.config).vocab_size
+                ids = torch.randint(tokens, (batch_size, context), generator=generator)
+                runs.append(Generation(model, ids.to(model.device), new_tokens, cache))
             if "prefill" in phases:
                 rows += _rows(runs, "prefill", _rounds(runs, rounds, warmup, Generation.start, Generation.prefill, progress))
             elif all(map(generates, models)):
@@ -226,44 +223,33 @@ def check_speed(
         cache: Kind of KV cache.
         phases: What to measure.
     """
-    for name, values in (("models", models), ("batch_sizes", batch_sizes), ("contexts", contexts), ("phases", phases)):
+    for argument, values in (("models", models), ("batch_sizes", batch_sizes), ("contexts", contexts), ("phases", phases)):
         if not values:
-            raise ValueError(f"{name}=[] must have at least one entry.")
+            raise ValueError(f"{argument}=[] must have at least one entry.")
     for batch_size in batch_sizes:
         check_int("batch_sizes", batch_size)
     for context in contexts:
         check_int("contexts", context, 2)
-    for name, number, least in (("new_tokens", new_tokens, 1), ("rounds", rounds, 1), ("warmup", warmup, 0)):
-        check_int(name, number, least)
+    for argument, count, least in (("new_tokens", new_tokens, 1), ("rounds", rounds, 1), ("warmup", warmup, 0)):
+        check_int(argument, count, least)
     check_one_of("cache", cache, CacheKind)
     for phase in phases:
         check_one_of("phases", phase, Phase)
     for number, model in enumerate(models):
-        tokens = max(contexts) + (new_tokens if generates(model) else 0)
-        _check_model(model, f"models: {type(model).__name__} (number {number})", tokens)
+        name, tokens = f"models: {type(model).__name__} (number {number})", max(contexts) + new_tokens * generates(model)
+        if model.main_input_name != "input_ids":
+            raise ValueError(f"{name} takes {model.main_input_name}. Only models that take input_ids are supported.")
+        if model.config.is_encoder_decoder:
+            raise ValueError(f"{name} is an encoder-decoder. Only decoders and encoders are supported.")
+        if generates(model) and cache_name(model) is None:
+            raise ValueError(f"{name} does not support transformers' caches, so its decoding cannot be measured.")
+        if model.training:
+            raise ValueError(f"{name} is in training mode. Call model.eval() first.")
+        longest = getattr(text_config(model.config), "max_position_embeddings", None)
+        if longest and tokens > longest:
+            raise ValueError(f"contexts and new_tokens add up to {tokens} tokens; {name} supports {longest}. Use fewer.")
     if list(phases) == ["decode"] and not all(map(generates, models)):
         raise ValueError("phases=['decode'] requires models that predict next tokens.")
-
-
-def _check_model(model: PreTrainedModel, name: str, tokens: int) -> None:
-    if model.main_input_name != "input_ids":
-        raise ValueError(f"{name} takes {model.main_input_name}. Only models that take input_ids are supported.")
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"{name} is an encoder-decoder. Only decoders and encoders are supported.")
-    if generates(model) and cache_name(model) is None:
-        raise ValueError(f"{name} does not support transformers' caches, so its decoding cannot be measured.")
-    if model.training:
-        raise ValueError(f"{name} is in training mode. Call model.eval() first.")
-    longest = getattr(text_config(model.config), "max_position_embeddings", None)
-    if longest and tokens > longest:
-        raise ValueError(f"contexts and new_tokens add up to {tokens} tokens; {name} supports {longest}. Use fewer.")
-
-
-def _prompts(model: PreTrainedModel, batch_size: int, context: int, seed: int) -> Tensor:
-    """Draws random tokens, `[batch_size, context]`, equal for equal vocabulary sizes."""
-    vocabulary = text_config(model.config).vocab_size
-    ids = torch.randint(vocabulary, (batch_size, context), generator=torch.Generator().manual_seed(seed))
-    return ids.to(model.device)
 
 
 def _rounds(
@@ -307,7 +293,12 @@ def _rows(runs: Sequence[Generation], phase: Phase, measured: Sequence[Sequence[
         peaks = [peak for _, peak in rounds if peak is not None]
         batch_size, context = run.ids.shape
         flops = _flops(run.model, context) if phase == "prefill" else None
-        weights, cache = _read(run.model), _bytes(run.tensors)
+        looked_up, used = set[nn.Parameter](), set[nn.Parameter]()
+        for module in run.model.modules():
+            (looked_up if isinstance(module, nn.Embedding) else used).update(module.parameters(recurse=False))
+        # a step reads all weights but embedding tables, of which it looks up rows
+        weights = _bytes(parameter for parameter in run.model.parameters() if parameter in used or parameter not in looked_up)
+        cache = _bytes(run.tensors)
         row = Timing(
             model=number, phase=phase, batch_size=batch_size, context=context, seconds=seconds, ratios=ratios,
             weight_bytes=weights, cache_bytes=cache, cache_tokens=run.cached_tokens, flops=flops and batch_size * flops,
@@ -324,14 +315,6 @@ def _rows(runs: Sequence[Generation], phase: Phase, measured: Sequence[Sequence[
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _read(model: PreTrainedModel) -> int:
-    """Counts bytes of the weights that a step reads, without looked-up embedding tables."""
-    looked_up, used = set[nn.Parameter](), set[nn.Parameter]()
-    for module in model.modules():
-        (looked_up if isinstance(module, nn.Embedding) else used).update(module.parameters(recurse=False))
-    return _bytes(parameter for parameter in model.parameters() if parameter in used or parameter not in looked_up)
 
 
 def _flops(model: PreTrainedModel, context: int) -> int | None:

@@ -63,6 +63,10 @@ class Summary(Printable):
     def _renderables(self) -> list[RenderableType]:
         dtype = f" in {self.dtype}" if self.dtype else ""
         per = f"token at {self.context}" if self.context else "image"
+        heads = f"{self.query_heads or '?'} / {self.kv_heads or '?'}"
+        if self.heads:  # blocks differ
+            ranges = [(min(counts), max(counts)) for counts in zip(*self.heads, strict=True)]
+            heads = " / ".join(str(most) if least == most else f"{least} to {most}" for least, most in ranges)
         adapters = [("adapter parameters", f"{self.adapters:,}")] if self.adapters else []
         rows = [
             ("model", self.model),
@@ -70,18 +74,11 @@ class Summary(Printable):
             *adapters,
             ("zeros", "not counted" if self.zeros is None else f"{self.zeros:,} ({self.zeros / max(self.params, 1):.1%})"),
             ("size of the weights", f"{self.bytes / 1e6:,.1f} MB"),
-            ("query heads / KV heads", self._heads()),
+            ("query heads / KV heads", heads),
             ("KV cache per token", "unknown" if self.kv_cache_bytes is None else f"{self.kv_cache_bytes:,} bytes{dtype}"),
             (f"forward FLOPs per {per}", "unknown" if self.flops is None else f"{self.flops:,}"),
         ]
         return [text_table(rows, aligns="<")]
-
-    def _heads(self) -> str:
-        """Returns the number of heads, as a range if blocks differ."""
-        if not self.heads:
-            return f"{self.query_heads or '?'} / {self.kv_heads or '?'}"
-        ranges = [(min(counts), max(counts)) for counts in zip(*self.heads, strict=True)]
-        return " / ".join(str(most) if least == most else f"{least} to {most}" for least, most in ranges)
 
 
 @cpu_by_default()
@@ -135,9 +132,7 @@ class ReportRow:
     numbers: dict[str, float | None]
 
 
-def report_table(
-    rows: Sequence[ReportRow], notes: Sequence[tuple[str, str]] = (), metric: str | None = None, dtype: str | None = None
-) -> str:
+def report_table(rows: Sequence[ReportRow], notes: Sequence[tuple[str, str]], metric: str | None, dtype: str) -> str:
     """Formats a table of rows, with their numbers and `metric` as columns, and notes below.
 
     Args:

@@ -128,7 +128,13 @@ def serve_check(
     if not isinstance(converter, Converter):
         with Converter(converter) as installed:
             return serve_check(folder, engine, installed, tokens, new_tokens, quantized, threads)
-    model = _reference(folder)
+    check_checkpoint(folder)
+    kind_of_model = model_class(read_config(folder), folder)
+    with readable(folder):
+        model = load_as(kind_of_model, folder, torch.float32)
+    check_can_generate(model)
+    if model.config._attn_implementation != "eager":
+        model.set_attn_implementation("eager")  # the reference implementation: faster ones leave out soft caps
     config: Any = text_config(model.config)
     wanted = tokens + new_tokens
     length = min(wanted, getattr(config, "max_position_embeddings", None) or wanted) - new_tokens
@@ -151,18 +157,6 @@ def serve_check(
             return ServeResult(folder, running.name, False, f"{running.name} cannot run it: {error}")
 
 
-def _reference(folder: str) -> PreTrainedModel:
-    """Loads a checkpoint of a generative model in float32, with eager attention."""
-    check_checkpoint(folder)
-    kind = model_class(read_config(folder), folder)
-    with readable(folder):
-        model = load_as(kind, folder, torch.float32)
-    check_can_generate(model)
-    if model.config._attn_implementation != "eager":
-        model.set_attn_implementation("eager")  # the reference implementation: faster ones leave out soft caps
-    return model
-
-
 def _compared(
     folder: str,
     model: PreTrainedModel,
@@ -174,7 +168,11 @@ def _compared(
     quantized: Sequence[Quantized],
 ) -> ServeResult:
     """Runs a file in the engine and compares its outputs with the model's."""
-    row = _row(model, length)
+    try:
+        row: list[int] = generated(model, examples=1, length=length)[0]["input_ids"][0].tolist()
+    except ValueError:  # the model has no first token
+        embeddings: Any = model.get_input_embeddings()
+        row = torch.randint(len(embeddings.weight), (length,), generator=torch.Generator().manual_seed(0)).tolist()
     with evaluating_without_grad(model):
         expected = model(input_ids=torch.tensor([row]), use_cache=False).logits[0].float()
     following = _greedy(model, row, new_tokens)
@@ -198,16 +196,6 @@ def _compared(
     reason = f"{'; '.join(reasons)} ({measured})" if reasons else measured
     results = tuple(_quantized(engine, file, kind, row, expected) for kind in quantized)
     return ServeResult(folder, engine.name, not reasons, reason, difference, (matching, new_tokens), results)
-
-
-def _row(model: PreTrainedModel, length: int) -> list[int]:
-    """Returns self-generated tokens, or random tokens if the model has no first token."""
-    try:
-        ids: Tensor = generated(model, examples=1, length=length)[0]["input_ids"][0]
-    except ValueError:
-        embeddings: Any = model.get_input_embeddings()
-        ids = torch.randint(len(embeddings.weight), (length,), generator=torch.Generator().manual_seed(0))
-    return [int(token) for token in ids]
 
 
 def _greedy(model: PreTrainedModel, tokens: Sequence[int], count: int) -> list[int]:

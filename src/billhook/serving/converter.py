@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from typing_extensions import Self
 
@@ -83,8 +83,7 @@ class Converter:
             WorkerError: If the converter fails. The message has the reason.
         """
         request = {"folder": str(folder), "out": str(out), "dtype": dtype, "vocabulary": vocabulary, "factors": factors}
-        answer: dict[str, Any] = self._worker.ask(**request)
-        return answer.get("split")
+        return self._worker.ask(**request).get("split")
 
     def __enter__(self) -> Self:
         return self

@@ -4,9 +4,8 @@ Its graph is `src/models/deci.cpp` of llama.cpp, and its tensor names are from `
 """
 
 import shutil
-from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, LlamaFileType
@@ -15,9 +14,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from billhook.serving.converter import DType
-from billhook.serving.limitations import deci_limitation, misread
 
-SHAPED = "its converter cannot express its heads and widths"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".gguf")
 TYPES: dict[DType, Any] = {
     "f32": (GGMLQuantizationType.F32, LlamaFileType.ALL_F32),
@@ -28,35 +25,19 @@ SIZE_KEYS = ("embedding_length", "block_count", "feed_forward_length", "attentio
 """Keys whose values in the template file are not the model's."""
 
 
-class Layer(NamedTuple):
-    """Sizes and tensors of a layer by GGUF name, queries and keys in llama.cpp's order."""
-
-    heads: int
-    kv_heads: int
-    width: int
-    tensors: dict[str, Tensor]
-
-
-def unsupported_reason(model: PreTrainedModel) -> str | None:
-    """Returns the reason why `deci` cannot compute a model, or None if it can."""
-    if (reason := deci_limitation(model.config)) is not None:
-        return f"llama.cpp: {misread(type(model).__name__, model.config) or SHAPED}, and {reason}"
-    return None
-
-
 def save_template(model: PreTrainedModel, folder: Path, out: Path) -> None:
     """Saves a minimal Llama with a model's rotary positions, vocabulary, and tokenizer.
 
     llama.cpp's converter writes the GGUF fields of vocabulary and positions from it.
     """
     config: Any = model.config
-    width = _width(model)
+    parts, width = _parts_and_width(model)
     out.mkdir()
     for path in folder.iterdir():
         if path.is_file() and path.suffix not in WEIGHTS:
             shutil.copy(path, out)
     small = LlamaConfig(
-        vocab_size=len(_parts(model).embed_tokens.weight),
+        vocab_size=len(parts.embed_tokens.weight),
         hidden_size=width,
         head_dim=width,
         intermediate_size=32,
@@ -79,13 +60,13 @@ def write_deci(model: PreTrainedModel, template: Path, out: Path, dtype: DType) 
     """Writes a model as a GGUF file of the architecture `deci`.
 
     Args:
-        model: Model for which `unsupported_reason` is None.
+        model: Model for which `deci_limitation` is None.
         template: GGUF file of its template (see `save_template`).
         out: Output file.
         dtype: Data type of matrices. Vectors are float32.
     """
-    parts, read = _parts(model), GGUFReader(template)
-    heads, kv_heads, widths, tensors = zip(*(_layer(layer, _width(model)) for layer in parts.layers), strict=True)
+    (parts, width), read = _parts_and_width(model), GGUFReader(template)
+    heads, kv_heads, widths, tensors = zip(*(_layer(layer, width) for layer in parts.layers), strict=True)
     writer = GGUFWriter(out, "deci", use_temp_file=True)
     skipped = ["general.architecture", "general.size_label", "general.file_type", *(f"llama.{name}" for name in SIZE_KEYS)]
     for key, field in read.fields.items():
@@ -99,7 +80,13 @@ def write_deci(model: PreTrainedModel, template: Path, out: Path, dtype: DType) 
     writer.add_head_count(heads)
     writer.add_head_count_kv(kv_heads)
     writer.add_feed_forward_length(widths)
-    for name, values in _all_tensors(model, tensors):
+    head = cast(Any, model).get_output_embeddings()
+    all_tensors = {"token_embd.weight": parts.embed_tokens.weight, "output_norm.weight": parts.norm.weight}
+    if isinstance(head, nn.Linear) and head.weight is not parts.embed_tokens.weight:
+        all_tensors["output.weight"] = head.weight
+    for number, layer_tensors in enumerate(tensors):
+        all_tensors |= {f"blk.{number}.{name}": tensor for name, tensor in layer_tensors.items()}
+    for name, values in all_tensors.items():
         kind = TYPES[dtype][0] if values.ndim > 1 else GGMLQuantizationType.F32
         writer.add_tensor(name, quantize(values.detach().float().cpu().numpy(), kind), raw_dtype=kind)
     for tensor in read.tensors:
@@ -111,30 +98,14 @@ def write_deci(model: PreTrainedModel, template: Path, out: Path, dtype: DType) 
     writer.close()
 
 
-def _parts(model: PreTrainedModel) -> Any:  # noqa: ANN401 - a decoder of any family
-    """Returns the decoder: embeddings, layers, and norm."""
-    return model.base_model
+def _parts_and_width(model: PreTrainedModel) -> tuple[Any, int]:
+    """Returns the decoder (embeddings, layers, and norm), and the head dimension."""
+    parts: Any = model.base_model
+    return parts, int(parts.layers[0].self_attn.head_dim)
 
 
-def _width(model: PreTrainedModel) -> int:
-    """Returns the head dimension."""
-    return int(_parts(model).layers[0].self_attn.head_dim)
-
-
-def _all_tensors(model: PreTrainedModel, layers: Iterable[dict[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """Yields all tensors of a model with their GGUF names."""
-    parts, head = _parts(model), cast(Any, model).get_output_embeddings()
-    yield "token_embd.weight", parts.embed_tokens.weight
-    yield "output_norm.weight", parts.norm.weight
-    if isinstance(head, nn.Linear) and head.weight is not parts.embed_tokens.weight:
-        yield "output.weight", head.weight
-    for number, layer in enumerate(layers):
-        for name, tensor in layer.items():
-            yield f"blk.{number}.{name}", tensor
-
-
-def _layer(layer: Any, width: int) -> Layer:  # noqa: ANN401 - a layer of any family
-    """Returns the sizes and tensors of a layer."""
+def _layer(layer: Any, width: int) -> tuple[int, int, int, dict[str, Tensor]]:  # noqa: ANN401 - a layer of any family
+    """Returns heads, KV heads, width, and tensors by GGUF name, in llama.cpp's rotary order."""
     attention, mlp, tensors = layer.self_attn, layer.mlp, dict[str, Tensor]()
     modules = {"attn_output": attention.o_proj, "ffn_down": mlp.down_proj}
     modules |= {"attn_norm": layer.input_layernorm, "ffn_norm": layer.post_attention_layernorm}
@@ -155,7 +126,7 @@ def _layer(layer: Any, width: int) -> Layer:  # noqa: ANN401 - a layer of any fa
             rows = tensors[name]  # from transformers' to llama.cpp's rotary order
             tensors[name] = rows.reshape(-1, 2, width // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
     queries, keys, up = tensors["attn_q.weight"], tensors["attn_k.weight"], tensors["ffn_up.weight"]
-    return Layer(len(queries) // width, len(keys) // width, len(up), tensors)
+    return (len(queries) // width, len(keys) // width, len(up), tensors)
 
 
 def _parameters(module: nn.Module) -> dict[str, Tensor]:

@@ -70,10 +70,9 @@ class LlamaCpp:
         tokens: list[int] | None = self._worker.ask(do="tokenize", text=text)["tokens"]
         return tokens
 
-    def quantize(self, file: str | Path, out: str | Path, kind: Kind) -> int:
-        """Quantizes an F32 or F16 file; returns the size of the new file in bytes."""
-        answer = self._worker.ask(do="quantize", file=str(file), out=str(out), kind=kind, threads=self.threads)
-        return int(answer["bytes"])
+    def quantize(self, file: str | Path, out: str | Path, kind: Kind) -> None:
+        """Quantizes an F32 or F16 file."""
+        self._worker.ask(do="quantize", file=str(file), out=str(out), kind=kind, threads=self.threads)
 
     def __enter__(self) -> Self:
         return self

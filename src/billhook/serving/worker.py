@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -78,11 +79,9 @@ class Worker:
     def close(self) -> None:
         """Ends the process."""
         for pipe in (self._process.stdin, self._process.stdout):
-            if pipe and not pipe.closed:
-                try:
+            with suppress(BrokenPipeError):
+                if pipe:
                     pipe.close()
-                except BrokenPipeError:
-                    continue
         self._process.wait()
         self._output.close()
 

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -13,7 +14,7 @@ from billhook.model.preprocessors import FILES
 from billhook.model.shaped import has_shape_entry, load_as, readable
 from billhook.serving.converter import Converter, DType
 from billhook.serving.engine import Kind, LlamaCpp
-from billhook.serving.limitations import misread, rope_factors
+from billhook.serving.limitations import deci_limitation, misread, rope_factors
 from billhook.serving.worker import WorkerError
 
 
@@ -77,12 +78,13 @@ def write_gguf(folder: str, out: str | Path, converter: Converter, dtype: DType 
 
 def _write_shaped(folder: str, out: str | Path, converter: Converter, dtype: DType, vocabulary: bool) -> str | None:
     """Writes a billhook checkpoint as `deci`; returns the text splitting (see `Converter`)."""
-    from billhook.serving.deci import save_template, unsupported_reason, write_deci  # it needs gguf, an extra
+    from billhook.serving.deci import save_template, write_deci  # it needs gguf, an extra
 
     with readable(folder):
         model = load_as(model_class(read_config(folder), folder), folder, "auto")
-    if (reason := unsupported_reason(model)) is not None:
-        raise WorkerError(reason)
+    if (limitation := deci_limitation(model.config)) is not None:
+        problem = misread(type(model).__name__, model.config) or "its converter cannot express its heads and widths"
+        raise WorkerError(f"llama.cpp: {problem}, and {limitation}")
     with tempfile.TemporaryDirectory() as near:
         small, template = Path(near, Path(folder).resolve().name), Path(near, "template.gguf")
         save_template(model, Path(folder), small)
@@ -118,7 +120,13 @@ def export_gguf(folder: str | Path, out: str | Path, kind: GGUFKind = "auto", co
     path, quantized = Path(out), kind in get_args(Kind)
     draft = path.with_name(f".{path.name}.draft")
     exact = draft.with_name(f"{draft.name}-exact") if quantized else draft
-    dtype = _dtype_of(folder) if kind == "auto" or quantized else cast(DType, kind.lower())
+    dtype: DType = "f32"
+    if kind == "auto" or quantized:
+        with suppress(OSError, ValueError):  # a config that cannot be read is refused below
+            config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
+            dtype = DTYPES.get(config.get("dtype") or config.get("torch_dtype") or "", dtype)
+    else:
+        dtype = cast(DType, kind.lower())
     try:
         path.absolute().parent.mkdir(parents=True, exist_ok=True)
         with Converter(converter) as running:
@@ -146,12 +154,3 @@ def check_gguf(out: str | Path, kind: GGUFKind = "auto") -> None:
             other = file.read(len(MAGIC)) != MAGIC
     if other:
         raise ValueError(f"gguf='{out}' exists and is not a GGUF file. Choose another file.")
-
-
-def _dtype_of(folder: str | Path) -> DType:
-    """Returns the dtype that a folder's config names; float32 if it names none, or another."""
-    try:
-        config = json.loads(Path(folder, "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return "f32"  # refused where it is read
-    return DTYPES.get(config.get("dtype") or config.get("torch_dtype") or "", "f32")

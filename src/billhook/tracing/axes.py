@@ -149,10 +149,22 @@ def split(axis: Axis, outer: int) -> tuple[list[Axis], list[Axis]]:
             continue
         if factor.size % outer:
             raise Irregular(f"{axis} cannot be split at {outer}")
-        head, tail = _halve(factor, outer)
-        outer_factors.append(head)
-        inner = [*factors(tail), *inner]
-        outer = 1
+        width = factor.size // outer
+        if factor.op == "leaf":
+            head, tail = Axis(outer), Axis(width)
+        elif all(segment.size % width == 0 for segment in segments(factor)):
+            outers, inners = zip(*[split(segment, segment.size // width) for segment in segments(factor)], strict=True)
+            tail = reduce(unify, map(product, inners))
+            head = concat(map(product, outers))
+        else:  # the segments repeat with period `width`
+            head = concat(map(Axis, [1] * outer))  # size 1: no units, because other axes share the segments
+            stretch, remaining = cut(factor, width)
+            tail = concat(stretch)
+            while remaining:
+                stretch, remaining = cut(concat(remaining), width)
+                tail = unify(tail, concat(stretch))
+        _refine(factor, "product", [head, tail])
+        return [*outer_factors, head], [*factors(tail), *inner]
     return outer_factors, inner
 
 
@@ -245,26 +257,6 @@ def _refine(leaf: Axis, op: Op, parts: list[Axis]) -> None:
         for flag, reason in leaf.notes.items():
             mark(part, flag, reason)
     leaf.op, leaf.parts = op, parts
-
-
-def _halve(factor: Axis, outer: int) -> tuple[Axis, Axis]:
-    """Turns a leaf or sum into a product, and returns its factors; the first has size `outer`."""
-    width = factor.size // outer
-    if factor.op == "leaf":
-        head, tail = Axis(outer), Axis(width)
-    elif all(segment.size % width == 0 for segment in segments(factor)):
-        outers, inners = zip(*[split(segment, segment.size // width) for segment in segments(factor)], strict=True)
-        tail = reduce(unify, map(product, inners))
-        head = concat(map(product, outers))
-    else:  # the segments repeat with period `width`
-        head = concat(map(Axis, [1] * outer))  # size 1: no units, because other axes share the segments
-        stretch, remaining = cut(factor, width)
-        tail = concat(stretch)
-        while remaining:
-            stretch, remaining = cut(concat(remaining), width)
-            tail = unify(tail, concat(stretch))
-    _refine(factor, "product", [head, tail])
-    return head, tail
 
 
 def _unify_sums(left: list[Axis], right: list[Axis]) -> None:

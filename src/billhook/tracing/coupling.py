@@ -1,21 +1,25 @@
 """The traced structure of a model: coupled groups with kind, context, and reason."""
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
 
 from rich.console import RenderableType
 from torch import nn
 
-from billhook.display import Printable, render
+from billhook.display import Printable, render, text_table
 from billhook.tracing import show
 from billhook.tracing.axes import Axis, crossed, find, layout, leaves, mark, multiplied_with
 from billhook.tracing.groups import Group, Kind, find_groups, measure_units
-from billhook.tracing.roles import Attention, StructureFields, find_attention, find_feed_forward
+from billhook.tracing.roles import Attention, FeedForward, find_attention, find_feed_forward
 from billhook.tracing.tape import Tape, note
 
 
-class Structure(Printable, StructureFields):
+@dataclass(eq=False, repr=False)
+class Structure(Printable):
     """Axes, coupled groups, and roles of a model's parameters; `print` shows a table.
 
     Attributes:
@@ -36,6 +40,21 @@ class Structure(Printable, StructureFields):
         '[head:8 * (f:16 + f:16), hidden:256]'
     """
 
+    model: str
+    axes: dict[str, tuple[Axis, ...]]
+    groups: tuple[Group, ...]
+    attention: tuple[Attention, ...]
+    feed_forward: tuple[FeedForward, ...]
+    shapes: dict[str, tuple[int, ...]]
+    tied: dict[str, str]
+    untouched: tuple[str, ...]
+    opaque: dict[str, int]
+    assumed: dict[str, int]
+
+    def of_kind(self, *kinds: Kind) -> list[Group]:
+        """Returns the groups of some kinds."""
+        return [group for group in self.groups if group.kind in kinds]
+
     def tree(self, name: str) -> str:
         """Returns the axes of a parameter as text, such as `[kv:3 * group:3 * (f:32 + f:32), hidden:576]`.
 
@@ -45,18 +64,55 @@ class Structure(Printable, StructureFields):
         name = self.tied.get(name, name)
         if name not in self.axes:
             raise ValueError(f"name={name!r} is not a parameter that the run used. See `axes` for the names in {self.model}.")
-        return show.tree(self, name)
+        return show.tree(self.axes[name], self.groups)
 
     def to_json(self) -> dict[str, Any]:
-        """Returns the structure as plain data."""
-        return show.to_json(self)
+        """Returns the structure as lists, dictionaries, numbers, and strings."""
+        parameters = {}
+        for name, shape in self.shapes.items():
+            if name in self.axes:
+                parameters[name] = {"shape": list(shape), "axes": self.tree(name)}
+        return {
+            "model": self.model,
+            "parameters": parameters,
+            "groups": list(map(show.group_to_json, self.groups)),
+            "attention": [show.roles_to_json(layer.roles) for layer in self.attention],
+            "feed_forward": [show.roles_to_json(layer.roles) for layer in self.feed_forward],
+            "tied": self.tied,
+            "untouched": list(self.untouched),
+            "opaque": self.opaque,
+            "assumed": self.assumed,
+        }
 
     def _renderables(self) -> list[RenderableType]:
-        return show.table(self, self.groups)
+        return self._table(self.groups)
 
     def show(self, groups: Sequence[Group]) -> str:
         """Returns some of the groups as a table."""
-        return render(*show.table(self, groups))
+        return render(*self._table(groups))
+
+    def _table(self, groups: Sequence[Group]) -> list[RenderableType]:
+        """Returns a row per set of similar groups, with roles and warnings below."""
+        rows, notes = show.rows_and_notes(groups)
+        if len(groups) == len(self.groups):
+            lines = Counter[tuple[str, str]]()  # similar layers share a line
+            for layer in self.attention:
+                lines["attention", show.role_line(layer.roles)] += 1
+            for mlp in self.feed_forward:
+                lines["MLP", show.role_line(mlp.roles)] += 1
+            notes = [*((label, f"{line} ({times}x)") for (label, line), times in lines.items()), *notes]
+            notes += [("tied", f"{alias} is {name}") for alias, name in self.tied.items()]
+            if self.untouched:
+                notes.append(("never used", show.some(self.untouched)))
+            for label, counts in (("opaque", self.opaque), ("assumed", self.assumed)):
+                notes += [(label, f"{reason} ({times}x)") for reason, times in counts.items()]
+        entries = sum(math.prod(shape) for shape in self.shapes.values())
+        table: list[RenderableType] = [f"{self.model}: {entries:,} parameters in {len(self.shapes)} tensors"]
+        if rows:
+            table += ["", text_table(rows, show.HEAD, aligns="<>>><")]
+        elif not groups:
+            table += ["", "no such units"]
+        return [*table, "", show.labeled_notes(notes)] if notes else table
 
 
 def build_structure(model: nn.Module, tape: Tape, outside: Mapping[str, tuple[int, ...]]) -> Structure:
@@ -69,6 +125,10 @@ def build_structure(model: nn.Module, tape: Tape, outside: Mapping[str, tuple[in
         known = note(tensor, touch=False)
         if known.used and not known.active:
             axes[name] = tuple(map(find, known.axes))
+    first, tied = dict[int, str](), dict[str, str]()  # the first name of every weight, by its other names
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if (original := first.setdefault(id(parameter), name)) != name:
+            tied[name] = original
     sizes, shapes = dict[str, int](), dict[str, tuple[int, ...]]()
     for name, parameter in model.named_parameters():
         sizes[name], shapes[name] = parameter.element_size(), tuple(parameter.shape)
@@ -97,21 +157,11 @@ def build_structure(model: nn.Module, tape: Tape, outside: Mapping[str, tuple[in
         attention=tuple(attention),
         feed_forward=tuple(find_feed_forward(tape, groups)),
         shapes=shapes,
-        tied=_tied_names(model),
+        tied=tied,
         untouched=tuple(untouched),
         opaque=dict(tape.misses),
         assumed=dict(tape.assumed),
     )
-
-
-def _tied_names(model: nn.Module) -> dict[str, str]:
-    """Returns the first name of every tied weight, by its other names."""
-    first, tied = dict[int, str](), dict[str, str]()
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        original = first.setdefault(id(parameter), name)
-        if original != name:
-            tied[name] = original
-    return tied
 
 
 BY_FLAG: dict[str, Kind] = {"data": "position", "fixed": "fixed", "vocab": "vocab", "label": "label", "topk": "expert"}
@@ -126,11 +176,19 @@ NEVER: dict[Kind, str] = {
 
 def name_kinds(groups: Sequence[Group], attention: Sequence[Attention], tape: Tape) -> None:
     """Sets the kind of every group, from the roles of its axis."""
-    queries, keys = _head_leaves(groups, attention)
-    over, values = set[Axis](), set[Axis]()
+    axes = {(member.name, member.dim): member.axis for group in groups for member in group.members}
+    queries, keys, over, values = (set[Axis]() for _ in range(4))  # head leaves of queries, and of keys and values
     for layer in attention:
         over.update(layer.query_key)
         values.update(layer.value)
+        heads = set(layer.heads)
+        for part in layer.q:
+            if (part.name, part.dim) in axes:
+                queries |= heads & set(leaves(axes[part.name, part.dim]))
+        for part in (*layer.k, *layer.v):
+            axis = axes.get((part.name, part.dim))
+            if axis is not None:  # in a fused matrix, only the leaves that these positions reach
+                keys |= {leaf for leaf in heads & set(leaves(axis)) if (layout(axis, leaf)[part.positions] >= 0).any()}
     only_queries = queries - keys
     for group in groups:
         leaf, flags = group.leaf, group.flags
@@ -150,22 +208,6 @@ def name_kinds(groups: Sequence[Group], attention: Sequence[Attention], tape: Ta
             group.kind = "position"
         else:
             group.kind = _width_kind(group, tape)
-
-
-def _head_leaves(groups: Sequence[Group], attention: Sequence[Attention]) -> tuple[set[Axis], set[Axis]]:
-    """Returns the head leaves of queries, and the head leaves of keys and values."""
-    axes = {(member.name, member.dim): member.axis for group in groups for member in group.members}
-    queries, keys = set[Axis](), set[Axis]()
-    for layer in attention:
-        heads = set(layer.heads)
-        for part in layer.q:
-            if (part.name, part.dim) in axes:
-                queries |= heads & set(leaves(axes[part.name, part.dim]))
-        for part in (*layer.k, *layer.v):
-            axis = axes.get((part.name, part.dim))
-            if axis is not None:  # in a fused matrix, only the leaves that these positions reach
-                keys |= {leaf for leaf in heads & set(leaves(axis)) if (layout(axis, leaf)[part.positions] >= 0).any()}
-    return queries, keys
 
 
 def find_idle(groups: Sequence[Group], attention: Sequence[Attention], axes: Mapping[str, Sequence[Axis]]) -> None:

@@ -14,6 +14,7 @@ from billhook.engine.trees import tree_map_only
 from billhook.model.cache import CachedShapes
 from billhook.tracing.axes import Axis, Irregular, mark, product
 from billhook.tracing.rules import rule_for
+from billhook.tracing.rules.indexing import index
 from billhook.tracing.tape import (
     SMALL,
     Note,
@@ -32,24 +33,18 @@ from billhook.tracing.tape import (
 )
 
 
-def _all_nonzero(x: Tensor) -> Tensor:
-    """Returns the positions of all entries, as if none were zero: `[entries, dimensions]`."""
-    axes = axes_of(x)
-    positions = torch.cartesian_prod(*(torch.arange(n) for n in x.shape)).reshape(-1, x.dim())
-    keep_order(axes, "the code asks where along it something is")
-    out = positions if positions.numel() <= SMALL else positions.to("meta")
-    record(out, [product(axes), Axis(x.dim())], [x], points=axes[0] if x.dim() == 1 else None).columns = tuple(axes)
+def _nonzero(x: Tensor, everything: bool) -> Tensor:
+    """Returns the positions of all entries, or of the first: `[entries, dimensions]`."""
+    axes, entries, out = axes_of(x), Axis(1), torch.zeros(1, x.dim(), dtype=torch.int64)
+    if everything:
+        positions = torch.cartesian_prod(*(torch.arange(n) for n in x.shape)).reshape(-1, x.dim())
+        keep_order(axes, "the code asks where along it something is")
+        entries, out = product(axes), positions if positions.numel() <= SMALL else positions.to("meta")
+    record(out, [entries, Axis(x.dim())], [x], points=axes[0] if x.dim() == 1 else None).columns = tuple(axes)
     return out
 
 
-def first_nonzero(x: Tensor) -> Tensor:
-    """Returns the position of the first entry, as if all others were zero: `[1, dimensions]`."""
-    out = torch.zeros(1, x.dim(), dtype=torch.int64)
-    record(out, [Axis(1), Axis(x.dim())], [x], points=axes_of(x)[0] if x.dim() == 1 else None).columns = tuple(axes_of(x))
-    return out
-
-
-def _all_selected(x: Tensor, mask: Tensor) -> Tensor:
+def _all_selected(tape: Tape, x: Tensor, mask: Tensor) -> Tensor:
     """Returns x[mask] as if the mask were True everywhere."""
     broadcast(x.shape, [x, mask])
     keep_order(axes_of(x), "the code picks along it by a mask")
@@ -58,26 +53,18 @@ def _all_selected(x: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
-def _all_indexed(x: Tensor, indices: list[Tensor | None]) -> Tensor | None:
+def _all_indexed(tape: Tape, x: Tensor, indices: list[Tensor | None]) -> Tensor | None:
     """Returns x[..., mask] as if the mask were True everywhere; None without a mask."""
-    masks = [(d, i) for d, i in enumerate(indices) if i is not None and i.dtype == torch.bool]
-    if len(masks) != 1 or sum(i is not None for i in indices) != 1:
+    given = [(d, i) for d, i in enumerate(indices) if i is not None]
+    if len(given) != 1 or given[0][1].dtype != torch.bool:
         return None
-    d, mask = masks[0]
+    d, mask = given[0]
     out = x.flatten(d, d + mask.dim() - 1).clone()
-    axes = axes_of(x)
-    record(out, [*axes[:d], product(axes[d : d + mask.dim()]), *axes[d + mask.dim() :]], [x, mask], note(x).points)
-    for axis, of_mask in zip(axes[d : d + mask.dim()], axes_of(mask), strict=True):
-        join(axis, of_mask)
-    keep_order(axes_of(mask), "the code picks along it by a mask")
+    index(tape, out, x, indices)
     return out
 
 
-TAKEN_IN_FULL: dict[str, Callable[..., Tensor | None]] = {
-    "nonzero": _all_nonzero,
-    "masked_select": _all_selected,
-    "index": _all_indexed,
-}
+TAKEN_IN_FULL: dict[str, Callable[..., Tensor | None]] = {"masked_select": _all_selected, "index": _all_indexed}
 
 
 FACTORIES = {"arange", "zeros", "ones", "full", "scalar_tensor", "linspace", "tril_indices", "triu_indices", "eye"}
@@ -91,8 +78,6 @@ class Op:
         writes: Arguments that it writes to: position and name.
         reshapes: True if it changes the shape of its argument in place.
     """
-
-    __slots__ = ("name", "reshapes", "rule", "writes")
 
     def __init__(self, func: OpOverload) -> None:
         schema = func._schema
@@ -121,10 +106,10 @@ class Recorder(CachedShapes):  # type: ignore[no-untyped-call]
             return self._fetch(args[0], kwargs.get("dtype"))
         for x in tensor_args(args, kwargs):
             self._introduce(x)
-        if name == "nonzero" and not self.everything:
-            self._assume("nonzero: one entry is taken")
-            return first_nonzero(args[0])
-        if name in TAKEN_IN_FULL and (out := TAKEN_IN_FULL[name](*args)) is not None:
+        if name == "nonzero":
+            self._assume(f"nonzero: {'every' if self.everything else 'one'} entry is taken")
+            return _nonzero(args[0], self.everything)
+        if name in TAKEN_IN_FULL and (out := TAKEN_IN_FULL[name](self.tape, *args)) is not None:
             self._assume(f"{name}: every entry is taken")
             return out
         args_before = (_before(args[0]), *args[1:]) if op.reshapes else None
@@ -233,10 +218,8 @@ def _to_meta(tensor: Tensor) -> Tensor:
     """Moves a constant of the model's code to meta and keeps its values."""
     if tensor.is_meta:
         return tensor
-    moved = tensor.to("meta")
-    before = note(tensor)
-    new = Note(before.axes, before.active, before.points)
-    new.value = tensor if tensor.numel() <= SMALL else None
+    moved, before = tensor.to("meta"), note(tensor)
+    new = Note(list(before.axes), before.active, before.points, value=tensor if tensor.numel() <= SMALL else None)
     moved._billhook = new  # type: ignore[attr-defined]
     return moved
 

@@ -1,7 +1,7 @@
 """Finds attention and MLP roles from the order of products, not from names."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from operator import attrgetter
 
 import numpy as np
@@ -9,8 +9,8 @@ import numpy as np
 from billhook.display import Printable
 from billhook.linalg import Indices
 from billhook.tracing.axes import Axis, find, leaves
-from billhook.tracing.groups import Group, Kind, Member
-from billhook.tracing.tape import ActivationProduct, Rows, Sources, Tape
+from billhook.tracing.groups import Group, Member
+from billhook.tracing.tape import ActivationProduct, Sources, Tape
 
 NEAR = 6  # products to search after the query-key product for the one with the values
 
@@ -107,11 +107,26 @@ def find_attention(tape: Tape, groups: Sequence[Group]) -> list[Attention]:
     by_leaf = {group.leaf: group for group in groups}
     for i, scores in enumerate(contractions):
         values = _find_values(scores, contractions[i + 1 : i + 1 + NEAR])
-        if values is not None:
-            layer = _attention_of(tape, scores, *values, by_leaf)
-            rows = tuple((part.name, part.dim, len(part.positions)) for part in (*layer.q, *layer.k, *layer.v))
-            if layer.q and layer.k and layer.v and layer.o:
-                layers.setdefault(rows, layer)
+        if values is None:
+            continue
+        sources, axes = values
+        q, k, v = (_parts(tape, of) for of in (scores.left, scores.right, sources))
+        heads = tuple(dict.fromkeys([*_units(scores.left_axes[:-2]), *_units(axes[:-2])]))
+        value = tuple(leaf for leaf in _units(axes[-2:]) if leaf not in heads)
+        producers = set(map(attrgetter("name"), (*q, *k, *v)))
+        readers = {}  # parameters that consume a value axis of these heads
+        for leaf in filter(by_leaf.__contains__, value):
+            for member in by_leaf[leaf].members:
+                has_heads = not heads or not set(heads).isdisjoint(leaves(member.axis))
+                if member.reads and member.name not in producers and has_heads:
+                    readers[member.name, member.dim] = _whole_dimension(member)
+        parents = {name.rsplit(".", 2)[0] for name in producers}
+        # if all layers share a value axis, take the consumers next to the values
+        neighbors = [part for part in readers.values() if part.name.rsplit(".", 2)[0] in parents]
+        o, over = tuple(neighbors or readers.values()), tuple(_units([scores.over])) if scores.over is not None else ()
+        if q and k and v and o:
+            rows = tuple((part.name, part.dim, len(part.positions)) for part in (*q, *k, *v))
+            layers.setdefault(rows, Attention(q, k, v, o, heads, over, value))
     return list(layers.values())
 
 
@@ -128,27 +143,6 @@ def _find_values(scores: ActivationProduct, later: Iterable[ActivationProduct]) 
     return None
 
 
-def _attention_of(
-    tape: Tape, scores: ActivationProduct, values: Sources, axes: list[Axis], by_leaf: Mapping[Axis, Group]
-) -> Attention:
-    """Returns the attention module of a query-key product and of the values that it weighs."""
-    q, k, v = (_parts(tape, sources) for sources in (scores.left, scores.right, values))
-    heads = tuple(dict.fromkeys([*_units(scores.left_axes[:-2]), *_units(axes[:-2])]))
-    value = tuple(leaf for leaf in _units(axes[-2:]) if leaf not in heads)
-    producers = set(map(attrgetter("name"), (*q, *k, *v)))
-    over = tuple(_units([scores.over])) if scores.over is not None else ()
-    readers = {}  # parameters that consume a value axis of these heads
-    for leaf in filter(by_leaf.__contains__, value):
-        for member in by_leaf[leaf].members:
-            has_heads = not heads or not set(heads).isdisjoint(leaves(member.axis))
-            if member.reads and member.name not in producers and has_heads:
-                readers[member.name, member.dim] = _whole_dimension(member)
-    parents = {name.rsplit(".", 2)[0] for name in producers}
-    # if all layers share a value axis, take the consumers next to the values
-    neighbors = [part for part in readers.values() if part.name.rsplit(".", 2)[0] in parents]
-    return Attention(q, k, v, tuple(neighbors or readers.values()), heads, over, value)
-
-
 def _units(axes: Iterable[Axis]) -> list[Axis]:
     return [leaf for axis in axes for leaf in leaves(axis) if leaf.size > 1 and "data" not in leaf.notes]
 
@@ -158,18 +152,17 @@ def _whole_dimension(member: Member) -> Part:
 
 
 def _parts(tape: Tape, sources: Sources) -> tuple[Part, ...]:
-    return tuple(_part(tape, name, dim, rows) for (name, dim), rows in sources.items() if dim >= 0)
-
-
-def _part(tape: Tape, name: str, dim: int, rows: Rows) -> Part:
-    size = tape.parameters[name].shape[dim]
-    if rows.positions is None:
-        return Part(name, dim, np.arange(size), size)
-    seen = np.zeros(size + 1, dtype=bool)  # the last entry collects positions from elsewhere (-1)
-    for positions in (rows.positions, *rows.more):
-        once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in positions.stride())  # without repetitions
-        seen[positions[once].numpy().reshape(-1)] = True
-    return Part(name, dim, np.flatnonzero(seen[:-1]), size)
+    parts = list[Part]()
+    for (name, dim), rows in sources.items():
+        if dim < 0:
+            continue
+        size = tape.parameters[name].shape[dim]
+        seen = np.full(size + 1, rows.positions is None)  # the last entry collects positions from elsewhere (-1)
+        for positions in () if rows.positions is None else (rows.positions, *rows.more):
+            once = tuple(slice(0, 1) if stride == 0 else slice(None) for stride in positions.stride())  # without repetitions
+            seen[positions[once].numpy().reshape(-1)] = True
+        parts.append(Part(name, dim, np.flatnonzero(seen[:-1]), size))
+    return tuple(parts)
 
 
 def find_feed_forward(tape: Tape, groups: Iterable[Group]) -> list[FeedForward]:
@@ -200,23 +193,3 @@ def consecutive_ranges(positions: Indices) -> list[tuple[int, int]]:
     """Returns the ranges without gaps in ascending numbers: first and last number."""
     breaks = np.flatnonzero(np.diff(positions) != 1) + 1
     return [(int(part[0]), int(part[-1])) for part in np.split(positions, breaks) if len(part)]
-
-
-@dataclass(eq=False)
-class StructureFields:
-    """Fields of a `Structure`, which documents them."""
-
-    model: str
-    axes: dict[str, tuple[Axis, ...]]
-    groups: tuple[Group, ...]
-    attention: tuple[Attention, ...]
-    feed_forward: tuple[FeedForward, ...]
-    shapes: dict[str, tuple[int, ...]]
-    tied: dict[str, str] = field(default_factory=dict)
-    untouched: tuple[str, ...] = ()
-    opaque: dict[str, int] = field(default_factory=dict)
-    assumed: dict[str, int] = field(default_factory=dict)
-
-    def of_kind(self, *kinds: Kind) -> list[Group]:
-        """Returns the groups of some kinds."""
-        return [group for group in self.groups if group.kind in kinds]

@@ -46,6 +46,7 @@ Sources = dict[tuple[str, int], Rows]
 """What an activation was last multiplied with: (parameter, dimension) -> rows."""
 
 
+@dataclass(eq=False, slots=True)
 class Note:
     """Facts about a tensor.
 
@@ -63,28 +64,17 @@ class Note:
         squared: True for a power, whose sum is that of a norm.
     """
 
-    __slots__ = (
-        "active",
-        "axes",
-        "bent",
-        "columns",
-        "pending",
-        "points",
-        "sources",
-        "squared",
-        "used",
-        "value",
-        "written_sources",
-    )
-
-    def __init__(self, axes: Sequence[Axis], active: bool = False, points: Axis | None = None) -> None:
-        self.axes, self.active, self.points = list(axes), active, points
-        self.columns: tuple[Axis, ...] = ()
-        self.written_sources: Sources | None = None
-        self.pending: tuple[tuple[Axis, str, str], ...] = ()
-        self.value: Tensor | None = None
-        self.sources: Sources = {}
-        self.bent = self.used = self.squared = False
+    axes: list[Axis]
+    active: bool = False
+    points: Axis | None = None
+    pending: tuple[tuple[Axis, str, str], ...] = ()
+    written_sources: Sources | None = None
+    columns: tuple[Axis, ...] = ()
+    used: bool = False
+    value: Tensor | None = None
+    sources: Sources = field(default_factory=dict)
+    bent: bool = False
+    squared: bool = False
 
 
 @dataclass(frozen=True)
@@ -300,8 +290,10 @@ def running_module(model: nn.Module) -> str:
     for frame, number in traceback.walk_stack(sys._getframe()):
         line = line or _line(frame.f_code, number)
         owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module) and (name := _name(model, owner)) is not None:
-            return f"{name} ({line})" if line else name
+        if isinstance(owner, nn.Module):
+            name = next((name or type(model).__name__ for name, other in model.named_modules() if other is owner), None)
+            if name is not None:
+                return f"{name} ({line})" if line else name
     return line or "the model"
 
 
@@ -313,7 +305,3 @@ def line_of(error: BaseException) -> str | None:
 
 def _line(code: CodeType, number: int) -> str | None:
     return None if code.co_filename.startswith(LIBRARY_FOLDERS) else f"{Path(code.co_filename).name}:{number}"
-
-
-def _name(model: nn.Module, module: nn.Module) -> str | None:
-    return next((name or type(model).__name__ for name, other in model.named_modules() if other is module), None)

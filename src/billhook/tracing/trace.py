@@ -56,8 +56,10 @@ def trace(model: nn.Module | PretrainedConfig | str | os.PathLike[str], example_
         >>> [(group.kind, group.size) for group in structure.groups if not group.reason][:3]
         [('residual', 256), ('head', 8), ('value', 32)]
     """
-    _check(model, example_inputs)
     check_types(trace, locals())
+    for name, parameter in model.named_parameters() if isinstance(model, nn.Module) else ():
+        if isinstance(parameter, nn.UninitializedParameter):
+            raise ValueError(f"model: parameter {name} is lazy and has no shape yet. Run the model once first.")
     with _patch_lock, torch.inference_mode(False), torch.device("cpu"):  # overrides any active inference mode or default device
         subject, outside = _subject(model, example_inputs is not None)
         check_one_device(subject)  # accelerate's hooks would be copied, too, and move inputs
@@ -82,21 +84,25 @@ class _EntriesDiffer(ValueError):
     """The forward pass failed after code asked for nonzero entries."""
 
 
-def _check(model: object, inputs: object) -> None:
-    if not isinstance(model, nn.Module | PretrainedConfig | str | os.PathLike):
-        raise ValueError(f"model must be a module, a config, or a name, got {type(model).__name__}")
-    if not isinstance(inputs, Tensor | Mapping | list | tuple | None):
-        raise ValueError(f"example_inputs must be a dictionary, a tuple, or a tensor, got {type(inputs).__name__}")
-    parameters = model.named_parameters() if isinstance(model, nn.Module) else ()
-    for name, parameter in parameters:
-        if isinstance(parameter, nn.UninitializedParameter):
-            raise ValueError(f"model: parameter {name} is lazy and has no shape yet. Run the model once first.")
-
-
 def _run(meta_model: nn.Module, outside: Shapes, example_inputs: Inputs | None, everything: bool) -> Structure:
     args, kwargs = _arguments(meta_model, example_inputs)
-    _prepare(meta_model)
-    tape, vocab = _tape(meta_model), _vocabulary(meta_model)
+    compute_every_expert(meta_model)
+    for nested in configs_of(meta_model):
+        if attention_of(nested) not in ("eager", "sdpa"):  # other implementations do not run on meta
+            set_attention(nested, "eager")
+    tape, vocab = Tape(), _vocabulary(meta_model)
+    for name, tensor in [*meta_model.named_parameters(), *meta_model.named_buffers()]:
+        tape.parameters[name] = tensor
+        tape.storages[memory_of(tensor)] = name
+        fresh = note(tensor)
+        fresh.sources, fresh.used = {(name, -1): Rows(None)}, False
+    for hook in stand_ins_in(meta_model):
+        notes = tape.assumed if hook.harmless else tape.misses
+        notes[hook.says] = notes.get(hook.says, 0) + 1
+        hook.note = partial(_opaque, hook.says)
+    config = getattr(meta_model, "config", None)
+    if getattr(config, "quantization_config", None) is not None and not hasattr(meta_model, "hf_quantizer"):
+        tape.assumed["the config is of a quantized model: traced as not quantized, bytes included"] = 1
     noted = _noted(args, vocab if isinstance(meta_model, PreTrainedModel) else None)
     named = {key: _noted(value, vocab if "input_ids" in key else None) for key, value in kwargs.items()}
     try:
@@ -111,7 +117,7 @@ def _run(meta_model: nn.Module, outside: Shapes, example_inputs: Inputs | None, 
     return build_structure(meta_model, tape, outside)
 
 
-def _subject(module: nn.Module | PretrainedConfig | str | os.PathLike[str], all_of_it: bool) -> tuple[nn.Module, Shapes]:
+def _subject(given: nn.Module | PretrainedConfig | str | os.PathLike[str], all_of_it: bool) -> tuple[nn.Module, Shapes]:
     """Returns the module to trace and the shapes of parameters outside of it.
 
     All of a module, or the Hugging Face model that it holds.
@@ -119,10 +125,19 @@ def _subject(module: nn.Module | PretrainedConfig | str | os.PathLike[str], all_
     Raises:
         ValueError: If it holds several and none is the one to work on.
     """
-    if not isinstance(module, nn.Module):
-        return (from_config(module) if isinstance(module, PretrainedConfig) else from_name(module)), {}
-    while (inner := _inner(module)) is not None:
-        module = inner
+    if not isinstance(given, nn.Module):
+        return (from_config(given) if isinstance(given, PretrainedConfig) else from_name(given)), {}
+    inner: Any = given
+    while True:  # inside wrappers without parameters: DDP, PEFT, torch.compile
+        if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            inner = inner.module
+        elif hasattr(inner, "get_base_model") and not _prompts(inner):
+            inner = inner.get_base_model()
+        elif hasattr(inner, "_orig_mod"):
+            inner = inner._orig_mod
+        else:
+            break
+    module: nn.Module = inner
     if all_of_it or not any(isinstance(child, PreTrainedModel) for child in module.modules()):
         return module, {}
     try:
@@ -141,18 +156,6 @@ def _subject(module: nn.Module | PretrainedConfig | str | os.PathLike[str], all_
         if id(parameter) not in of_model:
             outside[name] = tuple(parameter.shape)
     return model, outside
-
-
-def _inner(module: nn.Module) -> nn.Module | None:
-    """Returns the module inside a wrapper without parameters: torch.compile, DDP, PEFT."""
-    wrapper: Any = module
-    if isinstance(module, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        inner: nn.Module | None = wrapper.module
-    elif hasattr(module, "get_base_model") and not _prompts(module):
-        inner = wrapper.get_base_model()
-    else:
-        inner = getattr(module, "_orig_mod", None)
-    return inner
 
 
 def _prompts(module: nn.Module) -> bool:
@@ -180,31 +183,6 @@ def _arguments(meta_model: nn.Module, inputs: Inputs | None) -> tuple[list[Any],
     return ([inputs] if isinstance(inputs, Tensor) else list(inputs)), {}
 
 
-def _prepare(meta_model: nn.Module) -> None:
-    """Selects implementations in transformers that run on meta."""
-    compute_every_expert(meta_model)
-    for config in configs_of(meta_model):
-        if attention_of(config) not in ("eager", "sdpa"):
-            set_attention(config, "eager")
-
-
-def _tape(meta_model: nn.Module) -> Tape:
-    tape = Tape()
-    for name, tensor in [*meta_model.named_parameters(), *meta_model.named_buffers()]:
-        tape.parameters[name] = tensor
-        tape.storages[memory_of(tensor)] = name
-        fresh = note(tensor)
-        fresh.sources, fresh.used = {(name, -1): Rows(None)}, False
-    for hook in stand_ins_in(meta_model):
-        notes = tape.assumed if hook.harmless else tape.misses
-        notes[hook.says] = notes.get(hook.says, 0) + 1
-        hook.note = partial(_opaque, hook.says)
-    config = getattr(meta_model, "config", None)
-    if getattr(config, "quantization_config", None) is not None and not hasattr(meta_model, "hf_quantizer"):
-        tape.assumed["the config is of a quantized model: traced as not quantized, bytes included"] = 1
-    return tape
-
-
 def _opaque(reason: str, replaceable: object) -> None:
     """Marks every axis of the tensors that a hook may have replaced."""
     for tensor in tensors(replaceable):
@@ -214,16 +192,12 @@ def _opaque(reason: str, replaceable: object) -> None:
 
 def _vocabulary(meta_model: nn.Module) -> Axis | None:
     """Returns the axis of token ids."""
-    model = next((child for child in meta_model.modules() if isinstance(child, PreTrainedModel)), None)
-    if model is None:
-        return None
+    model: Any = next((child for child in meta_model.modules() if isinstance(child, PreTrainedModel)), None)
     try:
-        table = getattr(model.get_input_embeddings(), "weight", None)
+        table = model.get_input_embeddings().weight
     except (NotImplementedError, AttributeError):
         return None
-    if not isinstance(table, Tensor) or table.dim() != 2:
-        return None
-    return Axis(table.shape[0], notes={"vocab": "token ids"})
+    return Axis(table.shape[0], notes={"vocab": "token ids"}) if isinstance(table, Tensor) and table.dim() == 2 else None
 
 
 def _noted(value: Any, vocab: Axis | None) -> Any:  # noqa: ANN401 - whatever a forward takes
@@ -245,22 +219,18 @@ def _close(output: Any, vocab: Axis | None) -> None:  # noqa: ANN401 - whatever 
     fields = dict(output.items()) if isinstance(output, Mapping) else {}
     answers = {key: x for key, x in fields.items() if "logits" in str(key) and isinstance(x, Tensor) and x.dim()}
     for logits in answers.values():
-        _answered(logits, vocab)
+        apply_pending(note(logits))
+        *positions, last = note(logits).axes
+        mark_units(positions, "output", "the positions of what the model answers")
+        if vocab is not None and last.size == vocab.size:
+            join(last, vocab)
+        else:
+            mark_units([last], "label", "what the model answers")
     if isinstance(output, ModelOutput) and {"logits", "prediction_logits"} & answers.keys():
         return  # the other fields are states and caches
     for tensor in tensors([x for key, x in fields.items() if key not in answers] if fields else output):
         apply_pending(note(tensor))
         mark_units(note(tensor).axes, "output", "the model's output has it, so that whatever reads the output must follow")
-
-
-def _answered(logits: Tensor, vocab: Axis | None) -> None:
-    apply_pending(note(logits))
-    *positions, last = note(logits).axes
-    mark_units(positions, "output", "the positions of what the model answers")
-    if vocab is not None and last.size == vocab.size:
-        join(last, vocab)
-    else:
-        mark_units([last], "label", "what the model answers")
 
 
 def _refusal(meta_model: nn.Module, tape: Tape, error: Exception, inputs: str) -> str:

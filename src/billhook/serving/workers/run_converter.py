@@ -46,13 +46,14 @@ def convert(
     added: dict[str, Any] = {}
     sys.argv = [converter.__file__, folder, "--outfile", out, "--outtype", dtype]
     with contextlib.ExitStack() as stack:
-        if not vocabulary:
-            kind = _kind(converter, folder)
-            stack.enter_context(_replaced(kind, "set_vocab", _no_vocabulary))
-        if factors:
-            kind = _kind(converter, folder)
-            extended = _with_factors(kind.generate_extra_tensors, factors)
-            stack.enter_context(_replaced(kind, "generate_extra_tensors", extended))
+        if factors or not vocabulary:
+            hparams = converter.ModelBase.load_hparams(Path(folder), False)
+            kind = converter.get_model_class(converter.get_model_architecture(hparams, converter.ModelType.TEXT))
+            if not vocabulary:
+                stack.enter_context(_replaced(kind, "set_vocab", _no_vocabulary))
+            if factors:
+                extended = _with_factors(kind.generate_extra_tensors, factors)
+                stack.enter_context(_replaced(kind, "generate_extra_tensors", extended))
         known = text_model.get_vocab_base_pre
         stack.enter_context(_replaced(text_model, "get_vocab_base_pre", _split(known, added)))
         try:
@@ -61,12 +62,6 @@ def convert(
             if error.code:
                 raise RuntimeError(errors.last or f"exit status {error.code}") from error
     return added
-
-
-def _kind(converter: Any, folder: str) -> Any:  # noqa: ANN401 - a class of the converter
-    """Returns the converter class of a folder."""
-    hparams = converter.ModelBase.load_hparams(Path(folder), False)
-    return converter.get_model_class(converter.get_model_architecture(hparams, converter.ModelType.TEXT))
 
 
 def _no_vocabulary(self: Any) -> None:  # noqa: ANN401 - a model of the converter

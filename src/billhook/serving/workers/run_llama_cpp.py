@@ -6,7 +6,6 @@ import sys
 import time
 import traceback
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -132,7 +131,7 @@ class Engine:
         options.ftype, options.nthread = KINDS[kind], threads
         if status := lib.llama_model_quantize(file.encode(), out.encode(), ffi.addressof(options)):
             raise RuntimeError(f"llama_model_quantize returned {status}")
-        return {"bytes": Path(out).stat().st_size}
+        return {}
 
 
 REQUESTS = ("load", "logits", "greedy", "tokenize", "quantize")

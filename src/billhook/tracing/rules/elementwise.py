@@ -12,7 +12,6 @@ from billhook.tracing.axes import Axis, mark, notes_of, product, split
 from billhook.tracing.rules.movement import mark_ranked
 from billhook.tracing.tape import (
     ActivationProduct,
-    Note,
     Tape,
     apply_pending,
     as_sets,
@@ -57,15 +56,11 @@ def elementwise(tape: Tape, out: Any, *args: Any, **kwargs: Any) -> None:  # noq
         if new.active and (name in NONLINEAR or (name == "mul" and _record_product(tape, inputs))):
             new.bent = True
             mark_units(axes, "bent", tape.op)
-        if name == "add" and new.active and len(inputs) == 2 and _adds(*map(note, inputs)):
-            mark_units(axes[-1:] if result.dim() < 4 else axes, "added", "a residual stream")
-
-
-def _adds(left: Note, right: Note) -> bool:
-    """Returns whether a matrix product is added to something else."""
-    if not (left.active and right.active) or left.sources.keys() == right.sources.keys():
-        return False
-    return any(rows.exact for factor in (left, right) for rows in factor.sources.values())
+        if name == "add" and len(inputs) == 2:
+            left, right = map(note, inputs)
+            is_product = any(rows.exact for rows in (*left.sources.values(), *right.sources.values()))
+            if left.active and right.active and is_product and left.sources.keys() != right.sources.keys():
+                mark_units(axes[-1:] if result.dim() < 4 else axes, "added", "a residual stream")
 
 
 def _points(op: str, out: Tensor, inputs: list[Tensor], args: tuple[Any, ...]) -> Axis | None:
@@ -135,8 +130,8 @@ def _record_product(tape: Tape, inputs: list[Tensor]) -> bool:
 
 
 def factory(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
-    """Creates a filled or empty tensor: its axes are unknown, and no index is special."""
-    new = record(out, [Axis(n) for n in out.shape], [])
+    """Creates a tensor with unknown axes, or with those of another tensor."""
+    new = record(out, axes_of(args[0]) if tape.op.endswith("_like") else [Axis(n) for n in out.shape], [])
     new.active, new.written_sources = True, {}
 
 
@@ -147,12 +142,6 @@ def copy(tape: Tape, out: Tensor, x: Tensor, source: Tensor, *args: Any) -> None
     if written is not None:
         merge_sources(written, as_sets(note(source).sources))
         note(out).written_sources = written
-
-
-def like(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
-    """Creates a tensor with the axes of another, without using its values."""
-    new = record(out, axes_of(x), [])
-    new.active, new.written_sources = True, {}
 
 
 def constant(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
@@ -305,10 +294,10 @@ RULES: dict[str, Callable[..., None]] = {
     ),
     **dict.fromkeys(
         ("empty", "zeros", "ones", "full", "new_empty", "new_zeros", "new_ones", "new_full", "scalar_tensor", "rand", "randn",
-         "empty_strided", "new_empty_strided", "bernoulli", "randint", "_efficientzerotensor"),
+         "empty_strided", "new_empty_strided", "bernoulli", "randint", "_efficientzerotensor",
+         "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"),
         factory,
     ),
-    **dict.fromkeys(("zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like"), like),
     **dict.fromkeys(("linspace", "logspace", "lift_fresh", "hann_window", "tril_indices", "triu_indices"), constant),
     **dict.fromkeys(("copy_", "copy"), copy),
     "arange": arange,

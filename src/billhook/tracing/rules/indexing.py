@@ -1,6 +1,6 @@
 """Rules of indexing: an index tensor points into the axis that it was made from."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -21,7 +21,6 @@ from billhook.tracing.tape import (
     is_data,
     join,
     keep_order,
-    mark_units,
     note,
     record,
     record_move,
@@ -72,7 +71,12 @@ def index(tape: Tape, out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) 
     """Indexes x[i, j]: the dimensions of the indices replace the indexed ones."""
     picks = _picks(indices)
     if not MASKS.isdisjoint(map(attrgetter("dtype"), picks.values())):
-        _masked(out, x, picks)
+        d, mask = next(iter(picks.items()))  # the masked dimensions become a single dimension
+        axes, masked = axes_of(x), axes_of(x)[d : d + mask.dim()]
+        for axis, other in zip(masked, axes_of(mask), strict=True):
+            join(axis, other)
+        keep_order(masked, "the code picks along it by a mask")
+        record(out, [*axes[:d], product(masked), *axes[d + mask.dim() :]], [x, mask], note(x).points)
         return
     at, first_pick = list(picks), next(iter(picks.values()))
     value = tape.value(first_pick)
@@ -100,16 +104,6 @@ def index(tape: Tape, out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) 
 def _picks(indices: Sequence[Tensor | None]) -> dict[int, Tensor]:
     """Returns the index tensors by dimension."""
     return {d: pick for d, pick in enumerate(indices) if pick is not None}
-
-
-def _masked(out: Tensor, x: Tensor, picks: Mapping[int, Tensor]) -> None:
-    """Indexes x[mask]: the masked dimensions become a single dimension."""
-    d, mask = next(iter(picks.items()))
-    axes = axes_of(x)
-    for axis, other in zip(axes[d : d + mask.dim()], axes_of(mask), strict=True):
-        join(axis, other)
-    mark_units(axes[d : d + mask.dim()], "const", "the code picks along it by a mask")
-    record(out, [*axes[:d], product(axes[d : d + mask.dim()]), *axes[d + mask.dim() :]], [x, mask], note(x).points)
 
 
 def index_put(tape: Tape, out: Tensor, x: Tensor, indices: Sequence[Tensor | None], values: Tensor, *args: Any) -> None:  # noqa: ANN401

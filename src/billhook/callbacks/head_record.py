@@ -1,25 +1,13 @@
-"""Scores attention heads during training and selects the heads to mask."""
+"""The history of head pruning in a training run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
 
-from billhook.engine.passes import blockwise
-from billhook.engine.sharding import sizes_only
-from billhook.fit.calibration import FitCalibration
-from billhook.fit.fit import Fit
-from billhook.fit.ranks import comm_of
-from billhook.importance.score import Importance, make_run, score_units
 from billhook.plots.heads import heads
 from billhook.plots.style import Plot
-from billhook.pruning.choice import HeadOptions, choose, choose_including
-from billhook.pruning.planning import plan_units
-from billhook.units.find import find_units
-from billhook.units.units import Units
 
 
 @dataclass
@@ -75,53 +63,3 @@ class HeadRecord:
     def draw(self, masked: Mapping[str, Sequence[int]]) -> Plot:
         """Plots head scores, removed and masked heads, and the metric."""
         return heads(self.scores, self.inactive(masked), self.curve, self.metric, any(map(len, masked.values())))
-
-
-@dataclass(frozen=True, eq=False)
-class HeadRanking:
-    """Settings for scoring and selecting heads during training."""
-
-    importance: Importance
-    options: HeadOptions
-    removes: bool  # from the tensors, not only by masks
-
-    def check(self, model: PreTrainedModel, record: HeadRecord, ratio: float) -> None:
-        """Raises `ValueError` if the ratio removes no head, or heads cannot be removed."""
-        heads = find_units(model, "head")
-        equal_scores = {name: torch.zeros(units.count(self.options.per)) for name, units in heads.items()}
-        chosen = self._lowest(heads, record.left(ratio), equal_scores)
-        if ratio > 0 and not chosen and not record.first:
-            total = sum(map(len, equal_scores.values()))
-            least = next(
-                (number / total for number in range(1, total) if self._lowest(heads, number / total, equal_scores)), None
-            )
-            fix = f"The smallest ratio that removes a head is {least:.4g}." if least else "No ratio removes a head of this model."
-            raise ValueError(f"ratio={ratio} removes no head. {fix}")
-        if self.removes:
-            with sizes_only(model):
-                plan_units(model, chosen, per=self.options.per)
-
-    def choose(
-        self,
-        fit: Fit,
-        calibration: FitCalibration,
-        record: HeadRecord,
-        masked: Mapping[str, Sequence[int]],
-        ratio: float,
-    ) -> dict[str, list[int]]:
-        """Returns the heads to mask, including heads that are masked already; records the scores."""
-        model = fit.model
-        heads = find_units(model, "head")
-        record.begin({name: units.count(self.options.per) for name, units in heads.items()})
-        with calibration.undisturbed(fit), fit.gradient_context(), blockwise(fit.module):
-            pairs = calibration.pairs(fit) if self.importance.needs_data else ()
-            trials = [make_run(model, heads, *pair) for pair in pairs]
-            scores = score_units(
-                model, heads, self.importance, trials, None, self.options.normalize, self.options.per, comm_of(fit)
-            )
-        lowest = partial(self._lowest, heads, record.left(ratio))
-        record.scored(scores)
-        return choose_including(lowest, masked, scores)
-
-    def _lowest(self, heads: Mapping[str, Units], ratio: float, scores: Mapping[str, Tensor]) -> dict[str, list[int]]:
-        return choose(heads, scores, ratio, self.options.ranking, self.options.min_heads, self.options.per, self.removes)

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer
 
 import billhook as bh
 from billhook.engine.batches import Batch
-from billhook.report.texts import ExampleText, bits_per_byte
+from billhook.report.predictions import ExampleText, bits_per_byte
 
 COUNTED = 6_000_000
 ROWS = {

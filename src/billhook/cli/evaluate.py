@@ -24,7 +24,7 @@ from billhook.model.preprocessors import check_tokenizer, load_tokenizer
 from billhook.model.streamed import stream as open_streamed
 from billhook.progress import progress_bar
 from billhook.report.choices import read_questions
-from billhook.report.texts import ExampleText, bits_per_byte
+from billhook.report.predictions import ExampleText, bits_per_byte
 from billhook.training.evaluation import (
     LONGEST,
     Asked,

@@ -48,7 +48,7 @@ class WeightNorm(Importance):
         for part in parts_of(model, units, per):
             store_of(model).load(model.get_submodule(part.name.rpartition(".")[0]))
             weight = in_float64(model.get_parameter(part.name).detach())
-            sums.add(part.place, part.by_unit(part.sum_others(weight.abs() if self.p == 1 else weight.square())), 0)
+            sums.add(part.module, part.by_unit(part.sum_others(weight.abs() if self.p == 1 else weight.square())), 0)
         return Sums({name: total.pow(1 / self.p) for name, total in sums.totals.items()}, sums.counts)
 
 

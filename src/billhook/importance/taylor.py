@@ -86,7 +86,7 @@ class Taylor(Importance):
         sums, parts = Sums.zero(units, per), parts_of(model, units, per)
         keys = defaultdict[str, list[tuple[str, str, int]]](list)
         for part in parts:
-            keys[part.place].append(_key(part))
+            keys[part.module].append(_key(part))
         with trainable(model, [part.name for part in parts]) as parameters:
             # shares of neighboring parameters, similar in size
             total, passes = sum(map(Tensor.numel, parameters.values())), self.passes if self.order == "mixed" else 1
@@ -121,7 +121,7 @@ class Taylor(Importance):
 
 
 def _key(part: Part) -> tuple[str, str, int]:
-    return part.place, part.name, part.dim
+    return part.module, part.name, part.dim
 
 
 def _add_scores(

@@ -24,8 +24,7 @@ from billhook.engine.store import store_of
 from billhook.model.preprocessors import check_ids
 from billhook.progress import OnProgress
 from billhook.report.generation import generates
-from billhook.report.predictions import Predictions, compute_logits, mean_loss
-from billhook.report.texts import Example, ExampleText
+from billhook.report.predictions import Example, ExampleText, Predictions, compute_logits, mean_loss
 
 
 @torch.no_grad()

@@ -55,10 +55,10 @@ def _all_selected(tape: Tape, x: Tensor, mask: Tensor) -> Tensor:
 
 def _all_indexed(tape: Tape, x: Tensor, indices: list[Tensor | None]) -> Tensor | None:
     """Returns x[..., mask] as if the mask were True everywhere; None without a mask."""
-    given = [(d, i) for d, i in enumerate(indices) if i is not None]
-    if len(given) != 1 or given[0][1].dtype != torch.bool:
+    tensors = [(d, i) for d, i in enumerate(indices) if i is not None]
+    if len(tensors) != 1 or tensors[0][1].dtype != torch.bool:
         return None
-    d, mask = given[0]
+    d, mask = tensors[0]
     out = x.flatten(d, d + mask.dim() - 1).clone()
     index(tape, out, x, indices)
     return out

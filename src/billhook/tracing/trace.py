@@ -117,7 +117,7 @@ def _run(meta_model: nn.Module, outside: Shapes, example_inputs: Inputs | None, 
     return build_structure(meta_model, tape, outside)
 
 
-def _subject(given: nn.Module | PretrainedConfig | str | os.PathLike[str], all_of_it: bool) -> tuple[nn.Module, Shapes]:
+def _subject(subject: nn.Module | PretrainedConfig | str | os.PathLike[str], all_of_it: bool) -> tuple[nn.Module, Shapes]:
     """Returns the module to trace and the shapes of parameters outside of it.
 
     All of a module, or the Hugging Face model that it holds.
@@ -125,9 +125,9 @@ def _subject(given: nn.Module | PretrainedConfig | str | os.PathLike[str], all_o
     Raises:
         ValueError: If it holds several and none is the one to work on.
     """
-    if not isinstance(given, nn.Module):
-        return (from_config(given) if isinstance(given, PretrainedConfig) else from_name(given)), {}
-    inner: Any = given
+    if not isinstance(subject, nn.Module):
+        return (from_config(subject) if isinstance(subject, PretrainedConfig) else from_name(subject)), {}
+    inner: Any = subject
     while True:  # inside wrappers without parameters: DDP, PEFT, torch.compile
         if isinstance(inner, nn.DataParallel | nn.parallel.DistributedDataParallel):
             inner = inner.module

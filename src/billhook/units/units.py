@@ -169,7 +169,7 @@ def match(keys: Indices, units: Indices) -> Indices:
 class Part:
     """A parameter dimension with units. `units` maps positions, with `count` for none."""
 
-    place: str
+    module: str
     name: str
     dim: int
     units: Tensor
@@ -191,19 +191,19 @@ def parts_of(model: nn.Module, units: Mapping[str, Units], per: Per) -> list[Par
     names: dict[int, str] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     parts: dict[tuple[str, str, int], Part] = {}
-    for place, layer in units.items():
+    for module, layer in units.items():
         count = layer.count(per)
         for member in layer.members_by_unit(per):
             if member.buffer:
                 continue
             if member.name not in parameters:
                 raise ValueError(
-                    f"units: {member.name} of {place} is not a parameter of the model (another model, or quantized?)."
+                    f"units: {member.name} of {module} is not a parameter of the model (another model, or quantized?)."
                 )
             name = names.setdefault(id(parameters[member.name]), member.name)
             unit_of = torch.from_numpy(layer.of_member(member, per) % (count + 1))  # -1, of none, becomes `count`
-            parts.setdefault((place, name, member.dim), Part(place, name, member.dim, unit_of, count))
-        if not any(part.place == place for part in parts.values()):
+            parts.setdefault((module, name, member.dim), Part(module, name, member.dim, unit_of, count))
+        if not any(part.module == module for part in parts.values()):
             other = "; of blocks, BlockInfluence, Ablation and RandomUnits work" if layer.kind == "block" else ""
-            raise ValueError(f"importance: no parameter of {place} has its units one by one{other}")
+            raise ValueError(f"importance: no parameter of {module} has its units one by one{other}")
     return list(parts.values())

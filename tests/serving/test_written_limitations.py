@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-from billhook.serving.limitations import deci_limitation, misread
+from billhook.serving.written import deci_limitation, misread
 from kit.serving import longrope
 
 SIZES = {"hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 16}

@@ -38,6 +38,13 @@ class Built:
                 return f"{name} is {built}, but {size_wanted or 'missing'} in the pruned model"
         return ""
 
+    def is_between(self, now: "Built | None", wanted: Sizes) -> bool:
+        """Returns whether each dimension has its size now or the wanted one."""
+        return now is not None and all(
+            name in now.tensors and size in itertools.product(*zip(now.tensors[name], wanted.get(name, size), strict=False))
+            for name, size in self.tensors.items()
+        )
+
 
 def build(model: PreTrainedModel, fields: Fields) -> Built | None:
     """Builds the class from a changed config, as loaded after saving; None if it is refused."""
@@ -85,13 +92,6 @@ def find_fields(
         refused: Whether pairs may contain an option that the class refuses alone.
     """
     now = build(model, {})
-
-    def helps(built: Built) -> bool:
-        return now is not None and all(
-            name in now.tensors and size in itertools.product(*zip(now.tensors[name], wanted.get(name, size), strict=False))
-            for name, size in built.tensors.items()
-        )
-
     if (unchanged := build(model, also)) is not None and fits(unchanged):
         yield also
     alone: list[tuple[tuple[str, Any], Built | None]] = []
@@ -102,11 +102,13 @@ def find_fields(
             yield also | {name: value}
     if unchanged is None and not refused:  # 8 -> 6 heads of a hidden size of 256 need another hidden size first
         for (name, value), built in alone:
-            if built is not None and helps(built):
+            if built is not None and built.is_between(now, wanted):
                 yield from find_fields(model, options, also | {name: value}, wanted, fits, together - 1, refused)
     if refused and any(built is None for _, built in alone):
         unchanged = None  # a class that refuses an option may need one that changes nothing alone
-    useful = [option for option, built in alone if (refused if built is None else built != unchanged and helps(built))]
+    useful = [
+        option for option, built in alone if (refused if built is None else built != unchanged and built.is_between(now, wanted))
+    ]
     for number in range(2, together + 1):
         for fields in map(dict, itertools.combinations(useful, number)):
             if len(fields) == number and (built := build(model, also | fields)) is not None and fits(built):

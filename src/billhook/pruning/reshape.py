@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.merge import adapter_layers, base_layer_name, without_adapters
-from billhook.model.config_fields import Fields, configs_of, fields_of, nested_configs, set_fields
+from billhook.model.config_fields import Fields, configs_of, field, fields_of, nested_configs, set_fields
 from billhook.model.field_search import Sizes, build, find_fields
 from billhook.model.layers import is_adapter
 from billhook.model.meta import to_meta
@@ -88,7 +88,7 @@ def _fields(model: PreTrainedModel, cut: Cut, usual: Shape, wanted: Sizes) -> It
         return  # modules differ
     fields = fields_of(model.config)
     if "head" in _kinds(cut):
-        fields.setdefault("head_dim", getattr(model.config, "head_dim", None))  # many classes read it without declaring it
+        fields.setdefault("head_dim", field(model.config, "head_dim"))  # many classes read it without declaring it
     stated, unset, defaults = list[tuple[str, int]](), list[tuple[str, int]](), Fields()
     for name, value in fields.items():
         for old, new in sorted({(old, new) for _, old, new in changes if old != new}):
@@ -101,11 +101,18 @@ def _fields(model: PreTrainedModel, cut: Cut, usual: Shape, wanted: Sizes) -> It
             defaults[name] = used.pop()
     tokens = with_kept_tokens(model.config, *cut.tokens) if cut.tokens else {}
     # head counts of one config go together: some code only divides by the number of KV heads
-    stages = [(stated, heads) for heads in _head_fields(model, cut) if heads]
-    stages += [(stated, {}), (stated + unset, {}), (stated + unset, defaults)]
+    now, head_counts = build(model, {}), list[Fields]()
+    for heads in _head_fields(model, cut):
+        for name, value in list(heads.items()):
+            if (built := build(model, {name: value})) is not None and not built.is_between(now, wanted):
+                del heads[name]  # of other heads, such as those of linear attention
+        if heads:
+            head_counts.append(heads)
+    stages = [(stated, heads) for heads in head_counts] + [(stated, {}), (stated + unset, {})]
+    stages += [(stated + unset, defaults | heads) for heads in [*head_counts, {}]]
+    together = 2 + len(_kinds(cut))
     for number, (options, also) in enumerate(stages):
         if stages[number] not in stages[:number]:
-            together = 2 + len(_kinds(cut))
             yield from find_fields(
                 model, options, tokens | also, wanted, lambda built: built.tensors == wanted, together, refused=False
             )

@@ -106,9 +106,10 @@ def find_fields(
                 yield from find_fields(model, options, also | {name: value}, wanted, fits, together - 1, refused)
     if refused and any(built is None for _, built in alone):
         unchanged = None  # a class that refuses an option may need one that changes nothing alone
-    useful = [
-        option for option, built in alone if (refused if built is None else built != unchanged and built.is_between(now, wanted))
-    ]
+    useful = []
+    for option, built in alone:
+        if refused if built is None else built != unchanged and built.is_between(now, wanted):
+            useful.append(option)
     for number in range(2, together + 1):
         for fields in map(dict, itertools.combinations(useful, number)):
             if len(fields) == number and (built := build(model, also | fields)) is not None and fits(built):

@@ -18,7 +18,7 @@ from billhook.units.find import find_units
 from kit.families import build, llama, tokens
 from kit.removal import ALIKE, TestNothingIsHalfDone, counts, make, questions, some_heads
 from kit.shaped import bert, gpt2
-from kit.units import FAMILIES
+from kit.units import FAMILIES, other
 
 NONE = ("mamba", "recurrent_gemma", "convnext", "resnet")  # without attention
 REFUSED = ("bloom", "mpt", "olmo2", "mamba2", "codegen")  # in test_cut_heads
@@ -469,3 +469,30 @@ class TestRoundTrip:
             assert said.flops < before.flops
             lost = {llama: 2 * 4 * 4, gpt2: 2 * 2 * 8 * 4}[make_one]  # keys and values of KV heads, in float32
             assert before.kv_cache_bytes - said.kv_cache_bytes == lost
+
+
+@pytest.mark.parametrize(
+    ("name", "amounts", "fields"),
+    [
+        (
+            "MoonshineForConditionalGeneration",
+            {"heads": 0.34},
+            {"encoder_num_attention_heads": 4, "head_dim": 8},
+        ),
+        ("DeepseekV3ForCausalLM", {"heads": 0.34}, {"num_attention_heads": 4, "num_key_value_heads": 4}),
+        (
+            "BailingHybridForCausalLM",
+            {"heads": 0.34},
+            {"num_attention_heads": 4, "num_key_value_heads": 4},
+        ),
+        ("Gemma4UnifiedForCausalLM", {"heads": 0.34}, {"num_attention_heads": 4}),  # its head size differs by layer
+        ("ViTForImageClassification", {"heads": 0.34, "residual": 0.25}, {"num_attention_heads": 4, "hidden_size": 36}),
+    ],
+)
+def test_the_config_says_the_new_head_counts(name, amounts, fields, tmp_path):
+    """Also if the class refuses them with the old hidden size, or a count of KV heads that no tensor shows."""
+    model = other(name)
+    bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), **amounts))
+    assert bh.save(model, tmp_path).way == "plain"
+    config = type(model).from_pretrained(tmp_path).config
+    assert {field: getattr(config, field) for field in fields} == fields

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.merge import adapter_layers, base_layer_name, without_adapters
@@ -86,7 +86,12 @@ def _fields(model: PreTrainedModel, cut: Cut, usual: Shape, wanted: Sizes) -> It
             changes.update((kind, old, new) for old, new in zip(cut.before[name], cut.after[name], strict=True))
     if len({(kind, old) for kind, old, _ in changes}) < len(changes):
         return  # modules differ
-    fields = fields_of(model.config)
+    general = vars(PretrainedConfig())  # of all models, such as `dtype`
+    fields = {
+        name: value
+        for name, value in fields_of(model.config).items()
+        if not name.endswith("token_id") and name.rpartition(".")[2] not in general
+    }
     if "head" in _kinds(cut):
         fields.setdefault("head_dim", field(model.config, "head_dim"))  # many classes read it without declaring it
     stated, unset, defaults = list[tuple[str, int]](), list[tuple[str, int]](), Fields()
@@ -126,7 +131,7 @@ def _head_fields(model: PreTrainedModel, cut: Cut) -> list[Fields]:
         {
             f"{prefix}{name}": becomes[value]
             for name, value in vars(nested).items()
-            if "head" in name and type(value) is int and value in becomes
+            if "head" in name and type(value) is int and becomes.get(value, value) != value
         }
         for prefix, nested in nested_configs(model.config)
     ]

@@ -59,12 +59,7 @@ def map_rows(
 
 
 def pack(
-    rows: Batch,
-    tokenizer: PreTrainedTokenizerBase,
-    length: int,
-    columns: Sequence[str],
-    documents: bool,
-    responses: bool = False,
+    rows: Batch, tokenizer: PreTrainedTokenizerBase, length: int, columns: Sequence[str], documents: bool, responses: bool = False
 ) -> Batch:
     """Tokenizes rows and packs them into examples of `length` tokens, and drops the rest.
 
@@ -85,12 +80,7 @@ def pack(
 
 
 def encode_separately(
-    rows: Batch,
-    tokenizer: PreTrainedTokenizerBase,
-    length: int,
-    columns: Sequence[str],
-    documents: bool,
-    responses: bool = False,
+    rows: Batch, tokenizer: PreTrainedTokenizerBase, length: int, columns: Sequence[str], documents: bool, responses: bool = False
 ) -> Batch:
     """Tokenizes each row into an example of its own.
 

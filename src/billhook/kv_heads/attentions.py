@@ -173,13 +173,7 @@ class Attentions:
             reads = {name.removeprefix(prefix): read for name, read in new.reads.items() if name.startswith(prefix)}
             yield method, LazyTensors(reads)
 
-    def _by_block(
-        self,
-        grouping: Grouping,
-        runs: Sequence[Run],
-        use: Use[T],
-        finished: Sequence[nn.Module] = (),
-    ) -> list[T]:
+    def _by_block(self, grouping: Grouping, runs: Sequence[Run], use: Use[T], finished: Sequence[nn.Module] = ()) -> list[T]:
         """Passes the moments of attention modules to `use`, by unfinished block.
 
         They are those of data, or of weights if no rank has data or attention weights are not seen.

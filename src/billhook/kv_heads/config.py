@@ -238,11 +238,7 @@ def in_scope(model: PreTrainedModel, names: Collection[str], encoder: bool) -> l
 
 
 def choose(
-    model: PreTrainedModel,
-    attentions: Mapping[str, KVAttention],
-    heads: int,
-    layers: Collection[int | str] | None,
-    encoder: bool,
+    model: PreTrainedModel, attentions: Mapping[str, KVAttention], heads: int, layers: Collection[int | str] | None, encoder: bool
 ) -> list[str]:
     """Returns the attention modules with more than `heads` KV heads.
 

@@ -19,14 +19,7 @@ from billhook.arguments import check_int
 from billhook.display import text_table
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
-from billhook.kv_heads.config import (
-    check_each,
-    check_kv_heads,
-    choose,
-    config_heads,
-    cut_by_config,
-    inside_encoder,
-)
+from billhook.kv_heads.config import check_each, check_kv_heads, choose, config_heads, cut_by_config, inside_encoder
 from billhook.kv_heads.layout import find_kv
 from billhook.kv_heads.methods import KVMethod, Name, method_of, read_method
 from billhook.kv_heads.pooling import Pooled, Shrunk

@@ -124,12 +124,7 @@ def select_for_budget(
 
 
 def search_within(
-    measurement: Measurement,
-    repair_batches: Sequence[Any],
-    repair: RepairConfig | None,
-    search: Search,
-    seed: int,
-    limit: int,
+    measurement: Measurement, repair_batches: Sequence[Any], repair: RepairConfig | None, search: Search, seed: int, limit: int
 ) -> SearchResult:
     """Searches within a limit and repairs the best candidates.
 

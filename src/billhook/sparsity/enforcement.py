@@ -36,11 +36,7 @@ class EnforcedMasks:
         return self._masks or {name: _unpacked(saved, torch.device("cpu")) for name, saved in self._saved.items()}
 
     def attach(
-        self,
-        model: nn.Module,
-        optimizers: Sequence[Optimizer],
-        copies: Sequence[nn.Module] = (),
-        adapted: Collection[str] = (),
+        self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[nn.Module] = (), adapted: Collection[str] = ()
     ) -> None:
         """Enforces the masks after each step of these optimizers, in the model and its averages.
 

@@ -91,10 +91,7 @@ class Frontier:
             self._steps.append((best // count, best % count))
 
     def within(self, limit: int) -> Levels | None:
-        """Returns the choice with the smallest loss within a cost limit.
-
-        None if there is no such choice.
-        """
+        """Returns the choice with the smallest loss within a cost limit, or None."""
         number = int(np.searchsorted(self.costs, limit, side="right")) - 1
         return None if number < 0 else self.levels(number)
 
@@ -139,10 +136,7 @@ def join_slots(slots: Sequence[Slot]) -> Slot:
 
 
 def pareto_slot(options: Sequence[tuple[int, float, Mapping[str, int]]]) -> JointSlot:
-    """Returns a slot of the Pareto-optimal options (cost, loss, kept units).
-
-    The first keeps all units and always stays.
-    """
+    """Returns a slot of Pareto-optimal options (cost, loss, kept units); the first stays."""
     first, best = options[0], list[tuple[int, float, Mapping[str, int]]]()
     for option in sorted(options[1:], key=lambda option: option[:2]):
         if not best or option[1] < best[-1][1]:
@@ -231,10 +225,7 @@ MOVES = 3
 
 
 def mutate(slots: Sequence[Slot | JointSlot], levels: Levels, limit: int, random: Random) -> Levels | None:
-    """Returns a mutation of levels that trades units between slots within the limit.
-
-    None if it fails.
-    """
+    """Trades units between slots within the limit; returns None if it fails."""
     chosen = list(levels)
 
     def paid(number: int) -> int:

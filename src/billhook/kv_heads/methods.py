@@ -404,9 +404,7 @@ class First(KVMethod):
 class RandomHeads(KVMethod):
     """Draws a new head for each group like initial weights.
 
-    Biases start at zero, and norms are averaged.
-
-    The optimizer state of drawn weights starts at zero.
+    Biases and the optimizer state of drawn weights start at zero, and norms are averaged.
 
     Args:
         seed: Seed of the draws.

@@ -1,7 +1,5 @@
 """Chooses a level per slot with the smallest total loss within a budget.
 
-Pure functions of numbers.
-
 A multiple-choice knapsack, solved by dynamic programming over Pareto-optimal choices ("Discrete dynamic programming and capital
 allocation", Nemhauser & Ullmann, 1969). Modules of one shape have equal costs, so there are few different sums and the solution
 is exact.

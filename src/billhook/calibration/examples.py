@@ -59,12 +59,7 @@ def map_rows(
 
 
 def pack(
-    rows: Batch,
-    tokenizer: PreTrainedTokenizerBase,
-    length: int,
-    columns: Sequence[str],
-    documents: bool,
-    responses: bool = False,
+    rows: Batch, tokenizer: PreTrainedTokenizerBase, length: int, columns: Sequence[str], documents: bool, responses: bool = False
 ) -> Batch:
     """Tokenizes rows and packs them into examples of `length` tokens, and drops the rest.
 
@@ -85,23 +80,9 @@ def pack(
 
 
 def encode_separately(
-    rows: Batch,
-    tokenizer: PreTrainedTokenizerBase,
-    length: int,
-    columns: Sequence[str],
-    documents: bool,
-    responses: bool = False,
+    rows: Batch, tokenizer: PreTrainedTokenizerBase, length: int, columns: Sequence[str], documents: bool, responses: bool = False
 ) -> Batch:
-    """Tokenizes each row into an example of its own.
-
-    Args:
-        rows: The rows.
-        tokenizer: The tokenizer.
-        length: Maximum number of tokens.
-        columns: Columns of text or chats.
-        documents: See `pack`.
-        responses: See `pack`.
-    """
+    """Tokenizes each row into an example of at most `length` tokens; otherwise like `pack`."""
     encoded = encode(rows, tokenizer, columns, documents, responses)
     return _examples([(row.ids[:length], row.learned[:length]) for row in encoded], responses)
 
@@ -188,10 +169,7 @@ class PaddingCollator:
 
 
 class DeterministicMasking(DataCollatorForLanguageModeling):
-    """Collator for masked language modeling, whose masks depend on the examples only.
-
-    So they are the same in each evaluation and after resuming, and differ between shuffled epochs.
-    """
+    """Collator for masked language modeling, whose masks depend on the examples only."""
 
     def __call__(self, blocks: list[Batch], return_tensors: str | None = None) -> Batch:
         """Returns a masked batch."""

@@ -126,10 +126,7 @@ def _files_or_name(data: Data, argument: str = "data") -> dict[str, list[str]] |
 
 
 def _loaded(data: Table, streaming: bool) -> dict[str, Rows]:
-    """Returns the splits of an object, with a document per row.
-
-    A single table is the split `train`.
-    """
+    """Returns splits with a document per row; a single table is the split `train`."""
     import datasets
 
     splits = dict(data) if isinstance(data, Mapping) else {"train": data}

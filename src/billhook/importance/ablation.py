@@ -110,11 +110,7 @@ class HeadAblation(Printable):
 
 @cpu_by_default()
 def ablate_heads(
-    model: nn.Module,
-    batches: Batches,
-    metric: Loss | None = None,
-    mode: Mode = "without",
-    per: Per = "head",
+    model: nn.Module, batches: Batches, metric: Loss | None = None, mode: Mode = "without", per: Per = "head"
 ) -> HeadAblation:
     """Measures a model without each head, or with each as the only head of its layer.
 

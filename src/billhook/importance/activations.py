@@ -195,10 +195,7 @@ def watch(
 
 
 def unit_positions(units: Units, per: Per) -> tuple[Tensor, Tensor]:
-    """Returns the positions of each unit, and the mask of positions that exist.
-
-    Both are `[units, size]`, int64 and bool; units with fewer positions are padded.
-    """
+    """Returns positions of units, padded, and the mask of existing ones: `[units, size]`."""
     unit_at = units.positions(per)
     positions = np.flatnonzero(unit_at >= 0)
     positions = positions[np.argsort(unit_at[positions], kind="stable")]

@@ -156,11 +156,7 @@ class OBS(Importance):
         return sums
 
     def _add(self, sums: Sums, model: nn.Module, units: Mapping[str, Units], per: Per, grams: InputGrams) -> None:
-        """Adds the error of removing each unit: tr(W_u^T W_u ([H^-1]_uu)^-1), from Gram matrices.
-
-        Raises:
-            ValueError: If a matrix is singular in spite of the damping.
-        """
+        """Adds the error of removing each unit: tr(W_u^T W_u ([H^-1]_uu)^-1), from Gram matrices."""
         for (name, consumer), statistics in grams.items():
             table, exists = unit_positions(units[name], per)
             store_of(model).load(model.get_submodule(consumer))

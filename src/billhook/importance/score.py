@@ -156,18 +156,7 @@ def score_units(
     comm: Comm = SINGLE_PROCESS,
     progress: OnProgress | None = None,
 ) -> dict[str, Tensor]:
-    """Scores units like `score`, for code that has a `Comm`.
-
-    Args:
-        model: The transformers model.
-        units: See `score`.
-        importance: See `score`.
-        batches: See `score`.
-        loss: See `score`.
-        normalize: See `score`.
-        per: See `score`.
-        comm: The ranks, each with its own batches.
-        progress: Callback with the number of scored batches and the total.
+    """Scores units like `score`, on all ranks; `progress` gets batch numbers and the total.
 
     Raises:
         ValueError: If a score is not finite, or an argument is not legal. See `score`.

@@ -178,10 +178,7 @@ def _full(values: Tensor) -> Tensor:
 
 @contextmanager
 def trainable(model: nn.Module, names: Iterable[str]) -> Iterator[dict[str, nn.Parameter]]:
-    """Yields parameters by name with gradients enabled, and restores the flags afterwards.
-
-    Raises if a parameter cannot have a gradient; `grad` stays unchanged.
-    """
+    """Yields parameters with gradients enabled, and restores the flags; `grad` is unchanged."""
     parameters = {name: model.get_parameter(name) for name in names}
     for name, parameter in parameters.items():
         if not parameter.is_floating_point():

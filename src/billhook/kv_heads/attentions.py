@@ -98,10 +98,7 @@ class Attentions:
             raise ValueError(f"method='{method.name}': {NOT_SEEN}")
 
     def allowed(self, methods: Sequence[Reconstructing], repair: RepairConfig | None) -> list[Reconstructing]:
-        """Returns the methods that suit the attention modules.
-
-        Raises a ValueError if there are none, or for a repair of a model with adapters.
-        """
+        """Returns the methods that suit the modules; raises for none, or repairs with adapters."""
         if repair is not None and (layers := adapter_layers(self.model)):
             raise ValueError(f"repair refits weights, and {next(iter(layers))} has adapters: leave it out, or {MERGE_HINT}")
         allowed, refusal = list[Reconstructing](), None
@@ -173,17 +170,8 @@ class Attentions:
             reads = {name.removeprefix(prefix): read for name, read in new.reads.items() if name.startswith(prefix)}
             yield method, LazyTensors(reads)
 
-    def _by_block(
-        self,
-        grouping: Grouping,
-        runs: Sequence[Run],
-        use: Use[T],
-        finished: Sequence[nn.Module] = (),
-    ) -> list[T]:
-        """Passes the moments of attention modules to `use`, by unfinished block.
-
-        They are those of data, or of weights if no rank has data or attention weights are not seen.
-        """
+    def _by_block(self, grouping: Grouping, runs: Sequence[Run], use: Use[T], finished: Sequence[nn.Module] = ()) -> list[T]:
+        """Passes the moments of data, or of weights without data, to `use` by unfinished block."""
         inside = defaultdict[nn.Module | None, list[str]](list)
         for name in self.projections:
             inside[self.store.owner.get(self.model.get_submodule(name))].append(name)
@@ -198,10 +186,7 @@ class Attentions:
         ]
 
     def _seen_in(self, grouping: Grouping) -> dict[str, int]:
-        """Returns the number of groups for the statistics.
-
-        One if the method chooses which heads share a group.
-        """
+        """Returns the number of groups for the statistics: one if the method groups the heads."""
         return {name: 1 if grouping == "similar" else self.groups[name] for name in self.projections}
 
     def _read(self, name: str) -> HeadTensors:
@@ -300,10 +285,7 @@ class Attentions:
 
     @property
     def widths(self) -> dict[str, int]:
-        """Number of inputs of the layers that a repair refits.
-
-        The output layers of attention and MLP modules.
-        """
+        """Number of inputs of the output layers of attention and MLP that a repair refits."""
         readers = [attention.o.linear for attention in self.projections.values()]
         return {name: size_of(self.model.get_submodule(name))[1] for name in dict.fromkeys([*readers, *self.downs])}
 

@@ -86,10 +86,7 @@ def key_spectra(moments: Moments, method: SVD, mixings: Sequence[Mixing]) -> lis
 
 
 def _part_of(metric: Tensor, moments: Tensor, mixing: Mixing) -> tuple[Tensor, Tensor]:
-    """Returns a mixing's part of the metric and Gram matrices.
-
-    Pairs become complex numbers: E[z_i conj(z_j)].
-    """
+    """Returns a mixing's part of both matrices; pairs are complex numbers: E[z_i conj(z_j)]."""
     r, i = list(mixing.real), list(mixing.imaginary)
     if not i:
         return metric[:, r][:, :, r], moments[:, r][:, :, :, r]
@@ -139,8 +136,6 @@ def similar_order(
 
 def _improved(group_of: Tensor, loss: Tensor) -> Tensor:
     """Exchanges the two heads whose exchange helps most until none helps.
-
-    `group_of` is the group of each head.
 
     Exchanging a in group g with b in group h changes the sum over pairs by l(a, h) + l(b, g) - l(a, g) - l(b, h) - 2 l(a, b),
     where l(a, h) is the loss of a with all of h.

@@ -23,9 +23,7 @@ def cut_by_config(
 ) -> tuple[list[str], Shrunk] | None:
     """Returns the attention modules that follow a changed config, and the new shapes.
 
-    None if no field controls them.
-
-    Also None if the model differs from its class in anything else, such as removed heads.
+    None if no field controls them, or if the model differs from its class in anything else, such as removed heads.
 
     Args:
         model: The model.
@@ -48,7 +46,16 @@ def cut_by_config(
         for name, owner in owners.items():
             if owner is None:
                 raise ValueError(f"{name} follows the number of KV heads in the config, and belongs to no attention module")
-        shape = _difference(usual, built.shape, owners, following, attentions, heads).over(shape_of(model))
+        # the config keeps the old number until all attention modules that follow it are converted
+        complete = all(owner in following or attentions[str(owner)].heads == heads for owner in owners.values())
+        shape = Shape({name: size for name, size in built.shape.tensors.items() if owners.get(name) in following}, {}, {})
+        for name, value in built.shape.attributes.items():
+            if usual.attributes.get(name, value) != value and (complete or _owner(name, attentions) in following):
+                shape.attributes[name] = value
+        for name, value in built.shape.config.items() if complete else ():
+            if usual.config.get(name, value) != value:
+                shape.config[name] = value
+        shape = shape.over(shape_of(model))  # attributes set by the user are in neither shape of the class, and stay
         return following, (_matched(model, attentions, following, heads, shape), shape)
     return None
 
@@ -98,31 +105,6 @@ def is_as_built(model: PreTrainedModel, built: Shape, but: Collection[str]) -> b
     return all(size == built.tensors[name] for name, size in now.items() if name not in but)
 
 
-def _difference(
-    usual: Shape,
-    built: Shape,
-    owners: Mapping[str, str | None],
-    following: Collection[str],
-    attentions: Mapping[str, KVAttention],
-    heads: int,
-) -> Shape:
-    """Returns the difference of two shapes that the class builds.
-
-    Attributes set by the user are in neither and stay.
-
-    The config keeps the old number of KV heads until all attention modules that follow it are converted.
-    """
-    complete = all(owner in following or attentions[str(owner)].heads == heads for owner in owners.values())
-    shape = Shape({name: size for name, size in built.tensors.items() if owners.get(name) in following}, {}, {})
-    for name, value in built.attributes.items():
-        if usual.attributes.get(name, value) != value and (complete or _owner(name, attentions) in following):
-            shape.attributes[name] = value
-    for name, value in built.config.items() if complete else ():
-        if usual.config.get(name, value) != value:
-            shape.config[name] = value
-    return shape
-
-
 def _matched(
     model: PreTrainedModel, attentions: Mapping[str, KVAttention], following: Collection[str], heads: int, shape: Shape
 ) -> dict[str, Pooled]:
@@ -146,25 +128,20 @@ def _matched(
     if kept := sorted(changed - dict(model.named_parameters(remove_duplicate=False)).keys()):
         raise ValueError(f"{kept[0]} follows the number of KV heads but is no parameter: it cannot be pooled")
     cuts = {}
-    for name, _ in model.named_parameters():
-        if name in changed:
-            owner = str(_owner(name, attentions))
-            cuts[name] = _match(name, attentions[owner], after[owner], before[name], shape.tensors[name])
+    for name in [name for name, _ in model.named_parameters() if name in changed]:
+        owner, old, new = str(_owner(name, attentions)), before[name], shape.tensors[name]
+        dims = [dim for dim, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
+        if len(dims) != 1:
+            raise ValueError(f"{name} goes from {list(old)} to {list(new)}, which involves more than KV heads")
+        (dim,), now, then = dims, attentions[owner], after[owner]
+        rows = now.rows_of(name, dim, old[dim])
+        keys, new_keys = rows.keys(now.heads // then.heads), then.rows_of(name, dim, new[dim]).keys()
+        positions = dict(zip(new_keys, range(len(new_keys)), strict=True))
+        wrong = set(keys) != positions.keys() or len(positions) != new[dim] or math.prod(old) == 0
+        if wrong or (rows.head < 0).any():
+            raise ValueError(f"{name} goes from {list(old)} to {list(new)}, and the positions of its heads are unknown")
+        cuts[name] = Pooled(dim, tuple(positions[key] for key in keys))
     return cuts
-
-
-def _match(name: str, now: KVAttention, then: KVAttention, old: tuple[int, ...], new: tuple[int, ...]) -> Pooled:
-    dims = [dim for dim, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
-    if len(dims) != 1:
-        raise ValueError(f"{name} goes from {list(old)} to {list(new)}, which involves more than KV heads")
-    (dim,) = dims
-    rows = now.rows_of(name, dim, old[dim])
-    keys, new_keys = rows.keys(now.heads // then.heads), then.rows_of(name, dim, new[dim]).keys()
-    positions = dict(zip(new_keys, range(len(new_keys)), strict=True))
-    wrong = set(keys) != positions.keys() or len(positions) != new[dim] or math.prod(old) == 0
-    if wrong or (rows.head < 0).any():
-        raise ValueError(f"{name} goes from {list(old)} to {list(new)}, and the positions of its heads are unknown")
-    return Pooled(dim, tuple(positions[key] for key in keys))
 
 
 def kv_heads_by_layer(model: nn.Module, encoder: bool = True) -> dict[str, int]:
@@ -229,25 +206,15 @@ def inside_encoder(model: PreTrainedModel, names: Collection[str]) -> set[str]:
 
 
 def in_scope(model: PreTrainedModel, names: Collection[str], encoder: bool) -> list[str]:
-    """Returns the attention modules to convert by default.
-
-    The decoder's, or all with `encoder`.
-    """
+    """Returns the modules to convert by default: the decoder's, or all with `encoder`."""
     left_out = set() if encoder else inside_encoder(model, names)
     return [name for name in names if name not in left_out]
 
 
 def choose(
-    model: PreTrainedModel,
-    attentions: Mapping[str, KVAttention],
-    heads: int,
-    layers: Collection[int | str] | None,
-    encoder: bool,
+    model: PreTrainedModel, attentions: Mapping[str, KVAttention], heads: int, layers: Collection[int | str] | None, encoder: bool
 ) -> list[str]:
-    """Returns the attention modules with more than `heads` KV heads.
-
-    Raises a ValueError if there are none.
-    """
+    """Returns the modules with more than `heads` KV heads; a ValueError if there are none."""
     names = list(attentions)
     chosen = in_scope(model, names, encoder)
     if layers is not None:
@@ -273,10 +240,7 @@ def check_each(attentions: Mapping[str, KVAttention], names: Collection[str], he
 
 
 def heads_of(model: PreTrainedModel) -> tuple[int | None, int | None]:
-    """Returns the query heads and KV heads of each layer.
-
-    None if layers differ, or heads cannot be told apart. The encoder of an encoder-decoder is ignored.
-    """
+    """Returns query and KV heads of decoder layers; None if layers differ or are unclear."""
     config = model.config.get_text_config(decoder=True)
     query = field(config, "num_attention_heads")
     kv = field(config, FIELD) or query
@@ -288,10 +252,7 @@ def heads_of(model: PreTrainedModel) -> tuple[int | None, int | None]:
 
 
 def heads_by_layer(model: PreTrainedModel) -> list[tuple[int, int]]:
-    """Returns the query heads and KV heads of each layer without an encoder's.
-
-    Empty if they are unknown.
-    """
+    """Returns query heads and KV heads of each decoder layer; empty if they are unknown."""
     try:
         attentions = find_kv(model)
     except ValueError:

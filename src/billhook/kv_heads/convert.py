@@ -112,10 +112,7 @@ def batches_needed(method: KVMethod, repair: RepairConfig | None) -> tuple[int, 
 
 
 def find_attentions(model: PreTrainedModel, plan: KVHeadPlan, repair: RepairConfig | None = None) -> Attentions:
-    """Returns the attention modules of a plan.
-
-    Raises a ValueError if no candidate method suits them.
-    """
+    """Returns the attention modules of a plan; a ValueError if no candidate method suits them."""
     attentions = Attentions(model, dict.fromkeys(plan.layers, plan.after))
     attentions.allowed(plan.method.candidates, repair)
     return attentions
@@ -227,10 +224,7 @@ def prepare_heads(
     attentions: Attentions | None = None,
     progress: OnProgress | None = None,
 ) -> tuple[KVHeadPlan, Weights, str]:
-    """Returns a plan with its restarts, the initial weights, and a description.
-
-    The model is not changed.
-    """
+    """Returns a plan with its restarts, the initial weights, and a description."""
     if not plan.method.turns and repair is None:
         return plan, {}, str(plan.method)
     check_values(model, streamed=True)

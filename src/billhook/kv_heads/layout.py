@@ -2,7 +2,7 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -97,31 +97,30 @@ def find_kv(model: PreTrainedModel) -> dict[str, KVAttention]:
     for attention in structure.attention:
         units, *_ = find_heads(model, replace(structure, attention=(attention,))).values()
         by_readers[units.readers].append(attention)
-    return {name: _attention(model, units, by_readers[units.readers]) for name, units in heads.items()}
-
-
-def _attention(model: PreTrainedModel, units: Units, attentions: Iterable[Attention]) -> KVAttention:
-    parts: dict[tuple[str, int], list[tuple[int, Part]]] = defaultdict(list)
-    for attention in attentions:
-        for bit, projected in ((QUERY, attention.q), (KEY, attention.k), (VALUE, attention.v)):
-            for part in projected:
-                parts[part.name, part.dim].append((bit, part))
-    parameters, kv_heads, rows = dict(model.named_parameters()), units.count("kv_head"), dict[str, Rows]()
-    for (name, dim), made in parts.items():
-        if not any(bit & KV for bit, _ in made):
-            continue
-        role, head = np.zeros((2, made[0][1].size), np.int64)
-        for bit, part in made:
-            role[part.positions] |= bit
-        if (member := _member(units, name, dim)) is not None:
-            head = np.where(role & QUERY, units.of_member(member), units.of_member(member, "kv_head") * (kv_heads > 1))
-        rows[name] = Rows(dim, role, np.where(role == 0, -1, head))
-        owner = name.rpartition(".")[0]
-        bias = parameters.get(f"{owner}.bias")
-        if bias is not None and bias.shape == role.shape:
-            rows[f"{owner}.bias"] = replace(rows[name], dim=0)
-    module = common_module([name.rpartition(".")[0] for name, _ in parts])
-    return KVAttention(units, module, kv_heads, rows)
+    parameters, found = dict(model.named_parameters()), dict[str, KVAttention]()
+    for attention_name, units in heads.items():
+        parts: dict[tuple[str, int], list[tuple[int, Part]]] = defaultdict(list)
+        for attention in by_readers[units.readers]:
+            for bit, projected in ((QUERY, attention.q), (KEY, attention.k), (VALUE, attention.v)):
+                for part in projected:
+                    parts[part.name, part.dim].append((bit, part))
+        kv_heads, rows = units.count("kv_head"), dict[str, Rows]()
+        for (name, dim), made in parts.items():
+            if not any(bit & KV for bit, _ in made):
+                continue
+            role, head = np.zeros((2, made[0][1].size), np.int64)
+            for bit, part in made:
+                role[part.positions] |= bit
+            if (member := _member(units, name, dim)) is not None:
+                head = np.where(role & QUERY, units.of_member(member), units.of_member(member, "kv_head") * (kv_heads > 1))
+            rows[name] = Rows(dim, role, np.where(role == 0, -1, head))
+            owner = name.rpartition(".")[0]
+            bias = parameters.get(f"{owner}.bias")
+            if bias is not None and bias.shape == role.shape:
+                rows[f"{owner}.bias"] = replace(rows[name], dim=0)
+        module = common_module([name.rpartition(".")[0] for name, _ in parts])
+        found[attention_name] = KVAttention(units, module, kv_heads, rows)
+    return found
 
 
 def _member(units: Units, name: str, dim: int) -> Member | None:
@@ -130,10 +129,7 @@ def _member(units: Units, name: str, dim: int) -> Member | None:
 
 @dataclass(frozen=True, eq=False)
 class HeadRows:
-    """The linear layer of a kind of head, and the positions of its heads.
-
-    Indices are `[heads, head dimension]`.
-    """
+    """The linear layer of a kind of head, and its positions: `[heads, head dimension]`."""
 
     linear: str
     index: Indices
@@ -142,10 +138,7 @@ class HeadRows:
 
 @dataclass(frozen=True, eq=False)
 class Projections:
-    """Positions of the queries, keys, values, and outputs of an attention module.
-
-    `o` consumes the heads.
-    """
+    """Positions of queries, keys, and values, and of the consumer `o` of the heads."""
 
     name: str
     q: HeadRows

@@ -17,7 +17,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,6 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import check_fraction, check_int, check_one_of, check_types
 from billhook.kv_heads.pooling import Pooled, first, mean, pooling
-from billhook.model.plan import subclasses
 from billhook.model.surgery import Change
 
 Grouping = Literal["consecutive", "similar"]
@@ -405,9 +404,7 @@ class First(KVMethod):
 class RandomHeads(KVMethod):
     """Draws a new head for each group like initial weights.
 
-    Biases start at zero, and norms are averaged.
-
-    The optimizer state of drawn weights starts at zero.
+    Biases and the optimizer state of drawn weights start at zero, and norms are averaged.
 
     Args:
         seed: Seed of the draws.
@@ -439,10 +436,7 @@ class RandomHeads(KVMethod):
 
 
 def drawing(pooled: Pooled, size: tuple[int, ...], std: float, generator: torch.Generator) -> Change:
-    """Draws the pooled positions (biases are zero), and keeps all others.
-
-    The optimizer's state is zero there.
-    """
+    """Draws the pooled positions (biases are zero), with optimizer state zero; others stay."""
     drawn = torch.randn(size, generator=generator) * std if len(size) > 1 else torch.zeros(size)
     several = pooled.along(drawn) > 1
 
@@ -453,10 +447,7 @@ def drawing(pooled: Pooled, size: tuple[int, ...], std: float, generator: torch.
 
 
 def std_of(config: object, size: tuple[int, ...], dim: int) -> float:
-    """Returns the deviation with which a model draws a weight whose outputs lie along `dim`.
-
-    1 / sqrt(inputs) if unknown.
-    """
+    """Returns the initial deviation with outputs along `dim`; 1 / sqrt(inputs) if unknown."""
     inputs = math.prod(size) // size[dim]
     usual = float(getattr(config, "initializer_factor", 1.0)) * inputs**-0.5
     stated = (getattr(config, name, None) for name in ("initializer_range", "init_std"))
@@ -485,17 +476,3 @@ def method_of(method: KVMethod | Name | None, has_data: bool = False) -> KVMetho
         return method
     check_one_of("method", method, Name)
     return METHODS[method]()
-
-
-def read_method(plain: Any) -> KVMethod:  # noqa: ANN401
-    """Makes a method of its class's name and its arguments, as a plan's JSON has them.
-
-    The class must have been imported.
-    """
-    known: dict[str, type[KVMethod]] = {kind.__name__: kind for kind in subclasses(KVMethod)[1:]}
-    if not isinstance(plain, Mapping) or len(plain) != 1 or not isinstance(arguments := next(iter(plain.values())), Mapping):
-        raise ValueError(f"plan: method is {plain!r}, and must be a class's name with its arguments, as to_json makes it")
-    (name,) = plain
-    if name not in known:
-        raise ValueError(f"plan: there is no method {name!r} among {', '.join(sorted(known))}: import what defines it first")
-    return known[name](**arguments)

@@ -1,7 +1,4 @@
-"""Gram matrices of the KV heads of a group.
-
-Their covariance on data, or as the weights alone predict.
-"""
+"""Gram matrices of the KV heads of a group, on data or as the weights alone predict."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack

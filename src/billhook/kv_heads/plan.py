@@ -1,7 +1,4 @@
-"""Plans for fewer KV heads, with a proof that the model's own code follows.
-
-The model is not changed.
-"""
+"""Plans for fewer KV heads, with a proof that the model's own code follows."""
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -19,23 +16,16 @@ from billhook.arguments import check_int
 from billhook.display import text_table
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.store import store_of
-from billhook.kv_heads.config import (
-    check_each,
-    check_kv_heads,
-    choose,
-    config_heads,
-    cut_by_config,
-    inside_encoder,
-)
+from billhook.kv_heads.config import check_each, check_kv_heads, choose, config_heads, cut_by_config, inside_encoder
 from billhook.kv_heads.layout import find_kv
-from billhook.kv_heads.methods import KVMethod, Name, method_of, read_method
+from billhook.kv_heads.methods import KVMethod, Name, method_of
 from billhook.kv_heads.pooling import Pooled, Shrunk
 from billhook.kv_heads.proof import cut_by_groups
 from billhook.model.config_fields import field as config_field
 from billhook.model.costs import kv_cache_bytes
 from billhook.model.find import check_plain, find_transformer
 from billhook.model.meta import to_meta
-from billhook.model.plan import ShapePlan, Weights, check_weights
+from billhook.model.plan import ShapePlan, Weights, check_weights, subclasses
 from billhook.model.rotary import RopeParameters, are_rope_parameters
 from billhook.model.shape import Shape, record_shape, set_shape, shape_of
 from billhook.model.surgery import Change, UpdateOptimizers, change_blockwise, restored_on_error, update_optimizers
@@ -104,7 +94,15 @@ class KVHeadPlan(ShapePlan):
         for names in (layers, restart):
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise ValueError("plan: layers and restart must be lists of names, as KVHeadPlan.to_json makes them")
-        plan = plan_kv_heads(model, plain.get("after", 0), read_method(plain.get("method")), layers)
+        known: dict[str, type[KVMethod]] = {kind.__name__: kind for kind in subclasses(KVMethod)[1:]}
+        chosen = plain.get("method")
+        arguments = next(iter(chosen.values())) if isinstance(chosen, Mapping) and len(chosen) == 1 else None
+        if not isinstance(chosen, Mapping) or not isinstance(arguments, Mapping):
+            raise ValueError(f"plan: method is {chosen!r}, and must be a class's name with its arguments, as to_json makes it")
+        (name,) = chosen
+        if name not in known:
+            raise ValueError(f"plan: there is no method {name!r} among {', '.join(sorted(known))}: import what defines it first")
+        plan = plan_kv_heads(model, plain.get("after", 0), known[name](**arguments), layers)
         if (plan.model, plan.before, plan.layers) != (plain.get("model"), plain.get("before"), tuple(layers or ())):
             raise ValueError(f"plan: it was made for a different model than this {plan.model} with {plan.before} KV heads")
         rope = plain.get("rope", {})
@@ -216,10 +214,7 @@ def check_adapters(model: nn.Module, method: KVMethod) -> None:
 
 
 def with_adapters(model: PreTrainedModel, parameters: Mapping[str, Pooled], shape: Shape) -> Shrunk:
-    """Extends the changes of a base model to its adapters.
-
-    Raises a ValueError if an adapter's input would shrink.
-    """
+    """Extends changes to adapters; a ValueError if an adapter's input would shrink."""
     layers, now = adapter_layers(model), shape_of(model)
 
     def renamed(entries: Mapping[str, T]) -> dict[str, T]:

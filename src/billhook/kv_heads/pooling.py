@@ -92,10 +92,7 @@ Shrunk = tuple[dict[str, Pooled], Shape]
 
 
 def pooling(pooled: Pooled, how: Pool) -> Change:
-    """Pools a parameter and its optimizer state.
-
-    Second moments are multiplied by G^2 for G heads.
-    """
+    """Pools a parameter and its state; second moments of G heads are multiplied by G^2."""
 
     def state(key: str, value: Tensor) -> Tensor:
         new = pooled.pool(value, how)

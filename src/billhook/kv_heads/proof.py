@@ -198,10 +198,7 @@ def _continued(model: PreTrainedModel, inputs: Inputs, cache: str) -> list[Tenso
 
 
 def _cut(model: PreTrainedModel, attentions: Mapping[str, KVAttention], chosen: Collection[str], heads: int) -> Shrunk | None:
-    """Shrinks keys and values and sets the number of query heads per KV head.
-
-    Returns None if keys and values have no linear layers of their own.
-    """
+    """Shrinks keys and values, and sets GROUPS; None without linear layers of their own."""
     cuts, attributes = dict[str, Pooled](), dict[str, int]()
     for name in chosen:
         attention = attentions[name]

@@ -189,11 +189,7 @@ def _drawn(symmetry: Symmetry, heads: int, width: int, generator: torch.Generato
 
 
 def _output(model: nn.Module, projections: Projections, call: Call, heads: HeadTensors) -> tuple[Tensor, list[Tensor]]:
-    """Writes heads into an attention module and runs it on noise.
-
-    Returns:
-        The output of the consumer layer of its heads, `[calls * tokens, hidden]`, and by call the heads that it reads.
-    """
+    """Runs a module with these heads on noise; returns `[calls * tokens, hidden]`, and heads."""
     outputs, read_heads = list[Tensor](), list[Tensor]()
     module, reader = model.get_submodule(projections.name), model.get_submodule(projections.o.linear)
 

@@ -22,13 +22,7 @@ PERCENT = 3
 
 
 def round_units(
-    requested: int,
-    num_first: int,
-    maximum: int,
-    minimum: int = 1,
-    unit_size: int = 1,
-    step: int = 1,
-    allow_more: bool = True,
+    requested: int, num_first: int, maximum: int, minimum: int = 1, unit_size: int = 1, step: int = 1, allow_more: bool = True
 ) -> int | None:
     """Returns the nearest number of units whose rows are a multiple of 256, 128, 64, or 32.
 

@@ -66,13 +66,11 @@ class _Finder:
         return None if number in removed else f"{stack}.{number - sum(before < number for before in removed)}.{suffix}"
 
     def lists(self) -> Iterator[Fields]:
-        """Yields lists without values of removed blocks, then with fewer lists changed.
-
-        Of two equally deep stacks, only one may own a list.
-        """
+        """Yields lists without values of removed blocks, then with fewer lists changed."""
         shorter: Fields = {}
         for (name, value), (stack, removed) in itertools.product(self.fields.items(), self.removed.items()):
             long = isinstance(value, list | tuple) and len(value) == self.stacks[stack]
+            # of two equally deep stacks, only one may own a list
             if long and build(self.model, {name: value[:-1]}) != self.now:
                 shorter[name] = type(value)(item for number, item in enumerate(value) if number not in removed)
         for number in range(len(shorter), -1, -1):

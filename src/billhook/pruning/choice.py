@@ -1,6 +1,6 @@
 """Chooses the units with the lowest importance scores, within each layer or globally."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from statistics import fmean
@@ -60,10 +60,7 @@ class HeadOptions:
 
 
 def check_choice(ratio: float, ranking: str, min_units: int, per: str, what: str = "units") -> None:
-    """Raises for arguments that are illegal for every model.
-
-    `what` names the units in messages; `min_units` is called `min_heads` there if the units are heads.
-    """
+    """Raises for arguments that are illegal for every model; messages name the units."""
     check_fraction("ratio", ratio, of=f"the {what}")
     check_one_of("ranking", ranking, Ranking)
     check_int(f"min_{what}", min_units, 0)
@@ -159,10 +156,7 @@ def choose(
 
 
 def rank_units(units: Units, scores: Tensor, ends: tuple[int, int] = (0, 0)) -> list[int]:
-    """Orders the units of a module from the lowest score to the highest.
-
-    Of equal scores, the first unit leads; for blocks, the last. Units with an infinite score are left out.
-    """
+    """Orders units by finite score; of equal ones the first leads, or of blocks the last."""
     values, count = scores.detach().cpu().double().numpy(), len(scores)
     order = count - 1 - np.argsort(values[::-1], kind="stable") if units.kind == "block" else np.argsort(values, kind="stable")
     return [unit for unit in order.tolist() if ends[0] <= unit < count - ends[1] and values[unit] < np.inf]
@@ -193,15 +187,6 @@ def _lowest_steps(orders: Sequence[_Order], ratio: float, total: int, what: str,
             chosen[number].append(step)
             left -= sizes[number]
     return chosen
-
-
-def unprotected(units: Mapping[str, Units], protected: Iterable[str]) -> dict[str, Units]:
-    """Returns the modules that may lose units.
-
-    Leaves out protected modules and those coupled to them, for example by a shared position bias.
-    """
-    bound = {layer for layers in coupled_modules(units) if not set(layers).isdisjoint(protected) for layer in layers}
-    return {name: layer for name, layer in units.items() if name not in bound}
 
 
 def protected_modules(model: nn.Module, units: Mapping[str, Units], amount: Amount) -> frozenset[str]:

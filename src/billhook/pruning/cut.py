@@ -59,10 +59,7 @@ def size_after(cuts: Cuts, name: str, size: Sequence[int]) -> tuple[int, ...]:
 
 
 def find_cut(model: nn.Module, structure: Structure, units: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> Cut:
-    """Finds the tensor cuts for removing units, and raises if they are not prunable.
-
-    A KV head is removed with its last query head.
-    """
+    """Finds the tensor cuts for removing units; a KV head goes with its last query head."""
     check_plain(model, "Remove units before the model is")
     removed = {name: numbers for name, numbers in unit_ids(units, chosen, per).items() if numbers}
     _check_allowed(structure, [units[name] for name in removed])

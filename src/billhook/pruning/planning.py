@@ -260,10 +260,7 @@ def prune_units(
 
 
 def count_blocks(model: nn.Module, amount: Amount) -> tuple[dict[str, Units], dict[str, int]]:
-    """Returns the block stacks and the number of blocks to remove from each.
-
-    Raises if an amount removes too many blocks, whatever the scores.
-    """
+    """Returns the stacks and the number of blocks to remove from each, or raises if too many."""
     stacks = find_units(model, "block")
     equal_scores = {name: torch.zeros(stack.count()) for name, stack in stacks.items()}
     return stacks, {name: len(blocks) for name, blocks in _lowest_blocks(stacks, equal_scores, amount).items()}

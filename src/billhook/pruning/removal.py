@@ -162,10 +162,7 @@ def _selected_state(_: str, state: Tensor, kept: Mapping[int, Indices]) -> Tenso
 
 
 def _drawn_ids(model: PreTrainedModel, cut: Cut) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Draws remaining tokens that the config does not name, for all inputs that are token ids.
-
-    Returns their ids by input name, before and after the removal.
-    """
+    """Draws ids of unnamed tokens that stay, by input name, before and after the removal."""
     if cut.tokens is None:
         return {}, {}
     kept, size = cut.tokens
@@ -305,10 +302,7 @@ def _change_config(model: PreTrainedModel, fields: Fields) -> list[Swap]:
 
 
 def _scales(model: PreTrainedModel, owner: str, numbers: Mapping[str, tuple[float, float]]) -> dict[str, Scale] | None:
-    """Finds weight scales that compensate for changed numbers of a module, or None.
-
-    They are tried on a small copy.
-    """
+    """Finds weight scales that compensate for changed numbers, on a small copy, or None."""
     module = model.get_submodule(owner)
     if not isinstance(module, nn.Embedding):
         return None

@@ -53,10 +53,7 @@ def _sizes_then(model: PreTrainedModel, cut: Cut) -> Sizes:
 
 
 def _built(model: PreTrainedModel, cut: Cut, usual: Shape, shape_before: Shape, tensors: Sizes) -> Iterator[tuple[Shape, Fields]]:
-    """Yields the shapes that the class builds from a changed config, if their tensors fit.
-
-    Adapters are left out for the build.
-    """
+    """Yields shapes built by the class from changed configs, without adapters, if they fit."""
     base, layers, now, wanted, certain = model, adapter_layers(model), shape_before.tensors, tensors, dict[str, int]()
     if layers:
         base, certain = without_adapters(model), _certain(model, tensors)
@@ -76,10 +73,7 @@ def _kinds(cut: Cut) -> list[UnitKind]:
 
 
 def _fields(model: PreTrainedModel, cut: Cut, usual: Shape, wanted: Sizes) -> Iterator[Fields]:
-    """Yields changed config fields with which the class builds the wanted sizes.
-
-    First fields that are set change, then also unset ones, then also unset ones that must keep their default.
-    """
+    """Yields config fields that give the wanted sizes: set ones, then unset, then defaults."""
     changes: set[tuple[UnitKind, int, int]] = set()
     for name, kind in cut.kinds.items():
         if kind != "token":
@@ -181,10 +175,7 @@ def _stated_sizes(layer: nn.Module, size: tuple[int, ...]) -> dict[str, int]:
 def _meanings(
     model: PreTrainedModel, cut: Cut, shape_before: Shape, tensors: Sizes, certain: Collection[str]
 ) -> list[list[dict[str, int]]]:
-    """Returns possible new values of integer attributes, by their possible meanings.
-
-    An attribute has the same meaning wherever a class has it.
-    """
+    """Returns possible new integer attributes by meaning, the same wherever a class has them."""
     numbers, prefixes = dict[str, dict[str, tuple[int, int]]](), dict[str, str]()
     for name in cut.before:
         numbers[name], prefixes[name] = _numbers(cut, name, shape_before, tensors), _outermost_prefix(model, name)
@@ -205,6 +196,7 @@ def _meanings(
                 if before == shape_before.attributes[key]:
                     changed[key] = after
             if len(changed) == len(keys):
+                # the last word of a meaning may be part of an attribute's name
                 rank = 0 if meaning.split()[-1] in attribute else 1 if meaning.startswith(".") else 3
                 ranked.append((rank, changed))
         different: list[dict[str, int]] = []
@@ -232,10 +224,7 @@ def _prefix(layer: str) -> str:
 
 
 def _numbers(cut: Cut, layer: str, shape_before: Shape, tensors: Sizes) -> dict[str, tuple[int, int]]:
-    """Returns unit counts and tensor sizes before and after, by their meaning.
-
-    The last word of a key may be part of an attribute's name.
-    """
+    """Returns unit counts and tensor sizes before and after, by their meaning."""
     before, after, kind = cut.before[layer], cut.after[layer], cut.kinds[layer]
     numbers: dict[str, tuple[int, int]] = {kind: (before[0], after[0])}
     if kind == "head":

@@ -25,7 +25,7 @@ from billhook.pruning.amount import (
     round_units,
     unit_length,
 )
-from billhook.pruning.choice import choose, protected_modules, unprotected
+from billhook.pruning.choice import choose, protected_modules
 from billhook.pruning.cut import Cut, coupled_modules, find_cut, size_after
 from billhook.pruning.removal import try_removal
 from billhook.tracing.trace import trace
@@ -82,8 +82,13 @@ class RatioSearch:
 
     def removable(self, *ratios: str) -> dict[str, Units]:
         """Returns the modules that may lose units by these ratios, or by all that are set."""
-        kinds = [RATIOS[ratio][0] for ratio in ratios or self.amount.requested]
-        return {name: layer for kind in kinds for name, layer in unprotected(of_kind(self.units, kind), self.protected).items()}
+        free = dict[str, Units]()
+        for ratio in ratios or self.amount.requested:
+            layers = of_kind(self.units, RATIOS[ratio][0])
+            # also without those coupled to protected modules, for example by a shared position bias
+            bound = {layer for coupled in coupled_modules(layers) if not self.protected.isdisjoint(coupled) for layer in coupled}
+            free |= {name: layer for name, layer in layers.items() if name not in bound}
+        return free
 
     def cut(self, scores: Mapping[str, Tensor]) -> Cut:
         """Finds the cut for some scores, and raises if it is out of reach or empty."""

@@ -347,7 +347,19 @@ class _BlockMatcher(Visitor):
         too_few, changed = self._comm(torch.tensor([float(len(samples) < 2), float(differ)], device=self._comm.device)).tolist()
         known = any(part in self._tuned for part, _ in self._parameters(site))
         if changed and not known and not too_few:
-            self._tune(site, samples)
+            parts: tuple[list[BlockSample], list[BlockSample]] = ([], [])
+            for sample, is_held_out in zip(samples, self._matching.is_held_out([each.source for each in samples]), strict=True):
+                parts[is_held_out].append(sample)
+            prefix, parameters = f"{name}.", dict(self._parameters(site))
+            start = {part: self._values[part] if part in self._values else value.detach() for part, value in parameters.items()}
+            weights = {part.removeprefix(prefix): value.to(parameters[part].device) for part, value in start.items()}
+            keeps = {part: value != 0 for part, value in weights.items()}
+            ties = {part.removeprefix(prefix): tie for part, tie in self._ties.items() if part in parameters}
+            with torch.inference_mode(False):  # tensors made in inference mode cannot have gradients
+                tuned = BlockTuning(self._matching, site.module, weights, keeps, self._comm, ties, LEAST_STEPS)(*parts)
+            new = {part: value.to(weights[part].dtype) for part, value in tuned.items()}
+            if not all(torch.equal(value, weights[part]) for part, value in new.items()):
+                self._tuned |= {f"{prefix}{part}": value for part, value in new.items()}
         if self._progress is not None:
             self._progress(list(self.blocks).index(name) + 1, len(self.blocks))
 
@@ -359,21 +371,6 @@ class _BlockMatcher(Visitor):
                 for part, parameter in module.named_parameters(recurse=False):
                     if parameter.is_floating_point():
                         yield f"{name}.{part}", parameter
-
-    def _tune(self, site: Site, samples: Sequence[BlockSample]) -> None:
-        parts: tuple[list[BlockSample], list[BlockSample]] = ([], [])
-        for sample, is_held_out in zip(samples, self._matching.is_held_out([each.source for each in samples]), strict=True):
-            parts[is_held_out].append(sample)
-        prefix, parameters = f"{next(iter(site.linears))}.", dict(self._parameters(site))
-        start = {name: self._values[name] if name in self._values else value.detach() for name, value in parameters.items()}
-        weights = {name.removeprefix(prefix): value.to(parameters[name].device) for name, value in start.items()}
-        keeps = {name: value != 0 for name, value in weights.items()}
-        ties = {name.removeprefix(prefix): tie for name, tie in self._ties.items() if name in parameters}
-        with torch.inference_mode(False):  # tensors made in inference mode cannot have gradients
-            tuned = BlockTuning(self._matching, site.module, weights, keeps, self._comm, ties, LEAST_STEPS)(*parts)
-        new = {name: value.to(weights[name].dtype) for name, value in tuned.items()}
-        if not all(torch.equal(value, weights[name]) for name, value in new.items()):
-            self._tuned |= {f"{prefix}{name}": value for name, value in new.items()}
 
     def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
         """Returns the new parameters of a stop: changed, or tuned where runs have left a block."""

@@ -179,10 +179,7 @@ def repair_linears(
 
 
 def _shown(
-    model: nn.Module,
-    every: Mapping[str, nn.Module],
-    forwards: Sequence[Callable[[], object]],
-    comm: Comm,
+    model: nn.Module, every: Mapping[str, nn.Module], forwards: Sequence[Callable[[], object]], comm: Comm
 ) -> tuple[LinearCalls, bool]:
     """Runs a model once; returns its calls, and whether its blocks are called in sequence."""
     store = store_of(model)

@@ -139,10 +139,7 @@ class ResidualStatistics:
 
 
 class TokenBuffer:
-    """Collects tokens until there are enough for an efficient matrix product.
-
-    Each addition updates all sums: with 4,096 inputs, adding 128 tokens at a time takes twice as long as 1,024.
-    """
+    """Collects tokens for large products: adding 128 at a time takes twice as long as 1,024."""
 
     def __init__(self, statistics: ResidualStatistics) -> None:
         self._statistics, self._tokens = statistics, 0

@@ -371,10 +371,7 @@ class RepairVisitor(Visitor):
             self._refitted.add(name)
 
     def _residuals_before(self, name: str, inputs: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Computes the residual of each token before the refit, relative to the dense model.
-
-        That is the shortfall plus the output of removed inputs: W x* - W_S x_S + b* - b + s, `[..., out_features]`.
-        """
+        """Computes residuals before the refit: W x* - W_S x_S + b* - b + s, `[..., out_features]`."""
         linear = self._linears[name]
         (dense, dense_bias), (weight, bias) = linear.dense, linear.start
         shift = None if dense_bias is None or bias is None or bias is dense_bias else as_float(dense_bias) - as_float(bias)

@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.model.costs import cost_of
@@ -71,10 +70,7 @@ class Blocks:
 
 
 def find_blocks(search: RatioSearch, target: str, modules: Sequence[PrunableModule]) -> Blocks:
-    """Finds the removable blocks for a budget; protected blocks stay.
-
-    Blocks of one shape share one trial of the config; `Blocks.refusal` later checks the selected combination.
-    """
+    """Finds the removable blocks; blocks of a shape share a trial of the config."""
     model, amount = search.model, search.amount
     try:
         stacks = find_units(model, "block")
@@ -95,7 +91,9 @@ def find_blocks(search: RatioSearch, target: str, modules: Sequence[PrunableModu
             inside[block[1]].append(module)
     costs = dict[object, tuple[int, str]]()  # of a block without, or the reason why it cannot be removed
     for number in range(amount.first, count - amount.last):
-        name, shape = f"{stack}.{number} block", _shape(model.get_submodule(f"{stack}.{number}"), inside[number])
+        name, block_module = f"{stack}.{number} block", model.get_submodule(f"{stack}.{number}")
+        parameters = tuple((part, parameter.shape, parameter.dtype) for part, parameter in block_module.named_parameters())
+        shape = type(block_module), parameters, tuple(inner.unit_cost for inner in inside[number])  # of blocks of equal cost
         if shape not in costs:
             try:
                 smaller = without_blocks(model, find_block_plan(model, {stack: [number]}))
@@ -109,9 +107,3 @@ def find_blocks(search: RatioSearch, target: str, modules: Sequence[PrunableModu
     blocks.removable = blocks.removable[int(len(blocks.removable) == count) :]  # the first stays where any other could
     blocks.why = "" if blocks.removable else blocks.why or "all blocks are protected, or there is only one"
     return blocks
-
-
-def _shape(block: nn.Module, modules: Sequence[PrunableModule]) -> object:
-    """Returns the class, parameter shapes, and unit costs that blocks of equal cost share."""
-    parameters = tuple((name, parameter.shape, parameter.dtype) for name, parameter in block.named_parameters())
-    return type(block), parameters, tuple(module.unit_cost for module in modules)

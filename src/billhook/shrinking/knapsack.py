@@ -1,7 +1,5 @@
 """Chooses a level per slot with the smallest total loss within a budget.
 
-Pure functions of numbers.
-
 A multiple-choice knapsack, solved by dynamic programming over Pareto-optimal choices ("Discrete dynamic programming and capital
 allocation", Nemhauser & Ullmann, 1969). Modules of one shape have equal costs, so there are few different sums and the solution
 is exact.
@@ -91,10 +89,7 @@ class Frontier:
             self._steps.append((best // count, best % count))
 
     def within(self, limit: int) -> Levels | None:
-        """Returns the choice with the smallest loss within a cost limit.
-
-        None if there is no such choice.
-        """
+        """Returns the choice with the smallest loss within a cost limit, or None."""
         number = int(np.searchsorted(self.costs, limit, side="right")) - 1
         return None if number < 0 else self.levels(number)
 
@@ -139,10 +134,7 @@ def join_slots(slots: Sequence[Slot]) -> Slot:
 
 
 def pareto_slot(options: Sequence[tuple[int, float, Mapping[str, int]]]) -> JointSlot:
-    """Returns a slot of the Pareto-optimal options (cost, loss, kept units).
-
-    The first keeps all units and always stays.
-    """
+    """Returns a slot of Pareto-optimal options (cost, loss, kept units); the first stays."""
     first, best = options[0], list[tuple[int, float, Mapping[str, int]]]()
     for option in sorted(options[1:], key=lambda option: option[:2]):
         if not best or option[1] < best[-1][1]:
@@ -231,10 +223,7 @@ MOVES = 3
 
 
 def mutate(slots: Sequence[Slot | JointSlot], levels: Levels, limit: int, random: Random) -> Levels | None:
-    """Returns a mutation of levels that trades units between slots within the limit.
-
-    None if it fails.
-    """
+    """Trades units between slots within the limit; returns None if it fails."""
     chosen = list(levels)
 
     def paid(number: int) -> int:

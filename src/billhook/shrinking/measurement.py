@@ -113,9 +113,7 @@ def measure(
 
 
 def config_losses(cache: VariantCache, divergence: Divergence, module: PrunableModule) -> list[float]:
-    """Returns the loss of a module at each level.
-
-    The KL divergence of the model, all else dense.
+    """Returns the KL divergence of the model at each level of a module, all else dense.
 
     The loss is measured at the probes. Between them it follows the error of the refitted consumer layers, which is known for all
     levels: piecewise linear from zero through the pairs of error and loss, extended past the last. Fewer units never lose less.

@@ -124,12 +124,7 @@ def select_for_budget(
 
 
 def search_within(
-    measurement: Measurement,
-    repair_batches: Sequence[Any],
-    repair: RepairConfig | None,
-    search: Search,
-    seed: int,
-    limit: int,
+    measurement: Measurement, repair_batches: Sequence[Any], repair: RepairConfig | None, search: Search, seed: int, limit: int
 ) -> SearchResult:
     """Searches within a limit and repairs the best candidates.
 
@@ -215,10 +210,7 @@ def _refusal(measurement: Measurement, point: Point) -> str:
 
 
 def _filled(measurement: Measurement, point: Point, limit: int) -> dict[str, int]:
-    """Adds units to modules, also between levels, up to the limit.
-
-    Removed blocks stay removed.
-    """
+    """Adds units, also between levels, up to the limit; removed blocks stay removed."""
     scope, kept = measurement.scope, measurement.kept(point)
     spare = limit - measurement.spaces[point[0]].left(point[1])
     present = [module for module in scope.modules if kept[module.name]]

@@ -176,9 +176,7 @@ def initial_points(spaces: Sequence[Space], limit: int, ranked: Sequence[Block])
 
 
 def uniform_points(space: Space, modules: Sequence[PrunableModule], losses: Losses, more: int) -> list[Point]:
-    """Returns the best uniform choice as a point of a non-uniform space.
-
-    Empty if there is none.
+    """Returns the best uniform choice as a point of a non-uniform space, or no point.
 
     Args:
         space: The non-uniform space.

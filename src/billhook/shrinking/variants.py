@@ -238,10 +238,7 @@ def check_token_count(search: RatioSearch, modules: Sequence[PrunableModule], ba
 
 
 def tokens_needed(search: RatioSearch, modules: Sequence[PrunableModule]) -> dict[str, int]:
-    """Returns the tokens that the refit of each consumer layer needs.
-
-    Its inputs at the highest pruned level.
-    """
+    """Returns the tokens that each consumer's refit needs: its inputs at the top level."""
     needed = dict[str, int]()
     for module in modules:
         keeps = kept_inputs(module, search.units, any_removed(module, search.units, module.grid()[1]))
@@ -281,10 +278,7 @@ class ConsumerRefit:
         self.total = float(error_without_refit(nothing, self._centred))
 
     def choose(self, keep: Tensor, ridges: Sequence[float]) -> None:
-        """Chooses the ridge penalty with the lowest held-out error.
-
-        Without choices, the layer is not refitted.
-        """
+        """Chooses the ridge penalty of lowest held-out error; without choices, there is no refit."""
         self._ridge = choose_ridge(self._without(keep), self._centred, ridges)
 
     def refitted(self, keep: Tensor) -> tuple[float, dict[str, Tensor]]:

@@ -41,12 +41,7 @@ def solves_for_weights(criterion: Criterion) -> bool:
     return isinstance(criterion.statistics(1, "meta"), InputGram)
 
 
-def check_pruning(
-    model: nn.Module,
-    criterion: Criterion,
-    pattern: str,
-    options: PruneOptions,
-) -> dict[str, nn.Module]:
+def check_pruning(model: nn.Module, criterion: Criterion, pattern: str, options: PruneOptions) -> dict[str, nn.Module]:
     """Checks the arguments of `prune` that need no data; returns the linear layers to prune.
 
     Args:
@@ -93,13 +88,7 @@ def check_pruning(
     return linears
 
 
-def make_runs(
-    model: nn.Module,
-    batches: Batches | None,
-    comm: Comm,
-    criterion: Criterion,
-    options: PruneOptions,
-) -> list[Run]:
+def make_runs(model: nn.Module, batches: Batches | None, comm: Comm, criterion: Criterion, options: PruneOptions) -> list[Run]:
     """Makes a run of each batch if data is needed.
 
     Args:

@@ -36,11 +36,7 @@ class EnforcedMasks:
         return self._masks or {name: _unpacked(saved, torch.device("cpu")) for name, saved in self._saved.items()}
 
     def attach(
-        self,
-        model: nn.Module,
-        optimizers: Sequence[Optimizer],
-        copies: Sequence[nn.Module] = (),
-        adapted: Collection[str] = (),
+        self, model: nn.Module, optimizers: Sequence[Optimizer], copies: Sequence[nn.Module] = (), adapted: Collection[str] = ()
     ) -> None:
         """Enforces the masks after each step of these optimizers, in the model and its averages.
 
@@ -213,11 +209,8 @@ def hold_masks(
 
 
 def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns all layers that can be masked; with FSDP2, with their sharded weights.
-
-    FSDP's forward pass may leave gathered copies, so the model is resharded first.
-    """
-    reshard(model)
+    """Returns all layers that can be masked; with FSDP2, with their sharded weights."""
+    reshard(model)  # its forward pass may leave gathered copies
     return prunable(model, output_embeddings=True, convolutions="all")
 
 
@@ -230,7 +223,6 @@ def _averaged_by(optimizer: Optimizer, pairs: Iterable[tuple[nn.Parameter, Tenso
     """Returns the copies of weights that a schedule-free optimizer keeps, and their masks.
 
     Its `eval()` and `train()` mix them into the weights.
-
     Defazio et al., The Road Less Scheduled (2024), https://arxiv.org/abs/2405.15682: x = (1 - 1/b) z + y/b, with y the weight.
     """
     copies, masks = list[Tensor](), list[Tensor]()

@@ -72,10 +72,7 @@ def _invert(upper: Tensor) -> Tensor:
 
 
 def saliency(weight: Tensor, factor: Tensor) -> Tensor:
-    """Computes W_ij^2 / U_jj^2: the error of pruning a weight after the columns to its left.
-
-    Shapes are `[out_features, in_features]` and `[in_features, in_features]`.
-    """
+    """Computes W_ij^2 / U_jj^2: the error of pruning a weight after the columns to its left."""
     return (weight / factor.diagonal()).square()
 
 

@@ -403,10 +403,7 @@ class PruningVisitor(Visitor):
 
 
 class GlobalPruningVisitor(PruningVisitor):
-    """A visitor that compares the weights of all layers, when all statistics are complete.
-
-    Scores are computed three times, for a layer at a time: twice to find the threshold, and once to prune.
-    """
+    """A visitor that compares all layers: scores find the threshold in two passes, then prune."""
 
     def __init__(self, *args: Any) -> None:  # noqa: ANN401 - the arguments of `PruningVisitor`
         super().__init__(*args)

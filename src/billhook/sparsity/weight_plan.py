@@ -291,10 +291,7 @@ class WeightPlan(ModelPlan):
             put_into(None)
 
     def decided(self) -> dict[str, str]:
-        """Returns a hash of each layer's mask and values, for comparison between ranks.
-
-        For a sharded model, all ranks must call this together.
-        """
+        """Returns a hash of each layer by name; all ranks of a sharded model call it together."""
         return {name: part.decided for name, part in self.pruned.items()}
 
     def _linears(self, model: nn.Module) -> dict[str, nn.Module]:

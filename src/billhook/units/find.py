@@ -91,10 +91,7 @@ def check_belongs(model: nn.Module, units: Mapping[str, Units]) -> None:
 
 
 def units_of(model: nn.Module, structure: Structure, kinds: Iterable[UnitKind]) -> dict[str, Units]:
-    """Returns the units of a traced model, empty if there are none of a kind.
-
-    Raises if heads cannot be distinguished.
-    """
+    """Returns the units of a traced model, or raises if heads cannot be distinguished."""
     units: dict[str, Units] = {}
     for kind in kinds:
         group_kind = "vocab" if kind == "token" else kind
@@ -208,10 +205,7 @@ def _at(model: nn.Module, path: Sequence[str]) -> nn.Module:
 
 
 def find_heads(model: nn.Module, structure: Structure) -> dict[str, Units]:
-    """Returns the heads of each attention module of a traced model, in call order.
-
-    Raises if there are none, or if they cannot be distinguished.
-    """
+    """Returns the heads of attention modules in call order; raises for none or unclear ones."""
     layers: dict[str, Units] = {}
     seen: set[tuple[str, ...]] = set()
     for attention in structure.attention:

@@ -180,10 +180,7 @@ def mask(
 def place_gates(
     model: nn.Module, units: Mapping[str, Units], gates: Mapping[str, Tensor], per: Per = "head", fixed: bool = False
 ) -> list[RemovableHandle]:
-    """Places gates before consumers, `[units]` by module, and returns removal handles.
-
-    Gates that are not `fixed` can change and have gradients.
-    """
+    """Places gates, `[units]`, before consumers; gates that are not `fixed` have gradients."""
     handles = []
     for name, values in gates.items():
         index = torch.from_numpy(units[name].positions(per))

@@ -104,11 +104,7 @@ class Units:
         return units_of
 
     def units_at(self, member: Member) -> tuple[Indices, Indices]:
-        """Returns the location of each position of a member, and the units at each location.
-
-        The second array is `[locations, units]`, bool. A location has the same numbers along all leaves, such as a key that
-        several query heads share.
-        """
+        """Returns the location of each position, and by location a mask of its units."""
         key = member.name, member.dim
         if key not in self._known:
             locations, inverse = np.unique(axis_numbers(member.axis, self.leaves), axis=0, return_inverse=True)

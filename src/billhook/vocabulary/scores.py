@@ -72,11 +72,7 @@ def token_shares(batches: Iterable[Any], size: int, comm: Comm = SINGLE_PROCESS)
 
 
 def predicted_shares(model: PreTrainedModel, size: int, batches: Sequence[Any], comm: Comm = SINGLE_PROCESS) -> Tensor:
-    """Returns the mean probability that the model gives each token: float64, `[size]`.
-
-    It is measured on a part of the text, and tells how often the tokens can be expected in other text of the kind. Zeros if the
-    model does not predict tokens.
-    """
+    """Returns each token's mean probability, `[size]`, float64; zeros without predictions."""
     by_source = dict[str, list[Any]]()
     for batch in batches:
         inputs = inputs_of(batch)

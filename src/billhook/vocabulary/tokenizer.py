@@ -257,10 +257,7 @@ def _script(character: str) -> str:
 
 
 def _with_numbers(part: Any, change: Callable[[int], int]) -> Any:  # noqa: ANN401 - a part of a tokenizer's file
-    """Returns a post-processor or padding with changed token ids.
-
-    They are `ids` of a template, `[token, id]` of BERT, and `pad_id`.
-    """
+    """Returns a post-processor or padding with changed `ids`, `[token, id]`, and `pad_id`."""
     if isinstance(part, list):
         return [_with_numbers(item, change) for item in part]
     if not isinstance(part, dict):

@@ -133,10 +133,7 @@ class ExampleText:
 
 @torch.no_grad()
 def bits_per_byte(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[ExampleText],
-    progress: OnProgress | None = None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[ExampleText], progress: OnProgress | None = None
 ) -> tuple[float, float]:
     """Returns the bits per byte of texts, and the tokens per byte.
 

@@ -132,7 +132,7 @@ class Shrinking(ShapeCallback):
         log_event(fit, event)
 
     def _candidates(self, model: PreTrainedModel) -> SearchScope:
-        """Finds the candidates; those of `setup` are reused if the model is bitwise identical."""
+        """Finds the candidates, or reuses them from `setup` if the model is bitwise identical."""
         for name, layer in adapter_layers(model).items():
             store_of(model).load(layer)
             if not is_initial_lora(layer):

@@ -203,7 +203,7 @@ def _within(fields: Any, name: str) -> object:  # noqa: ANN401 - any JSON
 
 
 def _harmless(fields: Any, limit: int) -> Any:  # noqa: ANN401 - any JSON
-    """Drops fields that download code or select kernels; raises for more layers than `limit`, which use memory."""
+    """Drops fields that download code or select kernels; raises for more than `limit` layers."""
     if isinstance(fields, list):
         return list(map(partial(_harmless, limit=limit), fields))
     if not isinstance(fields, dict):

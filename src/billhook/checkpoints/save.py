@@ -176,7 +176,7 @@ def save(
 
 
 def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) -> tuple[Way, str | None, float]:
-    """Writes and verifies a model; returns format, equivalent model type, and logit difference."""
+    """Writes and verifies a model; returns format, equivalent type, and logit difference."""
     shape = state_shape(model)
     _write_weights(model, draft)
     written = (draft / "config.json").read_bytes()

@@ -154,7 +154,7 @@ def _load_block(store: BlockStore, originals: Mapping[str, Tensor], name: str, b
 
 
 def _match_memory(originals: Mapping[str, Tensor], part: nn.Module, prefix: str = "") -> None:
-    """Moves tensors to the originals' devices and cache-line offsets, on which summation depends."""
+    """Moves tensors to the originals' devices and cache-line offsets, which affect sums."""
     for name, tensor in itertools.chain(part.named_parameters(prefix), part.named_buffers(prefix)):
         original = originals.get(name)
         if original is None or tensor.is_meta or original.is_meta:
@@ -168,7 +168,7 @@ def _match_memory(originals: Mapping[str, Tensor], part: nn.Module, prefix: str 
 
 
 def _rounding(reloaded: PreTrainedModel, logits: Tensor, probe: Probe) -> float:
-    """Returns the largest logit difference that rounding explains, from changes of last digits."""
+    """Returns the largest logit difference that changes of last digits explain."""
     store, generator, effect, before = store_of(reloaded), torch.Generator().manual_seed(0), 0.0, logits
     with torch.no_grad(), ExitStack() as stack:
         for trial in range(TRIALS):  # several trials, because a few logits may be unchanged by chance

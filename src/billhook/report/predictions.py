@@ -1,4 +1,4 @@
-"""Predictions of a dense model and KL divergence from them, and the text of examples for models with other tokenizers."""
+"""Predictions of a dense model, KL divergence from them, and the text of examples."""
 
 import math
 from collections.abc import Iterator, Sequence

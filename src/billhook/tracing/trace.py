@@ -118,7 +118,7 @@ def _run(meta_model: nn.Module, outside: Shapes, example_inputs: Inputs | None, 
 
 
 def _subject(subject: nn.Module | PretrainedConfig | str | os.PathLike[str], all_of_it: bool) -> tuple[nn.Module, Shapes]:
-    """Returns the module to trace, or the Hugging Face model in it, and shapes of parameters outside."""
+    """Returns the module to trace, or the model in it, and shapes of parameters outside."""
     if not isinstance(subject, nn.Module):
         return (from_config(subject) if isinstance(subject, PretrainedConfig) else from_name(subject)), {}
     inner: Any = subject

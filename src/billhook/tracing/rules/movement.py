@@ -32,7 +32,7 @@ def view(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
 
 
 def _rearranged(remaining: list[Axis], sizes: Sequence[int]) -> tuple[list[Axis], list[Axis]]:
-    """Merges the fewest factors, none pruned, whose product is one of sizes; returns new axes and the rest."""
+    """Merges the fewest factors, never pruned, that fit sizes; returns new axes and the rest."""
     old, new, i, j = 1, 1, 0, 0
     while i == 0 or old != new:
         if old <= new and i < len(remaining):

@@ -129,7 +129,6 @@ class Export(FitCallback):
             self._along = [load_preprocessor(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer]
 
     def _claimed(self) -> None:
-        """Claims the folder, if it has not been yet."""
         self._claim = self._claim or FolderLock(Path(self.folder).resolve())
 
     def resolve(self, fit: Fit) -> None:
@@ -148,7 +147,6 @@ class Export(FitCallback):
                 f"Export: no tokenizer or processor was found in the data module, the module, the loaders, or the base model's "
                 f"folder, so none is saved to {self.folder}. Pass Export(tokenizer=...)."
             )
-
         if fit.resumes:
             _check_events_kept(fit)
 
@@ -252,7 +250,6 @@ class Export(FitCallback):
             on_first_rank(fit, "Export", partial(self._push, self.push_to_hub))
 
     def _push(self, repository: str) -> None:
-        """Pushes the saved checkpoint, if any; warns if that fails."""
         if self.saved is None:
             return
         try:
@@ -311,9 +308,7 @@ def _inputs_in(batch: object, model: PreTrainedModel) -> dict[str, Tensor] | Non
         return None
     taken = inspect.signature(model.forward).parameters
     tensors = {name: value.detach() for name, value in batch.items() if name in taken and isinstance(value, Tensor)}
-    if not (
-        model.config.is_encoder_decoder and "decoder_input_ids" not in tensors
-    ):  # else the decoder inputs are made from labels
+    if not model.config.is_encoder_decoder or "decoder_input_ids" in tensors:  # else the decoder inputs are made from labels
         tensors.pop("labels", None)
     with suppress(ValueError):  # it cannot be split into examples
         tensors = examples_of(tensors)[0]

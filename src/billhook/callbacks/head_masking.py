@@ -1,7 +1,5 @@
 """Keeps attention heads masked in training, checkpoints, and validation."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
@@ -38,17 +36,6 @@ class HeadMasking(ShapeCallback):
         if self._mask is not None:
             self._mask.remove()
         self._mask = None
-
-    @contextmanager
-    def restore_masks_on_error(self, module: nn.Module) -> Iterator[None]:
-        """Restores the current masks after an error, unless an event was completed."""
-        heads, events = self.heads, len(self.events)
-        try:
-            yield
-        except BaseException:
-            if len(self.events) == events:
-                self.mask(module, heads)
-            raise
 
     def begin_training(self, fit: Fit) -> None:
         """Restores a checkpoint's masks and applies events due before the first step."""

@@ -94,21 +94,9 @@ class HeadRecord:
 
 Mode = Literal["max", "min"]
 HIGHER = {
-    "acc",
-    "accuracy",
-    "auc",
-    "auroc",
-    "bleu",
-    "f",
-    "mcc",
-    "precision",
-    "recall",
-    "rouge",
-    "rougel",
-    "corr",
-    "spearman",
+    "acc", "accuracy", "auc", "auroc", "bleu", "f", "mcc", "precision", "recall", "rouge", "rougel", "corr", "spearman",
     "pearson",
-}
+}  # fmt: skip
 LOWER = {"loss", "nll", "ce", "kl", "perplexity", "ppl", "error", "err", "mse", "rmse", "mae", "wer", "cer"}
 """Words in names of metrics that are better when higher, or when lower."""
 
@@ -319,8 +307,9 @@ class HeadPruning(HeadMasking):
 
     def apply_event(self, fit: Fit, step: int) -> None:
         """Masks the heads of a round; undoes it if the metric is worse; removes masked heads."""
-        with self.restore_masks_on_error(fit.module):
-            before, earlier = self.validate(fit), self.heads
+        earlier, num_events = self.heads, len(self.events)
+        try:
+            before = self.validate(fit)
             if self.stop is not None:
                 self.best = self.stop.best(self.stop.value(before), self.best)
             with fail_together(fit, "HeadPruning"):
@@ -342,6 +331,10 @@ class HeadPruning(HeadMasking):
                 event = self.run_change(fit, before, change)
             else:
                 event = self.record_event(fit, before, change)
+        except BaseException:
+            if len(self.events) == num_events:  # no event was completed
+                self.mask(fit.module, earlier)
+            raise
         event["after"] |= after
         log_event(fit, event)
         metric = next(iter(before), "") if self.stop is None else self.stop.monitor
@@ -395,8 +388,7 @@ class HeadPruning(HeadMasking):
 
     def state_dict(self) -> dict[str, Any]:
         """Returns events, masked heads, and scores."""
-        heads = {"record": dict(vars(self.record)), "best": self.best, "stopped": self._stopped}
-        return super().state_dict() | heads
+        return super().state_dict() | {"record": dict(vars(self.record)), "best": self.best, "stopped": self._stopped}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores events, masked heads, and scores."""

@@ -262,23 +262,20 @@ class KVHeadConversion(ShapeCallback):
         return f"{brief})" if more else brief
 
     def _convert(self, fit: Fit, stage: int, optimizers: list[Optimizer]) -> str:
-        """Converts the heads of a stage and returns a description."""
         model, plan, how = fit.model, self._plan(fit.module, self.heads[stage]), str(self.method)
         weights: Weights = {}
         if self.needs_data:
             with self.calibration.undisturbed(fit):
                 groups, comm = dict.fromkeys(plan.layers, plan.after), comm_of(fit, self.calibration.shared(fit))
                 new = equal_heads(Attentions(model, groups, comm), self.method, list(self._pairs(fit)), self.repair)
-            # the mean pools unchanged weights
-            weights = new.values if self.method.turns else new.values.without(plan.parameters)
+            weights = new.values if self.method.turns else new.values.without(plan.parameters)  # the mean pools unchanged weights
             plan, how = plan.starting_from(changed_names(model, weights), new.rope), new.how
             del new  # the pooled layers' values, if the mean does not use them
         pooled = {name: [pooling.dim, np.asarray(pooling.index)] for name, pooling in plan.parameters.items()}
         check_identical(fit, "KVHeadConversion", "the pooled heads", [str(self.method), str(self.repair), pooled, plan.rope])
         if self.at[stage] != "start":  # before DDP wraps the model, each rank may have its own weights
-            check_close(
-                fit, "KVHeadConversion", "the pooled heads", model, {name: model.get_parameter(name) for name in plan.parameters}
-            )
+            parameters = {name: model.get_parameter(name) for name in plan.parameters}
+            check_close(fit, "KVHeadConversion", "the pooled heads", model, parameters)
         apply_plan(fit.module, plan, optimizers, weights)
         return f"{plan.before} -> {plan.after} KV heads ({how})"
 

@@ -63,7 +63,6 @@ class Report(FitCallback):
             rank_zero_info(f"billhook: the plot {self.plot_file} will be replaced")
 
     def _check_file(self) -> None:
-        """Raises `ValueError` if the plot cannot be written."""
         path = Path(self.plot_file).absolute()
         parent = next(parent for parent in path.parents if parent.exists())
         if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK):

@@ -1,6 +1,6 @@
 """The Shrinking callback: budgeted search during training."""
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -26,8 +26,6 @@ from billhook.fit.targets import At, check_at
 from billhook.importance.obs import OBS
 from billhook.model.cache import signature
 from billhook.model.layers import is_linear
-from billhook.pruning.block_plan import BlockPlan
-from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import plan_units
 from billhook.shrinking.divergence import search_batches, split_batches
 from billhook.shrinking.measurement import Measurement, measure
@@ -128,21 +126,13 @@ class Shrinking(ShapeCallback):
         event = self.run_change(fit, metrics, partial(self._remove, model, chosen.planned))
         record_not_refitted(event, chosen.planned.not_refitted)
         self.last_event_step, self.last_target = step, 1.0
-        with (
-            fail_together(fit, "Shrinking"),
-            self.calibration.undisturbed(fit),
-            fit.gradient_context(),
-            adapters_removed(model),
-        ):
+        with fail_together(fit, "Shrinking"), self.calibration.undisturbed(fit), fit.gradient_context(), adapters_removed(model):
             self.shrunk = measure_result(measurement, chosen)
         event["after"] |= self.validate(fit)
         log_event(fit, event)
 
     def _candidates(self, model: PreTrainedModel) -> SearchScope:
-        """Finds the candidates; raises `ValueError` if the budget or an adapter is not legal.
-
-        The result of `setup` is reused at the event if the model is bitwise identical then.
-        """
+        """Finds the candidates, or reuses them from `setup` if the model is bitwise identical."""
         for name, layer in adapter_layers(model).items():
             store_of(model).load(layer)
             if not is_initial_lora(layer):
@@ -150,9 +140,7 @@ class Shrinking(ShapeCallback):
                     f"Shrinking: the adapter of {name} is trained or is not plain LoRA. Merge it first (bh.training.merge)."
                 )
         with adapters_removed(model):
-            lasts = (
-                self.at == "start" and not store_of(model).on_ranks
-            )  # training changes the model, and shards are gathered again
+            lasts = self.at == "start" and not store_of(model).on_ranks  # training changes it, and shards are gathered again
             shape = signature(model) if lasts else None
             seen = None if shape is None else (id(model), shape, cache_key(model, None, {}, ()))
             scope = self._known.pop(seen, None) or SearchScope.find(model, self.amount, self.layers == "uniform")
@@ -169,16 +157,14 @@ class Shrinking(ShapeCallback):
             check_close(fit, "Shrinking", "the model", model, dict(model.named_parameters()))
             broadcast = partial(from_first_rank, fit, "Shrinking", "the measurements")
             repair_batches, held_out = split_batches(batches)
-            runs, search_runs = (
-                _runs(fit, model, some) for some in (repair_batches, search_batches(repair_batches, scope.widest))
-            )
+            runs = _runs(fit, model, repair_batches)
+            search_runs = _runs(fit, model, search_batches(repair_batches, scope.widest))
             repair, not_repaired = resolve_repair(scope, runs, self.search.repair)
             if not_repaired:
                 rank_zero_warn(f"Shrinking: {not_repaired}")
             importance, held_out_runs = self.search.importance or OBS(), fit.runs(model, held_out)
             measurement = measure(scope, search_runs, held_out_runs, importance, repair, broadcast=broadcast)
-            seed = self.calibration.seed
-            chosen = select_for_budget(measurement, self.budget, runs, held_out, repair, self.search, seed)
+            chosen = select_for_budget(measurement, self.budget, runs, held_out, repair, self.search, self.calibration.seed)
             not_refitted = chosen.planned.not_refitted or not_repaired
             return measurement, replace(chosen, planned=replace(chosen.planned, not_refitted=not_refitted))
 
@@ -190,22 +176,14 @@ class Shrinking(ShapeCallback):
         """Applies the plans, also to adapters, and returns a description."""
         layers = adapter_layers(model)
         weights = LazyTensors.of(planned.weights or {}).renamed(partial(base_layer_name, layers=layers))
-        apply_plans(model, _above(model, planned) if layers else planned.plans, optimizers, weights)
+        # made in turn, because a plan for a model with adapters needs the plans before it applied
+        adapted = (plan_units(model, plan.units, dict.fromkeys(plan.kinds.values())) for plan in planned.plans if plan.units)
+        apply_plans(model, adapted if layers else planned.plans, optimizers, weights)
         before, after = planned.parameters
         return f"{before:,} -> {after:,} parameters ({planned.words}; Shrinking)"
-
-
-def _above(model: PreTrainedModel, planned: ShrinkPlan) -> Iterator[UnitPlan | BlockPlan]:
-    """Yields the plans for the model with adapters; each needs the plans before it applied."""
-    for plan in planned.plans:
-        if plan.units:
-            yield plan_units(model, plan.units, dict.fromkeys(plan.kinds.values()))
 
 
 def _runs(fit: Fit, model: PreTrainedModel, batches: Sequence[Any]) -> list[Run]:
     """Returns runs with the training loss and each linear layer's non-padding tokens."""
     linear_layers = {name: module for name, module in model.named_modules() if is_linear(module)}
-    runs = []
-    for number, batch in enumerate(batches):
-        runs.append(run_with_loss(model, linear_layers, batch, fit.loss(number)))
-    return runs
+    return [run_with_loss(model, linear_layers, batch, fit.loss(number)) for number, batch in enumerate(batches)]

@@ -138,7 +138,6 @@ class StructuredPruning(ShapeCallback):
         return f"structure, {percent_change(event)}"
 
     def _remove(self, model: nn.Module, plan: UnitPlan, weights: Weights | None, how: str, optimizers: list[Optimizer]) -> str:
-        """Applies the plan and returns a description."""
         before = parameter_count(model)
         apply_plan(model, plan, optimizers, weights)
         words = "; ".join([f"without {plan.words}", how, *(f"left in each: {width}" for width in plan.widths)])

@@ -19,7 +19,7 @@ from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event, EventCallback, ShapeFollower, log_event
 from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_identical, comm_of, fail_together
-from billhook.fit.shape_event import ShapeCallback, check_no_shape_changes
+from billhook.fit.shape_event import check_no_shape_changes
 from billhook.fit.targets import At, check_at, round_targets
 from billhook.model.find import find_transformer
 from billhook.schedules import Schedule
@@ -121,15 +121,10 @@ class WeightPruning(EventCallback, ShapeFollower):
                 "effect of adapters at pruned weights. Use mask_adapters=True to restrict LoRA to unpruned weights."
             )
         if self._steps:
-            check_no_shape_changes(fit, self, min(self._steps), sys.maxsize, "made masks", self._cannot_follow)
-
-    def _cannot_follow(self, callback: ShapeCallback) -> str | None:
-        """Returns the reason why masks cannot follow a callback's shape changes; None if they can."""
-        if self.pattern != "unstructured":
-            return f", and pattern={self.pattern!r} needs consecutive inputs"
-        if self.mask_adapters:
-            return ", and mask_adapters=True masks LoRA in its shape at that step"
-        return None
+            why = ", and mask_adapters=True masks LoRA in its shape at that step" if self.mask_adapters else None
+            if self.pattern != "unstructured":
+                why = f", and pattern={self.pattern!r} needs consecutive inputs"
+            check_no_shape_changes(fit, self, min(self._steps), sys.maxsize, "made masks", lambda _: why)
 
     def follow(self) -> None:
         """Adapts masks to the model's new shape."""

@@ -47,8 +47,7 @@ def plain(value: object) -> str:
     >>> print(plain("4 -> 2 <b>heads</b> | [a](b) *c* `d` _e_ snake_case"))
     4 -> 2 &lt;b>heads&lt;/b> \| \[a\](b) \*c\* \`d\` \_e\_ snake_case
     """
-    line = " ".join(str(value).split())
-    escaped = re.sub(r"[\\`*\[\]|#~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", line)
+    escaped = re.sub(r"[\\`*\[\]|#~]|(?<!\w)_|_(?!\w)", r"\\\g<0>", " ".join(str(value).split()))
     return escaped.replace("&", "&amp;").replace("<", "&lt;")
 
 
@@ -156,7 +155,6 @@ def _sizes(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, A
 
 
 def _measured(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Returns the events with sizes before and after."""
     events = listed(record, "events", ("what", "before", "after"))
     return [event for event in events if isinstance(event["before"], Mapping) and isinstance(event["after"], Mapping)]
 
@@ -191,7 +189,6 @@ def _changes(record: Mapping[str, Any]) -> list[str]:
 
 
 def _mapping(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Returns a mapping in a record; empty if it is something else."""
     part = record.get(name)
     return part if isinstance(part, Mapping) else {}
 

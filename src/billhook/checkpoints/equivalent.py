@@ -35,11 +35,7 @@ class Family:
 
 EQUIVALENT = {
     "Llama": (
-        Family(
-            "Mistral",
-            {"sliding_window": None},
-            {"attention_bias": False, "mlp_bias": False, "pretraining_tp": ANY},
-        ),
+        Family("Mistral", {"sliding_window": None}, {"attention_bias": False, "mlp_bias": False, "pretraining_tp": ANY}),
         Family("SeedOss", {"attention_out_bias": "=attention_bias", "residual_dropout": 0.0}, {}),
     ),
     "Qwen2": (
@@ -89,8 +85,7 @@ def equivalents(model: PreTrainedModel) -> Iterator[Candidate]:
     for kind, changes, lacks in sorted(_classes(type(model), config), key=lambda row: engines_fail and row[0] is type(model)):
         same_class = kind is type(model)
         config_class = type(config) if same_class else cast(type[PretrainedConfig], kind.config_class)
-        dropped = {KEY} if same_class else {KEY, *NOT_COPIED, *lacks}
-        copied = _without(config.to_dict(), dropped)
+        copied = _without(config.to_dict(), {KEY} if same_class else {KEY, *NOT_COPIED, *lacks})
         try:
             known = counts if same_class else _without(counts, counts.keys() - _declared(config_class))
             candidate = config_class.from_dict(copied | known | changes | {"architectures": [kind.__name__]})
@@ -121,16 +116,14 @@ def _classes(
             # its config must express exactly this config
             declared, other, added = _declared(type(config)), _declared(equivalent.config_class), _added(family, config)
             known = declared - other <= family.lacks.keys() and other - declared <= family.adds.keys() | {"head_dim"}
-            neutral = all(_is_neutral(getattr(config, name, value), value) for name, value in family.lacks.items())
-            if known and neutral and all(getattr(config, name, value) == value for name, value in added.items()):
+            for name, value in family.lacks.items():  # a value without effect, so that a family without the field is equivalent
+                stated = getattr(config, name, value)
+                if value is FULL:
+                    known &= stated in (FULL, None) or set(cast(list[str], stated)) == {"full_attention"}
+                else:
+                    known &= value is ANY or stated == value
+            if known and all(getattr(config, name, value) == value for name, value in added.items()):
                 yield equivalent, added, family.lacks
-
-
-def _is_neutral(stated: object, neutral: object) -> bool:
-    """Returns True if a value has no effect, so that a family without the field is equivalent."""
-    if neutral is FULL:
-        return stated in (FULL, None) or set(cast(list[str], stated)) == {"full_attention"}
-    return neutral is ANY or stated == neutral
 
 
 def _declared(kind: type[PretrainedConfig]) -> set[str]:
@@ -139,13 +132,9 @@ def _declared(kind: type[PretrainedConfig]) -> set[str]:
 
 def _added(family: Family, config: PretrainedConfig) -> dict[str, Any]:
     """Returns the fields that a family adds to this config, without unused fields."""
-    added = {}
-    for name, value in family.adds.items():
-        if isinstance(value, str) and value.startswith("="):
-            added[name] = getattr(config, value.removeprefix("="), None)
-        elif value is not ANY:
-            added[name] = value
-    return added
+    values = {name: value for name, value in family.adds.items() if value is not ANY}
+    names = {name: value.removeprefix("=") for name, value in values.items() if isinstance(value, str) and value.startswith("=")}
+    return values | {name: getattr(config, field, None) for name, field in names.items()}
 
 
 def _counts(shape: Shape, config: PretrainedConfig) -> dict[str, int] | None:

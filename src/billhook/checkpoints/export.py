@@ -160,17 +160,13 @@ def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
     different sizes from the config, the recorded sizes are used.
     """
     record, prefix = checkpoint[KEY], checkpoint[KEY]["prefix"]
-    state = {}
-    for key, value in checkpoint["state_dict"].items():
-        if not key.startswith(prefix):
-            continue
-        key = key.removeprefix(prefix)
+    state = {key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
+    for key in state:
         if ".base_layer." in key:
             raise ValueError(
                 f"'{name}' contains adapters ({key}) without their scaling. Load it in the script that wrote it, and save the "
                 "model there with bh.save or the Export callback."
             )
-        state[key] = value
     try:
         shape = Shape.from_dict(record["shape"])
         fields = _harmless(json.loads(record["config"], object_hook=_number), limit=1000 + len(state))
@@ -207,11 +203,7 @@ def _within(fields: Any, name: str) -> object:  # noqa: ANN401 - any JSON
 
 
 def _harmless(fields: Any, limit: int) -> Any:  # noqa: ANN401 - any JSON
-    """Drops the config fields that make transformers download code or select kernels.
-
-    Raises:
-        ValueError: If there are more layers than `limit`, because even empty layers use memory.
-    """
+    """Drops fields that download code or select kernels; raises for more than `limit` layers."""
     if isinstance(fields, list):
         return list(map(partial(_harmless, limit=limit), fields))
     if not isinstance(fields, dict):

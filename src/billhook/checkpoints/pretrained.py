@@ -14,14 +14,9 @@ from billhook.model.shaped import has_shape_entry, load_shaped, readable
 from billhook.model.transformers_internals import build_class, classes_of
 
 Task = Literal[
-    "causal-lm",
-    "seq2seq-lm",
-    "masked-lm",
-    "sequence-classification",
-    "image-classification",
-    "speech-seq2seq",
+    "causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification", "image-classification", "speech-seq2seq",
     "feature-extraction",
-]
+]  # fmt: skip
 AUTO_CLASSES: dict[str, Any] = {
     "causal-lm": transformers.AutoModelForCausalLM,
     "seq2seq-lm": transformers.AutoModelForSeq2SeqLM,
@@ -34,11 +29,7 @@ AUTO_CLASSES: dict[str, Any] = {
 
 
 def load_model(
-    model: str | PretrainedConfig,
-    task: str,
-    options: dict[str, Any],
-    num_labels: int | None = None,
-    gguf_file: str | None = None,
+    model: str | PretrainedConfig, task: str, options: dict[str, Any], num_labels: int | None = None, gguf_file: str | None = None
 ) -> PreTrainedModel:
     """Loads or builds a model from a name, folder, config.json, or config."""
     options = {k: v for k, v in options.items() if v is not None}
@@ -67,8 +58,7 @@ def load_model(
         loaded = load_complete(auto, name, gguf_file=gguf_file, **options, **labels)
     if gguf_file is None:
         return loaded
-    # a dequantized model with a quantization config could not be saved
-    del loaded.config.quantization_config
+    del loaded.config.quantization_config  # a dequantized model with a quantization config could not be saved
     dequantized = build_class(type(loaded), loaded.config, loaded.dtype)
     dequantized.load_state_dict(loaded.state_dict())
     return dequantized

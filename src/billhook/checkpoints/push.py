@@ -93,7 +93,6 @@ def _describe(error: BaseException) -> str:
 
 
 def _check_paths(folder: Path) -> None:
-    """Raises an error if a record, card, or config contains absolute paths."""
     texts: dict[str, object] = {}
     for file in (RECORD, "config.json", CARD):
         if (folder / file).is_file():
@@ -102,8 +101,7 @@ def _check_paths(folder: Path) -> None:
     config = texts.get("config.json")
     texts["config.json"] = config.get("_name_or_path") if isinstance(config, dict) else None
     for file, content in texts.items():
-        paths = list(dict.fromkeys(absolute_paths(content)))
-        if paths:
+        if paths := list(dict.fromkeys(absolute_paths(content))):
             more = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
             raise ValueError(
                 f"folder='{folder}': {file} contains the absolute path '{paths[0][:200]}'{more}, which would be published. "

@@ -176,11 +176,7 @@ def save(
 
 
 def _write(model: PreTrainedModel, expected: Tensor, draft: Path, probe: Probe) -> tuple[Way, str | None, float]:
-    """Writes and verifies a model.
-
-    Returns:
-        Format, model type of an equivalent architecture or None, and largest logit difference.
-    """
+    """Writes and verifies a model; returns format, equivalent type, and logit difference."""
     shape = state_shape(model)
     _write_weights(model, draft)
     written = (draft / "config.json").read_bytes()
@@ -212,7 +208,6 @@ def state_shape(model: PreTrainedModel) -> Shape:
 
 
 def _write_weights(model: PreTrainedModel, draft: Path) -> None:
-    """Writes config and weights into a draft folder."""
     try:
         store_of(model).write(draft)
     except RuntimeError as error:
@@ -230,7 +225,6 @@ def _write_weights(model: PreTrainedModel, draft: Path) -> None:
 
 
 def _check_no_prompts(module: nn.Module) -> None:
-    """Raises an error for prompt tuning of PEFT, which model weights cannot represent."""
     for part in module.modules():
         config = getattr(part, "active_peft_config", None)  # of a PeftModel
         if getattr(config, "is_prompt_learning", False):

@@ -154,10 +154,7 @@ def _load_block(store: BlockStore, originals: Mapping[str, Tensor], name: str, b
 
 
 def _match_memory(originals: Mapping[str, Tensor], part: nn.Module, prefix: str = "") -> None:
-    """Moves tensors to the devices and cache-line offsets of the originals.
-
-    Tensors from a file start at any offset, and the order of summation in kernels depends on it.
-    """
+    """Moves tensors to the originals' devices and cache-line offsets, which affect sums."""
     for name, tensor in itertools.chain(part.named_parameters(prefix), part.named_buffers(prefix)):
         original = originals.get(name)
         if original is None or tensor.is_meta or original.is_meta:
@@ -171,23 +168,18 @@ def _match_memory(originals: Mapping[str, Tensor], part: nn.Module, prefix: str 
 
 
 def _rounding(reloaded: PreTrainedModel, logits: Tensor, probe: Probe) -> float:
-    """Returns the largest logit difference that rounding explains.
-
-    It is `TIMES` the largest effect of changing the last digit of every weight.
-
-    The blocks of a streamed model are changed whenever they are loaded, in the same way each time.
-    """
+    """Returns the largest logit difference that changes of last digits explain."""
     store, generator, effect, before = store_of(reloaded), torch.Generator().manual_seed(0), 0.0, logits
     with torch.no_grad(), ExitStack() as stack:
         for trial in range(TRIALS):  # several trials, because a few logits may be unchanged by chance
+            # the blocks of a streamed model are changed whenever they are loaded, in the same way each time
             stack.enter_context(store.altered(partial(_change_block, store, trial)))
             _change_last_digits((weight for weight in reloaded.parameters() if not weight.is_meta), generator)
             after = logits_of(reloaded, probe)
             effect, before = max(effect, (after - before).abs().nan_to_num(0.0).max().item()), after
     finite = logits[logits.isfinite()].abs()
     largest = finite.max().item() if len(finite) else 0.0
-    least = torch.finfo(reloaded.dtype).eps * largest
-    return max(min(TIMES * effect, MOST * largest), least)
+    return max(min(TIMES * effect, MOST * largest), torch.finfo(reloaded.dtype).eps * largest)
 
 
 def _change_block(store: BlockStore, trial: int, block: nn.Module) -> list[nn.Parameter]:

@@ -32,8 +32,6 @@ from billhook.serving.written import write_gguf
 from billhook.versions import versions
 
 KINDS = ("F16", "Q4_K_M")
-
-
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 CONTEXTS = (512, 2048)
 """Default prompt lengths in tokens, if the models support them."""
@@ -175,17 +173,9 @@ def _bench_llama_cpp(
                     converted, context, new_tokens, rounds, warmup, threads, lambda: report(next(done), total)
                 )
                 for number, (name, file, speed) in enumerate(zip(names, converted, speeds, strict=True)):
-                    size, first = file.stat().st_size, speeds[0]
-                    cells = [
-                        kind,
-                        f"{context:,}",
-                        name,
-                        f"{size / 1e9:.3f}",
-                        f"{speed.prefill_rate:,.1f}",
-                        f"{speed.decoding_rate:,.1f}",
-                    ]
-                    for rate in (speed.prefill_rate, speed.decoding_rate) if sizes_of_tokens else ():
-                        cells.append(f"{rate * sizes_of_tokens[number]:,.0f}")
+                    size, first, rates = file.stat().st_size, speeds[0], (speed.prefill_rate, speed.decoding_rate)
+                    cells = [kind, f"{context:,}", name, f"{size / 1e9:.3f}", *(f"{rate:,.1f}" for rate in rates)]
+                    cells += [f"{rate * sizes_of_tokens[number]:,.0f}" for rate in rates if sizes_of_tokens]
                     if speed is not first:
                         for low, middle, high in map(speed_up, (first.prefill, first.decoding), (speed.prefill, speed.decoding)):
                             cells += [f"{middle:.2f}", f"({low:.2f}-{high:.2f})"]
@@ -212,7 +202,6 @@ def _converted(models: Sequence[str], folder: Path) -> list[list[Path]]:
 
 
 def _random_models(models: Sequence[str], meta_models: Sequence[PreTrainedModel], dtype: str, seed: int) -> list[PreTrainedModel]:
-    """Returns models with random weights."""
     for name, meta_model in zip(models, meta_models, strict=True):
         if shape_beyond_config(meta_model).tensors:
             raise ValueError(f"random=True does not support the billhook checkpoint '{name}'. Remove --random.")

@@ -187,8 +187,7 @@ def evaluate(
         settings |= {"dtype": dtype, "device": str(computes_on)}
         of_models = [about | {"figures": _plain(figures, all_figures[0])} for figures, about in results]
         used = versions("tokenizers", *(["lm_eval"] if settings.get("tasks") else []))
-        record = {"versions": used, "settings": settings, "models": of_models}
-        write_json(json, record)
+        write_json(json, {"versions": used, "settings": settings, "models": of_models})
 
 
 def _result(name: str, work: images.Work, device: torch.device, dtype: str, stream: bool) -> tuple[list[Figure], dict[str, Any]]:
@@ -219,16 +218,9 @@ def _length(models: Sequence[str], length: int | None) -> int:
 
 
 def _prepare(
-    models: Sequence[str],
-    data: Sequence[str],
-    text: str | None,
-    tasks: list[str],
-    limit: int | None,
-    length: int,
-    examples: int,
-    batch_size: int,
-    column: str,
-) -> list[images.Work]:
+    models: Sequence[str], data: Sequence[str], text: str | None, tasks: list[str], limit: int | None, length: int, examples: int,
+    batch_size: int, column: str,
+) -> list[images.Work]:  # fmt: skip
     """Tokenizes the evaluation data, and returns a function for each model that evaluates it."""
     questions = [read_questions(file, limit, "data") for file in data]
     works, tokenizers = list[images.Work](), list(map(load_tokenizer, models))
@@ -257,8 +249,7 @@ def metric_table(models: Sequence[str], figures: Sequence[Sequence[Figure]]) -> 
         cells = [f"{shown(other.value, other.error)}  ({shown(*difference(other, first), sign='+')})" for other in others]
         rows.append([first.of, first.measure, shown(first.value, first.error), *cells])
     legend = f"(difference to {models[0]}; ± standard error)" if len(models) > 1 else "(± standard error)"
-    head = ["", "", *models]
-    return f"{render_table(head, rows, aligns='<')}\n\n{legend}"
+    return f"{render_table(['', '', *models], rows, aligns='<')}\n\n{legend}"
 
 
 def _plain(figures: Sequence[Figure], first: Sequence[Figure]) -> list[dict[str, Any]]:

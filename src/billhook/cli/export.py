@@ -12,11 +12,7 @@ from billhook.serving.written import GGUFKind, check_gguf, export_gguf
 
 
 def export(
-    paths: list[str],
-    tokenizer: str | None = None,
-    gguf: str | None = None,
-    kind: GGUFKind = "auto",
-    converter: str | None = None,
+    paths: list[str], tokenizer: str | None = None, gguf: str | None = None, kind: GGUFKind = "auto", converter: str | None = None
 ) -> None:
     """Converts a Lightning checkpoint to a Hugging Face folder, or a folder to a GGUF file.
 
@@ -70,11 +66,7 @@ def push(folder: str, name: str, private: bool = False, revision: str | None = N
 
 
 def serve_check(
-    folder: str,
-    engine: serving.EngineName = "llama.cpp",
-    converter: str | None = None,
-    tokens: int = 128,
-    threads: int = 1,
+    folder: str, engine: serving.EngineName = "llama.cpp", converter: str | None = None, tokens: int = 128, threads: int = 1
 ) -> None:
     """Runs a checkpoint in llama.cpp and compares its outputs with transformers.
 

@@ -74,7 +74,6 @@ def sigterm_as_interrupt() -> Iterator[None]:
 
 
 def _written_at(target: Path) -> int | None:
-    """Returns the time at which a folder's checkpoint was written; None without a checkpoint."""
     record = target / RECORD
     return record.stat().st_mtime_ns if record.is_file() else None
 

@@ -301,7 +301,6 @@ class OneShot:
 
     @property
     def _calibration_step(self) -> str:
-        """The line of the plan about calibration data."""
         if not self.calibrates:
             return "no calibration data needed"
         if self.metric == "accuracy":
@@ -349,9 +348,7 @@ class OneShot:
 
     def _on_device(self) -> AbstractContextManager[None]:
         """Runs the blocks of an offloaded model on the device within a `with` block."""
-        if not self._offloaded_blocks:
-            return nullcontext()
-        return store_of(self.model).on(self.device, self._offloaded_blocks)
+        return store_of(self.model).on(self.device, self._offloaded_blocks) if self._offloaded_blocks else nullcontext()
 
     @property
     def counted_sources(self) -> dict[str, Any]:
@@ -376,8 +373,7 @@ class OneShot:
         else:
             sources = list(self.counted_sources.values())
             measured = {tuple(ids.tolist()) for _, ids in before.rows} if isinstance(before, DenseReference) else set()
-            tokens = COUNTED * len(sources)
-            read = replace(self.calibration, sources=sources, weights=None, tokens=tokens).read(self.model)
+            read = replace(self.calibration, sources=sources, weights=None, tokens=COUNTED * len(sources)).read(self.model)
             rows = [(batch.source, ids) for batch in read for ids in batch["input_ids"]]
             batches = [Batch({"input_ids": ids[None]}, name) for name, ids in rows if tuple(ids.tolist()) not in measured]
         size = text_config(self.model.config).vocab_size
@@ -518,11 +514,6 @@ class OneShot:
         if files := [source for name, source in self.calibration.named.items() if name not in (GENERATED, MIXED)]:
             tokens = (examples + len(measured)) * self.length
             batches += replace(self.calibration, sources=files, weights=None, tokens=tokens).read(self.model, self.trimmed)
-        rows = {}  # each example once
-        for batch in batches:
-            for ids in batch["input_ids"]:
-                key = tuple(ids.tolist())
-                if key not in measured:
-                    rows[key] = dict.fromkeys(("input_ids", "labels"), ids.cpu())
-        data: Any = list(rows.values())
+        all_ids = {tuple(ids.tolist()): ids.cpu() for batch in batches for ids in batch["input_ids"]}  # each example once
+        data: Any = [dict.fromkeys(("input_ids", "labels"), ids) for key, ids in all_ids.items() if key not in measured]
         return DataLoader(data, batch_size, shuffle=True, generator=generator)

@@ -110,14 +110,7 @@ def legal_values(message: str) -> str:
 
 
 def _legal_for(argument: str, types: str, value: str, unknown: str) -> str:
-    """Returns the legal values of an argument; empty if its types are not known.
-
-    Args:
-        argument: Name of the argument.
-        types: Its types, as Python prints them.
-        value: The value.
-        unknown: Name of the unknown class in the value, if any.
-    """
+    """Returns the legal values of an argument, and a hint if its value has an unknown class."""
     from billhook.model.plan import subclasses  # imports torch, which a misspelled command need not wait for
 
     words, names, classes = list[str](), list[str](), set[str]()
@@ -201,7 +194,6 @@ def run(command: Command, words: Sequence[str], context: AbstractContextManager[
             positional += parameter.default is parameter.empty
     for group in groups.values():
         kinds |= {field.name: field.type for field in fields(group)}  # a field may share a group's name
-
     name = command.__name__.replace("_", "-")
     parser = _Parser(prog=f"billhook {name}", description=inspect.cleandoc(command.__doc__ or "").partition("\n\nArgs:")[0])
     parser.add_argument("--config", action="config", help="YAML file with options.")
@@ -209,7 +201,6 @@ def run(command: Command, words: Sequence[str], context: AbstractContextManager[
     for group in groups.values():
         parser.add_class_arguments(group, sub_configs=True)
     parsed = vars(parser.instantiate(parser.parse_args(_to_jsonargparse(words, kinds, positional))))
-
     arguments = {}
     for name, parameter in parameters.items():
         if group := groups.get(name):
@@ -226,10 +217,7 @@ def _int_where_legal(value: object, kind: object) -> object:
 
 
 def _to_jsonargparse(words: Sequence[str], kinds: dict[str, Any], positional: int) -> list[str]:
-    """Rewrites words for jsonargparse, such as `--sizes 1 8` to `--sizes=[1, 8]`.
-
-    An option that takes a list or a single value gets a list only after all required arguments, as these may follow it.
-    """
+    """Rewrites words for jsonargparse, such as `--sizes 1 8` to `--sizes=[1, 8]`."""
     first = next(iter(kinds), "")
     runs = [[first]]  # each option with its values; the first run has the arguments before all options
     joined = set()  # numbers of the runs with `=`, whose switches already have a value
@@ -248,6 +236,7 @@ def _to_jsonargparse(words: Sequence[str], kinds: dict[str, Any], positional: in
         list_types = [member for member in (kind, *get_args(kind)) if get_origin(member) is list]
         element = get_args(list_types[0])[0] if list_types else None
         single = set(get_args(kind)) - {*list_types, NoneType}
+        # a list or a single value: a list only after all required arguments, as these may follow it
         lists = get_origin(kind) is list or not single or (complete and len(values) > 1)
         if kind is bool and number not in joined and values[:1] not in (["true"], ["false"]):
             made += [f"{option}true", *values]

@@ -96,5 +96,4 @@ def prune_heads(
         return
     apply(work.model, plan)
     settings = {"by": str(importance), "ranking": ranking, "per": per, "rounds": rounds}
-    record = {"heads": plan.to_json()["units"], "importance": settings}
-    work.save(before, f"without {plan.words}", record, plan.text())
+    work.save(before, f"without {plan.words}", {"heads": plan.to_json()["units"], "importance": settings}, plan.text())

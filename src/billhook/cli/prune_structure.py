@@ -208,21 +208,14 @@ def prune_structure(
 
 
 def _plans(
-    work: OneShot,
-    before: Before,
-    batches: list[Batch],
-    amount: RemoveOptions,
-    within_blocks: Amount | None,
-    block_importance: Importance | None,
-    importance: Importance | None,
-    rounds: int,
-) -> Iterator[BlockPlan | UnitPlan]:
+    work: OneShot, before: Before, batches: list[Batch], amount: RemoveOptions, within_blocks: Amount | None,
+    block_importance: Importance | None, importance: Importance | None, rounds: int,
+) -> Iterator[BlockPlan | UnitPlan]:  # fmt: skip
     """Yields plans; the caller applies each before the next is made."""
     model = work.model
     if amount.blocks_only is not None:
         with progress_bar("scoring blocks", "rounds" if amount.greedy else "batches") as progress:
-            greedy = amount.greedy
-            blocks = plan_amount(model, amount.blocks_only, block_importance, batches, greedy=greedy, progress=progress)
+            blocks = plan_amount(model, amount.blocks_only, block_importance, batches, greedy=amount.greedy, progress=progress)
         yield blocks
     if amount.tokens_only is not None:
         search, text = RatioSearch(model, amount.tokens_only), work.read_tokens(before)
@@ -238,12 +231,7 @@ def _plans(
 
 
 def prune_vocabulary(
-    model: str,
-    out: str,
-    examples: Examples,
-    tokens: float | None = None,
-    round_to: RoundTo = "auto",
-    dry_run: bool = False,
+    model: str, out: str, examples: Examples, tokens: float | None = None, round_to: RoundTo = "auto", dry_run: bool = False
 ) -> None:
     """Removes the tokens that text needs least from a model and its tokenizer, and saves it.
 

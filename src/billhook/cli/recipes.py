@@ -84,11 +84,9 @@ def config_files(words: Sequence[str]) -> list[str]:
     >>> config_files(["fit", "--config", "base.yaml", "--config=wanda.yaml", "--model.lr", "1"])
     ['base.yaml', 'wanda.yaml']
     """
-    files = []
-    for option, word in zip(["", *words], words, strict=False):
-        if option in ("--config", "-c") or word.startswith("--config="):
-            files.append(word.removeprefix("--config="))
-    return files
+    pairs = zip(["", *words], words, strict=False)
+    named = [word for option, word in pairs if option in ("--config", "-c") or word.startswith("--config=")]
+    return [word.removeprefix("--config=") for word in named]
 
 
 def config_warnings(words: Sequence[str], names: Sequence[str]) -> list[str]:

@@ -182,8 +182,7 @@ def shrink(
     repair_batches, _ = split_batches(meta_batches(work))
     limits, steps = "", [f"search for the best model within {budget.words}"]
     if search.repair is not None:
-        needed = tokens_needed(scope.search, scope.modules)
-        limits = repair_limits(work, needed, repair_batches, search.repair != "auto")
+        limits = repair_limits(work, tokens_needed(scope.search, scope.modules), repair_batches, search.repair != "auto")
         steps += [limits] * bool(limits)
         if (matching := matching_of(search.repair)) is not None:
             steps.append(work.matching_step(matching, LEAST_STEPS))

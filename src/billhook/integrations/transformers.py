@@ -34,8 +34,6 @@ STATE = "billhook_fit.pt"
 """File of a checkpoint folder with the state of callbacks."""
 BASE = "base_model"
 """Folder of a PEFT checkpoint with the base model, once an event has changed it in training."""
-
-
 LORA = re.compile(r"\.lora_\w+\.(\w+)")
 """Part of a parameter's name with the name of its adapter."""
 
@@ -213,8 +211,7 @@ class Callbacks(TrainerCallback, ExportableState):
 
     def _changes_base(self, fit: TransformersFit) -> bool:
         """Returns whether an event has changed the base model, which PEFT does not save."""
-        adapted = hasattr(fit.module, "peft_config") or has_adapters(fit.model)
-        return adapted and len(events_of(fit)) > self._repeatable
+        return len(events_of(fit)) > self._repeatable and (hasattr(fit.module, "peft_config") or has_adapters(fit.model))
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **hooked: Any) -> None:  # noqa: ANN401
         """Applies events that are due after the last step, and ends training."""
@@ -236,11 +233,7 @@ class Callbacks(TrainerCallback, ExportableState):
 
     @contextmanager
     def _fitting(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        hooked: Mapping[str, Any],
-        resumes: bool | None = None,
+        self, args: TrainingArguments, state: TrainerState, hooked: Mapping[str, Any], resumes: bool | None = None
     ) -> Iterator[TransformersFit]:
         """Yields the run; within, the model's forward pass is without accelerate's autocast."""
         model = hooked["model"]
@@ -324,6 +317,5 @@ def _starts(callback: FitCallback) -> bool:
 
 
 def _read(folder: Path) -> dict[str, Any] | None:
-    """Returns the saved state of callbacks in a checkpoint folder, if any."""
     file = folder / STATE
     return torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else None

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from textwrap import shorten
 from typing import Any
 
@@ -56,9 +56,7 @@ def validation(
     style_axes(axes)
     _mark(axes, [(step, what) for step, what, _, _ in events])
     labels = [(*point, "right") for point in (*curve[-1:], *curve[:1], *after)]
-    for point in before:
-        labels.append((*point, "left"))
-    _label(axes, line, labels)
+    _label(axes, line, labels + [(*point, "left") for point in before])
     return figure
 
 
@@ -69,8 +67,7 @@ def _mark(axes: Axes, events: Sequence[tuple[int, str]]) -> None:
     left, right = list[Any](), list[Any]()
     for step, what in sorted(events):
         text = axes.text(step, 1, f" {shorten(what, 60)} ", color=RED, fontsize=8, parse_math=False)
-        group = right if text.get_window_extent().x1 > figure.bbox.x1 else left
-        group.append((step, text))
+        (right if text.get_window_extent().x1 > figure.bbox.x1 else left).append((step, text))
     used_rows: list[tuple[int, float, float]] = []
     # from the inside out, so that no line crosses a name
     for step, text in [*reversed(left), *right]:
@@ -91,10 +88,7 @@ def _label(axes: Axes, curve: Any, points: Sequence[tuple[int, float, str]]) -> 
     lines = [line.get_path().transformed(line.get_transform()) for line in axes.lines]
     lines.append(curve.get_path().transformed(axes.transData))  # counts twice, because axes.lines has it, too
     used, seen = list[Any](), set[tuple[int, float]]()
-    dots = {}
-    for step, value, _ in points:
-        if abs(value) < 1e100:
-            dots[step, value] = axes.transData.transform((step, value))
+    dots = {(step, value): axes.transData.transform((step, value)) for step, value, _ in points if abs(value) < 1e100}
     for step, value, side in points:
         if (step, value) in seen or not abs(value) < 1e100:
             continue
@@ -110,7 +104,8 @@ def _label(axes: Axes, curve: Any, points: Sequence[tuple[int, float, str]]) -> 
                 cost = sum(line.intersects_bbox(extent.padded(2), filled=False) for line in lines)
                 if extent.x0 < axes.bbox.x0 or extent.x1 > axes.bbox.x1 or extent.y0 < axes.bbox.y0:
                     cost += 2  # it leaves the axes
-                if _nearest(extent, dots) != (step, value):
+                center = (extent.x0 + extent.x1) / 2, (extent.y0 + extent.y1) / 2
+                if min(dots, key=lambda dot: math.dist(dots[dot], center)) != (step, value):
                     cost += 2  # another dot is nearer
                 options.append((cost, len(options), (name, up), extent))
         if not options:
@@ -119,12 +114,6 @@ def _label(axes: Axes, curve: Any, points: Sequence[tuple[int, float, str]]) -> 
         _, _, side_and_height, extent = min(options)
         _put(text, *side_and_height)
         used.append(extent)
-
-
-def _nearest(extent: Any, dots: Mapping[tuple[int, float], Any]) -> tuple[int, float]:  # noqa: ANN401 - a bounding box
-    """Returns the point whose dot is nearest to the center of a text."""
-    center = (extent.x0 + extent.x1) / 2, (extent.y0 + extent.y1) / 2
-    return min(dots, key=lambda dot: math.dist(dots[dot], center))
 
 
 def _put(text: Any, side: str, up: bool) -> None:  # noqa: ANN401 - a line or a text

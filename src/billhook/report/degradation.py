@@ -219,10 +219,7 @@ class DenseReference:
         # ranks with fewer examples repeat the first one, so that all ranks gather shards equally often
         most = math.ceil(len(self.rows) / self._rank_rows.step) if is_sharded(model) else 0
         padded = [*self._rank_rows, *[0] * (most - len(self._rank_rows))]
-        inputs = []
-        for row in padded:
-            inputs.append({"input_ids": examples[row].ids[None]})
-        runs = runs_of(model, inputs)
+        runs = runs_of(model, [{"input_ids": examples[row].ids[None]} for row in padded])
         reads = [partial(read, row, run) for row, run in zip(self._rank_rows, runs, strict=False)]
         with evaluating_without_grad(model):
             run_side_by_side(model, [*reads, *(run.forward for run in runs[len(reads) :])])

@@ -1,4 +1,4 @@
-"""Predictions of a dense model and KL divergence from them, and the text of examples for models with other tokenizers."""
+"""Predictions of a dense model, KL divergence from them, and the text of examples."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -133,10 +133,7 @@ class ExampleText:
 
 @torch.no_grad()
 def bits_per_byte(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    texts: Sequence[ExampleText],
-    progress: OnProgress | None = None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[ExampleText], progress: OnProgress | None = None
 ) -> tuple[float, float]:
     """Returns the bits per byte of texts, and the tokens per byte.
 

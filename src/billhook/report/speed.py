@@ -253,18 +253,13 @@ def check_speed(
 
 
 def _rounds(
-    runs: Sequence[Generation],
-    rounds: int,
-    warmup: int,
-    before: Callable[[Generation], object],
-    work: Callable[[Generation], object],
-    progress: Callable[[], object],
-) -> list[list[tuple[float, int | None]]]:
+    runs: Sequence[Generation], rounds: int, warmup: int, before: Callable[[Generation], object],
+    work: Callable[[Generation], object], progress: Callable[[], object],
+) -> list[list[tuple[float, int | None]]]:  # fmt: skip
     """Returns seconds and peak bytes of `work` for each model and round."""
     measured: list[list[tuple[float, int | None]]] = [[] for _ in runs]
     for number in range(warmup + rounds):
-        order = range(len(runs)) if number % 2 == 0 else reversed(range(len(runs)))
-        for index in order:
+        for index in range(len(runs)) if number % 2 == 0 else reversed(range(len(runs))):
             run = runs[index]
             before(run)
             allocated, device = _bytes(run.model.parameters()) + _bytes(run.tensors), run.model.device

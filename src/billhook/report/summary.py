@@ -152,10 +152,7 @@ def report_table(rows: Sequence[ReportRow], notes: Sequence[tuple[str, str]], me
     }
     if metric is not None and metric not in keys.values():
         keys = {metric: metric} | keys
-    shown = {}
-    for head, key in keys.items():
-        if any(row.numbers.get(key) is not None for row in rows):
-            shown[head] = key
+    shown = {head: key for head, key in keys.items() if any(row.numbers.get(key) is not None for row in rows)}
     if next(iter(shown), None) not in ("val_loss", "parameters"):
         shown.pop("val_loss", None)
     if "sparsity" not in shown:

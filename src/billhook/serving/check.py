@@ -142,10 +142,7 @@ def serve_check(
         raise ValueError(
             f"new_tokens={new_tokens} leaves fewer than 2 tokens of the maximum length of {type(model).__name__}. Use fewer."
         )
-    with (
-        tempfile.TemporaryDirectory() as near,
-        LlamaCpp(threads) if isinstance(engine, str) else nullcontext(engine) as running,
-    ):
+    with tempfile.TemporaryDirectory() as near, LlamaCpp(threads) if isinstance(engine, str) else nullcontext(engine) as running:
         file = Path(near, "f32.gguf")
         try:
             written = write_gguf(folder, file, converter, ids_only=True)
@@ -158,15 +155,9 @@ def serve_check(
 
 
 def _compared(
-    folder: str,
-    model: PreTrainedModel,
-    written: Written,
-    engine: LlamaCpp,
-    file: Path,
-    length: int,
-    new_tokens: int,
+    folder: str, model: PreTrainedModel, written: Written, engine: LlamaCpp, file: Path, length: int, new_tokens: int,
     quantized: Sequence[Quantized],
-) -> ServeResult:
+) -> ServeResult:  # fmt: skip
     """Runs a file in the engine and compares its outputs with the model's."""
     try:
         row: list[int] = generated(model, examples=1, length=length)[0]["input_ids"][0].tolist()
@@ -190,7 +181,13 @@ def _compared(
         reasons.append(f"logits differ by {difference:.1e} of the largest (limit {TOLERANCE:g}) from token {first} of {len(row)}")
     if matching < new_tokens:
         reasons.append(f"greedy tokens differ after {matching} of {new_tokens}")
-    reasons += [written.vocabulary] if written.vocabulary else _other_tokens(folder, engine)
+    if written.vocabulary:
+        reasons.append(written.vocabulary)
+    else:
+        ours: list[int] = load_tokenizer(folder)(TEXT, add_special_tokens=False)["input_ids"]
+        if (theirs := engine.tokenize(TEXT)) != ours:
+            same = next((i for i, (a, b) in enumerate(zip(theirs or [], ours, strict=False)) if a != b), 0)
+            reasons.append(f"tokenization differs from token {same + 1}: {theirs} instead of {ours}")
     equal = f"{matching} of {new_tokens} greedy tokens match{_limit(model, file)}"
     measured = f"{written}; logits differ by {difference:.1e} of the largest, {equal}"
     reason = f"{'; '.join(reasons)} ({measured})" if reasons else measured
@@ -228,18 +225,7 @@ def _limit(model: PreTrainedModel, file: Path) -> str:
     return f"; valid up to {window:,} tokens, because the engine uses other attention windows"
 
 
-def _other_tokens(folder: str, engine: LlamaCpp) -> list[str]:
-    """Returns the first difference in tokenization, if any."""
-    expected: list[int] = load_tokenizer(folder)(TEXT, add_special_tokens=False)["input_ids"]
-    tokens = engine.tokenize(TEXT)
-    if tokens == expected:
-        return []
-    same = next((i for i, (a, b) in enumerate(zip(tokens or [], expected, strict=False)) if a != b), 0)
-    return [f"tokenization differs from token {same + 1}: {tokens} instead of {expected}"]
-
-
 def _quantized(engine: LlamaCpp, file: Path, kind: Quantized, row: Sequence[int], expected: Tensor) -> QuantizedFile:
-    """Quantizes a file and measures its size and perplexity."""
     from gguf import GGUFReader
 
     out, following = file.with_name(f"{kind}.gguf"), torch.tensor(row[1:])

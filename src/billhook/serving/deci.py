@@ -130,5 +130,4 @@ def _layer(layer: Any, width: int) -> tuple[int, int, int, dict[str, Tensor]]:  
 
 
 def _parameters(module: nn.Module) -> dict[str, Tensor]:
-    """Returns the weight and bias of a module."""
     return {name: parameter.detach() for name, parameter in module.named_parameters(recurse=False)}

@@ -24,10 +24,7 @@ LONGROPE = ("Phi3ForCausalLM", "MiniCPM3ForCausalLM")
 FREQUENCY_FACTORS = ("LlamaForCausalLM", "MistralForCausalLM", "MixtralForCausalLM")
 """Classes for which llama.cpp reads the tensor `rope_freqs.weight`."""
 DECI: dict[str, tuple[tuple[object, ...], str]] = {
-    "model_type": (
-        ("llama", "mistral", "qwen2", "seed_oss", "phi3"),
-        "llama.cpp's architecture deci does not compute {}",
-    ),
+    "model_type": (("llama", "mistral", "qwen2", "seed_oss", "phi3"), "llama.cpp's architecture deci does not compute {}"),
     "hidden_act": (("silu", "swish"), "llama.cpp's architecture for it computes silu, not {}"),
     "rope_type": (
         ("default", "linear", "llama3", "yarn"),

@@ -94,9 +94,7 @@ def concat(parts: Iterable[Axis]) -> Axis:
 def leaves(axis: Axis) -> list[Axis]:
     """Returns the leaves of an axis from left to right, repeated leaves several times."""
     axis = find(axis)
-    if axis.op == "leaf":
-        return [axis]
-    return [leaf for part in _parts(axis) for leaf in leaves(part)]
+    return [axis] if axis.op == "leaf" else [leaf for part in _parts(axis) for leaf in leaves(part)]
 
 
 def mark(axis: Axis, flag: str, reason: str = "") -> None:

@@ -68,13 +68,10 @@ class Structure(Printable):
 
     def to_json(self) -> dict[str, Any]:
         """Returns the structure as lists, dictionaries, numbers, and strings."""
-        parameters = {}
-        for name, shape in self.shapes.items():
-            if name in self.axes:
-                parameters[name] = {"shape": list(shape), "axes": self.tree(name)}
+        used = {name: shape for name, shape in self.shapes.items() if name in self.axes}
         return {
             "model": self.model,
-            "parameters": parameters,
+            "parameters": {name: {"shape": list(shape), "axes": self.tree(name)} for name, shape in used.items()},
             "groups": list(map(show.group_to_json, self.groups)),
             "attention": [show.roles_to_json(layer.roles) for layer in self.attention],
             "feed_forward": [show.roles_to_json(layer.roles) for layer in self.feed_forward],
@@ -129,9 +126,8 @@ def build_structure(model: nn.Module, tape: Tape, outside: Mapping[str, tuple[in
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (original := first.setdefault(id(parameter), name)) != name:
             tied[name] = original
-    sizes, shapes = dict[str, int](), dict[str, tuple[int, ...]]()
-    for name, parameter in model.named_parameters():
-        sizes[name], shapes[name] = parameter.element_size(), tuple(parameter.shape)
+    sizes = {name: parameter.element_size() for name, parameter in model.named_parameters()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     untouched = {name: shape for name, shape in shapes.items() if name not in axes}
     groups = find_groups(axes, tape, frozenset(sizes))
     attention = find_attention(tape, groups)
@@ -177,7 +173,7 @@ NEVER: dict[Kind, str] = {
 def name_kinds(groups: Sequence[Group], attention: Sequence[Attention], tape: Tape) -> None:
     """Sets the kind of every group, from the roles of its axis."""
     axes = {(member.name, member.dim): member.axis for group in groups for member in group.members}
-    queries, keys, over, values = (set[Axis]() for _ in range(4))  # head leaves of queries, and of keys and values
+    queries, of_keys, over, values = (set[Axis]() for _ in range(4))  # head leaves of queries, and of keys and values
     for layer in attention:
         over.update(layer.query_key)
         values.update(layer.value)
@@ -188,13 +184,13 @@ def name_kinds(groups: Sequence[Group], attention: Sequence[Attention], tape: Ta
         for part in (*layer.k, *layer.v):
             axis = axes.get((part.name, part.dim))
             if axis is not None:  # in a fused matrix, only the leaves that these positions reach
-                keys |= {leaf for leaf in heads & set(leaves(axis)) if (layout(axis, leaf)[part.positions] >= 0).any()}
-    only_queries = queries - keys
+                of_keys |= {leaf for leaf in heads & set(leaves(axis)) if (layout(axis, leaf)[part.positions] >= 0).any()}
+    only_queries = queries - of_keys
     for group in groups:
         leaf, flags = group.leaf, group.flags
         if (flag := next(filter(flags.__contains__, BY_FLAG), None)) is not None:
             group.kind = BY_FLAG[flag]
-        elif leaf in queries or leaf in keys or "batched" in flags:
+        elif leaf in queries or leaf in of_keys or "batched" in flags:
             grouped = any(leaf in layer.heads and not only_queries.isdisjoint(layer.heads) for layer in attention)
             group.kind = "query_head" if leaf in only_queries else "kv_head" if grouped else "head"
         elif leaf in over:
@@ -207,7 +203,13 @@ def name_kinds(groups: Sequence[Group], attention: Sequence[Attention], tape: Ta
         elif "indexed" in flags:
             group.kind = "position"
         else:
-            group.kind = _width_kind(group, tape)
+            keys = [(member.name, member.dim) for member in group.members]
+            reads, writes = ([order[key] for key in keys if key in order] for order in (tape.reads, tape.writes))
+            again = "added" in flags and bool(reads and writes) and max(writes) > min(reads)
+            if "embedded" in flags or again:  # from an embedding, or recomputed from values read earlier and added to them
+                group.kind = "residual"
+            else:
+                group.kind = "channel" if "bent" in flags or not (reads and writes) else "rank"
 
 
 def find_idle(groups: Sequence[Group], attention: Sequence[Attention], axes: Mapping[str, Sequence[Axis]]) -> None:
@@ -215,34 +217,16 @@ def find_idle(groups: Sequence[Group], attention: Sequence[Attention], axes: Map
     by_leaf = {group.leaf: group for group in groups}
     for layer in attention:
         query_key = [by_leaf[leaf] for leaf in layer.query_key if leaf in by_leaf]
-        key_axes = []
-        for part in layer.k:
-            if part.name in axes and len(part.positions) == part.size:
-                key_axes.append(axes[part.name][part.dim])
+        key_parts = [part for part in layer.k if part.name in axes and len(part.positions) == part.size]
+        key_axes = [axes[part.name][part.dim] for part in key_parts]
         candidates = list(query_key)
         if "rotary" not in map(attrgetter("kind"), query_key):
-            candidates += map(by_leaf.__getitem__, filter(by_leaf.__contains__, layer.heads))
+            candidates += [by_leaf[leaf] for leaf in layer.heads if leaf in by_leaf]
         for group in candidates:
             for member in group.members if group.kind != "rotary" else ():
                 is_bias = len(axes[member.name]) == 1 and axes[member.name][0] in key_axes
                 if is_bias and member.name not in group.idle:
                     group.idle += (member.name,)
-
-
-def _width_kind(group: Group, tape: Tape) -> Kind:
-    """Returns the kind of a width: hidden dimension, MLP channel, or rank.
-
-    Hidden dimensions come from an embedding, or are recomputed from values read earlier and added to them.
-    """
-    reads, writes = list[int](), list[int]()
-    for member in group.members:
-        key = member.name, member.dim
-        reads += [tape.reads[key]] if key in tape.reads else []
-        writes += [tape.writes[key]] if key in tape.writes else []
-    again = bool(reads and writes) and max(writes) > min(reads)
-    if "embedded" in group.flags or ("added" in group.flags and again):
-        return "residual"
-    return "channel" if "bent" in group.flags or not (reads and writes) else "rank"
 
 
 def find_contexts(groups: Sequence[Group], axes: Mapping[str, Sequence[Axis]]) -> None:

@@ -65,8 +65,6 @@ def _all_indexed(tape: Tape, x: Tensor, indices: list[Tensor | None]) -> Tensor 
 
 
 TAKEN_IN_FULL: dict[str, Callable[..., Tensor | None]] = {"masked_select": _all_selected, "index": _all_indexed}
-
-
 FACTORIES = {"arange", "zeros", "ones", "full", "scalar_tensor", "linspace", "tril_indices", "triu_indices", "eye"}
 IRREGULAR = (Irregular, TypeError, LookupError, ValueError, AttributeError, ZeroDivisionError, AssertionError)
 
@@ -112,9 +110,11 @@ class Recorder(CachedShapes):  # type: ignore[no-untyped-call]
         if name in TAKEN_IN_FULL and (out := TAKEN_IN_FULL[name](self.tape, *args)) is not None:
             self._assume(f"{name}: every entry is taken")
             return out
-        args_before = (_before(args[0]), *args[1:]) if op.reshapes else None
+        before_reshape = args[0].detach() if op.reshapes else None  # a view with the shape before
+        if before_reshape is not None:
+            before_reshape._billhook = note(args[0])
         out, args, kwargs = self._do(func, op, args, kwargs)
-        args = args_before or args
+        args = args if before_reshape is None else (before_reshape, *args[1:])
         if not op.writes:
             self._note(op, out, args, kwargs)
             if isinstance(out, Tensor) and (value := _value(self.tape, func, name, out, args, kwargs)) is not None:
@@ -150,9 +150,13 @@ class Recorder(CachedShapes):  # type: ignore[no-untyped-call]
         if (known := getattr(x, "_billhook", None)) is not None and len(known.axes) == x.dim():
             return
         parameter = self.tape.parameters.get(self.tape.storages.get(memory_of(x), ""))
-        if parameter is not None and (order := _order(parameter, x)) is not None:
-            record(x, [axes_of(parameter)[d] for d in order], [parameter], applied=True)
-            return
+        if parameter is not None:  # a full view has the parameter's dimensions in some order
+            known_dims, dims = (list(zip(t.shape, t.stride(), strict=True)) for t in (parameter, x))
+            order = [known_dims.index(dim) for dim in dims if dim in known_dims]
+            if known_dims == dims or sorted(order) == list(range(parameter.dim())) == list(range(x.dim())):
+                axes = axes_of(parameter)
+                record(x, axes if known_dims == dims else [axes[d] for d in order], [parameter], applied=True)
+                return
         notes = {"const": "a tensor that is neither parameter, buffer nor input"}
         record(x, [Axis(n, notes=notes) for n in x.shape], []).active = True
 
@@ -224,24 +228,7 @@ def _to_meta(tensor: Tensor) -> Tensor:
     return moved
 
 
-def _order(parameter: Tensor, x: Tensor) -> list[int] | None:
-    """Returns the parameter dimension for each dimension of a full view, or None."""
-    parameter_dims, dims = (list(zip(t.shape, t.stride(), strict=True)) for t in (parameter, x))
-    if parameter_dims == dims:
-        return list(range(x.dim()))
-    order = [parameter_dims.index(dim) for dim in dims if dim in parameter_dims]
-    return order if sorted(order) == list(range(parameter.dim())) == list(range(x.dim())) else None
-
-
-def _before(x: Tensor) -> Tensor:
-    """Returns a view with the shape that a tensor has before an in-place reshape."""
-    same = x.detach()
-    same._billhook = note(x)  # type: ignore[attr-defined]
-    return same
-
-
 def _written(op: Op, args: Any, kwargs: Any) -> list[Tensor]:  # noqa: ANN401
-    """Returns the arguments that an operation writes to."""
     return tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in op.writes])
 
 
@@ -254,9 +241,7 @@ def _value(tape: Tape, func: OpOverload, name: str, out: Tensor, args: Any, kwar
             value = tape.value(x)
             known.append(value is not None)
             return value
-        if isinstance(x, list | tuple):
-            return [value_of(item) for item in x]
-        return x
+        return [value_of(item) for item in x] if isinstance(x, list | tuple) else x
 
     values = []
     for x in args:
@@ -282,8 +267,16 @@ def recording(tape: Tape, model: nn.Module, everything: bool = True) -> Iterator
     them if `everything`, otherwise the first.
     """
     fused, replaced = torch.backends.mha.get_fastpath_enabled(), vars(torch.Tensor).get("__getitem__")
+    get = torch.Tensor.__getitem__
+
+    def visible(x: Tensor, index: Any) -> Tensor:  # noqa: ANN401 - whatever a tensor can be indexed with
+        # torch would make tensors of index lists without dispatching them
+        if isinstance(index, tuple) and any(isinstance(i, list) for i in index):
+            index = tuple(torch.tensor(i) if isinstance(i, list) and i and type(i[0]) is int else i for i in index)
+        return get(x, index)
+
     torch.backends.mha.set_fastpath_enabled(False)  # a fused op would hide the products of a layer
-    torch.Tensor.__getitem__ = _visible_indices(torch.Tensor.__getitem__)  # type: ignore[method-assign, assignment]
+    torch.Tensor.__getitem__ = visible  # type: ignore[method-assign, assignment]
     try:
         with torch.no_grad(), torch.compiler.set_stance("force_eager"), _Attention(), Recorder(tape, model, everything):
             yield
@@ -293,17 +286,3 @@ def recording(tape: Tape, model: nn.Module, everything: bool = True) -> Iterator
         else:
             torch.Tensor.__getitem__ = replaced  # type: ignore[method-assign]
         torch.backends.mha.set_fastpath_enabled(fused)
-
-
-def _visible_indices(get: Callable[[Tensor, Any], Tensor]) -> Callable[[Tensor, Any], Tensor]:
-    """Wraps indexing so that index lists become tensors with known values.
-
-    torch would create these tensors without dispatching them.
-    """
-
-    def seen(x: Tensor, index: Any) -> Tensor:  # noqa: ANN401 - whatever a tensor can be indexed with
-        if isinstance(index, tuple) and any(isinstance(i, list) for i in index):
-            index = tuple(torch.tensor(i) if isinstance(i, list) and i and type(i[0]) is int else i for i in index)
-        return get(x, index)
-
-    return seen

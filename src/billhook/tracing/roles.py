@@ -131,7 +131,6 @@ def find_attention(tape: Tape, groups: Sequence[Group]) -> list[Attention]:
 
 
 def _find_values(scores: ActivationProduct, later: Iterable[ActivationProduct]) -> tuple[Sources, list[Axis]] | None:
-    """Finds the values that a later product weighs by these scores: sources and axes."""
     if not scores.left or not scores.right:
         return None
     both = scores.left.keys() | scores.right.keys()

@@ -118,13 +118,7 @@ def _run(meta_model: nn.Module, outside: Shapes, example_inputs: Inputs | None, 
 
 
 def _subject(subject: nn.Module | PretrainedConfig | str | os.PathLike[str], all_of_it: bool) -> tuple[nn.Module, Shapes]:
-    """Returns the module to trace and the shapes of parameters outside of it.
-
-    All of a module, or the Hugging Face model that it holds.
-
-    Raises:
-        ValueError: If it holds several and none is the one to work on.
-    """
+    """Returns the module to trace, or the model in it, and shapes of parameters outside."""
     if not isinstance(subject, nn.Module):
         return (from_config(subject) if isinstance(subject, PretrainedConfig) else from_name(subject)), {}
     inner: Any = subject
@@ -151,18 +145,11 @@ def _subject(subject: nn.Module | PretrainedConfig | str | os.PathLike[str], all
     for child in module.modules():
         if isinstance(child, PreTrainedModel) or child is model:
             of_model.update(map(id, child.parameters()))
-    outside = {}
-    for name, parameter in module.named_parameters():
-        if id(parameter) not in of_model:
-            outside[name] = tuple(parameter.shape)
-    return model, outside
+    return model, {name: tuple(p.shape) for name, p in module.named_parameters() if id(p) not in of_model}
 
 
 def _prompts(module: nn.Module) -> bool:
-    """Returns whether PEFT adds prompts before the wrapped model.
-
-    Prompts are parameters that no forward pass of that model uses.
-    """
+    """Returns whether PEFT adds prompts, which no forward pass of the wrapped model uses."""
     adapters = getattr(module, "peft_config", None)
     values = adapters.values() if isinstance(adapters, Mapping) else ()
     return hasattr(module, "get_base_model") and any(getattr(adapter, "is_prompt_learning", False) for adapter in values)
@@ -191,7 +178,6 @@ def _opaque(reason: str, replaceable: object) -> None:
 
 
 def _vocabulary(meta_model: nn.Module) -> Axis | None:
-    """Returns the axis of token ids."""
     model: Any = next((child for child in meta_model.modules() if isinstance(child, PreTrainedModel)), None)
     try:
         table = model.get_input_embeddings().weight

@@ -54,8 +54,7 @@ def convert(
             if factors:
                 extended = _with_factors(kind.generate_extra_tensors, factors)
                 stack.enter_context(_replaced(kind, "generate_extra_tensors", extended))
-        known = text_model.get_vocab_base_pre
-        stack.enter_context(_replaced(text_model, "get_vocab_base_pre", _split(known, added)))
+        stack.enter_context(_replaced(text_model, "get_vocab_base_pre", _split(text_model.get_vocab_base_pre, added)))
         try:
             converter.main()
         except SystemExit as error:
@@ -86,10 +85,7 @@ def _with_factors(known: Any, factors: list[float]) -> Any:  # noqa: ANN401 - a 
 
 _CONTRACTIONS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _OTHERS = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-SPLITS = {
-    rf"{_CONTRACTIONS}\p{{N}}{{1,3}}{_OTHERS}": "llama-bpe",
-    rf"{_CONTRACTIONS}\p{{N}}{_OTHERS}": "qwen2",
-}
+SPLITS = {rf"{_CONTRACTIONS}\p{{N}}{{1,3}}{_OTHERS}": "llama-bpe", rf"{_CONTRACTIONS}\p{{N}}{_OTHERS}": "qwen2"}
 """llama.cpp's names of text splitting, by the expression of the tokenizer: Llama 3's and Qwen2's."""
 
 
@@ -109,17 +105,13 @@ def _split_of(state: dict[str, Any]) -> str | None:
 
 
 def _split(known: Any, added: dict[str, Any]) -> Any:  # noqa: ANN401 - a method of the converter
-    """Extends the identification of text splitting to tokenizers with other tokens.
-
-    The converter identifies tokenizers by their tokens of one text, so it knows only vocabularies that its authors saw.
-    """
+    """Identifies text splitting by rules where the converter does not know the vocabulary."""
 
     def pre(self: Any, tokenizer: Any) -> Any:  # noqa: ANN401
         try:
             return known(self, tokenizer)
         except NotImplementedError:
-            state = json.loads((self.dir_model / "tokenizer.json").read_text(encoding="utf-8"))
-            if (split := _split_of(state)) is None:
+            if (split := _split_of(json.loads((self.dir_model / "tokenizer.json").read_text(encoding="utf-8")))) is None:
                 raise
             added["split"] = split
             return split
@@ -129,7 +121,6 @@ def _split(known: Any, added: dict[str, Any]) -> Any:  # noqa: ANN401 - a method
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Any:  # noqa: ANN401
-    """Replaces a method of a class within the `with` block."""
     inherited, before = name not in vars(owner), vars(owner).get(name)
     setattr(owner, name, value)
     try:
@@ -147,7 +138,6 @@ class _Errors(logging.Handler):
     last = ""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Stores an error."""
         if record.levelno >= logging.ERROR:
             self.last = record.getMessage()
 

@@ -13,12 +13,7 @@ from billhook.tracing.rules import contraction, elementwise, indexing, movement
 
 Rule = Callable[..., Any]
 
-RULES: dict[str, Rule] = {
-    **elementwise.RULES,
-    **movement.RULES,
-    **indexing.RULES,
-    **contraction.RULES,
-}
+RULES: dict[str, Rule] = {**elementwise.RULES, **movement.RULES, **indexing.RULES, **contraction.RULES}
 
 
 def rule_for(op: OpOverload) -> Rule | None:

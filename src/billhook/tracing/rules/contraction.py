@@ -56,22 +56,16 @@ def contract(tape: Tape, out: Tensor, axes: list[Axis], x: Tensor, i: int, y: Te
 def parameter_rows(tape: Tape, weight: Tensor, dim: int) -> list[tuple[str, int, Tensor | None]]:
     """Returns the parameters behind a weight's dimension, with dimension and positions."""
     name = tape.storages.get(memory_of(weight))
-    if name is not None and (view := _in_storage(tape.parameters[name], weight, dim)) is not None:
-        return [(name, *view)]
+    if name is not None:  # a view of a parameter: its dimension and positions follow from the strides
+        stride, size, parameter = weight.stride(dim), weight.shape[dim], tape.parameters[name]
+        for d, (unit, length) in enumerate(zip(parameter.stride(), parameter.shape, strict=True)):
+            if unit and stride % unit == 0 and stride // unit * (size - 1) < length and length > 1:
+                start = weight.storage_offset() // unit % length
+                return [(name, d, start + stride // unit * torch.arange(size, dtype=torch.int32))]
     axis = find(axes_of(weight)[dim])  # computed from parameters: keep parameters that have the axis
     candidates = [name for name, _ in note(weight).sources]
     every = torch.arange(weight.shape[dim], dtype=torch.int32)
     return [(n, d, every) for n in candidates for d, other in enumerate(axes_of(tape.parameters[n])) if find(other) is axis]
-
-
-def _in_storage(parameter: Tensor, weight: Tensor, dim: int) -> tuple[int, Tensor] | None:
-    """Finds by strides the parameter dimension and positions of a view's dimension."""
-    stride, size = weight.stride(dim), weight.shape[dim]
-    for d, unit in enumerate(parameter.stride()):
-        if unit and stride % unit == 0 and stride // unit * (size - 1) < parameter.shape[d] and parameter.shape[d] > 1:
-            start = weight.storage_offset() // unit % parameter.shape[d]
-            return d, start + stride // unit * torch.arange(size, dtype=torch.int32)
-    return None
 
 
 def mm(tape: Tape, out: Tensor, x: Tensor, y: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - dtype
@@ -163,7 +157,11 @@ def convolution(
         for name, d, _ in parameter_rows(tape, weight, 0 if transposed else 1):
             tape.read(name, d)
     else:
-        weight_out = _grouped(X, W, transposed, groups)
+        group = Axis(groups)
+        join(X[1], product([group, Axis(X[1].size // groups)]))
+        join(W[0], product([group, Axis(W[0].size // groups)]))
+        join(X[1] if transposed else product(split(X[1], groups)[1]), W[0] if transposed else W[1])
+        weight_out = product([group, W[1]]) if transposed else W[0]
     if bias is not None:
         join(weight_out, axes_of(bias)[0])
     for axis in W[2:]:
@@ -182,18 +180,6 @@ def convolution(
             new.sources[name, d] = Rows(rows) if exact is None else Rows(exact, exact=True)
         for name, d in new.sources:
             tape.write(name, d)
-
-
-def _grouped(X: Sequence[Axis], W: Sequence[Axis], transposed: bool, groups: int) -> Axis:
-    """Joins the groups of input, weight, and result, and returns the output axis."""
-    group = Axis(groups)
-    join(X[1], product([group, Axis(X[1].size // groups)]))
-    join(W[0], product([group, Axis(W[0].size // groups)]))
-    if transposed:
-        join(X[1], W[0])
-        return product([group, W[1]])
-    join(product(split(X[1], groups)[1]), W[1])
-    return W[0]
 
 
 def resize(tape: Tape, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any pooling or resizing op

@@ -35,8 +35,6 @@ CLAMPS = {"clamp", "clamp_min", "clamp_max"}
 COMPARISONS = {
     "lt": float.__lt__, "le": float.__le__, "gt": float.__gt__, "ge": float.__ge__, "eq": float.__eq__, "ne": float.__ne__,
 }  # fmt: skip
-
-
 UNTAGGED = {"floor_divide", "remainder", "fmod", "hardswish", "hardsigmoid", "hardtanh", "_prelu_kernel", "log_sigmoid_forward",
           "polar", "complex", "native_dropout", "bernoulli_", "uniform_", "normal_", "addcmul", "addcdiv", "lerp", "angle",
           "real", "imag", "logaddexp", "copysign", "relu6", "threshold", "elu", "silu", "mish"}  # fmt: skip
@@ -64,10 +62,7 @@ def elementwise(tape: Tape, out: Any, *args: Any, **kwargs: Any) -> None:  # noq
 
 
 def _points(op: str, out: Tensor, inputs: list[Tensor], args: tuple[Any, ...]) -> Axis | None:
-    """Returns the axis that values of the result index, if any.
-
-    If the inputs' indices are used as values, their axes become constant.
-    """
+    """Returns the axis that the result indexes; marks axes whose indices are used as values."""
     pointing = [known.points for known in map(note, inputs) if known.points is not None]
     if not pointing:
         return None
@@ -192,8 +187,13 @@ def reduction(tape: Tape, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Non
     if args and isinstance(args[0], Tensor):
         elementwise(tape, out, x, *args, **kwargs)  # max(x, y)
         return
-    dims = _dims(tape.op, x.dim(), args, kwargs)
-    axes = axes_of(x)
+    axes, dim = axes_of(x), kwargs.get("dim")
+    if dim is None:
+        # the first argument of these is the order of the norm
+        rest = args[1:] if tape.op in ("norm", "linalg_vector_norm", "linalg__powsum") else args
+        dim = next((a for a in rest if isinstance(a, int | list | tuple) and not isinstance(a, bool)), None)
+    named = range(x.dim()) if dim is None or dim == [] else [dim] if isinstance(dim, int) else dim
+    dims = {d % max(x.dim(), 1) for d in named}
     for d in dims:
         mark(axes[d], "normed" if tape.op in NORMS or note(x).squared else "reduced", tape.op)
     for result in tensors(out):
@@ -211,18 +211,6 @@ def distance(tape: Tape, out: Tensor, x: Tensor, y: Tensor, *args: Any) -> None:
         for axis in axes:
             mark(axis, "reduced", tape.op)
     record(out, axes if out.dim() == len(axes) else [], [x, y])
-
-
-def _dims(op: str, rank: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
-    """Returns the dimensions to remove; all of them if none is named."""
-    dim = kwargs.get("dim")
-    if dim is None:
-        if op in ("norm", "linalg_vector_norm", "linalg__powsum"):  # their first argument is the order of the norm
-            args = args[1:]
-        dim = next((a for a in args if isinstance(a, int | list | tuple) and not isinstance(a, bool)), None)
-    if dim is None or dim == []:
-        return set(range(rank))
-    return {d % max(rank, 1) for d in ([dim] if isinstance(dim, int) else dim)}
 
 
 def softmax(tape: Tape, out: Tensor, x: Tensor, dim: int, *args: Any) -> None:  # noqa: ANN401 - dtype

@@ -90,8 +90,7 @@ def index(tape: Tape, out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) 
         point(pick, axes_of(x)[d])
     shape = np.broadcast_shapes(*map(attrgetter("shape"), picks.values()))
     positions = broadcast(shape, list(picks.values()))
-    # adjacent indices keep their place, others move to the front
-    first = at[0] if at == list(range(at[0], at[-1] + 1)) else 0
+    first = at[0] if at == list(range(at[0], at[-1] + 1)) else 0  # adjacent indices keep their place, others move to the front
     before, after = list[Axis](), list[Axis]()
     for d, axis in enumerate(axes_of(x)):
         if d not in picks:
@@ -102,7 +101,6 @@ def index(tape: Tape, out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) 
 
 
 def _picks(indices: Sequence[Tensor | None]) -> dict[int, Tensor]:
-    """Returns the index tensors by dimension."""
     return {d: pick for d, pick in enumerate(indices) if pick is not None}
 
 

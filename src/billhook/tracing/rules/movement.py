@@ -32,13 +32,7 @@ def view(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
 
 
 def _rearranged(remaining: list[Axis], sizes: Sequence[int]) -> tuple[list[Axis], list[Axis]]:
-    """Merges factors that are never pruned, and returns the new axes and remaining factors.
-
-    It covers the fewest factors whose product matches a product of sizes.
-
-    Raises:
-        Irregular: If units of parameters are among them.
-    """
+    """Merges the fewest factors, never pruned, that fit sizes; returns new axes and the rest."""
     old, new, i, j = 1, 1, 0, 0
     while i == 0 or old != new:
         if old <= new and i < len(remaining):

@@ -11,8 +11,7 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-RECORD = "billhook.json"
-"""File that marks a folder as written by billhook, and lists its files."""
+RECORD = "billhook.json"  # file that marks a folder as written by billhook, and lists its files
 LONGEST = 255 - len("..rehearsal.draft-01234567")
 """Maximum number of bytes of a folder name, because drafts next to it have longer names."""
 

@@ -12,8 +12,7 @@ from billhook.arguments import check_types
 from billhook.engine.sharding import full_tensor, reshard
 from billhook.model.layers import base_of, is_adapter, is_pruned, prunable
 
-WRAPPED = "base_model.model."
-"""PEFT's name prefix for the model that it wraps."""
+WRAPPED = "base_model.model."  # PEFT's name prefix for the model that it wraps
 
 
 def mask_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:

@@ -13,15 +13,12 @@ from torch import Tensor, nn
 from billhook.linalg import widest_float
 
 T = TypeVar("T")
-
-Reduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over all ranks in place and returns it."""
+Reduce = Callable[[Tensor], Tensor]  # sums a tensor over all ranks in place and returns it
 PACKED = 2**26
 """Largest number of bytes in a packed collective. Larger tensors are summed in place, as packing copies."""
 MESSAGE = 1024
 """Bytes of plain data in the first collective. Longer data uses a second one."""
-DRAWS = 2**16
-"""Range of random numbers from which ranks without a process group draw their order."""
+DRAWS = 2**16  # range of random numbers from which ranks without a process group draw their order
 
 
 class Comm:
@@ -36,12 +33,7 @@ class Comm:
     """
 
     def __init__(
-        self,
-        add: Reduce | None = None,
-        rank: int = 0,
-        size: int = 1,
-        shared: bool = False,
-        device: torch.device | str = "cpu",
+        self, add: Reduce | None = None, rank: int = 0, size: int = 1, shared: bool = False, device: torch.device | str = "cpu"
     ) -> None:
         self._add, self.rank, self.size, self.shared, self.device = add, rank, size, shared, torch.device(device)
 
@@ -184,8 +176,7 @@ class Comm:
         return len(order), [at for at, (_, rank) in enumerate(order) if rank == self.rank]
 
 
-SINGLE_PROCESS = Comm()
-"""A single process, where sums leave tensors unchanged."""
+SINGLE_PROCESS = Comm()  # a single process, where sums leave tensors unchanged
 
 
 def _packs(tensors: Sequence[Tensor]) -> list[list[Tensor]]:

@@ -18,13 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from billhook.engine.device import DeviceCopies, Prefetcher, read_pinned
 from billhook.engine.forwards import InferenceForward, LoadHook, OffloadedForward
 from billhook.engine.lazy import LazyTensors
-from billhook.engine.loader_internals import (
-    initialize_buffers,
-    load_tensors,
-    names_in_model,
-    save_state,
-    to_file_format,
-)
+from billhook.engine.loader_internals import initialize_buffers, load_tensors, names_in_model, save_state, to_file_format
 from billhook.engine.parts import Parts, identity_of, tensor_in
 from billhook.engine.store import STORE, BlockStore
 from billhook.engine.tensors import TensorFiles, renumbered, share_parameters, write_index

@@ -19,10 +19,8 @@ from torch.distributed.tensor import Shard
 from billhook.engine.trees import parameter_slots
 from billhook.versions import supported_versions
 
-MODULE = "torch.distributed._composable_state"
-"""Module with torch's `_module_state_mapping`, from modules to their FSDP state."""
-STATE_KEY = "__composable_api_state_key"
-"""Prefix of the attributes in which a module records composable APIs."""
+MODULE = "torch.distributed._composable_state"  # module with torch's `_module_state_mapping`, from modules to their FSDP state
+STATE_KEY = "__composable_api_state_key"  # prefix of the attributes in which a module records composable APIs
 OF_PART = ("_get_fsdp_state",)
 OF_STATE = (
     "_modules",
@@ -61,8 +59,7 @@ OF_GROUP = (
 OF_PARAMETER = ("_post_load_hook_handle", "reset_sharded_param")
 OF_RUNS = (*OF_PART, STATE_KEY, "_mp_policy")
 """Names needed for forward runs of a sharded model whose shapes stay, such as for masks."""
-WRAPPED = "_checkpoint_wrapped_module"
-"""Attribute of torch's activation-checkpointing wrappers, which is part of weight names."""
+WRAPPED = "_checkpoint_wrapped_module"  # attribute of torch's activation-checkpointing wrappers, which is part of weight names
 OF_LISTS = {"torch.distributed.checkpoint.filesystem": "_StorageInfo", "torch.serialization": "_get_layout"}
 """Private classes in the metadata of a sharded checkpoint, by module."""
 
@@ -209,11 +206,7 @@ def _sharding(state: Any) -> Sharding:  # noqa: ANN401
             reshard = None
         elif after is not None and after.mesh is not group.mesh_info.mesh:
             reshard = after.shard_mesh_size
-        arguments |= {
-            "mesh": group.mesh_info.mesh,
-            "offload_policy": group.offload_policy,
-            "reshard_after_forward": reshard,
-        }
+        arguments |= {"mesh": group.mesh_info.mesh, "offload_policy": group.offload_policy, "reshard_after_forward": reshard}
         settings = {name: getattr(group, name) for name in (*SETTINGS, *NEWER_SETTINGS) if hasattr(group, name)}
     prefetched = _modules_of(state._states_to_forward_prefetch), _modules_of(state._states_to_backward_prefetch)
     return Sharding(state._modules, arguments, settings, prefetched)

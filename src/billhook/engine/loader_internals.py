@@ -14,10 +14,7 @@ from transformers.utils import logging
 
 from billhook.versions import version_hint
 
-LOADED = "_is_hf_initialized"
-"""Attribute of loaded modules and tensors, which are not initialized."""
-
-
+LOADED = "_is_hf_initialized"  # attribute of loaded modules and tensors, which are not initialized
 LOADER = "to save models and to stream them"
 """The purpose of the loader's names, for errors. They are imported on use, as they move often."""
 

@@ -23,8 +23,7 @@ def resident(which: Literal["VmRSS", "VmHWM", "RssAnon"] = "VmRSS") -> int | Non
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:")), None)
 
 
-LEAST = 2**31
-"""Bytes that may always be used."""
+LEAST = 2**31  # bytes that may always be used
 
 
 def memory_to_hold(device: torch.device) -> int:
@@ -48,9 +47,7 @@ def memory_to_hold(device: torch.device) -> int:
 
 COPIES = 3
 """Largest number of copies of a block: old, new, and being written. The next one may be prefetched."""
-
-WORK = 2**27
-"""Bytes for library workspaces and allocator fragmentation."""
+WORK = 2**27  # bytes for library workspaces and allocator fragmentation
 
 
 def fits(store: BlockStore, working_bytes: int, activations: int, memory: int) -> bool:

@@ -134,8 +134,7 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-OPEN = "_overridden"
-"""Attribute of an object with its open `overridden` contexts, in order of entry."""
+OPEN = "_overridden"  # attribute of an object with its open `overridden` contexts, in order of entry
 
 
 @dataclass(eq=False)
@@ -198,8 +197,7 @@ def replaced(new: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[None]:
                     parameter.data = value
 
 
-PROBLEM = "problem_type"
-"""Config field that a classifier's forward sets from its labels."""
+PROBLEM = "problem_type"  # config field that a classifier's forward sets from its labels
 
 
 @dataclass(frozen=True)
@@ -258,8 +256,7 @@ def _set_precision(old: str, cuda: str, mkldnn: str) -> None:
     backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision = cuda, mkldnn
 
 
-LOADING = threading.RLock()
-"""Lock of `one_thread`, which nested calls take again."""
+LOADING = threading.RLock()  # lock of `one_thread`, which nested calls take again
 
 
 @contextmanager

@@ -22,10 +22,8 @@ from billhook.engine.lazy import LazyTensors
 from billhook.engine.loader_internals import save_state
 from billhook.engine.state import overridden, replaced
 
-STORE = "_billhook_store"
-"""Attribute of a module for the store of its blocks."""
-Alter = Callable[[nn.Module], Iterable[nn.Parameter]]
-"""Changes parameter values of a block, and returns these parameters."""
+STORE = "_billhook_store"  # attribute of a module for the store of its blocks
+Alter = Callable[[nn.Module], Iterable[nn.Parameter]]  # changes parameter values of a block, and returns these parameters
 
 
 class BlockStore(ABC):

@@ -343,8 +343,7 @@ def _empty(entry: Any, device: str = "cpu") -> Tensor:  # noqa: ANN401 - a slice
     return torch.empty(entry.get_shape(), dtype=DTYPES[entry.get_dtype()], device=device)
 
 
-ELEMENTS = 2**22
-"""Number of values that are read at once."""
+ELEMENTS = 2**22  # number of values that are read at once
 
 
 def share_parameters(model: PreTrainedModel, other: PreTrainedModel, files: TensorFiles, keys: Collection[str]) -> list[str]:

@@ -112,8 +112,7 @@ def with_exits(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
     return ordered
 
 
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""The arguments and the keywords of a call."""
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments and the keywords of a call
 
 
 class Visitor:

@@ -11,8 +11,7 @@ from billhook.engine.loader_internals import names_in_model
 from billhook.engine.sharding import full_tensor
 from billhook.engine.store import store_of
 
-ELEMENTS = 2**24
-"""Number of values that are read at once."""
+ELEMENTS = 2**24  # number of values that are read at once
 
 
 def zeros_of(model: nn.Module) -> int | None:

@@ -24,8 +24,7 @@ from billhook.fit.fit import Fit, Loss
 from billhook.fit.run import isolated_rng
 from billhook.repairs.residuals import strip_argument
 
-BatchAndLoss = tuple[Any, Loss]
-"""A batch, and the loss as a function of model and batch."""
+BatchAndLoss = tuple[Any, Loss]  # a batch, and the loss as a function of model and batch
 
 
 @dataclass(frozen=True, eq=False)

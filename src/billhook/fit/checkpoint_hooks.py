@@ -27,7 +27,6 @@ RANDOM, GRADIENTS = "billhook_random", "billhook_gradients"
 """Checkpoint keys of the random state of each process and the gradients of an unfinished step."""
 _WRAPPED = "_billhook_wrapped"
 _HOOKS = ("on_load_checkpoint", "on_save_checkpoint", "on_train_start", "on_train_epoch_start")
-
 State = dict[str, Any]
 
 

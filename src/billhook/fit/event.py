@@ -32,11 +32,9 @@ from billhook.report.summary import summary
 from billhook.schedules import Schedule
 
 Event = dict[str, Any]
-
 SIZES = ("params", "kv_cache_bytes", "sparsity")
 """Metrics of the model that are logged before the first event and after each event."""
-UNLOGGED = ("zeros", "flops")
-"""Metrics that are recorded but not logged."""
+UNLOGGED = ("zeros", "flops")  # metrics that are recorded but not logged
 
 
 class ShapeFollower(FitCallback, ABC):
@@ -285,8 +283,7 @@ def log_event(fit: Fit, event: Event) -> None:
         follower.on_event(fit, event)
 
 
-UNRECORDED = {"self", "measure_batches", "plot_file", "metric"}
-"""Parameters that do not affect the model."""
+UNRECORDED = {"self", "measure_batches", "plot_file", "metric"}  # parameters that do not affect the model
 
 
 def describe_callback(callback: object) -> dict[str, Any]:

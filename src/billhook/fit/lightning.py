@@ -378,10 +378,7 @@ def call_of_model(model: nn.Module, step: Callable[[], object], what: str) -> tu
         raise _Called(args, kwargs)
 
     try:
-        with (
-            overridden(model, forward=forward),
-            torch.compiler.set_stance("force_eager"),
-        ):  # compiled code skips `forward`
+        with overridden(model, forward=forward), torch.compiler.set_stance("force_eager"):  # compiled code skips `forward`
             step()
     except _Called as call:
         args, kwargs = call.args

@@ -15,10 +15,8 @@ from billhook.model.preprocessors import Preprocessor, load_preprocessor
 
 NAMES = ("processor", "tokenizer", "image_processor", "feature_extractor")
 """Attributes of data modules; properties may load on first access."""
-DEPTH = 4
-"""Search depth in a loader's `collate_fn` and dataset."""
-SHORT = 16
-"""Maximum length of a list to search."""
+DEPTH = 4  # search depth in a loader's `collate_fn` and dataset
+SHORT = 16  # maximum length of a list to search
 
 
 def find_preprocessors(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Preprocessor]:

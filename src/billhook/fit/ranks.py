@@ -23,13 +23,9 @@ from billhook.fit.fit import Fit
 from billhook.linalg import widest_float
 
 T = TypeVar("T")
-
-LENGTH = 1024
-"""Bytes of a rank's message."""
-PICKED, NEAR = 1024, 0.01
-"""Number of values per tensor that ranks compare, and tolerance relative to their root mean square."""
-FAILED = "billhook/failed/{}"
-"""Key of the store for a rank's failure."""
+LENGTH = 1024  # bytes of a rank's message
+PICKED, NEAR = 1024, 0.01  # number of values per tensor that ranks compare, and tolerance relative to their root mean square
+FAILED = "billhook/failed/{}"  # key of the store for a rank's failure
 
 
 class RanksDiffer(RuntimeError):

@@ -20,10 +20,8 @@ from torch.utils.hooks import RemovableHandle
 from transformers import GenerationConfig, PretrainedConfig
 
 Finding = TypeVar("Finding")
-
 MOST = 256
 """Number of cached results. The config search builds dozens of models per shape."""
-
 # Without it half of a short fit is spent on finding the same again. A finding is bytes, so that whatever a caller does to it does
 # not reach the next. Each operation on the dictionary is atomic, so that threads need no lock.
 _findings: OrderedDict[Hashable, bytes] = OrderedDict()
@@ -83,7 +81,6 @@ def signature(subject: nn.Module | tuple[object, ...]) -> Hashable | None:
 
 UNSEEN = {*vars(nn.Module()), "_compiled_call_impl"}
 """Attributes of a module that do not affect how it runs, or are handled separately."""
-
 PLAIN = PretrainedConfig, partial, Enum, complex, dict, torch.dtype, torch.device, torch.Size
 """Classes whose pickles identify their values."""
 

@@ -14,8 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from billhook.model.config_fields import build_or_refuse, named_class
 from billhook.model.layers import NEW
 
-ModelLoader = Any
-"""A model class or an auto class, with `from_pretrained`."""
+ModelLoader = Any  # a model class or an auto class, with `from_pretrained`
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from billhook.model.cache import cached
 from billhook.model.config_fields import build_class_on_meta
 from billhook.model.transformers_internals import follows_inputs
 
-MOST = 1024
-"""Approximate number of summed values of a larger buffer, evenly spaced."""
+MOST = 1024  # approximate number of summed values of a larger buffer, evenly spaced
 HARMLESS = (
     *("training", "drop", "checkpointing", "loss", "jitter", "padding_idx", "pad_token_id", "vocab_size"),
     *("cached", "rescaled", "pooling_mult", "shift_size", "window_size"),
@@ -57,8 +56,7 @@ def record_constants(model: nn.Module) -> dict[str, float]:
     return record
 
 
-Numbers = dict[str, tuple[float, float]]
-"""Old and new numbers of modules, by dotted name."""
+Numbers = dict[str, tuple[float, float]]  # old and new numbers of modules, by dotted name
 
 
 class _KnownNumbers(TorchFunctionMode):

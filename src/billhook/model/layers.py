@@ -17,11 +17,8 @@ if TYPE_CHECKING:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
 
-Convolutions = Literal["mixing", "all", "none"]
-"""Convolutions to prune: with at least `MIXING` channels per output, all, or none."""
-
+Convolutions = Literal["mixing", "all", "none"]  # convolutions to prune: with at least `MIXING` channels per output, all, or none
 Convolution = nn.Conv1d | nn.Conv2d
-
 MIXING = 4
 """Minimum of channels per output of a mixing convolution. Depthwise convolutions have one, and patch embeddings and stems, which
 take pixels or a waveform, at most three."""
@@ -111,13 +108,9 @@ def active_in(layer: Any) -> list[str]:  # noqa: ANN401 - PEFT does not type its
 
 PACKED = ("qweight", "weight_packed", "W_q")
 """Weight names of quantized layers other than `nn.Linear` (GPTQ and AWQ, compressed-tensors, HQQ)."""
-
-NEW = "_billhook_new"
-"""Attribute of modules that were not in the checkpoint, such as a new task head."""
-
+NEW = "_billhook_new"  # attribute of modules that were not in the checkpoint, such as a new task head
 CLASSIFIERS = ("Classification", "QuestionAnswering", "MultipleChoice")
 """Parts of the names of model classes with a classification head."""
-
 PRUNED = 0.01
 """Minimum sparsity of a pruned weight. Rounding leaves a few zeros in dense weights."""
 

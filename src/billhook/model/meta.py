@@ -26,7 +26,6 @@ from billhook.model.shape import KEY
 from billhook.model.shaped import apply_entry
 
 Module = TypeVar("Module", bound=nn.Module)
-
 MAPPINGS = [f"MODEL_FOR_{task}_MAPPING_NAMES" for task in
             ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_CLASSIFICATION", "CTC")]  # fmt: skip
 MAPPINGS.append("MODEL_MAPPING_NAMES")

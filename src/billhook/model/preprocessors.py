@@ -38,12 +38,9 @@ FILES = (
 """Preprocessor files. Without any of them, transformers creates an empty tokenizer."""
 VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "spm.model", "merges.txt")
 """Vocabulary files that older folders may have instead."""
-
-
 LOST_TOKENS = "_lost_tokens"
 """Attribute of a model whose vocabulary has shrunk since it was loaded: the `vocabulary_fingerprint` of the ids that it kept."""
-TRIMMED = "billhook_kept_tokens"
-"""Setting of a trimmed tokenizer, saved with it: the same fingerprint."""
+TRIMMED = "billhook_kept_tokens"  # setting of a trimmed tokenizer, saved with it: the same fingerprint
 FIX = "After a removal of tokens, pass plan.trim_tokenizer(tokenizer), or the folder where it is saved (--tokenizer FOLDER)."
 
 

@@ -16,10 +16,8 @@ from billhook.engine.batches import Run
 from billhook.engine.state import overridden
 from billhook.model.config_fields import text_config
 
-RopeParameters = Mapping[str, Any]
-"""`rope_parameters` of a config: plain values and lists of numbers by name."""
-POSITIONLESS = 1e9
-"""Factor that divides a frequency so far that it does not rotate."""
+RopeParameters = Mapping[str, Any]  # `rope_parameters` of a config: plain values and lists of numbers by name
+POSITIONLESS = 1e9  # factor that divides a frequency so far that it does not rotate
 
 
 def rope_parameters(model: nn.Module) -> dict[str, Any]:

@@ -80,18 +80,10 @@ def _copied(block: nn.Module, device: torch.device) -> nn.Module:
 
 
 T = TypeVar("T")
-
-KEY = "billhook"
-"""Key of the shape in Lightning checkpoints, and of the shape beyond the config in config.json."""
-
-VERSION = 1
-"""Version of a shape entry."""
-
-GROUPS = "num_key_value_groups"
-"""Attribute of attention modules for the number of query heads per KV head."""
-
-FLAG = "multi_query"
-"""Config field and attribute of some families for multi-query attention, the only flag in a shape."""
+KEY = "billhook"  # key of the shape in Lightning checkpoints, and of the shape beyond the config in config.json
+VERSION = 1  # version of a shape entry
+GROUPS = "num_key_value_groups"  # attribute of attention modules for the number of query heads per KV head
+FLAG = "multi_query"  # config field and attribute of some families for multi-query attention, the only flag in a shape
 DIMENSIONS = 8  # more than any weight has
 
 

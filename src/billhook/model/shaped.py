@@ -61,11 +61,7 @@ def has_shape_entry(name: str) -> bool:
 
 
 def load_shaped(
-    kind: type[PreTrainedModel],
-    name: str,
-    dtype: str | torch.dtype,
-    attention: str | None = None,
-    labels: int | None = None,
+    kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype, attention: str | None = None, labels: int | None = None
 ) -> PreTrainedModel:
     """Loads a checkpoint with a shape entry in a class, also with another task head.
 

@@ -17,8 +17,7 @@ from billhook.arguments import check_fraction, check_number, check_path, check_t
 from billhook.checkpoints.pretrained import Task, load_model
 from billhook.model.config_fields import text_config
 
-CHUNK = 2**22
-"""Number of logits processed at once: 16 MB in float32."""
+CHUNK = 2**22  # number of logits processed at once: 16 MB in float32
 
 
 @dataclass(frozen=True)

@@ -29,8 +29,7 @@ class TokenPerplexity(Metric):
         return torch.exp(self.total / self.tokens)
 
 
-TOP = 5
-"""The k of top-k accuracy in image classification."""
+TOP = 5  # the k of top-k accuracy in image classification
 
 
 def metric_name(task: str) -> str:

@@ -122,8 +122,7 @@ def names_within(module: str, names: Iterable[str]) -> set[str]:
 
 
 Decay = Literal["cosine", "linear", "constant"]
-MAX_NEW_TOKENS = 128
-"""Default limit for generation, if the generation config has no `max_new_tokens`."""
+MAX_NEW_TOKENS = 128  # default limit for generation, if the generation config has no `max_new_tokens`
 TEACHER, RANDOM, STEPS = "billhook_teacher", "billhook_noise", "billhook_steps"
 """Keys of Lightning checkpoints: the teacher's checksum, the random state, and the length of training."""
 

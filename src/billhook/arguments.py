@@ -173,7 +173,6 @@ def _all_fit(items: Iterable[object], kind: Any) -> bool:  # noqa: ANN401
 
 
 def _legal(kind: Any) -> str:  # noqa: ANN401
-    """Describes an annotation."""
     origin, inside = get_origin(kind), get_args(kind)
     names = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", NoneType: "None"}
     if origin in (Union, UnionType):

@@ -16,17 +16,12 @@ LONGEST = 255 - len("..rehearsal.draft-01234567")
 """Maximum number of bytes of a folder name, because drafts next to it have longer names."""
 
 
-def check_name(folder: str | Path) -> None:
-    """Raises an error for a name that is illegal for a folder or its drafts."""
+def check_target(folder: str | Path) -> None:
+    """Raises an error if an output folder is not a billhook checkpoint or cannot be replaced."""
     longest = max(len(os.fsencode(part)) for part in ("", *Path(folder).parts))
     if "\0" in str(folder) or longest > LONGEST:
         problem = "contains a zero byte" if "\0" in str(folder) else f"has a name of {longest} bytes, more than {LONGEST}"
         raise ValueError(f"folder: {str(folder)[:80]!r} {problem}. Choose another name.")
-
-
-def check_target(folder: str | Path) -> None:
-    """Raises an error if an output folder is not a billhook checkpoint or cannot be replaced."""
-    check_name(folder)
     path = Path(folder).resolve()
     if os.path.ismount(path):
         raise ValueError(f"'{folder}' is a mount point, which cannot be replaced. Use a folder inside it.")

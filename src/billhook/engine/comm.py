@@ -90,7 +90,15 @@ class Comm:
         for tensor in tensors:
             by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         for same_kind in by_kind.values():
-            for pack in _packs(same_kind):
+            packs, free = list[list[Tensor]](), 0
+            for tensor in same_kind:
+                size = tensor.numel() * tensor.element_size()
+                if not packs or size > free:
+                    packs.append([])
+                    free = PACKED
+                packs[-1].append(tensor)
+                free -= size
+            for pack in packs:
                 # collectives may require contiguous memory, and NCCL takes no CPU tensors
                 packed = pack[0].contiguous() if len(pack) == 1 else torch.cat([tensor.reshape(-1) for tensor in pack])
                 if packed.device.type == "cpu" and self.device.type != "cpu":
@@ -177,16 +185,3 @@ class Comm:
 
 
 SINGLE_PROCESS = Comm()  # a single process, where sums leave tensors unchanged
-
-
-def _packs(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Divides tensors, in order, into groups that are summed together."""
-    packs, free = list[list[Tensor]](), 0
-    for tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if not packs or size > free:
-            packs.append([])
-            free = PACKED
-        packs[-1].append(tensor)
-        free -= size
-    return packs

@@ -94,10 +94,8 @@ def precision_of(part: nn.Module) -> torch.dtype | None:
 def strip_fsdp(part: nn.Module) -> tuple[type[nn.Module], dict[Any, Any]]:
     """Restores the class of a sharded module; returns the FSDP class and its state."""
     # torch's state on the module has keys that are not plain strings, or begin with STATE_KEY
-    kind, kept = (
-        type(part),
-        {key: value for key, value in vars(part).items() if type(key) is not str or key.startswith(STATE_KEY)},
-    )
+    kind = type(part)
+    kept = {key: value for key, value in vars(part).items() if type(key) is not str or key.startswith(STATE_KEY)}
     part.__class__ = class_of(part)  # fully_shard has replaced the class, and nothing else restores it
     for key in kept:
         del vars(part)[key]
@@ -213,7 +211,6 @@ def _sharding(state: Any) -> Sharding:  # noqa: ANN401
 
 
 def _modules_of(states: Iterable[Any]) -> list[nn.Module]:
-    """Returns the modules of FSDP states."""
     return [part for state in states for part in state._modules]
 
 
@@ -245,7 +242,6 @@ def check_known(part: Any, reshapes: bool = True) -> None:  # noqa: ANN401
 
 
 def _lacking(owner: Any, names: Iterable[str]) -> list[str]:  # noqa: ANN401
-    """Returns the names that an object lacks."""
     return [name for name in names if not hasattr(owner, name)]
 
 

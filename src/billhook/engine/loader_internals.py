@@ -20,7 +20,6 @@ LOADER = "to save models and to stream them"
 
 
 def _conversions(model: PreTrainedModel) -> Any:  # noqa: ANN401 - a list of what differs by release
-    """Returns the weight conversions of a model's family."""
     with version_hint("transformers", LOADER):
         from transformers.conversion_mapping import get_model_conversion_mapping
 

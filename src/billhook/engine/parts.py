@@ -175,7 +175,6 @@ class Parts:
                 shutil.rmtree(self._folder / str(step))
 
     def _check_own(self) -> None:
-        """Raises if billhook did not write the folder."""
         is_empty = self._folder.is_dir() and not any(self._folder.iterdir())
         if self._folder.exists() and not (self._folder / MARK).is_file() and not is_empty:
             raise ValueError(

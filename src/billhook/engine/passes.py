@@ -99,7 +99,6 @@ class _Passed(Visitor):
         self.ends, self._leave = ends, leave
 
     def leave(self, site: Site) -> None:
-        """Reports a block that all runs have passed."""
         if self._leave is not None:
             self._leave(site.module)
 

@@ -68,7 +68,6 @@ def seed_random_state(number: int, device: torch.device) -> None:
 
 
 def _has_own(device: torch.device) -> bool:
-    """Returns whether a device has its own random state."""
     return device.type not in ("cpu", "meta")
 
 
@@ -232,18 +231,15 @@ def _kinds() -> set[str]:
 
 
 def _precision() -> tuple[str, str, str]:
-    """Returns the float32 precision: old setting, CUDA setting, and mkldnn setting.
-
-    New settings follow the old one, but not vice versa. If they contradict it, torch raises on reading the old one. A new setting
-    that equals its backend's is `"none"`, and keeps following the backend.
-    """
+    """Returns the float32 precision: old setting, CUDA setting, and mkldnn setting."""
+    # new settings follow the old one, but not vice versa; one that is equal to its backend's is "none", and keeps following it
     backends: Any = torch.backends
     cuda, mkldnn = backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision
     cuda = "none" if cuda == backends.cudnn.fp32_precision else cuda  # which is that of all of cuda
     mkldnn = "none" if mkldnn == backends.mkldnn.fp32_precision else mkldnn
     try:
         return torch.get_float32_matmul_precision(), cuda, mkldnn
-    except RuntimeError:
+    except RuntimeError:  # new settings contradict the old one
         backends.cuda.matmul.fp32_precision = backends.mkldnn.matmul.fp32_precision = "ieee"  # which contradicts none
         old = torch.get_float32_matmul_precision()
         _set_precision(old, cuda, mkldnn)

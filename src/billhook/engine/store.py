@@ -112,7 +112,6 @@ class BlockStore(ABC):
         """Loads a block into memory, where there is none."""
 
     def _alter(self, block: nn.Module) -> None:
-        """Applies the registered alterations to a loaded block."""
         for alter in self._alterations.get(block, ()):
             alter(block)
 

@@ -75,12 +75,11 @@ class FitCalibration:
 
     def check(self, fit: Fit) -> None:
         """Raises `ValueError` if the training data cannot be used for calibration."""
-        module = fit.module
         if not self.shared(fit):
             return
         if fit.updates_in_step:
             raise ValueError(
-                f"calibration: examples of training data are not supported by {type(module).__name__}, which uses manual "
+                f"calibration: examples of training data are not supported by {type(fit.module).__name__}, which uses manual "
                 "optimization: its training_step would update weights. Pass batches (dictionaries of the model's inputs) or a "
                 "Calibration as calibration=, or define calibration_batches(self) in the module."
             )
@@ -156,7 +155,6 @@ def _text(calibration: Calibration, fit: Fit) -> list[Batch]:
 
 
 def _moved(fit: Fit, batch: Any) -> Any:  # noqa: ANN401
-    """Moves a batch to this rank's device."""
     moved = fit.to_device(batch)
     return Batch(moved, batch.source) if isinstance(batch, Batch) else moved
 

@@ -33,7 +33,11 @@ def find_preprocessors(trainer: pl.Trainer, pl_module: pl.LightningModule) -> li
     for owners, depth in ((named, 0), ([data], 2), ([pl_module], 2), (read, DEPTH)):
         seen = set[int]()
         if preprocessors := [preprocessor for owner in owners for preprocessor in _find_in(owner, depth, seen)]:
-            return _select(preprocessors)
+            if processors := [found for found in preprocessors if isinstance(found, ProcessorMixin)]:
+                return [processors[0]]
+            tokenizers = [found for found in preprocessors if isinstance(found, PreTrainedTokenizerBase)]
+            others = [found for found in preprocessors if not isinstance(found, PreTrainedTokenizerBase)]
+            return [*tokenizers[:1], *others[:1]]
     origin = find_transformer(pl_module).config.name_or_path
     with suppress(Exception):  # transformers raises many types
         return [load_preprocessor(str(origin))] if origin else []
@@ -67,14 +71,3 @@ def _references(owner: object) -> Iterable[object]:
         isinstance(owner, nn.Module) and not isinstance(owner, pl.LightningModule)
     )
     return [] if of_torch else list(getattr(owner, "__dict__", {}).values())
-
-
-def _select(preprocessors: list[Preprocessor]) -> list[Preprocessor]:
-    """Returns a processor, or else a tokenizer and an image or audio preprocessor."""
-    for preprocessor in preprocessors:
-        if isinstance(preprocessor, ProcessorMixin):
-            return [preprocessor]
-    text, others = list[Preprocessor](), list[Preprocessor]()
-    for preprocessor in preprocessors:
-        (text if isinstance(preprocessor, PreTrainedTokenizerBase) else others).append(preprocessor)
-    return [*text[:1], *others[:1]]

@@ -129,9 +129,8 @@ def _forward(meta_model: PreTrainedModel, length: int) -> int:
     inputs: dict[str, Any] = {"input_ids": ids}
     if meta_model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
-        if (
-            "decoder_attention_mask" in signature(meta_model.forward).parameters
-        ):  # otherwise BART creates a mask and reads its values
+        # otherwise BART creates a mask and reads its values
+        if "decoder_attention_mask" in signature(meta_model.forward).parameters:
             inputs["decoder_attention_mask"] = torch.zeros(1, 1, length, length, dtype=meta_model.dtype, device="meta")
     if hasattr(meta_model.config.get_text_config(decoder=True), "use_cache"):
         inputs["use_cache"] = True

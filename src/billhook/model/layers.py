@@ -129,7 +129,7 @@ def prunable(module: nn.Module, output_embeddings: bool = False, convolutions: C
     >>> list(prunable(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4))))
     ['1']
     """
-    left_out = set() if output_embeddings else _output_embeddings(module) | _classification_heads(module)
+    left_out = set() if output_embeddings else _outputs(module)
     linears: dict[str, nn.Module] = {}
     weights: set[int] = set()
     for name, part in _walk(module, "", left_out):
@@ -233,7 +233,6 @@ def to_parameters(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> dic
 
 
 def _is_among(module: nn.Module, convolutions: Convolutions) -> bool:
-    """Returns whether a module is a linear layer or a selected convolution."""
     if is_convolution(module):
         return convolutions == "all" or (convolutions == "mixing" and channels_of(module) >= MIXING)
     return is_linear(module)
@@ -251,21 +250,14 @@ def _walk(module: nn.Module, name: str, left_out: set[int]) -> Iterator[tuple[st
         yield from _walk(child, f"{name}.{child_name}" if name else child_name, left_out)
 
 
-def _output_embeddings(module: nn.Module) -> set[int]:
-    """Returns the ids of output embeddings and of embedding weights."""
+def _outputs(module: nn.Module) -> set[int]:
+    """Returns the ids of output embeddings, embedding weights, heads, and new modules."""
     identities = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     for part in module.modules():
         get = getattr(part, "get_output_embeddings", None)
         output = get() if callable(get) else None
         if isinstance(output, nn.Module):
             identities |= {id(output), *map(id, output.parameters())}
-    return identities
-
-
-def _classification_heads(module: nn.Module) -> set[int]:
-    """Returns the ids of classification heads and of new modules."""
-    identities = set()
-    for part in module.modules():
         if hasattr(part, NEW):
             identities.add(id(part))
         if isinstance(part, PreTrainedModel) and any(kind in type(part).__name__ for kind in CLASSIFIERS):

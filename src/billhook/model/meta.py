@@ -264,6 +264,5 @@ def _fields_in(plain: object, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _named(mapping: str, config: PretrainedConfig) -> tuple[str, ...]:
-    """Returns the classes of an auto mapping for a config."""
     names: str | tuple[str, ...] = getattr(modeling_auto, mapping).get(config.model_type, ())
     return (names,) if isinstance(names, str) else tuple(names)

@@ -168,7 +168,6 @@ def _fits(value: object, kind: Any, within: bool = False) -> bool:  # noqa: ANN4
 
 
 def _all_fit(items: Iterable[object], kind: Any) -> bool:  # noqa: ANN401
-    """Returns True if the types of all items in a container match an annotation."""
     return all(_fits(item, kind, within=True) for item in items)
 
 

@@ -46,8 +46,7 @@ def check_target(folder: str | Path) -> None:
 def check_not_source(source: str | Path, folder: str | Path) -> None:
     """Raises an error if the output folder is or contains the source folder."""
     source_path, path = Path(source).resolve(), Path(folder).resolve()
-    folders = (source_path, *source_path.parents)
-    if source_path.is_dir() and path.exists() and any(map(path.samefile, folders)):
+    if source_path.is_dir() and path.exists() and any(map(path.samefile, (source_path, *source_path.parents))):
         raise ValueError(f"'{folder}' is or contains the folder of the model, which would be lost. Choose another folder.")
 
 

@@ -89,7 +89,6 @@ class _ProgressLines:
             )
 
     def repeat(self) -> None:
-        """Prints a line on the progress."""
         now, (first_done, first_time) = time.monotonic(), self.start
         words = [f"{self.task}: {format_duration(now - self.begun)} so far"]
         if self.unit and self.total:

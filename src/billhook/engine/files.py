@@ -240,7 +240,6 @@ class FileStore(BlockStore):
 
         So do all values outside of a step. See `BlockStore.stage`.
         """
-        del device
         if block is None or not self._in_step:
             return LazyTensors.of(values)
         if (name := self.names[block]) not in self.done:

@@ -23,39 +23,21 @@ MODULE = "torch.distributed._composable_state"  # module with torch's `_module_s
 STATE_KEY = "__composable_api_state_key"  # prefix of the attributes in which a module records composable APIs
 OF_PART = ("_get_fsdp_state",)
 OF_STATE = (
-    "_modules",
-    "_mp_policy",
-    "_auto_reshard_after_forward",
-    "_pre_forward_hook_handle",
-    "_post_forward_hook_handle",
-    "_states_to_forward_prefetch",
-    "_states_to_backward_prefetch",
-)
+    "_modules", "_mp_policy", "_auto_reshard_after_forward", "_pre_forward_hook_handle", "_post_forward_hook_handle",
+    "_states_to_forward_prefetch", "_states_to_backward_prefetch",
+)  # fmt: skip
 SETTINGS = (
-    "reduce_grads",
-    "all_reduce_grads",
-    "reshard_after_backward",
-    "unshard_in_backward",
-    "unshard_async_op",
-    "gradient_divide_factor",
-    "force_sum_reduction_for_comms",
-    "_all_reduce_hook",
-    "_all_reduce_hook_stream",
-    "_all_gather_comm",
+    "reduce_grads", "all_reduce_grads", "reshard_after_backward", "unshard_in_backward", "unshard_async_op",
+    "gradient_divide_factor", "force_sum_reduction_for_comms", "_all_reduce_hook", "_all_reduce_hook_stream", "_all_gather_comm",
     "_reduce_scatter_comm",
-)
+)  # fmt: skip
 """Settings of a parameter group, from the `set_...` methods of `FSDPModule`."""
 NEWER_SETTINGS = ("reduce_scatter_unused_params", "reduce_scatter_max_input_buffers")
 """Settings that torch 2.13 has and 2.10 lacks."""
 OF_GROUP = (
-    "mesh_info",
-    "post_forward_mesh_info",
-    "offload_policy",
-    "_module_to_pre_save_state_dict_hook_handle",
-    "_module_to_pre_load_state_dict_hook_handle",
-    "fsdp_params",
-    *SETTINGS,
-)
+    "mesh_info", "post_forward_mesh_info", "offload_policy", "_module_to_pre_save_state_dict_hook_handle",
+    "_module_to_pre_load_state_dict_hook_handle", "fsdp_params", *SETTINGS,
+)  # fmt: skip
 OF_PARAMETER = ("_post_load_hook_handle", "reset_sharded_param")
 OF_RUNS = (*OF_PART, STATE_KEY, "_mp_policy")
 """Names needed for forward runs of a sharded model whose shapes stay, such as for masks."""

@@ -96,8 +96,7 @@ def load_tensors(model: PreTrainedModel, slices: Mapping[str, Any]) -> None:
 
     conversions = getattr(model, "_weight_conversions", None)
     dtype: torch.dtype = model.dtype
-    mapping = _conversions(model)
-    plan = LoadStateDictConfig(dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=mapping)
+    plan = LoadStateDictConfig(dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=_conversions(model))
     try:
         with progress_bars_off():
             load_state(model, dict(slices), plan)

@@ -143,7 +143,6 @@ class Visitor:
 
     def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
         """Returns the new parameters of a complete site, by layer and parameter name."""
-        del site
         return {}
 
     def on_exit(self, run: int, arguments: Arguments, output: object) -> None:

@@ -38,8 +38,7 @@ class FitCalibration:
 
     Args:
         batches: Batches as `training_step` takes them, in a re-iterable such as a list or a DataLoader, or a `Calibration`, which
-            is read with the data module's tokenizer, if any. Defaults to examples of the training data or
-            `calibration_batches`.
+            is read with the data module's tokenizer, if any. Defaults to examples of training data or `calibration_batches`.
         examples: Number of training examples over all devices. Defaults to 128, as in the papers.
         seed: Seed for drawing examples.
 
@@ -140,7 +139,6 @@ CalibrationLike = FitCalibration | Batches | int | None
 
 
 def _hook(fit: Fit) -> Callable[[], Any] | None:
-    """Returns the `calibration_batches` method of a custom module, if any."""
     hook = getattr(fit.module, "calibration_batches", None)
     return hook if callable(hook) else None
 

@@ -148,8 +148,7 @@ class EventCallback(ShapeSavingCallback, ABC):
 
     def resolve(self, fit: Fit) -> None:
         """Resolves the steps of the events."""
-        steps = self.steps(fit)
-        self._steps = remaining_rounds(steps, self.last_event_step, self.last_target, type(self).__name__)
+        self._steps = remaining_rounds(self.steps(fit), self.last_event_step, self.last_target, type(self).__name__)
 
     def begin_training(self, fit: Fit) -> None:
         """Applies events that are due before the first step, or that a resumed checkpoint lacks."""
@@ -326,5 +325,4 @@ def _plain(value: object) -> Any:  # noqa: ANN401 - plain data of any kind
         shown = [(field, getattr(value, field.name)) for field in fields(value) if field.repr]
         settings = [f"{field.name}={setting!r}" for field, setting in shown if setting != field.default]
         return f"{kind.__name__}({', '.join(settings)})"
-    prints = kind.__str__ is not object.__str__ or kind.__repr__ is not object.__repr__
-    return str(value) if prints else kind.__name__
+    return kind.__name__ if kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__ else str(value)

@@ -37,8 +37,7 @@ def sum_over_ranks(fit: Fit, tensor: Tensor) -> Tensor:
     _meet(fit, f"a sum of {tensor.dtype} {list(tensor.shape)}")
     device = fit.device
     dtype = widest_float(device) if tensor.dtype == torch.float64 else tensor.dtype
-    on_device = tensor.to(device, dtype, copy=True)
-    return tensor.copy_(fit.reduce(on_device))
+    return tensor.copy_(fit.reduce(tensor.to(device, dtype, copy=True)))
 
 
 def comm_of(fit: Fit, shared: bool = False) -> Comm:

@@ -46,8 +46,7 @@ class Costs:
 
 def costs_of(model: PreTrainedModel) -> Costs:
     """Measures the costs of a model, which may be on meta."""
-    config = model.config.get_text_config(decoder=True)
-    context = min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
+    context = min(CONTEXT, getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or CONTEXT)
     context = 0 if model.main_input_name == "pixel_values" else context
     flops = cached(partial(_flops_on_meta, model, context), model, "flops", context)
     return Costs(_params(model), _bytes(model), kv_cache_bytes(model), flops, context, str(model.dtype).removeprefix("torch."))

@@ -97,8 +97,7 @@ def stand_ins(model: nn.Module) -> dict[int, Any]:
             before = kind == "_forward_pre_hooks"
             for key, hook in hooks.items() if before or kind == "_forward_hooks" else ():
                 if not getattr(hook, "keeps_shapes", False):
-                    is_part = _function(hook).__module__.startswith(PARTS)
-                    new[key] = hook if is_part else HookStandIn(hook, module, before)
+                    new[key] = hook if _function(hook).__module__.startswith(PARTS) else HookStandIn(hook, module, before)
     return replacements
 
 

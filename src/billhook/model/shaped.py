@@ -248,21 +248,16 @@ def _num_values(sizes: Iterable[tuple[int, ...]]) -> int:
 
 
 def _file_sizes(name: str) -> Sizes:
-    """Reads tensor sizes from safetensors headers."""
+    """Reads tensor sizes from the headers of the files that from_pretrained reads."""
     try:
+        try:
+            files = [cast(str, cached_file(name, SAFE_WEIGHTS_NAME))]
+        except OSError:
+            files = get_checkpoint_shard_files(name, cached_file(name, SAFE_WEIGHTS_INDEX_NAME))[0]  # type: ignore[no-untyped-call]
         sizes = dict[str, tuple[int, ...]]()
-        for file in _files(name):
+        for file in files:
             with safe_open(file, "pt") as opened:
                 sizes |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 - no dict
         return sizes
     except (OSError, SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"the safetensors files cannot be read: {error}") from error
-
-
-def _files(name: str) -> list[str]:
-    """Returns the files that from_pretrained reads."""
-    try:
-        return [cast(str, cached_file(name, SAFE_WEIGHTS_NAME))]
-    except OSError:
-        files = get_checkpoint_shard_files(name, cached_file(name, SAFE_WEIGHTS_INDEX_NAME))[0]  # type: ignore[no-untyped-call]
-        return list(files)

@@ -14,10 +14,8 @@ from billhook.linalg import widest_float
 
 T = TypeVar("T")
 Reduce = Callable[[Tensor], Tensor]  # sums a tensor over all ranks in place and returns it
-PACKED = 2**26
-"""Largest number of bytes in a packed collective. Larger tensors are summed in place, as packing copies."""
-MESSAGE = 1024
-"""Bytes of plain data in the first collective. Longer data uses a second one."""
+PACKED = 2**26  # largest number of bytes in a packed collective; larger tensors are summed in place, as packing copies
+MESSAGE = 1024  # bytes of plain data in the first collective; longer data uses a second one
 DRAWS = 2**16  # range of random numbers from which ranks without a process group draw their order
 
 

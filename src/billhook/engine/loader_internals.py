@@ -31,9 +31,8 @@ def is_joined_unevenly(model: PreTrainedModel) -> bool:
     with version_hint("transformers", LOADER):
         from transformers.core_model_loading import Chunk
 
-    conversions = getattr(model, "_weight_conversions", None) or _conversions(model)
     state = model.state_dict(keep_vars=True)
-    for conversion in conversions:
+    for conversion in getattr(model, "_weight_conversions", None) or _conversions(model):
         if not any(isinstance(operation, Chunk) for operation in getattr(conversion, "operations", ())):
             continue
         shapes = defaultdict[str, set[torch.Size]](set)  # shapes of joined tensors, by the common part of their names

@@ -14,6 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+LOADING = threading.RLock()  # lock of `one_thread`, which nested calls take again
+PROBLEM = "problem_type"  # config field that a classifier's forward sets from its labels
+OPEN = "_overridden"  # attribute of an object with its open `overridden` contexts, in order of entry
+
 
 class StepRandom:
     """Random numbers by seed, step, and rank, identical in resumed runs."""
@@ -133,9 +137,6 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-OPEN = "_overridden"  # attribute of an object with its open `overridden` contexts, in order of entry
-
-
 @dataclass(eq=False)
 class _Block:
     """The attributes that a context sets, and the previous ones."""
@@ -196,9 +197,6 @@ def replaced(new: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[None]:
                     parameter.data = value
 
 
-PROBLEM = "problem_type"  # config field that a classifier's forward sets from its labels
-
-
 @dataclass(frozen=True)
 class TorchState:
     """Thread-wide torch state that runs may change. The default is full precision."""
@@ -250,9 +248,6 @@ def _set_precision(old: str, cuda: str, mkldnn: str) -> None:
     torch.set_float32_matmul_precision(old)  # which sets the others, too
     backends: Any = torch.backends
     backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision = cuda, mkldnn
-
-
-LOADING = threading.RLock()  # lock of `one_thread`, which nested calls take again
 
 
 @contextmanager

@@ -77,6 +77,7 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FILE_PATTERN, LARGEST = "model{suffix}.safetensors", "50GB"
 """Name and size limit of checkpoint files, the defaults of `save_pretrained`."""
 UNREADABLE = (OSError, SafetensorError, KeyError)
+ELEMENTS = 2**22  # number of values that are read at once
 
 
 class TensorFiles:
@@ -331,9 +332,6 @@ def _files(source: Source) -> dict[str, str]:
 
 def _empty(entry: Any, device: str = "cpu") -> Tensor:  # noqa: ANN401 - a slice of safetensors
     return torch.empty(entry.get_shape(), dtype=DTYPES[entry.get_dtype()], device=device)
-
-
-ELEMENTS = 2**22  # number of values that are read at once
 
 
 def share_parameters(model: PreTrainedModel, other: PreTrainedModel, files: TensorFiles, keys: Collection[str]) -> list[str]:

@@ -1,7 +1,5 @@
 """Counts zeros in a model, also in a streamed model."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -29,7 +27,10 @@ def zeros_by_name(model: nn.Module) -> dict[str, int] | None:
         store.release()
         model = store.model
     holders = ((name, store.holder(parameter)) for name, parameter in model.named_parameters())
-    counts = _numbers({name: _zeros(holder) for name, holder in holders if not holder.is_meta})
+    held, counts = {name: _zeros(holder) for name, holder in holders if not holder.is_meta}, dict[str, int]()
+    if held:  # read with a single device synchronization
+        device = next(iter(held.values())).device
+        counts = dict(zip(held, torch.stack([count.to(device) for count in held.values()]).tolist(), strict=True))
     if not isinstance(store, FileStore):
         return counts
     parameters, names = dict(store.model.named_parameters(remove_duplicate=False)), dict[int, str]()
@@ -40,14 +41,6 @@ def zeros_by_name(model: nn.Module) -> dict[str, int] | None:
         for rows in store.files.rows(key, ELEMENTS):
             counts[name] = counts.get(name, 0) + int(_zeros(rows.to(parameter.dtype)))
     return counts
-
-
-def _numbers(counts: Mapping[str, Tensor]) -> dict[str, int]:
-    """Reads counts with a single device synchronization."""
-    if not counts:
-        return {}
-    device = next(iter(counts.values())).device
-    return dict(zip(counts, torch.stack([count.to(device) for count in counts.values()]).tolist(), strict=True))
 
 
 def _zeros(values: Tensor) -> Tensor:

@@ -35,6 +35,7 @@ Event = dict[str, Any]
 SIZES = ("params", "kv_cache_bytes", "sparsity")
 """Metrics of the model that are logged before the first event and after each event."""
 UNLOGGED = ("zeros", "flops")  # metrics that are recorded but not logged
+UNRECORDED = {"self", "measure_batches", "plot_file", "metric"}  # parameters that do not affect the model
 
 
 class ShapeFollower(FitCallback, ABC):
@@ -282,9 +283,6 @@ def log_event(fit: Fit, event: Event) -> None:
         follower.on_event(fit, event)
 
 
-UNRECORDED = {"self", "measure_batches", "plot_file", "metric"}  # parameters that do not affect the model
-
-
 def describe_callback(callback: object) -> dict[str, Any]:
     """Returns the class name of a callback as `callback`, and its settings as plain data."""
     unrecorded = UNRECORDED | ({"calibration"} if getattr(callback, "needs_data", None) is False else set())
@@ -319,8 +317,7 @@ def _plain(value: object) -> Any:  # noqa: ANN401 - plain data of any kind
         return value.__name__
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    # a dataclass by its settings, or else its string or class name
-    kind = type(value)
+    kind = type(value)  # a dataclass by its settings, or else its string or class name
     if is_dataclass(value) and kind.__str__ is object.__str__:
         shown = [(field, getattr(value, field.name)) for field in fields(value) if field.repr]
         settings = [f"{field.name}={setting!r}" for field, setting in shown if setting != field.default]

@@ -135,8 +135,7 @@ def on_first_rank(fit: Fit, who: str, work: Callable[[], object], apart: Apart =
             if fit.rank == 0:
                 work()
         return
-    turn = store.add(f"billhook/turns of {fit.rank}", 1)  # the same number on every rank
-    done = f"billhook/turn {turn}"
+    done = f"billhook/turn {store.add(f'billhook/turns of {fit.rank}', 1)}"  # the same number on every rank
     requests = _FirstRanksRequests(fit, store, done)
     comm = Comm(requests, fit.rank, fit.world_size)
     if fit.rank:

@@ -21,6 +21,7 @@ HARMLESS = (
     *("cached", "rescaled", "pooling_mult", "shift_size", "window_size"),
 )
 """Parts of the names of numbers that do not affect logits in evaluation mode, or that forwards change."""
+Numbers = dict[str, tuple[float, float]]  # old and new numbers of modules, by dotted name
 
 
 def constants(model: nn.Module) -> Iterator[tuple[str, float | Tensor | None]]:
@@ -54,9 +55,6 @@ def record_constants(model: nn.Module) -> dict[str, float]:
         else:
             record[name] = math.nan if value is None else float(value)
     return record
-
-
-Numbers = dict[str, tuple[float, float]]  # old and new numbers of modules, by dotted name
 
 
 class _KnownNumbers(TorchFunctionMode):

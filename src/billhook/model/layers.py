@@ -111,8 +111,7 @@ PACKED = ("qweight", "weight_packed", "W_q")
 NEW = "_billhook_new"  # attribute of modules that were not in the checkpoint, such as a new task head
 CLASSIFIERS = ("Classification", "QuestionAnswering", "MultipleChoice")
 """Parts of the names of model classes with a classification head."""
-PRUNED = 0.01
-"""Minimum sparsity of a pruned weight. Rounding leaves a few zeros in dense weights."""
+PRUNED = 0.01  # minimum sparsity of a pruned weight; rounding leaves a few zeros in dense weights
 
 
 def prunable(module: nn.Module, output_embeddings: bool = False, convolutions: Convolutions = "mixing") -> dict[str, nn.Module]:

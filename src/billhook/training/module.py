@@ -43,6 +43,10 @@ from billhook.training.metrics import TokenPerplexity, metric_name, metrics_of
 
 Trainable = Literal["all", "attention"] | list[str]
 """All parameters, attention parameters, or parameters whose names match a glob pattern."""
+Decay = Literal["cosine", "linear", "constant"]
+MAX_NEW_TOKENS = 128  # default limit for generation, if the generation config has no `max_new_tokens`
+TEACHER, RANDOM, STEPS = "billhook_teacher", "billhook_noise", "billhook_steps"
+"""Keys of Lightning checkpoints: the teacher's checksum, the random state, and the length of training."""
 
 
 def check_trainable(trainable: Trainable, model: object) -> None:
@@ -120,12 +124,6 @@ def layer_names(parts: Iterable[Part]) -> set[str]:
 def names_within(module: str, names: Iterable[str]) -> set[str]:
     """Returns the names of parameters within a module."""
     return {name for name in names if name.startswith(f"{module}.")}
-
-
-Decay = Literal["cosine", "linear", "constant"]
-MAX_NEW_TOKENS = 128  # default limit for generation, if the generation config has no `max_new_tokens`
-TEACHER, RANDOM, STEPS = "billhook_teacher", "billhook_noise", "billhook_steps"
-"""Keys of Lightning checkpoints: the teacher's checksum, the random state, and the length of training."""
 
 
 class TransformerModule(ShapeInCheckpoint, pl.LightningModule):

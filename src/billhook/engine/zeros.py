@@ -27,10 +27,10 @@ def zeros_by_name(model: nn.Module) -> dict[str, int] | None:
         store.release()
         model = store.model
     holders = ((name, store.holder(parameter)) for name, parameter in model.named_parameters())
-    held, counts = {name: _zeros(holder) for name, holder in holders if not holder.is_meta}, dict[str, int]()
-    if held:  # read with a single device synchronization
-        device = next(iter(held.values())).device
-        counts = dict(zip(held, torch.stack([count.to(device) for count in held.values()]).tolist(), strict=True))
+    zeros, counts = {name: _zeros(holder) for name, holder in holders if not holder.is_meta}, dict[str, int]()
+    if zeros:  # read with a single device synchronization
+        device = next(iter(zeros.values())).device
+        counts = dict(zip(zeros, torch.stack([count.to(device) for count in zeros.values()]).tolist(), strict=True))
     if not isinstance(store, FileStore):
         return counts
     parameters, names = dict(store.model.named_parameters(remove_duplicate=False)), dict[int, str]()

@@ -33,10 +33,10 @@ def find_preprocessors(trainer: pl.Trainer, pl_module: pl.LightningModule) -> li
     for owners, depth in ((named, 0), ([data], 2), ([pl_module], 2), (read, DEPTH)):
         seen = set[int]()
         if preprocessors := [preprocessor for owner in owners for preprocessor in _find_in(owner, depth, seen)]:
-            if processors := [found for found in preprocessors if isinstance(found, ProcessorMixin)]:
+            if processors := [item for item in preprocessors if isinstance(item, ProcessorMixin)]:
                 return [processors[0]]
-            tokenizers = [found for found in preprocessors if isinstance(found, PreTrainedTokenizerBase)]
-            others = [found for found in preprocessors if not isinstance(found, PreTrainedTokenizerBase)]
+            tokenizers = [item for item in preprocessors if isinstance(item, PreTrainedTokenizerBase)]
+            others = [item for item in preprocessors if not isinstance(item, PreTrainedTokenizerBase)]
             return [*tokenizers[:1], *others[:1]]
     origin = find_transformer(pl_module).config.name_or_path
     with suppress(Exception):  # transformers raises many types

@@ -109,7 +109,7 @@ class _Signature(pickle.Pickler):
                     raise TypeError("more than its shape may decide how the model runs")
                 number = self.tensors.setdefault(id(tensor), len(self.tensors))
                 tensors.append((name, number, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad))
-        plain = {name: held for name, held in vars(value).items() if name not in UNSEEN and not _keeps_shapes(held)}
+        plain = {name: part for name, part in vars(value).items() if name not in UNSEEN and not _keeps_shapes(part)}
         return type(value), type(value).forward, plain, tensors, value._modules
 
     def reducer_override(self, value: Any) -> Any:  # noqa: ANN401 - of a class that is not built in

@@ -168,12 +168,10 @@ def _fits(value: object, kind: Any, within: bool = False) -> bool:  # noqa: ANN4
 
 
 def _all_fit(items: Iterable[object], kind: Any) -> bool:  # noqa: ANN401
-    """Returns True if the types of all items in a container match an annotation."""
     return all(_fits(item, kind, within=True) for item in items)
 
 
 def _legal(kind: Any) -> str:  # noqa: ANN401
-    """Describes an annotation."""
     origin, inside = get_origin(kind), get_args(kind)
     names = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", NoneType: "None"}
     if origin in (Union, UnionType):

@@ -11,23 +11,17 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 
-RECORD = "billhook.json"
-"""File that marks a folder as written by billhook, and lists its files."""
+RECORD = "billhook.json"  # file that marks a folder as written by billhook, and lists its files
 LONGEST = 255 - len("..rehearsal.draft-01234567")
 """Maximum number of bytes of a folder name, because drafts next to it have longer names."""
 
 
-def check_name(folder: str | Path) -> None:
-    """Raises an error for a name that is illegal for a folder or its drafts."""
+def check_target(folder: str | Path) -> None:
+    """Raises an error if an output folder is not a billhook checkpoint or cannot be replaced."""
     longest = max(len(os.fsencode(part)) for part in ("", *Path(folder).parts))
     if "\0" in str(folder) or longest > LONGEST:
         problem = "contains a zero byte" if "\0" in str(folder) else f"has a name of {longest} bytes, more than {LONGEST}"
         raise ValueError(f"folder: {str(folder)[:80]!r} {problem}. Choose another name.")
-
-
-def check_target(folder: str | Path) -> None:
-    """Raises an error if an output folder is not a billhook checkpoint or cannot be replaced."""
-    check_name(folder)
     path = Path(folder).resolve()
     if os.path.ismount(path):
         raise ValueError(f"'{folder}' is a mount point, which cannot be replaced. Use a folder inside it.")
@@ -52,8 +46,7 @@ def check_target(folder: str | Path) -> None:
 def check_not_source(source: str | Path, folder: str | Path) -> None:
     """Raises an error if the output folder is or contains the source folder."""
     source_path, path = Path(source).resolve(), Path(folder).resolve()
-    folders = (source_path, *source_path.parents)
-    if source_path.is_dir() and path.exists() and any(map(path.samefile, folders)):
+    if source_path.is_dir() and path.exists() and any(map(path.samefile, (source_path, *source_path.parents))):
         raise ValueError(f"'{folder}' is or contains the folder of the model, which would be lost. Choose another folder.")
 
 

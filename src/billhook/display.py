@@ -11,8 +11,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-COLUMNS = 130
-"""Width of printed output; longer lines are wrapped."""
+COLUMNS = 130  # width of printed output; longer lines are wrapped
 UNLIMITED = 100_000
 RULE = Box("    \n    \n -- \n    \n    \n    \n    \n    \n", ascii=True)
 """Table style with only a line below the header, of a character that every terminal has."""

@@ -9,11 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Indices = NDArray[np.int64]
-"""Positions along a dimension."""
-
-Solve = Callable[[Tensor], Tensor]
-"""Solves M A = C in the memory of C, `[rows, columns]`, and returns M."""
+Indices = NDArray[np.int64]  # positions along a dimension
+Solve = Callable[[Tensor], Tensor]  # solves M A = C in the memory of C, `[rows, columns]`, and returns M
 
 
 def float64_device(device: torch.device | str) -> torch.device:

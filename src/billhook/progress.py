@@ -8,15 +8,13 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-OnProgress = Callable[[int, int], None]
-"""Callback with the number of finished steps and the total."""
+OnProgress = Callable[[int, int], None]  # callback with the number of finished steps and the total
 MIN_CALLS, MIN_SHARE = 3, 0.02
 """Number of calls, and share of all steps, before the total time is estimated.
 
 The first call is not timed unless it reports 0 finished steps, because the first step often takes longer.
 """
-LONG, INTERVAL = 20.0, 60.0
-"""Seconds from which the total time is printed, and between progress lines in a log file."""
+LONG, INTERVAL = 20.0, 60.0  # seconds from which the total time is printed, and between progress lines in a log file
 
 
 @contextmanager
@@ -91,7 +89,6 @@ class _ProgressLines:
             )
 
     def repeat(self) -> None:
-        """Prints a line on the progress."""
         now, (first_done, first_time) = time.monotonic(), self.start
         words = [f"{self.task}: {format_duration(now - self.begun)} so far"]
         if self.unit and self.total:

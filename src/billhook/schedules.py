@@ -21,8 +21,7 @@ from typing_extensions import Self
 
 from billhook.arguments import check_int, check_number
 
-Step = int | float
-"""An optimizer step (`int`), or a fraction of training (`float` in 0..1)."""
+Step = int | float  # an optimizer step (`int`), or a fraction of training (`float` in 0..1)
 
 
 def resolve_step(step: Step, total_steps: int, name: str = "step") -> int:

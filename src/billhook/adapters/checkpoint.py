@@ -11,10 +11,8 @@ from billhook.adapters.masked import check_plain_lora, find_adapters, mask_nonze
 from billhook.model.layers import active_in, is_linear, size_of
 from billhook.model.shape import KEY
 
-ADAPTERS = "billhook_adapters"
-"""Key of Lightning checkpoints for the scaling of their adapters."""
-ADAPTER = "default"
-"""PEFT's name for an unnamed adapter."""
+ADAPTERS = "billhook_adapters"  # key of Lightning checkpoints for the scaling of their adapters
+ADAPTER = "default"  # PEFT's name for an unnamed adapter
 
 
 def save_adapters(model: PreTrainedModel, checkpoint: dict[str, Any]) -> None:

@@ -4,9 +4,7 @@
 Structural Pruning of Large Language Models", Ma, Fang & Wang, 2023, https://arxiv.org/abs/2305.11627.
 """
 
-import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -91,17 +89,3 @@ def attach(model: PreTrainedModel, lora: LoRA | LoraConfig, classifies: bool = F
             parameter.data = parameter.data.float()
     for module in head.values():
         module.requires_grad_(True)
-
-
-def to_plain(lora: LoRA | LoraConfig) -> dict[str, Any]:
-    """Converts LoRA settings to plain data for checkpoints; `from_plain` restores them."""
-    plain = asdict(lora) if isinstance(lora, LoRA) else lora.to_dict()  # type: ignore[no-untyped-call]
-    settings: dict[str, Any] = json.loads(json.dumps(plain, default=sorted))  # PEFT's sets of names
-    return settings
-
-
-def from_plain(lora: Mapping[str, Any]) -> LoRA | LoraConfig:
-    """Restores LoRA settings from plain data."""
-    if "peft_type" not in lora:
-        return LoRA(**lora)
-    return LoraConfig(**{name: value for name, value in lora.items() if name != "peft_type"})

@@ -12,8 +12,7 @@ from billhook.arguments import check_types
 from billhook.engine.sharding import full_tensor, reshard
 from billhook.model.layers import base_of, is_adapter, is_pruned, prunable
 
-WRAPPED = "base_model.model."
-"""PEFT's name prefix for the model that it wraps."""
+WRAPPED = "base_model.model."  # PEFT's name prefix for the model that it wraps
 
 
 def mask_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
@@ -58,8 +57,7 @@ def mask_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -
     for name, keep in kept.items():
         weight = layers[name].base_layer.weight
         layers[name].__class__ = MaskedLora  # a class, unlike a hook, also serves merging and survives copies
-        sharded = isinstance(weight, DTensor)
-        layers[name].mask = Mask(None if sharded else keep.to(weight.device) & (weight.detach() != 0))
+        layers[name].mask = Mask(None if isinstance(weight, DTensor) else keep.to(weight.device) & (weight.detach() != 0))
 
 
 def unmask_adapters(model: nn.Module, names: Iterable[str] | None = None) -> None:

@@ -84,21 +84,18 @@ def with_progress(runs: Sequence[Run], report: OnProgress) -> list[Run]:
     """Wraps runs so that they report the number of visited runs and the total."""
     seen = set()
 
-    def after(number: int, forward: Callable[[], Any]) -> Callable[[], Any]:
-        def visited() -> Any:  # noqa: ANN401 - whatever the forward returns
-            output = forward()
-            seen.add(number)
-            report(len(seen), len(runs))
-            return output
-
-        return visited
+    def visited(number: int, forward: Callable[[], Any]) -> Any:  # noqa: ANN401 - whatever the forward returns
+        output = forward()
+        seen.add(number)
+        report(len(seen), len(runs))
+        return output
 
     return [
         replace(
             run,
-            forward=after(number, run.forward),
-            examples=after(number, run.examples),
-            lossless=None if run.lossless is None else after(number, run.lossless),
+            forward=partial(visited, number, run.forward),
+            examples=partial(visited, number, run.examples),
+            lossless=None if run.lossless is None else partial(visited, number, run.lossless),
         )
         for number, run in enumerate(runs)
     ]
@@ -114,7 +111,6 @@ def check_batches(batches: Iterable[Any]) -> Iterable[Any]:
 
 
 def _check_filled(batch: Any) -> None:  # noqa: ANN401
-    """Raises if a batch is empty."""
     tensors = [leaf for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
     if (isinstance(batch, dict | list | tuple) and not batch) or (tensors and not any(map(Tensor.numel, tensors))):
         raise ValueError(f"batches contains an empty batch: {', '.join(str(list(leaf.shape)) for leaf in tensors) or batch!r}")
@@ -201,7 +197,6 @@ def model_loss(model: nn.Module, batch: Any, hint: str = ", or pass loss=") -> T
 
 
 def _forward(model: nn.Module, batch: Any) -> Callable[[], Any]:  # noqa: ANN401
-    """Returns a function that runs a model on a batch."""
     if isinstance(batch, dict):
         return partial(model, **batch)
     if isinstance(batch, list | tuple):
@@ -219,10 +214,8 @@ def token_masks(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any) 
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         decoder = getattr(model, "get_decoder", lambda: None)()
     in_decoder = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()
-    masks = (batch.get("attention_mask"), _decoder_mask(batch))
-    encoder_mask, decoder_mask = (
-        mask.bool() if _is_mask(mask) else None for mask in masks
-    )  # modules with the same tokens share one tensor
+    masks = (batch.get("attention_mask"), _decoder_mask(batch))  # modules with the same tokens share one tensor
+    encoder_mask, decoder_mask = (mask.bool() if _is_mask(mask) else None for mask in masks)
     tokens = {}
     for name, module in modules.items():
         mask = decoder_mask if module in in_decoder else encoder_mask
@@ -253,10 +246,7 @@ def _on_device(model: nn.Module, batch: Any) -> Any:  # noqa: ANN401
 
 
 def _with_distinct_lengths(batch: dict[str, Any], longest: int | None) -> dict[str, Any]:
-    """Makes the decoder's inputs longer than the encoder's, as masks are matched by length.
-
-    The new token does not count. A decoder at its maximum length loses its last token instead.
-    """
+    """Gives the decoder another length than the encoder, as masks are matched by length."""
     mask = batch.get("attention_mask")
     inputs = {key: batch[key] for key in ("decoder_input_ids", "labels") if isinstance(batch.get(key), Tensor)}
     if not inputs or not isinstance(mask, Tensor) or mask.shape != next(iter(inputs.values())).shape:
@@ -266,7 +256,7 @@ def _with_distinct_lengths(batch: dict[str, Any], longest: int | None) -> dict[s
         counts = (batch["labels"] != -100).long() if "labels" in inputs else torch.ones_like(mask)
     if mask.all() and counts.all():
         return batch
-    more = -1 if longest is not None and mask.shape[1] >= longest else 1
+    more = -1 if longest is not None and mask.shape[1] >= longest else 1  # a new token does not count
     inputs["decoder_attention_mask"] = counts
     return batch | {key: pad(value, (0, more), value=-100 if key == "labels" else 0) for key, value in inputs.items()}
 

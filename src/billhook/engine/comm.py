@@ -13,15 +13,10 @@ from torch import Tensor, nn
 from billhook.linalg import widest_float
 
 T = TypeVar("T")
-
-Reduce = Callable[[Tensor], Tensor]
-"""Sums a tensor over all ranks in place and returns it."""
-PACKED = 2**26
-"""Largest number of bytes in a packed collective. Larger tensors are summed in place, as packing copies."""
-MESSAGE = 1024
-"""Bytes of plain data in the first collective. Longer data uses a second one."""
-DRAWS = 2**16
-"""Range of random numbers from which ranks without a process group draw their order."""
+Reduce = Callable[[Tensor], Tensor]  # sums a tensor over all ranks in place and returns it
+PACKED = 2**26  # largest number of bytes in a packed collective; larger tensors are summed in place, as packing copies
+MESSAGE = 1024  # bytes of plain data in the first collective; longer data uses a second one
+DRAWS = 2**16  # range of random numbers from which ranks without a process group draw their order
 
 
 class Comm:
@@ -36,12 +31,7 @@ class Comm:
     """
 
     def __init__(
-        self,
-        add: Reduce | None = None,
-        rank: int = 0,
-        size: int = 1,
-        shared: bool = False,
-        device: torch.device | str = "cpu",
+        self, add: Reduce | None = None, rank: int = 0, size: int = 1, shared: bool = False, device: torch.device | str = "cpu"
     ) -> None:
         self._add, self.rank, self.size, self.shared, self.device = add, rank, size, shared, torch.device(device)
 
@@ -98,7 +88,15 @@ class Comm:
         for tensor in tensors:
             by_kind.setdefault((tensor.dtype, tensor.device), []).append(tensor)
         for same_kind in by_kind.values():
-            for pack in _packs(same_kind):
+            packs, free = list[list[Tensor]](), 0
+            for tensor in same_kind:
+                size = tensor.numel() * tensor.element_size()
+                if not packs or size > free:
+                    packs.append([])
+                    free = PACKED
+                packs[-1].append(tensor)
+                free -= size
+            for pack in packs:
                 # collectives may require contiguous memory, and NCCL takes no CPU tensors
                 packed = pack[0].contiguous() if len(pack) == 1 else torch.cat([tensor.reshape(-1) for tensor in pack])
                 if packed.device.type == "cpu" and self.device.type != "cpu":
@@ -184,18 +182,4 @@ class Comm:
         return len(order), [at for at, (_, rank) in enumerate(order) if rank == self.rank]
 
 
-SINGLE_PROCESS = Comm()
-"""A single process, where sums leave tensors unchanged."""
-
-
-def _packs(tensors: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Divides tensors, in order, into groups that are summed together."""
-    packs, free = list[list[Tensor]](), 0
-    for tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if not packs or size > free:
-            packs.append([])
-            free = PACKED
-        packs[-1].append(tensor)
-        free -= size
-    return packs
+SINGLE_PROCESS = Comm()  # a single process, where sums leave tensors unchanged

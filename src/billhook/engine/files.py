@@ -18,13 +18,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME
 from billhook.engine.device import DeviceCopies, Prefetcher, read_pinned
 from billhook.engine.forwards import InferenceForward, LoadHook, OffloadedForward
 from billhook.engine.lazy import LazyTensors
-from billhook.engine.loader_internals import (
-    initialize_buffers,
-    load_tensors,
-    names_in_model,
-    save_state,
-    to_file_format,
-)
+from billhook.engine.loader_internals import initialize_buffers, load_tensors, names_in_model, save_state, to_file_format
 from billhook.engine.parts import Parts, identity_of, tensor_in
 from billhook.engine.store import STORE, BlockStore
 from billhook.engine.tensors import TensorFiles, renumbered, share_parameters, write_index
@@ -246,7 +240,6 @@ class FileStore(BlockStore):
 
         So do all values outside of a step. See `BlockStore.stage`.
         """
-        del device
         if block is None or not self._in_step:
             return LazyTensors.of(values)
         if (name := self.names[block]) not in self.done:

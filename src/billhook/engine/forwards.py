@@ -65,12 +65,10 @@ class _NoGradient(torch.autograd.Function):
 
     @staticmethod
     def forward(_: Any, output: Tensor, __: Tensor) -> Tensor:  # noqa: ANN401
-        """Returns a view of a tensor."""
         return output.view_as(output)
 
     @staticmethod
     def backward(*_: object) -> NoReturn:
-        """Refuses gradients."""
         raise ValueError("model is streamed one block at a time, but gradients need all weights in memory. Load it with bh.load.")
 
 

@@ -19,50 +19,29 @@ from torch.distributed.tensor import Shard
 from billhook.engine.trees import parameter_slots
 from billhook.versions import supported_versions
 
-MODULE = "torch.distributed._composable_state"
-"""Module with torch's `_module_state_mapping`, from modules to their FSDP state."""
-STATE_KEY = "__composable_api_state_key"
-"""Prefix of the attributes in which a module records composable APIs."""
+MODULE = "torch.distributed._composable_state"  # module with torch's `_module_state_mapping`, from modules to their FSDP state
+STATE_KEY = "__composable_api_state_key"  # prefix of the attributes in which a module records composable APIs
 OF_PART = ("_get_fsdp_state",)
 OF_STATE = (
-    "_modules",
-    "_mp_policy",
-    "_auto_reshard_after_forward",
-    "_pre_forward_hook_handle",
-    "_post_forward_hook_handle",
-    "_states_to_forward_prefetch",
-    "_states_to_backward_prefetch",
-)
+    "_modules", "_mp_policy", "_auto_reshard_after_forward", "_pre_forward_hook_handle", "_post_forward_hook_handle",
+    "_states_to_forward_prefetch", "_states_to_backward_prefetch",
+)  # fmt: skip
 SETTINGS = (
-    "reduce_grads",
-    "all_reduce_grads",
-    "reshard_after_backward",
-    "unshard_in_backward",
-    "unshard_async_op",
-    "gradient_divide_factor",
-    "force_sum_reduction_for_comms",
-    "_all_reduce_hook",
-    "_all_reduce_hook_stream",
-    "_all_gather_comm",
+    "reduce_grads", "all_reduce_grads", "reshard_after_backward", "unshard_in_backward", "unshard_async_op",
+    "gradient_divide_factor", "force_sum_reduction_for_comms", "_all_reduce_hook", "_all_reduce_hook_stream", "_all_gather_comm",
     "_reduce_scatter_comm",
-)
+)  # fmt: skip
 """Settings of a parameter group, from the `set_...` methods of `FSDPModule`."""
 NEWER_SETTINGS = ("reduce_scatter_unused_params", "reduce_scatter_max_input_buffers")
 """Settings that torch 2.13 has and 2.10 lacks."""
 OF_GROUP = (
-    "mesh_info",
-    "post_forward_mesh_info",
-    "offload_policy",
-    "_module_to_pre_save_state_dict_hook_handle",
-    "_module_to_pre_load_state_dict_hook_handle",
-    "fsdp_params",
-    *SETTINGS,
-)
+    "mesh_info", "post_forward_mesh_info", "offload_policy", "_module_to_pre_save_state_dict_hook_handle",
+    "_module_to_pre_load_state_dict_hook_handle", "fsdp_params", *SETTINGS,
+)  # fmt: skip
 OF_PARAMETER = ("_post_load_hook_handle", "reset_sharded_param")
 OF_RUNS = (*OF_PART, STATE_KEY, "_mp_policy")
 """Names needed for forward runs of a sharded model whose shapes stay, such as for masks."""
-WRAPPED = "_checkpoint_wrapped_module"
-"""Attribute of torch's activation-checkpointing wrappers, which is part of weight names."""
+WRAPPED = "_checkpoint_wrapped_module"  # attribute of torch's activation-checkpointing wrappers, which is part of weight names
 OF_LISTS = {"torch.distributed.checkpoint.filesystem": "_StorageInfo", "torch.serialization": "_get_layout"}
 """Private classes in the metadata of a sharded checkpoint, by module."""
 
@@ -97,10 +76,8 @@ def precision_of(part: nn.Module) -> torch.dtype | None:
 def strip_fsdp(part: nn.Module) -> tuple[type[nn.Module], dict[Any, Any]]:
     """Restores the class of a sharded module; returns the FSDP class and its state."""
     # torch's state on the module has keys that are not plain strings, or begin with STATE_KEY
-    kind, kept = (
-        type(part),
-        {key: value for key, value in vars(part).items() if type(key) is not str or key.startswith(STATE_KEY)},
-    )
+    kind = type(part)
+    kept = {key: value for key, value in vars(part).items() if type(key) is not str or key.startswith(STATE_KEY)}
     part.__class__ = class_of(part)  # fully_shard has replaced the class, and nothing else restores it
     for key in kept:
         del vars(part)[key]
@@ -209,18 +186,13 @@ def _sharding(state: Any) -> Sharding:  # noqa: ANN401
             reshard = None
         elif after is not None and after.mesh is not group.mesh_info.mesh:
             reshard = after.shard_mesh_size
-        arguments |= {
-            "mesh": group.mesh_info.mesh,
-            "offload_policy": group.offload_policy,
-            "reshard_after_forward": reshard,
-        }
+        arguments |= {"mesh": group.mesh_info.mesh, "offload_policy": group.offload_policy, "reshard_after_forward": reshard}
         settings = {name: getattr(group, name) for name in (*SETTINGS, *NEWER_SETTINGS) if hasattr(group, name)}
     prefetched = _modules_of(state._states_to_forward_prefetch), _modules_of(state._states_to_backward_prefetch)
     return Sharding(state._modules, arguments, settings, prefetched)
 
 
 def _modules_of(states: Iterable[Any]) -> list[nn.Module]:
-    """Returns the modules of FSDP states."""
     return [part for state in states for part in state._modules]
 
 
@@ -252,7 +224,6 @@ def check_known(part: Any, reshapes: bool = True) -> None:  # noqa: ANN401
 
 
 def _lacking(owner: Any, names: Iterable[str]) -> list[str]:  # noqa: ANN401
-    """Returns the names that an object lacks."""
     return [name for name in names if not hasattr(owner, name)]
 
 

@@ -9,8 +9,7 @@ from typing_extensions import Self
 
 from billhook.engine.parts import fingerprint
 
-Read = Callable[[], Tensor]
-"""Reads the values of a parameter. For shards, all ranks call it together."""
+Read = Callable[[], Tensor]  # reads the values of a parameter; for shards, all ranks call it together
 T = TypeVar("T", bound=Tensor)
 
 

@@ -14,16 +14,12 @@ from transformers.utils import logging
 
 from billhook.versions import version_hint
 
-LOADED = "_is_hf_initialized"
-"""Attribute of loaded modules and tensors, which are not initialized."""
-
-
+LOADED = "_is_hf_initialized"  # attribute of loaded modules and tensors, which are not initialized
 LOADER = "to save models and to stream them"
 """The purpose of the loader's names, for errors. They are imported on use, as they move often."""
 
 
 def _conversions(model: PreTrainedModel) -> Any:  # noqa: ANN401 - a list of what differs by release
-    """Returns the weight conversions of a model's family."""
     with version_hint("transformers", LOADER):
         from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -35,9 +31,8 @@ def is_joined_unevenly(model: PreTrainedModel) -> bool:
     with version_hint("transformers", LOADER):
         from transformers.core_model_loading import Chunk
 
-    conversions = getattr(model, "_weight_conversions", None) or _conversions(model)
     state = model.state_dict(keep_vars=True)
-    for conversion in conversions:
+    for conversion in getattr(model, "_weight_conversions", None) or _conversions(model):
         if not any(isinstance(operation, Chunk) for operation in getattr(conversion, "operations", ())):
             continue
         shapes = defaultdict[str, set[torch.Size]](set)  # shapes of joined tensors, by the common part of their names
@@ -100,8 +95,7 @@ def load_tensors(model: PreTrainedModel, slices: Mapping[str, Any]) -> None:
 
     conversions = getattr(model, "_weight_conversions", None)
     dtype: torch.dtype = model.dtype
-    mapping = _conversions(model)
-    plan = LoadStateDictConfig(dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=mapping)
+    plan = LoadStateDictConfig(dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=_conversions(model))
     try:
         with progress_bars_off():
             load_state(model, dict(slices), plan)

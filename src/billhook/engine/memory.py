@@ -12,6 +12,9 @@ from billhook.engine.device import DeviceCopies
 from billhook.engine.store import BlockStore
 
 STATUS = Path("/proc/self/status")
+LEAST = 2**31  # bytes that may always be used
+COPIES = 3  # largest number of copies of a block: old, new, and being written; the next one may be prefetched
+WORK = 2**27  # bytes for library workspaces and allocator fragmentation
 
 
 def resident(which: Literal["VmRSS", "VmHWM", "RssAnon"] = "VmRSS") -> int | None:
@@ -21,10 +24,6 @@ def resident(which: Literal["VmRSS", "VmHWM", "RssAnon"] = "VmRSS") -> int | Non
     """
     lines = STATUS.read_text().splitlines() if STATUS.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:")), None)
-
-
-LEAST = 2**31
-"""Bytes that may always be used."""
 
 
 def memory_to_hold(device: torch.device) -> int:
@@ -44,13 +43,6 @@ def memory_to_hold(device: torch.device) -> int:
             free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
         return max(LEAST, free // 4)
     return LEAST
-
-
-COPIES = 3
-"""Largest number of copies of a block: old, new, and being written. The next one may be prefetched."""
-
-WORK = 2**27
-"""Bytes for library workspaces and allocator fragmentation."""
 
 
 def fits(store: BlockStore, working_bytes: int, activations: int, memory: int) -> bool:

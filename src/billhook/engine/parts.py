@@ -19,6 +19,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from billhook.folder_lock import FolderLock
 from billhook.versions import versions
 
+RECORD = "record.json"
+MARK = "billhook-parts.json"  # file that identifies a folder of parts; a folder without it is never changed
+UNIMPORTANT = ("_name_or_path", "transformers_version", "architectures")
+"""Config fields that do not affect computation. The name may be another path of the same folder."""
+
 
 def fingerprint(*values: object) -> str:
     """Returns a hash of values, which depends on dtypes, shapes, names, and bytes of tensors.
@@ -56,10 +61,6 @@ def fingerprint(*values: object) -> str:
     return digest.hexdigest()
 
 
-UNIMPORTANT = ("_name_or_path", "transformers_version", "architectures")
-"""Config fields that do not affect computation. The name may be another path of the same folder."""
-
-
 def identity_of(model: PreTrainedModel) -> str:
     """Returns a hash of a model's class, configs, tensors, and the installed versions.
 
@@ -73,11 +74,6 @@ def _decisive(config: PretrainedConfig) -> dict[str, object]:
     """Returns the config fields that affect computation, also of nested configs."""
     fields = {name: value for name, value in sorted(vars(config).items()) if name not in UNIMPORTANT}
     return {name: _decisive(value) if isinstance(value, PretrainedConfig) else value for name, value in fields.items()}
-
-
-RECORD = "record.json"
-MARK = "billhook-parts.json"
-"""File that identifies a folder of parts. A folder without it is never changed."""
 
 
 class Parts:
@@ -175,7 +171,6 @@ class Parts:
                 shutil.rmtree(self._folder / str(step))
 
     def _check_own(self) -> None:
-        """Raises if billhook did not write the folder."""
         is_empty = self._folder.is_dir() and not any(self._folder.iterdir())
         if self._folder.exists() and not (self._folder / MARK).is_file() and not is_empty:
             raise ValueError(

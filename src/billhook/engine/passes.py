@@ -18,8 +18,7 @@ from billhook.engine.store import BlockStore, store_of
 from billhook.engine.trees import tree_map_only
 from billhook.engine.walk import Site, Visitor, Walk, blocks_of
 
-SMALL = 2**16
-"""Size below which tensors are not spilled to disk."""
+SMALL = 2**16  # size below which tensors are not spilled to disk
 
 
 @contextmanager
@@ -100,7 +99,6 @@ class _Passed(Visitor):
         self.ends, self._leave = ends, leave
 
     def leave(self, site: Site) -> None:
-        """Reports a block that all runs have passed."""
         if self._leave is not None:
             self._leave(site.module)
 

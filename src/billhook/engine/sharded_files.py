@@ -145,7 +145,6 @@ class _Reader(filesystem.FileSystemReader):
             raise ValueError(f"'{folder}' has no valid metadata of torch.distributed.checkpoint.")
 
     def read_metadata(self, *_: Any, **__: Any) -> metadata.Metadata:  # noqa: ANN401 - any arguments of torch
-        """Returns the metadata."""
         listed: metadata.Metadata = self.listed
         if listed.storage_meta is None:
             listed.storage_meta = metadata.StorageMeta()
@@ -156,7 +155,6 @@ class _Plain(pickle.Unpickler):
     """An unpickler for checkpoint metadata, which raises on any other class."""
 
     def find_class(self, module: str, name: str) -> Any:  # noqa: ANN401
-        """Returns an allowed class. Raises for all others."""
         part = (PLAIN | metadata_classes()).get(module, {}).get(name)
         known = module != metadata.__name__ or (isinstance(part, type) and part.__module__ == module)
         if part is None or not known:

@@ -39,8 +39,7 @@ def _empty(like: Tensor, device: torch.device) -> Tensor:
 
 def has_memory(parameter: nn.Parameter) -> bool:
     """Tells whether the values of a parameter are there."""
-    size: int = parameter.untyped_storage().size()
-    return size > 0
+    return bool(parameter.untyped_storage().size() > 0)
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -209,7 +209,6 @@ class ShardStore(BlockStore):
         Values that each rank has computed for itself may be rounded differently. All ranks also read the result together. See
         `BlockStore.stage`.
         """
-        del block, note
         reads = {}
         for name, value in values.items():
             owner, _, key = name.rpartition(" ")[2].rpartition(".")

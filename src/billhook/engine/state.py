@@ -14,6 +14,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+LOADING = threading.RLock()  # lock of `one_thread`, which nested calls take again
+PROBLEM = "problem_type"  # config field that a classifier's forward sets from its labels
+OPEN = "_overridden"  # attribute of an object with its open `overridden` contexts, in order of entry
+
 
 class StepRandom:
     """Random numbers by seed, step, and rank, identical in resumed runs."""
@@ -68,7 +72,6 @@ def seed_random_state(number: int, device: torch.device) -> None:
 
 
 def _has_own(device: torch.device) -> bool:
-    """Returns whether a device has its own random state."""
     return device.type not in ("cpu", "meta")
 
 
@@ -134,10 +137,6 @@ def uninterrupted() -> Iterator[None]:
             signal.raise_signal(signal.SIGINT)
 
 
-OPEN = "_overridden"
-"""Attribute of an object with its open `overridden` contexts, in order of entry."""
-
-
 @dataclass(eq=False)
 class _Block:
     """The attributes that a context sets, and the previous ones."""
@@ -198,10 +197,6 @@ def replaced(new: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[None]:
                     parameter.data = value
 
 
-PROBLEM = "problem_type"
-"""Config field that a classifier's forward sets from its labels."""
-
-
 @dataclass(frozen=True)
 class TorchState:
     """Thread-wide torch state that runs may change. The default is full precision."""
@@ -234,18 +229,15 @@ def _kinds() -> set[str]:
 
 
 def _precision() -> tuple[str, str, str]:
-    """Returns the float32 precision: old setting, CUDA setting, and mkldnn setting.
-
-    New settings follow the old one, but not vice versa. If they contradict it, torch raises on reading the old one. A new setting
-    that equals its backend's is `"none"`, and keeps following the backend.
-    """
+    """Returns the float32 precision: old setting, CUDA setting, and mkldnn setting."""
+    # new settings follow the old one, but not vice versa; one that is equal to its backend's is "none", and keeps following it
     backends: Any = torch.backends
     cuda, mkldnn = backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision
     cuda = "none" if cuda == backends.cudnn.fp32_precision else cuda  # which is that of all of cuda
     mkldnn = "none" if mkldnn == backends.mkldnn.fp32_precision else mkldnn
     try:
         return torch.get_float32_matmul_precision(), cuda, mkldnn
-    except RuntimeError:
+    except RuntimeError:  # new settings contradict the old one
         backends.cuda.matmul.fp32_precision = backends.mkldnn.matmul.fp32_precision = "ieee"  # which contradicts none
         old = torch.get_float32_matmul_precision()
         _set_precision(old, cuda, mkldnn)
@@ -256,10 +248,6 @@ def _set_precision(old: str, cuda: str, mkldnn: str) -> None:
     torch.set_float32_matmul_precision(old)  # which sets the others, too
     backends: Any = torch.backends
     backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision = cuda, mkldnn
-
-
-LOADING = threading.RLock()
-"""Lock of `one_thread`, which nested calls take again."""
 
 
 @contextmanager

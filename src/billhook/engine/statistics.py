@@ -12,10 +12,8 @@ from torch import Tensor
 
 from billhook.arguments import check_int, check_types
 
-TOKENS = 1024
-"""Number of tokens in a product."""
-ROWS = 1024
-"""Number of rows of a Gram matrix in a product."""
+TOKENS = 1024  # number of tokens in a product
+ROWS = 1024  # number of rows of a Gram matrix in a product
 
 
 def add_products(sums: Tensor, left: Tensor, right: Tensor) -> None:

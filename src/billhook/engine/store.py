@@ -22,10 +22,8 @@ from billhook.engine.lazy import LazyTensors
 from billhook.engine.loader_internals import save_state
 from billhook.engine.state import overridden, replaced
 
-STORE = "_billhook_store"
-"""Attribute of a module for the store of its blocks."""
-Alter = Callable[[nn.Module], Iterable[nn.Parameter]]
-"""Changes parameter values of a block, and returns these parameters."""
+STORE = "_billhook_store"  # attribute of a module for the store of its blocks
+Alter = Callable[[nn.Module], Iterable[nn.Parameter]]  # changes parameter values of a block, and returns these parameters
 
 
 class BlockStore(ABC):
@@ -114,7 +112,6 @@ class BlockStore(ABC):
         """Loads a block into memory, where there is none."""
 
     def _alter(self, block: nn.Module) -> None:
-        """Applies the registered alterations to a loaded block."""
         for alter in self._alterations.get(block, ()):
             alter(block)
 
@@ -185,7 +182,6 @@ class BlockStore(ABC):
 
     def independently(self, comm: Comm) -> AbstractContextManager[None]:
         """Lets ranks that share blocks load different ones, within the context."""
-        del comm
         return nullcontext()
 
     def all_loaded(self) -> AbstractContextManager[None]:
@@ -219,17 +215,14 @@ class BlockStore(ABC):
             block: The block.
             sizes: Sizes of all parameters of the model after the step, by name.
         """
-        del block, sizes
         return False
 
     def reporting(self, report: Callable[[int, int], None]) -> AbstractContextManager[None]:
         """Reports the number of processed blocks since the last step began, and their total."""
-        del report
         return nullcontext()
 
     def read_staged(self, block: nn.Module) -> tuple[LazyTensors, Any] | None:
         """Returns the values and note that an earlier process staged for a block. None if nothing."""
-        del block
         return None
 
     def stage(
@@ -245,7 +238,6 @@ class BlockStore(ABC):
             note: Plain data that a later process reads with the values.
             device: Device of the shards. Defaults to that of the parameter's shards.
         """
-        del block, note, device
         return LazyTensors.of(values)
 
     def holder(self, parameter: nn.Parameter) -> nn.Parameter:
@@ -306,7 +298,6 @@ class MemoryStore(BlockStore):
 
     def change(self, block: nn.Module, note: object = None) -> None:
         """Marks the block on the device as changed. Elsewhere there is nothing to do."""
-        del note
         self._changed |= block in self.loaded
 
     @contextmanager

@@ -70,21 +70,14 @@ class Source:
 
 
 DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FILE_PATTERN, LARGEST = "model{suffix}.safetensors", "50GB"
 """Name and size limit of checkpoint files, the defaults of `save_pretrained`."""
 UNREADABLE = (OSError, SafetensorError, KeyError)
+ELEMENTS = 2**22  # number of values that are read at once
 
 
 class TensorFiles:
@@ -185,8 +178,7 @@ class TensorFiles:
 
     def read_ahead(self, names: Collection[str]) -> None:
         """Prefetches tensors of local files into the page cache (Linux)."""
-        files = set(map(self._files.__getitem__, names)) if hasattr(os, "posix_fadvise") else set[str]()
-        for file in files:
+        for file in set(map(self._files.__getitem__, names)) if hasattr(os, "posix_fadvise") else set[str]():
             path = self._here(file)
             if path is None:
                 continue
@@ -213,8 +205,7 @@ class TensorFiles:
             with self._paths[self._files[name]].open("rb") as file:
                 file.seek(_extents(file)[self._names.get(name, name)][0])
                 for start in range(0, shape[0], step):
-                    some = (min(step, shape[0] - start), *shape[1:])
-                    read = torch.empty(some, dtype=DTYPES[entry.get_dtype()])
+                    read = torch.empty((min(step, shape[0] - start), *shape[1:]), dtype=DTYPES[entry.get_dtype()])
                     if file.readinto(read.view(-1).view(torch.uint8).numpy().data) < read.nbytes:
                         raise OSError(f"{name} ends before its last row")
                     yield read
@@ -341,10 +332,6 @@ def _files(source: Source) -> dict[str, str]:
 
 def _empty(entry: Any, device: str = "cpu") -> Tensor:  # noqa: ANN401 - a slice of safetensors
     return torch.empty(entry.get_shape(), dtype=DTYPES[entry.get_dtype()], device=device)
-
-
-ELEMENTS = 2**22
-"""Number of values that are read at once."""
 
 
 def share_parameters(model: PreTrainedModel, other: PreTrainedModel, files: TensorFiles, keys: Collection[str]) -> list[str]:

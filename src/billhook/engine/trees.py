@@ -6,10 +6,7 @@ from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 __all__ = ["tree_flatten", "tree_leaves", "tree_map_only", "tree_unflatten"]
-
-
-Slot = tuple[nn.Module, str]
-"""A module and the name of a parameter in it."""
+Slot = tuple[nn.Module, str]  # a module and the name of a parameter in it
 
 
 def parameter_slots(module: nn.Module) -> Iterator[tuple[Slot, nn.Parameter]]:

@@ -23,6 +23,7 @@ from billhook.engine.comm import SINGLE_PROCESS, Comm
 from billhook.engine.state import TorchState, overridden, replaced
 
 Sequential = Literal["block", "layer", "none"]
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments and the keywords of a call
 
 
 @dataclass(eq=False)
@@ -89,8 +90,7 @@ def find_sites(
     if sequential == "none":
         return [Site(model, dict(layers))]
     sites: dict[nn.Module, Site] = {}
-    blocks = list(blocks_with(model, set(layers.values())))
-    owner = {module: block for block in blocks for module in block.modules()}
+    owner = {module: block for block in blocks_with(model, set(layers.values())) for module in block.modules()}
     for name, layer in layers.items():
         module = owner.get(layer, layer) if sequential == "block" else layer
         sites.setdefault(module, Site(module, {})).linears[name] = layer
@@ -110,10 +110,6 @@ def with_exits(model: nn.Module, sites: Sequence[Site]) -> list[Site]:
         inside = {name: linear for site in group for name, linear in site.linears.items() if not site.done}
         ordered += group if block is None or not inside else [*group, Site(block, inside, out=True)]
     return ordered
-
-
-Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-"""The arguments and the keywords of a call."""
 
 
 class Visitor:
@@ -144,7 +140,6 @@ class Visitor:
 
     def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
         """Returns the new parameters of a complete site, by layer and parameter name."""
-        del site
         return {}
 
     def on_exit(self, run: int, arguments: Arguments, output: object) -> None:

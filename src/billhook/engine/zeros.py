@@ -1,7 +1,5 @@
 """Counts zeros in a model, also in a streamed model."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -11,8 +9,7 @@ from billhook.engine.loader_internals import names_in_model
 from billhook.engine.sharding import full_tensor
 from billhook.engine.store import store_of
 
-ELEMENTS = 2**24
-"""Number of values that are read at once."""
+ELEMENTS = 2**24  # number of values that are read at once
 
 
 def zeros_of(model: nn.Module) -> int | None:
@@ -30,7 +27,10 @@ def zeros_by_name(model: nn.Module) -> dict[str, int] | None:
         store.release()
         model = store.model
     holders = ((name, store.holder(parameter)) for name, parameter in model.named_parameters())
-    counts = _numbers({name: _zeros(holder) for name, holder in holders if not holder.is_meta})
+    zeros, counts = {name: _zeros(holder) for name, holder in holders if not holder.is_meta}, dict[str, int]()
+    if zeros:  # read with a single device synchronization
+        device = next(iter(zeros.values())).device
+        counts = dict(zip(zeros, torch.stack([count.to(device) for count in zeros.values()]).tolist(), strict=True))
     if not isinstance(store, FileStore):
         return counts
     parameters, names = dict(store.model.named_parameters(remove_duplicate=False)), dict[int, str]()
@@ -41,14 +41,6 @@ def zeros_by_name(model: nn.Module) -> dict[str, int] | None:
         for rows in store.files.rows(key, ELEMENTS):
             counts[name] = counts.get(name, 0) + int(_zeros(rows.to(parameter.dtype)))
     return counts
-
-
-def _numbers(counts: Mapping[str, Tensor]) -> dict[str, int]:
-    """Reads counts with a single device synchronization."""
-    if not counts:
-        return {}
-    device = next(iter(counts.values())).device
-    return dict(zip(counts, torch.stack([count.to(device) for count in counts.values()]).tolist(), strict=True))
 
 
 def _zeros(values: Tensor) -> Tensor:

@@ -24,8 +24,7 @@ from billhook.fit.fit import Fit, Loss
 from billhook.fit.run import isolated_rng
 from billhook.repairs.residuals import strip_argument
 
-BatchAndLoss = tuple[Any, Loss]
-"""A batch, and the loss as a function of model and batch."""
+BatchAndLoss = tuple[Any, Loss]  # a batch, and the loss as a function of model and batch
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,8 +38,7 @@ class FitCalibration:
 
     Args:
         batches: Batches as `training_step` takes them, in a re-iterable such as a list or a DataLoader, or a `Calibration`, which
-            is read with the data module's tokenizer, if any. Defaults to examples of the training data or
-            `calibration_batches`.
+            is read with the data module's tokenizer, if any. Defaults to examples of training data or `calibration_batches`.
         examples: Number of training examples over all devices. Defaults to 128, as in the papers.
         seed: Seed for drawing examples.
 
@@ -76,12 +74,11 @@ class FitCalibration:
 
     def check(self, fit: Fit) -> None:
         """Raises `ValueError` if the training data cannot be used for calibration."""
-        module = fit.module
         if not self.shared(fit):
             return
         if fit.updates_in_step:
             raise ValueError(
-                f"calibration: examples of training data are not supported by {type(module).__name__}, which uses manual "
+                f"calibration: examples of training data are not supported by {type(fit.module).__name__}, which uses manual "
                 "optimization: its training_step would update weights. Pass batches (dictionaries of the model's inputs) or a "
                 "Calibration as calibration=, or define calibration_batches(self) in the module."
             )
@@ -142,7 +139,6 @@ CalibrationLike = FitCalibration | Batches | int | None
 
 
 def _hook(fit: Fit) -> Callable[[], Any] | None:
-    """Returns the `calibration_batches` method of a custom module, if any."""
     hook = getattr(fit.module, "calibration_batches", None)
     return hook if callable(hook) else None
 
@@ -157,7 +153,6 @@ def _text(calibration: Calibration, fit: Fit) -> list[Batch]:
 
 
 def _moved(fit: Fit, batch: Any) -> Any:  # noqa: ANN401
-    """Moves a batch to this rank's device."""
     moved = fit.to_device(batch)
     return Batch(moved, batch.source) if isinstance(batch, Batch) else moved
 

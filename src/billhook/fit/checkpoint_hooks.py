@@ -27,7 +27,7 @@ RANDOM, GRADIENTS = "billhook_random", "billhook_gradients"
 """Checkpoint keys of the random state of each process and the gradients of an unfinished step."""
 _WRAPPED = "_billhook_wrapped"
 _HOOKS = ("on_load_checkpoint", "on_save_checkpoint", "on_train_start", "on_train_epoch_start")
-
+_LOAD = "load_checkpoint"
 State = dict[str, Any]
 
 
@@ -164,9 +164,6 @@ def add_resume_state(
             gradients = {name: parameter.grad for name, parameter in pl_module.named_parameters() if parameter.grad is not None}
             if gradients:
                 checkpoint[GRADIENTS] = gradients
-
-
-_LOAD = "load_checkpoint"
 
 
 def load_in_shape(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -32,11 +32,10 @@ from billhook.report.summary import summary
 from billhook.schedules import Schedule
 
 Event = dict[str, Any]
-
 SIZES = ("params", "kv_cache_bytes", "sparsity")
 """Metrics of the model that are logged before the first event and after each event."""
-UNLOGGED = ("zeros", "flops")
-"""Metrics that are recorded but not logged."""
+UNLOGGED = ("zeros", "flops")  # metrics that are recorded but not logged
+UNRECORDED = {"self", "measure_batches", "plot_file", "metric"}  # parameters that do not affect the model
 
 
 class ShapeFollower(FitCallback, ABC):
@@ -150,8 +149,7 @@ class EventCallback(ShapeSavingCallback, ABC):
 
     def resolve(self, fit: Fit) -> None:
         """Resolves the steps of the events."""
-        steps = self.steps(fit)
-        self._steps = remaining_rounds(steps, self.last_event_step, self.last_target, type(self).__name__)
+        self._steps = remaining_rounds(self.steps(fit), self.last_event_step, self.last_target, type(self).__name__)
 
     def begin_training(self, fit: Fit) -> None:
         """Applies events that are due before the first step, or that a resumed checkpoint lacks."""
@@ -285,10 +283,6 @@ def log_event(fit: Fit, event: Event) -> None:
         follower.on_event(fit, event)
 
 
-UNRECORDED = {"self", "measure_batches", "plot_file", "metric"}
-"""Parameters that do not affect the model."""
-
-
 def describe_callback(callback: object) -> dict[str, Any]:
     """Returns the class name of a callback as `callback`, and its settings as plain data."""
     unrecorded = UNRECORDED | ({"calibration"} if getattr(callback, "needs_data", None) is False else set())
@@ -323,11 +317,9 @@ def _plain(value: object) -> Any:  # noqa: ANN401 - plain data of any kind
         return value.__name__
     if value is None or isinstance(value, bool | int | float | str):
         return value
-    # a dataclass by its settings, or else its string or class name
-    kind = type(value)
+    kind = type(value)  # a dataclass by its settings, or else its string or class name
     if is_dataclass(value) and kind.__str__ is object.__str__:
         shown = [(field, getattr(value, field.name)) for field in fields(value) if field.repr]
         settings = [f"{field.name}={setting!r}" for field, setting in shown if setting != field.default]
         return f"{kind.__name__}({', '.join(settings)})"
-    prints = kind.__str__ is not object.__str__ or kind.__repr__ is not object.__repr__
-    return str(value) if prints else kind.__name__
+    return kind.__name__ if kind.__str__ is object.__str__ and kind.__repr__ is object.__repr__ else str(value)

@@ -16,10 +16,8 @@ from billhook.model.preprocessors import Preprocessor
 
 CallbackT = TypeVar("CallbackT")
 T = TypeVar("T")
-
 Reduction = Literal["sum", "min", "max"]
-Loss = Callable[[nn.Module, Any], Tensor]
-"""The training loss, as a function of model and batch."""
+Loss = Callable[[nn.Module, Any], Tensor]  # the training loss, as a function of model and batch
 
 
 class Fit(ABC):

@@ -168,8 +168,7 @@ class LightningFit(Fit):
             assert isinstance(strategy, DDPStrategy)
             strategy.configure_ddp()  # same settings, new buckets and hooks
             if isinstance(state := communication_state(self.trainer), PowerSGDState):
-                # DDP's buckets change in the first two steps
-                state.iter = max(0, min(state.iter, state.start_powerSGD_iter - 2))
+                state.iter = max(0, min(state.iter, state.start_powerSGD_iter - 2))  # DDP's buckets change in the first two steps
                 for value in (state.error_dict, state.p_memory_dict, state.q_memory_dict):
                     value.clear()
 
@@ -339,8 +338,7 @@ class LightningFit(Fit):
 
 def float16_replaced(device: torch.device, device_type: str) -> AbstractContextManager[object]:
     """Returns autocast to bfloat16, because scores do not scale the loss like training."""
-    # emulated bfloat16 is slow
-    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    has_bfloat16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)  # emulation is slow
     return torch.autocast(device_type, torch.bfloat16, cache_enabled=False) if has_bfloat16 else nullcontext()
 
 
@@ -378,10 +376,7 @@ def call_of_model(model: nn.Module, step: Callable[[], object], what: str) -> tu
         raise _Called(args, kwargs)
 
     try:
-        with (
-            overridden(model, forward=forward),
-            torch.compiler.set_stance("force_eager"),
-        ):  # compiled code skips `forward`
+        with overridden(model, forward=forward), torch.compiler.set_stance("force_eager"):  # compiled code skips `forward`
             step()
     except _Called as call:
         args, kwargs = call.args

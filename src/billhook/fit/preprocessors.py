@@ -15,10 +15,8 @@ from billhook.model.preprocessors import Preprocessor, load_preprocessor
 
 NAMES = ("processor", "tokenizer", "image_processor", "feature_extractor")
 """Attributes of data modules; properties may load on first access."""
-DEPTH = 4
-"""Search depth in a loader's `collate_fn` and dataset."""
-SHORT = 16
-"""Maximum length of a list to search."""
+DEPTH = 4  # search depth in a loader's `collate_fn` and dataset
+SHORT = 16  # maximum length of a list to search
 
 
 def find_preprocessors(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Preprocessor]:
@@ -35,7 +33,11 @@ def find_preprocessors(trainer: pl.Trainer, pl_module: pl.LightningModule) -> li
     for owners, depth in ((named, 0), ([data], 2), ([pl_module], 2), (read, DEPTH)):
         seen = set[int]()
         if preprocessors := [preprocessor for owner in owners for preprocessor in _find_in(owner, depth, seen)]:
-            return _select(preprocessors)
+            if processors := [item for item in preprocessors if isinstance(item, ProcessorMixin)]:
+                return [processors[0]]
+            tokenizers = [item for item in preprocessors if isinstance(item, PreTrainedTokenizerBase)]
+            others = [item for item in preprocessors if not isinstance(item, PreTrainedTokenizerBase)]
+            return [*tokenizers[:1], *others[:1]]
     origin = find_transformer(pl_module).config.name_or_path
     with suppress(Exception):  # transformers raises many types
         return [load_preprocessor(str(origin))] if origin else []
@@ -69,14 +71,3 @@ def _references(owner: object) -> Iterable[object]:
         isinstance(owner, nn.Module) and not isinstance(owner, pl.LightningModule)
     )
     return [] if of_torch else list(getattr(owner, "__dict__", {}).values())
-
-
-def _select(preprocessors: list[Preprocessor]) -> list[Preprocessor]:
-    """Returns a processor, or else a tokenizer and an image or audio preprocessor."""
-    for preprocessor in preprocessors:
-        if isinstance(preprocessor, ProcessorMixin):
-            return [preprocessor]
-    text, others = list[Preprocessor](), list[Preprocessor]()
-    for preprocessor in preprocessors:
-        (text if isinstance(preprocessor, PreTrainedTokenizerBase) else others).append(preprocessor)
-    return [*text[:1], *others[:1]]

@@ -23,13 +23,9 @@ from billhook.fit.fit import Fit
 from billhook.linalg import widest_float
 
 T = TypeVar("T")
-
-LENGTH = 1024
-"""Bytes of a rank's message."""
-PICKED, NEAR = 1024, 0.01
-"""Number of values per tensor that ranks compare, and tolerance relative to their root mean square."""
-FAILED = "billhook/failed/{}"
-"""Key of the store for a rank's failure."""
+LENGTH = 1024  # bytes of a rank's message
+PICKED, NEAR = 1024, 0.01  # number of values per tensor that ranks compare, and tolerance relative to their root mean square
+FAILED = "billhook/failed/{}"  # key of the store for a rank's failure
 
 
 class RanksDiffer(RuntimeError):
@@ -41,8 +37,7 @@ def sum_over_ranks(fit: Fit, tensor: Tensor) -> Tensor:
     _meet(fit, f"a sum of {tensor.dtype} {list(tensor.shape)}")
     device = fit.device
     dtype = widest_float(device) if tensor.dtype == torch.float64 else tensor.dtype
-    on_device = tensor.to(device, dtype, copy=True)
-    return tensor.copy_(fit.reduce(on_device))
+    return tensor.copy_(fit.reduce(tensor.to(device, dtype, copy=True)))
 
 
 def comm_of(fit: Fit, shared: bool = False) -> Comm:
@@ -140,8 +135,7 @@ def on_first_rank(fit: Fit, who: str, work: Callable[[], object], apart: Apart =
             if fit.rank == 0:
                 work()
         return
-    turn = store.add(f"billhook/turns of {fit.rank}", 1)  # the same number on every rank
-    done = f"billhook/turn {turn}"
+    done = f"billhook/turn {store.add(f'billhook/turns of {fit.rank}', 1)}"  # the same number on every rank
     requests = _FirstRanksRequests(fit, store, done)
     comm = Comm(requests, fit.rank, fit.world_size)
     if fit.rank:

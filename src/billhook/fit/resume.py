@@ -102,8 +102,7 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
 
         shaped = Later
     bases = (kind,) if issubclass(kind, shaped) else (shaped, kind)
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
-    subclass: Any = type(kind.__name__, bases, names)
+    subclass: Any = type(kind.__name__, bases, {"__module__": kind.__module__, "__qualname__": kind.__qualname__})
     module = cast(ModuleT, subclass.load_from_checkpoint(source, **options))
     module.__class__ = kind  # Lightning creates the module and loads it in one call, of the class that it is called on
     return module

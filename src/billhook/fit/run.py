@@ -65,7 +65,6 @@ def drop_pending(pl_module: pl.LightningModule) -> None:
 
 
 def _configure(pl_module: pl.LightningModule, configure: Callable[[], None]) -> None:
-    """Creates the model and makes the pending calls."""
     configure()
     steps = vars(pl_module)[_WAITING]
     drop_pending(pl_module)

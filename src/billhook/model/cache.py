@@ -20,10 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers import GenerationConfig, PretrainedConfig
 
 Finding = TypeVar("Finding")
-
-MOST = 256
-"""Number of cached results. The config search builds dozens of models per shape."""
-
+MOST = 256  # number of cached results: the config search builds dozens of models per shape
 # Without it half of a short fit is spent on finding the same again. A finding is bytes, so that whatever a caller does to it does
 # not reach the next. Each operation on the dictionary is atomic, so that threads need no lock.
 _findings: OrderedDict[Hashable, bytes] = OrderedDict()
@@ -83,7 +80,6 @@ def signature(subject: nn.Module | tuple[object, ...]) -> Hashable | None:
 
 UNSEEN = {*vars(nn.Module()), "_compiled_call_impl"}
 """Attributes of a module that do not affect how it runs, or are handled separately."""
-
 PLAIN = PretrainedConfig, partial, Enum, complex, dict, torch.dtype, torch.device, torch.Size
 """Classes whose pickles identify their values."""
 
@@ -101,29 +97,26 @@ class _Signature(pickle.Pickler):
         """Returns the substitute of a module or code; None for other values."""
         if isinstance(value, type | FunctionType | BuiltinFunctionType):
             return "code", self.code.setdefault(ref(value), len(self.code))
-        if isinstance(value, nn.Module):
-            return self._module(value)
-        return "unseen" if isinstance(value, GenerationConfig | RemovableHandle) else None
+        if not isinstance(value, nn.Module):
+            return "unseen" if isinstance(value, GenerationConfig | RemovableHandle) else None
+        for hook in (*value._forward_pre_hooks.values(), *value._forward_hooks.values()):
+            if not _keeps_shapes(hook):
+                raise TypeError("hooks may decide how the model runs")
+        tensors = []
+        for name, tensor in (value._parameters | value._buffers).items():
+            if tensor is not None:
+                if type(tensor) not in (Tensor, nn.Parameter):
+                    raise TypeError("more than its shape may decide how the model runs")
+                number = self.tensors.setdefault(id(tensor), len(self.tensors))
+                tensors.append((name, number, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad))
+        plain = {name: part for name, part in vars(value).items() if name not in UNSEEN and not _keeps_shapes(part)}
+        return type(value), type(value).forward, plain, tensors, value._modules
 
     def reducer_override(self, value: Any) -> Any:  # noqa: ANN401 - of a class that is not built in
         """Refuses classes that may be large, or whose pickles may be incomplete."""
         if isinstance(value, PLAIN) or is_dataclass(value):
             return NotImplemented
         raise TypeError("whatever this holds may decide how the model runs")
-
-    def _module(self, module: nn.Module) -> object:
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values()):
-            if not _keeps_shapes(hook):
-                raise TypeError("hooks may decide how the model runs")
-        tensors = []
-        for name, tensor in (module._parameters | module._buffers).items():
-            if tensor is not None:
-                if type(tensor) not in (Tensor, nn.Parameter):
-                    raise TypeError("more than its shape may decide how the model runs")
-                number = self.tensors.setdefault(id(tensor), len(self.tensors))
-                tensors.append((name, number, tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.requires_grad))
-        plain = {name: value for name, value in vars(module).items() if name not in UNSEEN and not _keeps_shapes(value)}
-        return type(module), type(module).forward, plain, tensors, module._modules
 
 
 def _keeps_shapes(value: object) -> bool:

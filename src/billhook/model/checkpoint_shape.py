@@ -123,7 +123,6 @@ def check_same_model(model: PreTrainedModel, entry: Mapping[str, Any]) -> None:
 
 
 def _both_described(model: PreTrainedModel, entry: Mapping[str, Any]) -> str:
-    """Describes the models of a checkpoint and of a run."""
     parameters = (name for name, _ in model.named_parameters())
     saved = _described(entry["class"], json.loads(entry["config"]), entry["shape"]["tensors"])
     return f"the checkpoint contains {saved}, the run has {_described(type(model).__name__, _config_of(model), parameters)}"

@@ -14,8 +14,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, WEIGH
 from billhook.model.config_fields import build_or_refuse, named_class
 from billhook.model.layers import NEW
 
-ModelLoader = Any
-"""A model class or an auto class, with `from_pretrained`."""
+ModelLoader = Any  # a model class or an auto class, with `from_pretrained`
 
 
 @dataclass(frozen=True)
@@ -91,16 +90,14 @@ def mismatch(model: PreTrainedModel, gaps: Gaps) -> str:
 
 
 def _added(model: PreTrainedModel, missing: list[str]) -> list[str]:
-    """Returns missing tensors that the saved class lacks.
-
-    A base model may have been saved without its pooler, which masked-token models do not use.
-    """
+    """Returns missing tensors that the saved class lacks."""
     if not missing:
         return []
     names: object = model.config.architectures
     name, prefix = names[0] if isinstance(names, list) and names else None, f"{model.base_model_prefix}."
     base, outside, poolers = model.base_model, set[str](), set[str]()
     builds = [vars(kind).get("__init__") for kind in type(base).__mro__]
+    # a base model may have been saved without its pooler, which masked-token models do not use
     may_lack_pooler = any(build is not None and "add_pooling_layer" in signature(build).parameters for build in builds)
     for key in missing:
         if base is not model and not key.startswith(prefix):

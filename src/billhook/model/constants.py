@@ -15,13 +15,13 @@ from billhook.model.cache import cached
 from billhook.model.config_fields import build_class_on_meta
 from billhook.model.transformers_internals import follows_inputs
 
-MOST = 1024
-"""Approximate number of summed values of a larger buffer, evenly spaced."""
+MOST = 1024  # approximate number of summed values of a larger buffer, evenly spaced
 HARMLESS = (
     *("training", "drop", "checkpointing", "loss", "jitter", "padding_idx", "pad_token_id", "vocab_size"),
     *("cached", "rescaled", "pooling_mult", "shift_size", "window_size"),
 )
 """Parts of the names of numbers that do not affect logits in evaluation mode, or that forwards change."""
+Numbers = dict[str, tuple[float, float]]  # old and new numbers of modules, by dotted name
 
 
 def constants(model: nn.Module) -> Iterator[tuple[str, float | Tensor | None]]:
@@ -55,10 +55,6 @@ def record_constants(model: nn.Module) -> dict[str, float]:
         else:
             record[name] = math.nan if value is None else float(value)
     return record
-
-
-Numbers = dict[str, tuple[float, float]]
-"""Old and new numbers of modules, by dotted name."""
 
 
 class _KnownNumbers(TorchFunctionMode):

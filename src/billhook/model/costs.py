@@ -46,8 +46,7 @@ class Costs:
 
 def costs_of(model: PreTrainedModel) -> Costs:
     """Measures the costs of a model, which may be on meta."""
-    config = model.config.get_text_config(decoder=True)
-    context = min(CONTEXT, getattr(config, "max_position_embeddings", None) or CONTEXT)
+    context = min(CONTEXT, getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None) or CONTEXT)
     context = 0 if model.main_input_name == "pixel_values" else context
     flops = cached(partial(_flops_on_meta, model, context), model, "flops", context)
     return Costs(_params(model), _bytes(model), kv_cache_bytes(model), flops, context, str(model.dtype).removeprefix("torch."))
@@ -129,9 +128,8 @@ def _forward(meta_model: PreTrainedModel, length: int) -> int:
     inputs: dict[str, Any] = {"input_ids": ids}
     if meta_model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
-        if (
-            "decoder_attention_mask" in signature(meta_model.forward).parameters
-        ):  # otherwise BART creates a mask and reads its values
+        # otherwise BART creates a mask and reads its values
+        if "decoder_attention_mask" in signature(meta_model.forward).parameters:
             inputs["decoder_attention_mask"] = torch.zeros(1, 1, length, length, dtype=meta_model.dtype, device="meta")
     if hasattr(meta_model.config.get_text_config(decoder=True), "use_cache"):
         inputs["use_cache"] = True

@@ -11,8 +11,7 @@ from billhook.model.cache import cached
 from billhook.model.config_fields import Fields, build_on_meta, read_back, with_fields
 from billhook.model.shape import Shape, shape_of
 
-Sizes = dict[str, tuple[int, ...]]
-"""Tensor sizes by name."""
+Sizes = dict[str, tuple[int, ...]]  # tensor sizes by name
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,7 @@ class _Maker:
                 wanted.add("input_features")
         if "spatial_shapes" in self.named:
             wanted.update(["spatial_shapes", "pixel_attention_mask"])
-        optional = {"decoder_input_ids", "bbox", "pixel_values", "input_features"}
-        wanted -= optional - self.named.keys()
+        wanted -= {"decoder_input_ids", "bbox", "pixel_values", "input_features"} - self.named.keys()
         if unknown := sorted(wanted - _MAKERS.keys()):
             raise ValueError(
                 f"cannot guess the inputs {', '.join(unknown)} of {type(self.model).__name__}. Pass them as example_inputs."
@@ -165,8 +164,7 @@ def run_outputs(model: PreTrainedModel, ids: Mapping[str, Tensor] = {}, layers: 
     outputs: list[Any] = []
     with ExitStack() as hooks, full_precision(), evaluating(model):
         for layer in sorted(layers):
-            hook = model.get_submodule(layer).register_forward_hook(lambda *call: outputs.append(call[-1]))
-            hooks.callback(hook.remove)
+            hooks.callback(model.get_submodule(layer).register_forward_hook(lambda *call: outputs.append(call[-1])).remove)
         output = model(**{**small_inputs(model), **ids})
     return _real([*outputs, *(output.values() if isinstance(output, Mapping) else tree_leaves(output))])
 

@@ -17,11 +17,8 @@ if TYPE_CHECKING:
     from peft.utils.other import AuxiliaryTrainingWrapper
 
 
-Convolutions = Literal["mixing", "all", "none"]
-"""Convolutions to prune: with at least `MIXING` channels per output, all, or none."""
-
+Convolutions = Literal["mixing", "all", "none"]  # convolutions to prune: with at least `MIXING` channels per output, all, or none
 Convolution = nn.Conv1d | nn.Conv2d
-
 MIXING = 4
 """Minimum of channels per output of a mixing convolution. Depthwise convolutions have one, and patch embeddings and stems, which
 take pixels or a waveform, at most three."""
@@ -111,15 +108,10 @@ def active_in(layer: Any) -> list[str]:  # noqa: ANN401 - PEFT does not type its
 
 PACKED = ("qweight", "weight_packed", "W_q")
 """Weight names of quantized layers other than `nn.Linear` (GPTQ and AWQ, compressed-tensors, HQQ)."""
-
-NEW = "_billhook_new"
-"""Attribute of modules that were not in the checkpoint, such as a new task head."""
-
+NEW = "_billhook_new"  # attribute of modules that were not in the checkpoint, such as a new task head
 CLASSIFIERS = ("Classification", "QuestionAnswering", "MultipleChoice")
 """Parts of the names of model classes with a classification head."""
-
-PRUNED = 0.01
-"""Minimum sparsity of a pruned weight. Rounding leaves a few zeros in dense weights."""
+PRUNED = 0.01  # minimum sparsity of a pruned weight; rounding leaves a few zeros in dense weights
 
 
 def prunable(module: nn.Module, output_embeddings: bool = False, convolutions: Convolutions = "mixing") -> dict[str, nn.Module]:
@@ -136,7 +128,7 @@ def prunable(module: nn.Module, output_embeddings: bool = False, convolutions: C
     >>> list(prunable(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4))))
     ['1']
     """
-    left_out = set() if output_embeddings else _output_embeddings(module) | _classification_heads(module)
+    left_out = set() if output_embeddings else _outputs(module)
     linears: dict[str, nn.Module] = {}
     weights: set[int] = set()
     for name, part in _walk(module, "", left_out):
@@ -240,7 +232,6 @@ def to_parameters(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> dic
 
 
 def _is_among(module: nn.Module, convolutions: Convolutions) -> bool:
-    """Returns whether a module is a linear layer or a selected convolution."""
     if is_convolution(module):
         return convolutions == "all" or (convolutions == "mixing" and channels_of(module) >= MIXING)
     return is_linear(module)
@@ -258,21 +249,14 @@ def _walk(module: nn.Module, name: str, left_out: set[int]) -> Iterator[tuple[st
         yield from _walk(child, f"{name}.{child_name}" if name else child_name, left_out)
 
 
-def _output_embeddings(module: nn.Module) -> set[int]:
-    """Returns the ids of output embeddings and of embedding weights."""
+def _outputs(module: nn.Module) -> set[int]:
+    """Returns the ids of output embeddings, embedding weights, heads, and new modules."""
     identities = {id(part.weight) for part in module.modules() if isinstance(part, nn.Embedding)}
     for part in module.modules():
         get = getattr(part, "get_output_embeddings", None)
         output = get() if callable(get) else None
         if isinstance(output, nn.Module):
             identities |= {id(output), *map(id, output.parameters())}
-    return identities
-
-
-def _classification_heads(module: nn.Module) -> set[int]:
-    """Returns the ids of classification heads and of new modules."""
-    identities = set()
-    for part in module.modules():
         if hasattr(part, NEW):
             identities.add(id(part))
         if isinstance(part, PreTrainedModel) and any(kind in type(part).__name__ for kind in CLASSIFIERS):

@@ -26,7 +26,6 @@ from billhook.model.shape import KEY
 from billhook.model.shaped import apply_entry
 
 Module = TypeVar("Module", bound=nn.Module)
-
 MAPPINGS = [f"MODEL_FOR_{task}_MAPPING_NAMES" for task in
             ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_CLASSIFICATION", "CTC")]  # fmt: skip
 MAPPINGS.append("MODEL_MAPPING_NAMES")
@@ -98,8 +97,7 @@ def stand_ins(model: nn.Module) -> dict[int, Any]:
             before = kind == "_forward_pre_hooks"
             for key, hook in hooks.items() if before or kind == "_forward_hooks" else ():
                 if not getattr(hook, "keeps_shapes", False):
-                    is_part = _function(hook).__module__.startswith(PARTS)
-                    new[key] = hook if is_part else HookStandIn(hook, module, before)
+                    new[key] = hook if _function(hook).__module__.startswith(PARTS) else HookStandIn(hook, module, before)
     return replacements
 
 
@@ -265,6 +263,5 @@ def _fields_in(plain: object, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def _named(mapping: str, config: PretrainedConfig) -> tuple[str, ...]:
-    """Returns the classes of an auto mapping for a config."""
     names: str | tuple[str, ...] = getattr(modeling_auto, mapping).get(config.model_type, ())
     return (names,) if isinstance(names, str) else tuple(names)

@@ -19,8 +19,7 @@ from billhook.engine.store import store_of
 from billhook.model.find import check_changeable
 from billhook.model.surgery import UpdateOptimizers, check_replaceable, values_restored_on_error
 
-Weights = Mapping[str, Tensor]
-"""New values of parameters, by the parameter's name."""
+Weights = Mapping[str, Tensor]  # new values of parameters, by the parameter's name
 
 
 class ModelPlan(Printable):

@@ -28,22 +28,15 @@ from billhook.model.token_ids import vocabulary_sizes
 Preprocessor = PreTrainedTokenizerBase | ProcessorMixin | ImageProcessingMixin | FeatureExtractionMixin
 """A tokenizer, processor, image processor, or feature extractor."""
 FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "processor_config.json",
-    "preprocessor_config.json",
-    "vocab.txt",
-    "vocab.json",
-)
+    "tokenizer.json", "tokenizer_config.json", "processor_config.json", "preprocessor_config.json",
+    "vocab.txt", "vocab.json",
+)  # fmt: skip
 """Preprocessor files. Without any of them, transformers creates an empty tokenizer."""
 VOCABULARIES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "source.spm", "spm.model", "merges.txt")
 """Vocabulary files that older folders may have instead."""
-
-
 LOST_TOKENS = "_lost_tokens"
 """Attribute of a model whose vocabulary has shrunk since it was loaded: the `vocabulary_fingerprint` of the ids that it kept."""
-TRIMMED = "billhook_kept_tokens"
-"""Setting of a trimmed tokenizer, saved with it: the same fingerprint."""
+TRIMMED = "billhook_kept_tokens"  # setting of a trimmed tokenizer, saved with it: the same fingerprint
 FIX = "After a removal of tokens, pass plan.trim_tokenizer(tokenizer), or the folder where it is saved (--tokenizer FOLDER)."
 
 
@@ -101,8 +94,7 @@ def vocabulary_fingerprint(kept: NDArray[np.int64], before: int) -> int:
         kept: Ids that the last removal keeps, ascending: `[tokens]`.
         before: The number for the removals before, or 0.
     """
-    renumbered = not np.array_equal(kept, np.arange(len(kept)))
-    return zlib.crc32(kept.astype("<i8").tobytes(), before) if renumbered else before
+    return before if np.array_equal(kept, np.arange(len(kept))) else zlib.crc32(kept.astype("<i8").tobytes(), before)
 
 
 def check_tokenizer(model: PreTrainedModel, preprocessor: Preprocessor) -> None:
@@ -137,8 +129,7 @@ def num_tokens(model: PreTrainedModel) -> int:
 def load_preprocessor(name: str, auto: Any = AutoProcessor) -> Preprocessor:  # noqa: ANN401 - an auto class
     """Loads a preprocessor with an auto class, without running its code."""
     with readable(name), _without_code(name):
-        paths = (cached_file(model_path(name), file, _raise_exceptions_for_missing_entries=False) for file in FILES)
-        if not any(paths):
+        if not any(cached_file(model_path(name), file, _raise_exceptions_for_missing_entries=False) for file in FILES):
             raise ValueError(f"'{name}' has no tokenizer or processor: none of {', '.join(FILES)}")
         loaded: Preprocessor = auto.from_pretrained(model_path(name), trust_remote_code=False)
     return loaded

@@ -16,10 +16,8 @@ from billhook.engine.batches import Run
 from billhook.engine.state import overridden
 from billhook.model.config_fields import text_config
 
-RopeParameters = Mapping[str, Any]
-"""`rope_parameters` of a config: plain values and lists of numbers by name."""
-POSITIONLESS = 1e9
-"""Factor that divides a frequency so far that it does not rotate."""
+RopeParameters = Mapping[str, Any]  # `rope_parameters` of a config: plain values and lists of numbers by name
+POSITIONLESS = 1e9  # factor that divides a frequency so far that it does not rotate
 
 
 def rope_parameters(model: nn.Module) -> dict[str, Any]:
@@ -27,8 +25,7 @@ def rope_parameters(model: nn.Module) -> dict[str, Any]:
 
     Empty if it has none, or several for different layers.
     """
-    config = _config(model)
-    stated = getattr(config, "rope_parameters", None)
+    stated = getattr(_config(model), "rope_parameters", None)
     return copy.deepcopy(stated) if isinstance(stated, dict) and are_rope_parameters(stated) else {}
 
 
@@ -110,15 +107,12 @@ def rotating_with(model: nn.Module, parameters: RopeParameters | None, runs: Seq
     """
     if parameters is None:
         return list(runs)
-    others = with_rope_parameters(model, parameters)
-
-    def rotating(forward: Callable[[], Any]) -> Callable[[], Any]:
-        return partial(with_modules, others, forward)
-
-    return [
-        replace(run, forward=rotating(run.forward), lossless=None if run.lossless is None else rotating(run.lossless))
-        for run in runs
-    ]
+    rotating = partial(with_modules, with_rope_parameters(model, parameters))
+    rotated = []
+    for run in runs:
+        lossless = None if run.lossless is None else partial(rotating, run.lossless)
+        rotated.append(replace(run, forward=partial(rotating, run.forward), lossless=lossless))
+    return rotated
 
 
 def with_modules(others: Mapping[nn.Module, nn.Module], forward: Callable[[], Any]) -> Any:  # noqa: ANN401

@@ -80,18 +80,10 @@ def _copied(block: nn.Module, device: torch.device) -> nn.Module:
 
 
 T = TypeVar("T")
-
-KEY = "billhook"
-"""Key of the shape in Lightning checkpoints, and of the shape beyond the config in config.json."""
-
-VERSION = 1
-"""Version of a shape entry."""
-
-GROUPS = "num_key_value_groups"
-"""Attribute of attention modules for the number of query heads per KV head."""
-
-FLAG = "multi_query"
-"""Config field and attribute of some families for multi-query attention, the only flag in a shape."""
+KEY = "billhook"  # key of the shape in Lightning checkpoints, and of the shape beyond the config in config.json
+VERSION = 1  # version of a shape entry
+GROUPS = "num_key_value_groups"  # attribute of attention modules for the number of query heads per KV head
+FLAG = "multi_query"  # config field and attribute of some families for multi-query attention, the only flag in a shape
 DIMENSIONS = 8  # more than any weight has
 
 
@@ -123,10 +115,10 @@ class Shape:
     def to_dict(self) -> dict[str, Any]:
         """Returns plain data, for any checkpoint format."""
         return {
-            "tensors": _map_values(list, self.tensors),
+            "tensors": {name: list(size) for name, size in self.tensors.items()},
             "attributes": dict(self.attributes),
             "config": dict(self.config),
-            "lists": _map_values(list, self.lists),
+            "lists": {name: list(values) for name, values in self.lists.items()},
             "blocks": {name: [first, list(numbers)] for name, (first, numbers) in self.blocks.items()},
             "rope": copy.deepcopy(self.rope),
         }
@@ -136,18 +128,13 @@ class Shape:
         """Creates a shape from `to_dict`, or from the entry in config.json."""
         check_plain_shape(plain)
         return cls(
-            _map_values(tuple, plain["tensors"]),
+            {name: tuple(size) for name, size in plain["tensors"].items()},
             dict(plain["attributes"]),
             dict(plain["config"]),
             dict(plain.get("lists", {})),
             {name: (first, tuple(numbers)) for name, (first, numbers) in plain.get("blocks", {}).items()},
             copy.deepcopy(plain.get("rope", {})),
         )
-
-
-def _map_values(convert: Callable[[Any], T], entries: Mapping[str, Any]) -> dict[str, T]:
-    """Returns entries with converted values."""
-    return {name: convert(value) for name, value in entries.items()}
 
 
 def check_plain_shape(plain: object) -> None:
@@ -181,7 +168,6 @@ def _is_whole(name: str, stated: object) -> bool:
 
 
 def _is_plain_list(_: str, stated: object) -> bool:
-    """Returns whether a value is a list that a shape can contain."""
     return isinstance(stated, list) and all(value is None or isinstance(value, bool | int | float | str) for value in stated)
 
 
@@ -200,13 +186,8 @@ def shape_of(model: nn.Module) -> Shape:
             f"model: {packed} is a {type(state[packed]).__name__}, not a tensor, as in layers quantized by torch.ao. Change the "
             "model before it is quantized."
         )
-    shape = Shape(
-        {name: tuple(tensor.shape) for name, tensor in state.items()},
-        {},
-        {},
-        blocks=removed_blocks(model),
-        rope=rope_parameters(model),
-    )
+    sizes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    shape = Shape(sizes, {}, {}, blocks=removed_blocks(model), rope=rope_parameters(model))
     for name, module, attr in _numbers(model):
         shape.attributes[name] = getattr(module, attr)
     for name, value in _fields(model).items():
@@ -298,7 +279,12 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
                 renewed[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
             owner, _, attr = name.rpartition(".")
             _put(model.get_submodule(owner), attr, renewed[id(old)])
-    _set_groups(model, shape)
+    for name, module in model.named_modules():  # sets the number of query heads per KV head where the class does not
+        groups = shape.attributes.get(f"{name}.{GROUPS}")
+        if groups is not None:
+            setattr(module, GROUPS, groups)
+        elif type(vars(module).get(GROUPS)) is int and next(module.parameters(), None) is not None:
+            delattr(module, GROUPS)
     for name, module, attr in list(_numbers(model)):
         setattr(module, attr, shape.attributes.get(name, getattr(module, attr)))
     new_fields: Fields = shape.config | shape.lists
@@ -316,16 +302,6 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
 def changed_constants(model: PreTrainedModel, before: PretrainedConfig) -> Numbers:
     """Returns numbers that a model derives differently from its config than before."""
     return {} if shape_beyond_config(model).tensors else derived_constants(model, before)
-
-
-def _set_groups(model: nn.Module, shape: Shape) -> None:
-    """Sets the number of query heads per KV head where the class does not."""
-    for name, module in model.named_modules():
-        stated = shape.attributes.get(f"{name}.{GROUPS}")
-        if stated is not None:
-            setattr(module, GROUPS, stated)
-        elif type(vars(module).get(GROUPS)) is int and next(module.parameters(), None) is not None:
-            delattr(module, GROUPS)
 
 
 def _put(module: nn.Module, attr: str, new: Tensor) -> None:

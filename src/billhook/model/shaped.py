@@ -61,11 +61,7 @@ def has_shape_entry(name: str) -> bool:
 
 
 def load_shaped(
-    kind: type[PreTrainedModel],
-    name: str,
-    dtype: str | torch.dtype,
-    attention: str | None = None,
-    labels: int | None = None,
+    kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype, attention: str | None = None, labels: int | None = None
 ) -> PreTrainedModel:
     """Loads a checkpoint with a shape entry in a class, also with another task head.
 
@@ -102,8 +98,18 @@ def load_on_meta(
 def _checked(kind: type[PreTrainedModel], config: PretrainedConfig, stated: Shape, files: Sizes) -> Shape:
     """Returns a shape named as in a class. Raises if files or class contradict it."""
     meta_model = build_or_refuse(kind, config)
-    shape, sizes = _with_model_names(meta_model, stated, files)
-    _check(meta_model, shape, sizes)
+    prefix = f"{meta_model.base_model_prefix}."
+
+    def renamed(entries: Mapping[str, T], known: Container[str]) -> dict[str, T]:
+        in_model = {}
+        for key, entry in entries.items():
+            names = key, prefix + key, key.removeprefix(prefix)  # with or without the prefix of the base model
+            in_model[next((name for name in names if name in known), key)] = entry
+        return in_model
+
+    state, attributes = meta_model.state_dict(), _attributes(meta_model, shape_of(meta_model))
+    shape = Shape(renamed(stated.tensors, state), renamed(stated.attributes, attributes), {})
+    _check(meta_model, shape, renamed(files, state))
     return shape
 
 
@@ -168,21 +174,6 @@ def _from_entry(entry: object) -> Shape:
     return Shape(shape.tensors, shape.attributes, {})
 
 
-def _with_model_names(meta_model: PreTrainedModel, stated: Shape, files: Sizes) -> tuple[Shape, Sizes]:
-    """Renames tensors to a model's names, with or without its base model prefix."""
-    prefix = f"{meta_model.base_model_prefix}."
-
-    def renamed(entries: Mapping[str, T], known: Container[str]) -> dict[str, T]:
-        in_model = {}
-        for key, entry in entries.items():
-            names = key, prefix + key, key.removeprefix(prefix)
-            in_model[next((name for name in names if name in known), key)] = entry
-        return in_model
-
-    state, attributes = meta_model.state_dict(), _attributes(meta_model, shape_of(meta_model))
-    return Shape(renamed(stated.tensors, state), renamed(stated.attributes, attributes), {}), renamed(files, state)
-
-
 def _attributes(meta_model: PreTrainedModel, built: Shape) -> set[str]:
     """Returns the attributes that a shape may contain."""
     return built.attributes.keys() | {f"{name}.{GROUPS}" for name, _ in meta_model.named_modules()}
@@ -227,10 +218,7 @@ def _check(meta_model: PreTrainedModel, stated: Shape, files: Sizes | None) -> N
 
 
 def _check_attributes(stated: Shape, built: Shape) -> None:
-    """Raises for attributes larger than any related size.
-
-    Positive integers must stay positive, except indices, which start at 0.
-    """
+    """Raises for attributes larger than any related size."""
     largest: dict[str, int] = {}
     for name, size in (built.tensors | stated.tensors).items():
         owner = name
@@ -249,7 +237,7 @@ def _check_attributes(stated: Shape, built: Shape) -> None:
         if attr == GROUPS:  # there are no more of them than query heads
             width = stated.attributes.get(f"{owner}.head_dim", built.attributes.get(f"{owner}.head_dim", 1))
             most = max(most // max(width, 1), usual or 1)
-        first = 0 if attr.endswith(("idx", "index")) else 1
+        first = 0 if attr.endswith(("idx", "index")) else 1  # what is positive must stay positive, except indices
         least = first if usual is None or usual > 0 else usual
         if not least <= value <= most:
             raise ValueError(f"shape.attributes: {name[:200]} is {value}, and must be a whole number from {least:,} to {most:,}")
@@ -260,21 +248,16 @@ def _num_values(sizes: Iterable[tuple[int, ...]]) -> int:
 
 
 def _file_sizes(name: str) -> Sizes:
-    """Reads tensor sizes from safetensors headers."""
+    """Reads tensor sizes from the headers of the files that from_pretrained reads."""
     try:
+        try:
+            files = [cast(str, cached_file(name, SAFE_WEIGHTS_NAME))]
+        except OSError:
+            files = get_checkpoint_shard_files(name, cached_file(name, SAFE_WEIGHTS_INDEX_NAME))[0]  # type: ignore[no-untyped-call]
         sizes = dict[str, tuple[int, ...]]()
-        for file in _files(name):
+        for file in files:
             with safe_open(file, "pt") as opened:
                 sizes |= {key: tuple(opened.get_slice(key).get_shape()) for key in opened.keys()}  # noqa: SIM118 - no dict
         return sizes
     except (OSError, SafetensorError, KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
         raise ValueError(f"the safetensors files cannot be read: {error}") from error
-
-
-def _files(name: str) -> list[str]:
-    """Returns the files that from_pretrained reads."""
-    try:
-        return [cast(str, cached_file(name, SAFE_WEIGHTS_NAME))]
-    except OSError:
-        files = get_checkpoint_shard_files(name, cached_file(name, SAFE_WEIGHTS_INDEX_NAME))[0]  # type: ignore[no-untyped-call]
-        return list(files)

@@ -8,14 +8,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from billhook.linalg import Indices
 from billhook.model.config_fields import Fields, fields_of, nested_configs
 
-NAMES = ("token_id", "token_ids", "token_index", "lang_to_id", "task_to_id")
-"""Endings of fields whose tokens stay."""
+NAMES = ("token_id", "token_ids", "token_index", "lang_to_id", "task_to_id")  # endings of fields whose tokens stay
 SUPPRESSED = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
 """Fields whose tokens may go, because they only name what is not generated."""
-UNKNOWN = ("forced_decoder_ids", "force_words_ids", "sequence_bias")
-"""Fields that mix token ids with other numbers."""
-COPIED = "vocabulary_map"
-"""Field of which models copy token ids: the tokens of image codes."""
+UNKNOWN = ("forced_decoder_ids", "force_words_ids", "sequence_bias")  # fields that mix token ids with other numbers
+COPIED = "vocabulary_map"  # field of which models copy token ids: the tokens of image codes
 
 
 def named_token_ids(model: PreTrainedModel, size: int) -> dict[int, str]:

@@ -14,12 +14,8 @@ from billhook.engine.loader_internals import LOADED
 from billhook.engine.state import overridden
 from billhook.model.config_fields import configs_of
 
-ATTENTION = "_attn_implementation_internal"
-"""Config attribute for the attention implementation, without validation."""
-
-
-EXPERTS = "_experts_implementation_internal"
-"""Config attribute for the experts implementation."""
+ATTENTION = "_attn_implementation_internal"  # config attribute for the attention implementation, without validation
+EXPERTS = "_experts_implementation_internal"  # config attribute for the experts implementation
 
 
 def attention_of(config: PretrainedConfig) -> str | None:

@@ -115,8 +115,7 @@ class DatasetModule(pl.LightningDataModule):
             raise ValueError("weights: every source in data needs a split 'train'. Add the split, or remove weights.")
         self.prepare(loaded, model)
         splits_train = self.validation > 0 and any(with_train) and not any("validation" in splits for splits in loaded)
-        encode = self._encode_with_validation if splits_train else self._encode_all
-        encoded, joined = list(map(encode, loaded)), {}
+        encoded, joined = list(map(self._encode_with_validation if splits_train else self._encode_all, loaded)), {}
         for split in SPLITS:
             if parts := [splits[split] for splits in encoded if split in splits]:
                 joined[split] = join(parts, self.weights if split == "train" else None, self.seed)

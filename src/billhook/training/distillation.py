@@ -17,8 +17,7 @@ from billhook.arguments import check_fraction, check_number, check_path, check_t
 from billhook.checkpoints.pretrained import Task, load_model
 from billhook.model.config_fields import text_config
 
-CHUNK = 2**22
-"""Number of logits processed at once: 16 MB in float32."""
+CHUNK = 2**22  # number of logits processed at once: 16 MB in float32
 
 
 @dataclass(frozen=True)
@@ -123,9 +122,8 @@ class Teacher:
 def kl_divergence(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float) -> Tensor:
     """Computes the mean KL(softmax(teacher / T) || softmax(student / T)) in at least float32.
 
-    The gradient is computed with the value and overwrites the teacher's
-    logits, so that the forward pass allocates no other tensor of that size, and the backward pass only the gradient. Temporary
-    tensors hold at most 4 million logits.
+    The gradient is computed with the value and overwrites the teacher's logits, so that the forward pass allocates no other
+    tensor of that size, and the backward pass only the gradient. Temporary tensors hold at most 4 million logits.
 
     Args:
         student: Logits, `[..., classes]`.
@@ -222,8 +220,7 @@ def make_teacher(student: PreTrainedModel, settings: Distillation, task: Task, o
     teacher = load_model(settings.teacher, task, options)
     student_config, teacher_config = text_config(student.config), text_config(teacher.config)
     name = f"distillation: teacher={settings.teacher!r}"
-    fields = ["num_labels"] * task.endswith("classification") + ["vocab_size"] + ["hidden_size"] * bool(settings.hidden)
-    for field in fields:
+    for field in ["num_labels"] * task.endswith("classification") + ["vocab_size"] + ["hidden_size"] * bool(settings.hidden):
         ours, theirs = (getattr(config, field, None) for config in (student_config, teacher_config))
         if ours != theirs:
             raise ValueError(f"{name} has {field}={theirs}, but the student has {ours}. Use a teacher with the same {field}.")
@@ -246,6 +243,5 @@ def weights_checksum(model: nn.Module) -> int:
     """Computes a checksum (CRC-32) of all weights and buffers."""
     checksum = 0
     for tensor in [*model.parameters(), *model.buffers()]:
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        checksum = zlib.crc32(data.numpy().data, checksum)
+        checksum = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data, checksum)
     return checksum

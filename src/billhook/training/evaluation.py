@@ -22,12 +22,9 @@ from billhook.report.degradation import perplexity
 from billhook.report.generation import generates
 from billhook.training.data import TextDataModule
 
-LONGEST = 2048
-"""Default length of a sequence, in tokens."""
-Asked = list[tuple[Question, list[EncodedChoice]]]
-"""Questions of a file, with their tokenized choices."""
-Answers = Sequence[tuple[Question, Sequence[float]]]
-"""Questions of a file, with the log-likelihoods of their choices."""
+LONGEST = 2048  # default length of a sequence, in tokens
+Asked = list[tuple[Question, list[EncodedChoice]]]  # questions of a file, with their tokenized choices
+Answers = Sequence[tuple[Question, Sequence[float]]]  # questions of a file, with the log-likelihoods of their choices
 
 
 @dataclass(frozen=True)

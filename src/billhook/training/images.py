@@ -14,8 +14,7 @@ from billhook.calibration.reading import Data, Rows, Table, check_columns
 from billhook.model.preprocessors import load_preprocessor
 from billhook.training.dataset_module import LabeledModule, label_numbers
 
-RGB = datasets.Image(mode="RGB")
-"""Images of any mode, decoded to three channels."""
+RGB = datasets.Image(mode="RGB")  # images of any mode, decoded to three channels
 
 
 class ImageDataModule(LabeledModule):
@@ -106,10 +105,7 @@ class ImageDataModule(LabeledModule):
 
 
 def pixels_and_labels(
-    processor: BaseImageProcessor,
-    columns: tuple[str, str],
-    numbers: Mapping[Any, int] | None,
-    rows: Mapping[str, Sequence[Any]],
+    processor: BaseImageProcessor, columns: tuple[str, str], numbers: Mapping[Any, int] | None, rows: Mapping[str, Sequence[Any]]
 ) -> dict[str, Any]:
     """Converts rows to `pixel_values`, usually `[rows, 3, height, width]`, and `labels`.
 

@@ -5,6 +5,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric, Metric
 from torchmetrics.classification import MulticlassAccuracy
 
+TOP = 5  # the k of top-k accuracy in image classification
+
 
 class TokenPerplexity(Metric):
     """Perplexity per token: exp(sum of losses / number of tokens), over batches of any size."""
@@ -27,10 +29,6 @@ class TokenPerplexity(Metric):
     def compute(self) -> Tensor:
         """Returns exp(sum of losses / number of tokens)."""
         return torch.exp(self.total / self.tokens)
-
-
-TOP = 5
-"""The k of top-k accuracy in image classification."""
 
 
 def metric_name(task: str) -> str:

@@ -1,5 +1,6 @@
 """LightningModule with loss, metrics, optimizer, and learning-rate schedule."""
 
+import json
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric
 from transformers import PretrainedConfig, PreTrainedModel
 
-from billhook.adapters.lora import LoRA, attach, from_plain, to_plain
+from billhook.adapters.lora import LoRA, attach
 from billhook.arguments import check_number, check_one_of, check_types
 from billhook.checkpoints.pretrained import AUTO_CLASSES, Task, load_model
 from billhook.engine.sharding import is_sharded, shard
@@ -42,6 +43,10 @@ from billhook.training.metrics import TokenPerplexity, metric_name, metrics_of
 
 Trainable = Literal["all", "attention"] | list[str]
 """All parameters, attention parameters, or parameters whose names match a glob pattern."""
+Decay = Literal["cosine", "linear", "constant"]
+MAX_NEW_TOKENS = 128  # default limit for generation, if the generation config has no `max_new_tokens`
+TEACHER, RANDOM, STEPS = "billhook_teacher", "billhook_noise", "billhook_steps"
+"""Keys of Lightning checkpoints: the teacher's checksum, the random state, and the length of training."""
 
 
 def check_trainable(trainable: Trainable, model: object) -> None:
@@ -119,13 +124,6 @@ def layer_names(parts: Iterable[Part]) -> set[str]:
 def names_within(module: str, names: Iterable[str]) -> set[str]:
     """Returns the names of parameters within a module."""
     return {name for name in names if name.startswith(f"{module}.")}
-
-
-Decay = Literal["cosine", "linear", "constant"]
-MAX_NEW_TOKENS = 128
-"""Default limit for generation, if the generation config has no `max_new_tokens`."""
-TEACHER, RANDOM, STEPS = "billhook_teacher", "billhook_noise", "billhook_steps"
-"""Keys of Lightning checkpoints: the teacher's checksum, the random state, and the length of training."""
 
 
 class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
@@ -242,10 +240,13 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
         """Stores both settings as plain data in checkpoints, and restores them from it."""
         saved_lora, saved_distillation = self.hparams.get("lora"), self.hparams.get("distillation")
         if isinstance(saved_lora, LoRA | LoraConfig):
-            self.hparams["lora"] = to_plain(saved_lora)
+            plain = asdict(saved_lora) if isinstance(saved_lora, LoRA) else saved_lora.to_dict()  # type: ignore[no-untyped-call]
+            self.hparams["lora"] = json.loads(json.dumps(plain, default=sorted))  # PEFT's sets of names
         if isinstance(saved_distillation, Distillation):
             self.hparams["distillation"] = asdict(saved_distillation)
-        lora = from_plain(lora) if isinstance(lora, dict) else lora
+        if isinstance(lora, dict):
+            settings = {name: value for name, value in lora.items() if name != "peft_type"}
+            lora = LoraConfig(**settings) if "peft_type" in lora else LoRA(**settings)
         return lora, Distillation(**distillation) if isinstance(distillation, dict) else distillation
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -218,9 +218,16 @@ def _length(models: Sequence[str], length: int | None) -> int:
 
 
 def _prepare(
-    models: Sequence[str], data: Sequence[str], text: str | None, tasks: list[str], limit: int | None, length: int, examples: int,
-    batch_size: int, column: str,
-) -> list[images.Work]:  # fmt: skip
+    models: Sequence[str],
+    data: Sequence[str],
+    text: str | None,
+    tasks: list[str],
+    limit: int | None,
+    length: int,
+    examples: int,
+    batch_size: int,
+    column: str,
+) -> list[images.Work]:
     """Tokenizes the evaluation data, and returns a function for each model that evaluates it."""
     questions = [read_questions(file, limit, "data") for file in data]
     works, tokenizers = list[images.Work](), list(map(load_tokenizer, models))

@@ -208,9 +208,15 @@ def prune_structure(
 
 
 def _plans(
-    work: OneShot, before: Before, batches: list[Batch], amount: RemoveOptions, within_blocks: Amount | None,
-    block_importance: Importance | None, importance: Importance | None, rounds: int,
-) -> Iterator[BlockPlan | UnitPlan]:  # fmt: skip
+    work: OneShot,
+    before: Before,
+    batches: list[Batch],
+    amount: RemoveOptions,
+    within_blocks: Amount | None,
+    block_importance: Importance | None,
+    importance: Importance | None,
+    rounds: int,
+) -> Iterator[BlockPlan | UnitPlan]:
     """Yields plans; the caller applies each before the next is made."""
     model = work.model
     if amount.blocks_only is not None:

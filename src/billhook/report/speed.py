@@ -253,9 +253,13 @@ def check_speed(
 
 
 def _rounds(
-    runs: Sequence[Generation], rounds: int, warmup: int, before: Callable[[Generation], object],
-    work: Callable[[Generation], object], progress: Callable[[], object],
-) -> list[list[tuple[float, int | None]]]:  # fmt: skip
+    runs: Sequence[Generation],
+    rounds: int,
+    warmup: int,
+    before: Callable[[Generation], object],
+    work: Callable[[Generation], object],
+    progress: Callable[[], object],
+) -> list[list[tuple[float, int | None]]]:
     """Returns seconds and peak bytes of `work` for each model and round."""
     measured: list[list[tuple[float, int | None]]] = [[] for _ in runs]
     for number in range(warmup + rounds):

@@ -155,9 +155,15 @@ def serve_check(
 
 
 def _compared(
-    folder: str, model: PreTrainedModel, written: Written, engine: LlamaCpp, file: Path, length: int, new_tokens: int,
+    folder: str,
+    model: PreTrainedModel,
+    written: Written,
+    engine: LlamaCpp,
+    file: Path,
+    length: int,
+    new_tokens: int,
     quantized: Sequence[Quantized],
-) -> ServeResult:  # fmt: skip
+) -> ServeResult:
     """Runs a file in the engine and compares its outputs with the model's."""
     try:
         row: list[int] = generated(model, examples=1, length=length)[0]["input_ids"][0].tolist()

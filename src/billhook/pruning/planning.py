@@ -13,9 +13,10 @@ from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine.batches import Loss
 from billhook.engine.comm import SINGLE_PROCESS, Comm, Reduce
 from billhook.engine.state import cpu_by_default
+from billhook.engine.store import store_of
 from billhook.importance.activations import OutputNorm
 from billhook.importance.blocks import BlockInfluence
-from billhook.importance.score import Importance, score_units
+from billhook.importance.score import Importance, check_supports_streaming, score_units
 from billhook.importance.taylor import Taylor
 from billhook.model.find import find_transformer
 from billhook.model.plan import apply_plan
@@ -127,6 +128,8 @@ def plan_amount(
     `progress` is called with the number of scored batches and the total; if `greedy`, with the number of chosen blocks.
     """
     subject = find_transformer(model)
+    if importance is not None and scores is None and not store_of(subject).trains:
+        check_supports_streaming(importance)
     if amount.blocks is None:
         if greedy:
             raise ValueError("greedy=True requires blocks. Set blocks, or remove greedy.")

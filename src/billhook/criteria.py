@@ -1,6 +1,6 @@
 """Criteria, sparsity allocation, and reconstruction for weight pruning."""
 
-from billhook.engine.statistics import InputGram, InputNorms
+from billhook.engine import InputGram, InputNorms
 from billhook.repairs.matching import BlockMatching
 from billhook.sparsity.allocation import OWL, Allocation
 from billhook.sparsity.alps import ALPS, Refit

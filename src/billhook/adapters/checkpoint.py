@@ -8,8 +8,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.masked import check_plain_lora, find_adapters, mask_nonzero
-from billhook.model.layers import active_in, is_linear, size_of
-from billhook.model.shape import KEY
+from billhook.model import KEY, active_in, is_linear, size_of
 
 ADAPTERS = "billhook_adapters"  # key of Lightning checkpoints for the scaling of their adapters
 ADAPTER = "default"  # PEFT's name for an unnamed adapter

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.merge import has_adapters
 from billhook.arguments import check_fraction, check_int, check_number, check_types
-from billhook.model.layers import is_linear
+from billhook.model import is_linear
 
 ALL = "all-linear"
 

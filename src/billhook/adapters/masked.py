@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from billhook.arguments import check_types
-from billhook.engine.sharding import full_tensor, reshard
-from billhook.model.layers import base_of, is_adapter, is_pruned, prunable
+from billhook.engine import full_tensor, reshard
+from billhook.model import base_of, is_adapter, is_pruned, prunable
 
 WRAPPED = "base_model.model."  # PEFT's name prefix for the model that it wraps
 

@@ -12,8 +12,8 @@ from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 from typing_extensions import Self
 
-from billhook.engine.sharding import full_tensor
-from billhook.model.layers import active_in
+from billhook.engine import full_tensor
+from billhook.model import active_in
 
 HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 """Attributes that hold a module's hooks."""

@@ -14,11 +14,8 @@ from transformers import PreTrainedModel
 from billhook.adapters.masked import find_adapters, find_masks, require_adapters
 from billhook.arguments import check_types
 from billhook.display import Printable
-from billhook.engine.state import fresh_autocast_cache
-from billhook.engine.store import store_of
-from billhook.model.layers import base_of, is_adapter, is_trained_copy
-from billhook.model.meta import to_meta
-from billhook.model.surgery import snapshot
+from billhook.engine import fresh_autocast_cache, store_of
+from billhook.model import base_of, is_adapter, is_trained_copy, snapshot, to_meta
 
 MERGE_HINT = "convert the model first and attach adapters then (get_peft_model), or merge the adapters first (bh.training.merge)"
 

@@ -19,9 +19,8 @@ from billhook.calibration.conversations import find_text_columns, warn_of_empty_
 from billhook.calibration.examples import map_rows, pack
 from billhook.calibration.generated import GENERATED, can_generate, check_can_generate, example_length, generated
 from billhook.calibration.reading import Table, check_data, is_line_text, is_table, load_splits
-from billhook.engine.batches import Batch, check_batches
-from billhook.model.find import find_transformer
-from billhook.model.preprocessors import check_ids, check_tokenizer, load_tokenizer, tokenizer_of
+from billhook.engine import Batch, check_batches
+from billhook.model import check_ids, check_tokenizer, find_transformer, load_tokenizer, tokenizer_of
 from billhook.private_paths import without_folders
 from billhook.progress import progress_bar
 

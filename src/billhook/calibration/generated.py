@@ -19,20 +19,19 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 
 from billhook.arguments import check_int, check_number, check_types
-from billhook.engine.batches import Batch
-from billhook.engine.parts import fingerprint, identity_of, replace_file
-from billhook.engine.state import (
+from billhook.engine import (
+    Batch,
     cpu_by_default,
     evaluating_without_grad,
+    fingerprint,
+    identity_of,
     overridden,
+    replace_file,
     seed_random_state,
     set_torch_state,
     torch_state,
 )
-from billhook.model.config_fields import text_config
-from billhook.model.costs import kv_cache_bytes
-from billhook.model.find import check_values, find_transformer
-from billhook.model.preprocessors import check_tokenizer, tokenizer_of
+from billhook.model import check_tokenizer, check_values, find_transformer, kv_cache_bytes, text_config, tokenizer_of
 from billhook.progress import OnProgress, progress_bar
 
 GENERATED = "generated"

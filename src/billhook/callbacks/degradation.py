@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import check_int, check_types
 from billhook.calibration.calibration import Calibration, OtherTexts, check_other_texts, evaluation_batches
-from billhook.engine.sharding import is_sharded, reshard
+from billhook.engine import is_sharded, reshard
 from billhook.fit.calibration import FitCalibration
 from billhook.fit.event import Event, EventCallback, EventFollower
 from billhook.fit.fit import Fit

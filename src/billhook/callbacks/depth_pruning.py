@@ -6,7 +6,7 @@ from functools import partial
 from torch.optim import Optimizer
 
 from billhook.arguments import check_types
-from billhook.engine.passes import blockwise
+from billhook.engine import blockwise
 from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event
 from billhook.fit.fit import Fit
@@ -15,14 +15,14 @@ from billhook.fit.shape_event import ShapeCallback
 from billhook.fit.targets import At, check_at
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import Importance, make_run
-from billhook.model.plan import apply_plan
+from billhook.model import apply_plan
 from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.planning import count_blocks, plan_amount
 from billhook.pruning.repair import RepairOption
 from billhook.schedules import Schedule
 from billhook.tracing.trace import trace
-from billhook.units.find import find_units, units_of
+from billhook.units import find_units, units_of
 
 
 class DepthPruning(ShapeCallback):

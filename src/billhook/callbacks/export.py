@@ -23,18 +23,13 @@ from billhook.callbacks.degradation import Degradation, check_listed_after
 from billhook.callbacks.head_masking import HeadMasking
 from billhook.checkpoints.push import NotPushed, check_repository, check_token, push
 from billhook.checkpoints.save import Saved, check_names, save
-from billhook.engine.batches import examples_of
-from billhook.engine.passes import blockwise
-from billhook.engine.sharded_files import write_sharded
-from billhook.engine.sharding import is_sharded, reshard
-from billhook.engine.store import store_of
+from billhook.engine import blockwise, examples_of, is_sharded, reshard, store_of, write_sharded
 from billhook.fit.callback import FitCallback
 from billhook.fit.event import events_of, start_metrics
 from billhook.fit.fit import Fit
 from billhook.fit.ranks import from_first_rank, on_first_rank
 from billhook.folder_lock import FolderLock
-from billhook.model.checkpoint_shape import save_shape
-from billhook.model.preprocessors import Preprocessor, check_tokenizer, load_preprocessor
+from billhook.model import Preprocessor, check_tokenizer, load_preprocessor, save_shape
 from billhook.report.summary import parameter_count
 from billhook.serving.converter import find_converter
 from billhook.serving.worker import Missing

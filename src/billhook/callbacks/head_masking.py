@@ -7,8 +7,7 @@ from torch import nn
 from billhook.checkpoints.export import MASKED
 from billhook.fit.fit import Fit
 from billhook.fit.shape_event import ShapeCallback
-from billhook.units.gates import Mask, mask, zero_units
-from billhook.units.units import Per
+from billhook.units import Mask, Per, mask, zero_units
 
 
 class HeadMasking(ShapeCallback):

@@ -15,8 +15,7 @@ from torch.optim import Optimizer
 from billhook.arguments import check_fraction, check_one_of, check_types
 from billhook.callbacks.export import Export
 from billhook.callbacks.head_masking import HeadMasking
-from billhook.engine.passes import blockwise
-from billhook.engine.sharding import sizes_only
+from billhook.engine import blockwise, sizes_only
 from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event, log_event
 from billhook.fit.fit import Fit
@@ -25,7 +24,7 @@ from billhook.fit.shape_event import check_no_shape_changes
 from billhook.fit.targets import At, check_at, round_targets
 from billhook.importance.gate_gradient import GateGradient
 from billhook.importance.score import Importance, make_run, score_units
-from billhook.model.plan import Weights, apply_plan
+from billhook.model import Weights, apply_plan
 from billhook.plots.heads import heads
 from billhook.plots.style import Plot
 from billhook.pruning.choice import HeadOptions, choose, choose_including
@@ -33,8 +32,7 @@ from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import plan_units
 from billhook.pruning.repair import RepairOption
 from billhook.schedules import Schedule
-from billhook.units.find import find_units
-from billhook.units.units import Units
+from billhook.units import Units, find_units
 
 
 @dataclass

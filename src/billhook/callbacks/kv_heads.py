@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from billhook.adapters.merge import adapter_layers
 from billhook.arguments import check_int, check_types
-from billhook.engine.sharding import sizes_only
+from billhook.engine import sizes_only
 from billhook.fit.calibration import BatchAndLoss, CalibrationLike, FitCalibration
 from billhook.fit.event import Event, log_event
 from billhook.fit.fit import Fit
@@ -27,10 +27,7 @@ from billhook.kv_heads.config import kv_heads_by_layer, kv_heads_of
 from billhook.kv_heads.convert import batches_needed, check_repair, equal_heads, find_attentions
 from billhook.kv_heads.methods import HINT, KVMethod, Mean, Name, method_of
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
-from billhook.model.find import find_transformer
-from billhook.model.plan import Weights, apply_plan
-from billhook.model.shape import Shape, shape_of
-from billhook.model.surgery import changed_names, check_replaceable
+from billhook.model import Shape, Weights, apply_plan, changed_names, check_replaceable, find_transformer, shape_of
 from billhook.repairs.repair import RepairConfig
 
 

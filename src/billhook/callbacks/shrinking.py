@@ -12,11 +12,7 @@ from transformers import PreTrainedModel
 
 from billhook.adapters.merge import adapter_layers, adapters_removed, base_layer_name, is_initial_lora
 from billhook.arguments import check_types
-from billhook.engine.batches import Run, run_with_loss
-from billhook.engine.lazy import LazyTensors
-from billhook.engine.passes import blockwise
-from billhook.engine.store import store_of
-from billhook.engine.trees import tree_leaves
+from billhook.engine import LazyTensors, Run, blockwise, run_with_loss, store_of, tree_leaves
 from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event, describe_callback, log_event, percent_change, record_not_refitted
 from billhook.fit.fit import Fit
@@ -24,8 +20,7 @@ from billhook.fit.ranks import check_close, check_identical, fail_together, from
 from billhook.fit.shape_event import ShapeCallback
 from billhook.fit.targets import At, check_at
 from billhook.importance.obs import OBS
-from billhook.model.cache import signature
-from billhook.model.layers import is_linear
+from billhook.model import is_linear, signature
 from billhook.pruning.planning import plan_units
 from billhook.shrinking.divergence import search_batches, split_batches
 from billhook.shrinking.measurement import Measurement, measure

@@ -8,7 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from billhook.arguments import check_int, check_types
-from billhook.engine.passes import blockwise
+from billhook.engine import blockwise
 from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event, log_event, percent_change, record_not_refitted
 from billhook.fit.fit import Fit
@@ -16,7 +16,7 @@ from billhook.fit.ranks import check_identical, comm_of, fail_together
 from billhook.fit.shape_event import ShapeCallback
 from billhook.fit.targets import At, check_at
 from billhook.importance.score import Importance, make_run
-from billhook.model.plan import Weights, apply_plan
+from billhook.model import Weights, apply_plan
 from billhook.pruning.amount import Amount
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import default_importance, plan_from_search

@@ -12,16 +12,14 @@ from torch import Tensor, nn
 from billhook.adapters.masked import find_adapters, mask_nonzero, masked_by_zeros, require_plain_adapters
 from billhook.adapters.merge import adapters_removed
 from billhook.arguments import check_types
-from billhook.engine.passes import blockwise
-from billhook.engine.sharding import full_tensor, reshard
-from billhook.engine.zeros import zeros_by_name
+from billhook.engine import blockwise, full_tensor, reshard, zeros_by_name
 from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event, EventCallback, ShapeFollower, log_event
 from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_identical, comm_of, fail_together
 from billhook.fit.shape_event import check_no_shape_changes
 from billhook.fit.targets import At, check_at, round_targets
-from billhook.model.find import find_transformer
+from billhook.model import find_transformer
 from billhook.schedules import Schedule
 from billhook.sparsity.checks import check_matching, check_pruning, needs_data, unsupported_weights
 from billhook.sparsity.criteria import Criterion, Wanda

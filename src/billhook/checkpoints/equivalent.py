@@ -7,8 +7,7 @@ from typing import Any, cast
 import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
-from billhook.model.config_fields import text_config
-from billhook.model.shape import KEY, Shape, built_shape, shape_beyond_config, shape_of
+from billhook.model import KEY, Shape, built_shape, shape_beyond_config, shape_of, text_config
 
 ANY = object()
 """Any value, for a config field that no code uses."""

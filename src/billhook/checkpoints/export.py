@@ -21,16 +21,22 @@ from billhook.checkpoints.card import LOSSES, listed
 from billhook.checkpoints.origin import origin_of
 from billhook.checkpoints.save import Saved, save
 from billhook.checkpoints.verify import logits_of, make_probe
-from billhook.engine.sharded_files import is_sharded_checkpoint, read_sharded
-from billhook.model.config_fields import build_class_on_meta, fields_of, set_fields
-from billhook.model.constants import record_constants
-from billhook.model.meta import model_class
-from billhook.model.preprocessors import load_tokenizer
-from billhook.model.shape import KEY, Shape, shape_of
-from billhook.model.shaped import build_shaped
-from billhook.model.transformers_internals import build_class, compute_experts_eagerly
-from billhook.units.gates import zero_units
-from billhook.units.units import Per
+from billhook.engine import is_sharded_checkpoint, read_sharded
+from billhook.model import (
+    KEY,
+    Shape,
+    build_class,
+    build_class_on_meta,
+    build_shaped,
+    compute_experts_eagerly,
+    fields_of,
+    load_tokenizer,
+    model_class,
+    record_constants,
+    set_fields,
+    shape_of,
+)
+from billhook.units import Per, zero_units
 
 EVENT = ("number", "step", "what", "before", "after")
 """Keys that every recorded event has."""

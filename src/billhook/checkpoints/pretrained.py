@@ -8,10 +8,17 @@ import transformers
 from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.assets import model_path
-from billhook.model.complete import check_shards, load_complete
-from billhook.model.meta import check_checkpoint, read_config
-from billhook.model.shaped import has_shape_entry, load_shaped, readable
-from billhook.model.transformers_internals import build_class, classes_of
+from billhook.model import (
+    build_class,
+    check_checkpoint,
+    check_shards,
+    classes_of,
+    has_shape_entry,
+    load_complete,
+    load_shaped,
+    read_config,
+    readable,
+)
 
 Task = Literal[
     "causal-lm", "seq2seq-lm", "masked-lm", "sequence-classification", "image-classification", "speech-seq2seq",

@@ -22,15 +22,24 @@ from billhook.checkpoints.equivalent import equivalents
 from billhook.checkpoints.origin import CARD, origin_of
 from billhook.checkpoints.verify import Probe, expect, make_probe, verify
 from billhook.display import Printable
-from billhook.engine.state import cpu_by_default, forked, one_thread
-from billhook.engine.store import store_of
+from billhook.engine import cpu_by_default, forked, one_thread, store_of
 from billhook.folder_lock import lock_folder
-from billhook.model.config_fields import nested_configs
-from billhook.model.find import check_dense, find_transformer
-from billhook.model.meta import check_checkpoint, model_class, read_config
-from billhook.model.preprocessors import Preprocessor, check_tokenizer
-from billhook.model.shape import KEY, Shape, shape_beyond_config, to_entry
-from billhook.model.shaped import load_as, readable
+from billhook.model import (
+    KEY,
+    Preprocessor,
+    Shape,
+    check_checkpoint,
+    check_dense,
+    check_tokenizer,
+    find_transformer,
+    load_as,
+    model_class,
+    nested_configs,
+    read_config,
+    readable,
+    shape_beyond_config,
+    to_entry,
+)
 from billhook.private_paths import without_paths
 from billhook.versions import versions
 

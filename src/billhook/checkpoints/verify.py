@@ -11,13 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.engine.state import evaluating_without_grad, full_precision, seeded
-from billhook.engine.store import BlockStore, store_of
-from billhook.model.config_fields import text_config
-from billhook.model.inputs import make_inputs
-from billhook.model.shaped import load_as
-from billhook.model.streamed import load_streamed
-from billhook.model.transformers_internals import match_implementations
+from billhook.engine import BlockStore, evaluating_without_grad, full_precision, seeded, store_of
+from billhook.model import load_as, load_streamed, make_inputs, match_implementations, text_config
 
 Probe = Mapping[str, Any]
 TIMES, TRIALS = 4, 4

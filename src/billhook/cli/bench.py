@@ -17,10 +17,7 @@ from billhook.calibration.reading import load_splits
 from billhook.checkpoints.save import load
 from billhook.cli.machine import check_file, cpu_threads, device_of, file_progress, machine_name, write_json
 from billhook.display import render_table
-from billhook.model.config_fields import text_config
-from billhook.model.meta import from_name
-from billhook.model.preprocessors import load_tokenizer, may_have_preprocessor
-from billhook.model.shape import shape_beyond_config
+from billhook.model import from_name, load_tokenizer, may_have_preprocessor, shape_beyond_config, text_config
 from billhook.progress import progress_bar
 from billhook.report.generation import CacheKind, generates
 from billhook.report.speed import Phase, Timing, check_speed, measure_speed, spread

@@ -8,7 +8,7 @@ from billhook.cli.streamed import refit_bytes
 from billhook.kv_heads.convert import batches_needed, check_repair, find_attentions, heads_and_method, prepare_heads
 from billhook.kv_heads.methods import HINT, KVMethod, Mean, Name, method_of
 from billhook.kv_heads.plan import plan_kv_heads
-from billhook.model.plan import apply
+from billhook.model import apply
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.divergence import split_examples
 

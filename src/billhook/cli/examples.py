@@ -14,8 +14,8 @@ from billhook.calibration.calibration import MIXED
 from billhook.calibration.examples import draw
 from billhook.calibration.generated import DEFAULT_LENGTH, GENERATED
 from billhook.calibration.reading import Data, check_available
-from billhook.engine.batches import Batch
-from billhook.model.config_fields import text_config
+from billhook.engine import Batch
+from billhook.model import text_config
 from billhook.private_paths import without_folders
 
 if TYPE_CHECKING:

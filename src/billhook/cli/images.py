@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from billhook.assets import model_path
 from billhook.calibration.examples import draw
 from billhook.calibration.reading import check_available
-from billhook.model.meta import from_name, model_class, read_config
+from billhook.model import from_name, model_class, read_config
 from billhook.progress import OnProgress, progress_bar
 from billhook.training.evaluation import Figure, mean
 from billhook.training.images import ImageDataModule

@@ -10,12 +10,10 @@ from billhook.arguments import check_one_of
 from billhook.checkpoints.save import load
 from billhook.cli.machine import file_progress
 from billhook.display import render
-from billhook.engine.memory import streamed_size
-from billhook.engine.store import store_of
+from billhook.engine import store_of, streamed_size
 from billhook.kv_heads.config import kv_heads_of
 from billhook.kv_heads.plan import plan_kv_heads
-from billhook.model.meta import from_name
-from billhook.model.streamed import outline
+from billhook.model import from_name, outline
 from billhook.report.summary import summary as summarise
 from billhook.tracing.groups import Kind
 from billhook.tracing.show import group_to_json, labeled_notes

@@ -10,10 +10,7 @@ from typing import cast
 import torch
 from torch import nn
 
-from billhook.engine.device import check_device
-from billhook.engine.loader_internals import progress_bars_off
-from billhook.engine.memory import resident
-from billhook.engine.store import store_of
+from billhook.engine import check_device, progress_bars_off, resident, store_of
 from billhook.linalg import float64_device
 from billhook.progress import OnProgress, progress_bar
 

@@ -26,18 +26,21 @@ from billhook.cli.examples import EXAMPLES, Examples, LabeledData, TextOptions
 from billhook.cli.interruption import text_folder
 from billhook.cli.machine import device_of, file_progress, model_progress
 from billhook.cli.streamed import batch_count, check_streamed, io_summary, matching_of
-from billhook.engine.batches import Batch
-from billhook.engine.memory import fits
-from billhook.engine.state import evaluating
-from billhook.engine.store import store_of
-from billhook.engine.walk import find_sites
-from billhook.engine.zeros import zeros_of
-from billhook.model.config_fields import text_config
-from billhook.model.costs import kv_cache_bytes
-from billhook.model.inputs import small_inputs
-from billhook.model.layers import PRUNED, prunable, weight_of
-from billhook.model.preprocessors import Preprocessor, load_preprocessor, load_tokenizer, may_have_preprocessor, tokenizer_of
-from billhook.model.streamed import stream
+from billhook.engine import Batch, evaluating, find_sites, fits, store_of, zeros_of
+from billhook.model import (
+    PRUNED,
+    Preprocessor,
+    kv_cache_bytes,
+    load_preprocessor,
+    load_tokenizer,
+    may_have_preprocessor,
+    prunable,
+    small_inputs,
+    stream,
+    text_config,
+    tokenizer_of,
+    weight_of,
+)
 from billhook.progress import format_duration, progress_bar
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.repair import RepairOption

@@ -5,7 +5,7 @@ from billhook.cli.machine import model_progress
 from billhook.cli.one_shot import OneShot
 from billhook.cli.refit import check_examples, meta_batches, token_count
 from billhook.cli.streamed import reconstruction_bytes, statistics_bytes
-from billhook.model.layers import adjacent_inputs, is_convolution
+from billhook.model import adjacent_inputs, is_convolution
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.checks import check_folder, check_pruning, needs_data, solves_for_weights, too_few_tokens
 from billhook.sparsity.criteria import Criterion, Wanda

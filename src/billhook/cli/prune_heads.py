@@ -10,14 +10,12 @@ from billhook.cli.one_shot import OneShot
 from billhook.cli.streamed import REMOVE_PASSES, Passes, batch_count, check_scored, statistics_bytes
 from billhook.importance.gate_gradient import GateGradient
 from billhook.importance.score import Importance, make_run, score_units
-from billhook.model.plan import apply
+from billhook.model import apply
 from billhook.progress import progress_bar
 from billhook.pruning.amount import Ranking
 from billhook.pruning.choice import check_choice, choose, choose_including
 from billhook.pruning.planning import plan_units
-from billhook.units.find import find_units
-from billhook.units.gates import mask
-from billhook.units.units import Per
+from billhook.units import Per, find_units, mask
 
 
 def prune_heads(

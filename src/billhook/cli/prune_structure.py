@@ -22,10 +22,10 @@ from billhook.cli.streamed import (
     repair_passes,
     statistics_bytes,
 )
-from billhook.engine.batches import Batch
+from billhook.engine import Batch
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import Importance
-from billhook.model.plan import apply
+from billhook.model import apply
 from billhook.progress import progress_bar
 from billhook.pruning.amount import RATIOS, TARGETS, Amount, RoundTo
 from billhook.pruning.block_plan import BlockPlan
@@ -36,7 +36,7 @@ from billhook.pruning.repair import RepairOption, repair_if_requested
 from billhook.pruning.target import Baseline, RatioSearch
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.divergence import split_examples
-from billhook.units.units import Units
+from billhook.units import Units
 from billhook.vocabulary.scores import PREDICTED
 from billhook.vocabulary.tokenizer import Vocabulary
 

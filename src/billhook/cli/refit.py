@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from billhook.cli.one_shot import OneShot
-from billhook.engine.batches import Batch
-from billhook.model.layers import is_linear
+from billhook.engine import Batch
+from billhook.model import is_linear
 from billhook.pruning.cut import Cut
 from billhook.pruning.target import RatioSearch
 from billhook.repairs.residuals import NoRepair

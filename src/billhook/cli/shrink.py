@@ -19,7 +19,7 @@ from billhook.cli.machine import check_file
 from billhook.cli.one_shot import Before, OneShot, degradation_text
 from billhook.cli.refit import meta_batches, repair_limits
 from billhook.cli.streamed import matching_of
-from billhook.engine.batches import Batch
+from billhook.engine import Batch
 from billhook.progress import progress_bar
 from billhook.repairs.matching import LEAST_STEPS
 from billhook.report.generation import generates
@@ -29,7 +29,7 @@ from billhook.shrinking.scope import Progress, SearchScope
 from billhook.shrinking.shrink import Layers, check_variant_cache, resolve_repair, run_shrink
 from billhook.shrinking.variants import tokens_needed
 from billhook.tracing.show import name_pattern
-from billhook.units.units import PLURAL
+from billhook.units import PLURAL
 
 
 @dataclass(frozen=True)

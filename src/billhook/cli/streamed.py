@@ -7,15 +7,14 @@ from transformers import PreTrainedModel
 
 from billhook.calibration.generated import GENERATED
 from billhook.cli.examples import TextOptions
-from billhook.engine.memory import streamed_size
-from billhook.engine.store import BlockStore, store_of
+from billhook.engine import BlockStore, store_of, streamed_size
 from billhook.importance.ablation import Ablation
 from billhook.importance.activations import ActivationNorm, OutputNorm
 from billhook.importance.baselines import RandomUnits, WeightNorm
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.obs import OBS
 from billhook.importance.score import Importance, check_supports_streaming
-from billhook.model.layers import prunable, weight_of
+from billhook.model import prunable, weight_of
 from billhook.pruning.repair import RepairOption
 from billhook.repairs.matching import BlockMatching
 from billhook.repairs.repair import RepairConfig

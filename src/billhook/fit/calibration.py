@@ -16,10 +16,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from billhook.arguments import check_int
 from billhook.calibration.calibration import Batches, Calibration
 from billhook.calibration.generated import GENERATED
-from billhook.engine.batches import Batch
-from billhook.engine.passes import blockwise
-from billhook.engine.state import forked, seed_random_state
-from billhook.engine.trees import tree_flatten, tree_leaves, tree_unflatten
+from billhook.engine import Batch, blockwise, forked, seed_random_state, tree_flatten, tree_leaves, tree_unflatten
 from billhook.fit.fit import Fit, Loss
 from billhook.fit.run import isolated_rng
 from billhook.repairs.residuals import strip_argument

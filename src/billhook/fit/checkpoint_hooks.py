@@ -13,15 +13,11 @@ from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
 from torch import Tensor
 
 from billhook.adapters.checkpoint import save_adapters
-from billhook.engine.sharded_files import is_sharded_checkpoint, read_non_tensors
-from billhook.engine.sharding import reshard
+from billhook.engine import is_sharded_checkpoint, random_state, read_non_tensors, reshard, set_random_state
 from billhook.engine.shards import gathered
-from billhook.engine.state import random_state, set_random_state
 from billhook.fit.lightning_internals import batch_progress, data_fetcher, is_accumulating, training_loaders
 from billhook.fit.resume import ShapeInCheckpoint, callbacks_of, check_callbacks, prepare_for_weights
-from billhook.model.checkpoint_shape import load_shape, save_shape
-from billhook.model.find import find_transformer
-from billhook.model.shape import KEY, shape_of
+from billhook.model import KEY, find_transformer, load_shape, save_shape, shape_of
 
 RANDOM, GRADIENTS = "billhook_random", "billhook_gradients"
 """Checkpoint keys of the random state of each process and the gradients of an unfinished step."""

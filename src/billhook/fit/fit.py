@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from billhook.engine.batches import Run
-from billhook.model.find import find_transformer
-from billhook.model.preprocessors import Preprocessor
+from billhook.engine import Run
+from billhook.model import Preprocessor, find_transformer
 
 CallbackT = TypeVar("CallbackT")
 T = TypeVar("T")

@@ -18,9 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
-from billhook.engine.batches import Run, model_loss, runs_of
+from billhook.engine import Run, model_loss, overridden, runs_of
 from billhook.engine.shards import gathered
-from billhook.engine.state import overridden
 from billhook.fit.checkpoint_hooks import wrap_hooks
 from billhook.fit.fit import Fit, Loss, Reduction
 from billhook.fit.lightning_internals import (
@@ -36,7 +35,7 @@ from billhook.fit.lightning_internals import (
 from billhook.fit.preprocessors import find_preprocessors
 from billhook.fit.ranks import fail_together
 from billhook.fit.run import LoggedMetrics, once_model_exists, training_steps, validating
-from billhook.model.preprocessors import Preprocessor
+from billhook.model import Preprocessor
 from billhook.private_paths import without_folders
 
 FIRST = "prune or convert first on one device and train the result"

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from billhook.fit.lightning_internals import training_loaders
-from billhook.model.find import find_transformer
-from billhook.model.preprocessors import Preprocessor, load_preprocessor
+from billhook.model import Preprocessor, find_transformer, load_preprocessor
 
 NAMES = ("processor", "tokenizer", "image_processor", "feature_extractor")
 """Attributes of data modules; properties may load on first access."""

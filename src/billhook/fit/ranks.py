@@ -15,10 +15,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from billhook.engine.comm import SINGLE_PROCESS, Comm
-from billhook.engine.parts import fingerprint
-from billhook.engine.store import store_of
-from billhook.engine.trees import tree_map_only
+from billhook.engine import SINGLE_PROCESS, Comm, fingerprint, store_of, tree_map_only
 from billhook.fit.fit import Fit
 from billhook.linalg import widest_float
 

@@ -17,10 +17,9 @@ from torch import Tensor, nn
 from billhook.adapters.checkpoint import save_adapters
 from billhook.arguments import check_types
 from billhook.checkpoints.export import MASKED
-from billhook.engine.sharded_files import TENSORS, DeferredTensor, is_sharded_checkpoint, read_sharded
-from billhook.model.checkpoint_shape import load_shape, save_shape
-from billhook.model.find import find_transformer
-from billhook.units.gates import zero_units
+from billhook.engine import TENSORS, DeferredTensor, is_sharded_checkpoint, read_sharded
+from billhook.model import find_transformer, load_shape, save_shape
+from billhook.units import zero_units
 
 LARGE = "optimizer_states", "callbacks", "current_model_state"
 """Large checkpoint entries besides weights, which Lightning does not need to create a module."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from billhook.engine.state import TorchState, overridden
+from billhook.engine import TorchState, overridden
 from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_identical
 from billhook.linalg import widest_float

@@ -9,14 +9,11 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
-from billhook.engine.batches import Run
-from billhook.engine.fsdp import WRAPPED, class_of
-from billhook.engine.sharding import sizes_only
+from billhook.engine import WRAPPED, Run, class_of, sizes_only
 from billhook.fit.event import Event, EventCallback, ShapeFollower
 from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_close, comm_of, fail_together
-from billhook.model.plan import ModelPlan, Weights
-from billhook.model.surgery import check_replaceable, check_unhooked
+from billhook.model import ModelPlan, Weights, check_replaceable, check_unhooked
 from billhook.pruning.repair import RepairOption, repair_if_requested
 
 

@@ -15,14 +15,10 @@ from torch import Tensor, nn
 from billhook.arguments import check_one_of, check_types
 from billhook.calibration.calibration import Batches, read_batches
 from billhook.display import Printable, text_table
-from billhook.engine.batches import Loss, Run
-from billhook.engine.state import cpu_by_default, evaluating
+from billhook.engine import Loss, Run, cpu_by_default, evaluating
 from billhook.importance.score import Importance, Sums, check_consumers, make_run
-from billhook.model.find import check_values, find_transformer
-from billhook.units.blocks import skipping
-from billhook.units.find import find_units, unit_ids
-from billhook.units.gates import place_gates
-from billhook.units.units import Per, Units
+from billhook.model import check_values, find_transformer
+from billhook.units import Per, Units, find_units, place_gates, skipping, unit_ids
 
 Mode = Literal["without", "only"]
 

@@ -12,13 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from billhook.engine.batches import Run
-from billhook.engine.passes import SideBySide
-from billhook.engine.store import store_of
+from billhook.engine import Run, SideBySide, store_of
 from billhook.importance.score import Importance, Sums, by_unit, check_consumers, consumer_modules, count_tokens, mask_padding
 from billhook.linalg import in_float64
-from billhook.model.layers import Convolution, batched, channels_of, is_convolution, patches, read_dim, weight_of
-from billhook.units.units import Per, Units
+from billhook.model import Convolution, batched, channels_of, is_convolution, patches, read_dim, weight_of
+from billhook.units import Per, Units
 
 AT_ONCE = 2**24
 """Values that a consumer layer is called with at once, to read its weights."""

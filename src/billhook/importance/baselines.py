@@ -7,11 +7,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from billhook.engine.batches import Run
-from billhook.engine.store import store_of
+from billhook.engine import Run, store_of
 from billhook.importance.score import Importance, Sums
 from billhook.linalg import in_float64
-from billhook.units.units import Per, Units, parts_of
+from billhook.units import Per, Units, parts_of
 
 
 @dataclass(frozen=True)

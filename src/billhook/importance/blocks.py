@@ -14,11 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
-from billhook.engine.batches import Run
-from billhook.engine.passes import SideBySide
+from billhook.engine import Run, SideBySide
 from billhook.importance.score import Importance, Sums
-from billhook.units.blocks import hidden_states, returned_states
-from billhook.units.units import PLURAL, Per, Units
+from billhook.units import PLURAL, Per, Units, hidden_states, returned_states
 
 
 @dataclass(frozen=True)

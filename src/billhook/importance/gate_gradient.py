@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.arguments import check_one_of
-from billhook.engine.batches import Run
+from billhook.engine import Run
 from billhook.importance.score import (
     Importance,
     Sums,
@@ -25,8 +25,8 @@ from billhook.importance.score import (
     no_gradient_message,
     scalar_loss,
 )
-from billhook.model.layers import read_dim
-from billhook.units.units import Per, Units
+from billhook.model import read_dim
+from billhook.units import Per, Units
 
 Each = Literal["token", "example", "batch"]
 

@@ -14,14 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from billhook.arguments import check_int, check_number, check_types
-from billhook.engine.batches import Run
-from billhook.engine.statistics import InputGram
-from billhook.engine.store import store_of
-from billhook.engine.walk import blocks_of
+from billhook.engine import InputGram, Run, blocks_of, store_of
 from billhook.importance.activations import gram_of, unit_positions, watch
 from billhook.importance.score import Importance, Sums, check_consumers, consumer_modules
 from billhook.linalg import cholesky_, damp_, float64_device
-from billhook.units.units import Per, Units
+from billhook.units import Per, Units
 
 
 class _RepeatedCall(ValueError):

@@ -14,14 +14,22 @@ from torch.utils.checkpoint import checkpoint
 
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, read_batches
-from billhook.engine.batches import Loss, Run, run_with_loss, with_progress
-from billhook.engine.comm import SINGLE_PROCESS, Comm, Reduce
-from billhook.engine.state import cpu_by_default, evaluating, overridden
-from billhook.engine.store import store_of
-from billhook.model.find import check_values, find_transformer
+from billhook.engine import (
+    SINGLE_PROCESS,
+    Comm,
+    Loss,
+    Reduce,
+    Run,
+    cpu_by_default,
+    evaluating,
+    overridden,
+    run_with_loss,
+    store_of,
+    with_progress,
+)
+from billhook.model import check_values, find_transformer
 from billhook.progress import OnProgress
-from billhook.units.find import check_belongs, unit_ids
-from billhook.units.units import PLURAL, Per, Units
+from billhook.units import PLURAL, Per, Units, check_belongs, unit_ids
 
 
 @dataclass(eq=False)

@@ -17,10 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from billhook.arguments import check_int, check_one_of, check_types
-from billhook.engine.batches import Run
+from billhook.engine import Run
 from billhook.importance.score import Importance, Sums, no_gradient_message, scalar_loss
 from billhook.linalg import in_float64
-from billhook.units.units import Part, Per, Units, parts_of
+from billhook.units import Part, Per, Units, parts_of
 
 Order = Literal["first", "second", "mixed", "vector", "unit"]
 Reduction = Literal["sum", "mean", "max", "product", "first", "last"]

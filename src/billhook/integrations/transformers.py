@@ -20,15 +20,13 @@ from billhook.adapters.merge import adapters_removed, has_adapters
 from billhook.arguments import check_types
 from billhook.callbacks.export import Export
 from billhook.checkpoints.save import state_shape
-from billhook.engine.parts import replace_file
-from billhook.engine.state import overridden
-from billhook.engine.store import store_of
+from billhook.engine import overridden, replace_file, store_of
 from billhook.fit.callback import FitCallback
 from billhook.fit.event import EventCallback, events_of
 from billhook.fit.resume import check_callbacks
 from billhook.fit.shape_event import ShapeCallback
 from billhook.integrations.transformers_fit import TransformersFit, val_metrics
-from billhook.model.find import find_transformer
+from billhook.model import find_transformer
 
 STATE = "billhook_fit.pt"
 """File of a checkpoint folder with the state of callbacks."""

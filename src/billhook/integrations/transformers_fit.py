@@ -14,15 +14,11 @@ from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArguments
 
 from billhook.checkpoints.save import state_shape
-from billhook.engine.batches import Run, model_loss, runs_of
-from billhook.engine.sharding import is_sharded
-from billhook.engine.state import evaluating_without_grad
-from billhook.engine.trees import tree_map_only
+from billhook.engine import Run, evaluating_without_grad, is_sharded, model_loss, runs_of, tree_map_only
 from billhook.fit.fit import Fit, Loss, Reduction
 from billhook.fit.lightning import float16_replaced
 from billhook.fit.run import isolated_rng
-from billhook.model.find import find_transformer
-from billhook.model.preprocessors import Preprocessor, load_preprocessor
+from billhook.model import Preprocessor, find_transformer, load_preprocessor
 from billhook.report.generation import generates
 
 T = TypeVar("T")

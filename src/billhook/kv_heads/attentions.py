@@ -25,11 +25,18 @@ import torch
 from torch import Tensor, nn
 
 from billhook.adapters.merge import MERGE_HINT, adapter_layers
-from billhook.engine.batches import Loss, Run, run_with_loss, runs_fingerprint
-from billhook.engine.comm import SINGLE_PROCESS, Comm
-from billhook.engine.lazy import LazyTensors, by_parameter
-from billhook.engine.store import store_of
-from billhook.engine.walk import blocks_of
+from billhook.engine import (
+    SINGLE_PROCESS,
+    Comm,
+    LazyTensors,
+    Loss,
+    Run,
+    blocks_of,
+    by_parameter,
+    run_with_loss,
+    runs_fingerprint,
+    store_of,
+)
 from billhook.kv_heads.basis import find_bases, key_spectra, pooled, similar_order
 from billhook.kv_heads.distance import EqualHeads, distances
 from billhook.kv_heads.frequencies import Band, Rotation, Slots, allot, bands_within, find_rotation, lost
@@ -38,13 +45,11 @@ from billhook.kv_heads.methods import SVD, Grouping, KVMethod, Reconstructing
 from billhook.kv_heads.moments import NOT_SEEN, Moments, T, Use, gather, weight_moments
 from billhook.kv_heads.symmetry import find_symmetries
 from billhook.linalg import float64_device
-from billhook.model.config_fields import text_config
-from billhook.model.layers import is_linear, size_of
-from billhook.model.rotary import rope_parameters, rotary_embeddings, rotating_with
+from billhook.model import is_linear, rope_parameters, rotary_embeddings, rotating_with, size_of, text_config
 from billhook.progress import OnProgress
 from billhook.repairs.repair import RepairConfig, repair_linears
 from billhook.tracing.trace import trace
-from billhook.units.find import find_heads
+from billhook.units import find_heads
 
 ANGLES = (0.5, 0.35, 0.25, 0.15)
 """Radians over the context by which rotary frequencies may change, in the order in which they are tried.

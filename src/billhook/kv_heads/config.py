@@ -8,11 +8,21 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from billhook.kv_heads.layout import KVAttention, find_kv
 from billhook.kv_heads.pooling import Pooled, Shrunk
-from billhook.model.config_fields import Fields, field, nested_configs, with_fields
-from billhook.model.field_search import build
-from billhook.model.find import find_transformer
-from billhook.model.meta import to_meta
-from billhook.model.shape import FLAG, Shape, built_shape, set_shape, shape_beyond_config, shape_of
+from billhook.model import (
+    FLAG,
+    Fields,
+    Shape,
+    build,
+    built_shape,
+    field,
+    find_transformer,
+    nested_configs,
+    set_shape,
+    shape_beyond_config,
+    shape_of,
+    to_meta,
+    with_fields,
+)
 
 FIELD = "num_key_value_heads"
 FIELDS = (FIELD, "num_kv_heads")

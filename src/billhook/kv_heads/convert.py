@@ -20,18 +20,14 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import check_fraction, check_int, check_types
 from billhook.calibration.calibration import Batches, read_batches
-from billhook.engine.batches import Loss, Run
-from billhook.engine.state import cpu_by_default
-from billhook.engine.store import store_of
+from billhook.engine import Loss, Run, cpu_by_default, store_of
 from billhook.kv_heads.attentions import Attentions
 from billhook.kv_heads.config import kv_heads_of
 from billhook.kv_heads.distance import EqualHeads
 from billhook.kv_heads.methods import KVMethod, Name, Reconstructing, method_of
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
+from billhook.model import Weights, apply, changed_names, check_changeable, check_replaceable, check_values, find_transformer
 from billhook.model.config_fields import field as config_field
-from billhook.model.find import check_changeable, check_values, find_transformer
-from billhook.model.plan import Weights, apply
-from billhook.model.surgery import changed_names, check_replaceable
 from billhook.progress import OnProgress
 from billhook.repairs.repair import RepairConfig
 from billhook.repairs.residuals import not_refitted_message

@@ -11,15 +11,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import log_softmax
 
-from billhook.engine.batches import Run
-from billhook.engine.comm import Comm
-from billhook.engine.lazy import LazyTensors
-from billhook.engine.passes import SideBySide, in_block_order
-from billhook.engine.state import evaluating_without_grad, overridden, replaced
-from billhook.engine.store import store_of
-from billhook.engine.trees import tree_leaves
+from billhook.engine import (
+    Comm,
+    LazyTensors,
+    Run,
+    SideBySide,
+    evaluating_without_grad,
+    in_block_order,
+    overridden,
+    replaced,
+    store_of,
+    tree_leaves,
+)
 from billhook.linalg import float64_device, in_float64
-from billhook.model.rotary import RopeParameters, rotating_with
+from billhook.model import RopeParameters, rotating_with
 
 ROWS = 256
 """Number of predictions to compare at a time, as float64 takes memory."""

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from billhook.kv_heads.layout import Projections
 from billhook.kv_heads.symmetry import Mixing, Symmetry, find_symmetries
-from billhook.model.rotary import longrope, rope_parameters, rotary_embeddings, with_modules, with_rope_parameters
+from billhook.model import longrope, rope_parameters, rotary_embeddings, with_modules, with_rope_parameters
 
 EXACT = ("default", "linear", "llama3", "yarn", "longrope")
 """Rotary types with the same frequencies for texts of all lengths, provided that both lists of a longrope are equal."""

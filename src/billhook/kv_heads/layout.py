@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.engine.batches import check_one_device
+from billhook.engine import check_one_device
 from billhook.linalg import Indices, in_float64
-from billhook.model.layers import is_linear, matrix_of, to_layout, to_parameters
+from billhook.model import is_linear, matrix_of, to_layout, to_parameters
 from billhook.repairs.matching import Tie
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Member, common_module
 from billhook.tracing.roles import Attention, Part
 from billhook.tracing.trace import trace
-from billhook.units.find import find_heads
-from billhook.units.units import Per, Units
+from billhook.units import Per, Units, find_heads
 
 QUERY, KEY, VALUE, BESIDE = 1, 2, 4, 8
 KV = KEY | VALUE | BESIDE

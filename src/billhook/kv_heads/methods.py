@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import check_fraction, check_int, check_one_of, check_types
 from billhook.kv_heads.pooling import Pooled, first, mean, pooling
-from billhook.model.surgery import Change
+from billhook.model import Change
 
 Grouping = Literal["consecutive", "similar"]
 HINT = (

@@ -10,15 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from billhook.calibration.calibration import log_only_self_generated
-from billhook.engine.batches import Run
-from billhook.engine.comm import Comm
-from billhook.engine.passes import SideBySide, in_block_order
-from billhook.engine.state import evaluating_without_grad, full_precision, overridden
-from billhook.engine.store import store_of
-from billhook.engine.trees import tree_map_only
+from billhook.engine import (
+    Comm,
+    Run,
+    SideBySide,
+    evaluating_without_grad,
+    full_precision,
+    in_block_order,
+    overridden,
+    store_of,
+    tree_map_only,
+)
 from billhook.kv_heads.layout import HeadTensors, Projections
 from billhook.linalg import float64_device
-from billhook.model.transformers_internals import attention_functions_as
+from billhook.model import attention_functions_as
 
 NOT_SEEN = "svd needs attention through transformers' interface; use aligned without batches"
 T = TypeVar("T")

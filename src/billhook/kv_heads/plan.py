@@ -14,21 +14,34 @@ from typing_extensions import Self
 from billhook.adapters.merge import MERGE_HINT, adapter_layers, base_layer_name, without_adapters
 from billhook.arguments import check_int
 from billhook.display import text_table
-from billhook.engine.lazy import LazyTensors
-from billhook.engine.store import store_of
+from billhook.engine import LazyTensors, store_of
 from billhook.kv_heads.config import check_each, check_kv_heads, choose, config_heads, cut_by_config, inside_encoder
 from billhook.kv_heads.layout import find_kv
 from billhook.kv_heads.methods import KVMethod, Name, method_of
 from billhook.kv_heads.pooling import Pooled, Shrunk
 from billhook.kv_heads.proof import cut_by_groups
+from billhook.model import (
+    Change,
+    RopeParameters,
+    Shape,
+    ShapePlan,
+    UpdateOptimizers,
+    Weights,
+    are_rope_parameters,
+    change_blockwise,
+    check_plain,
+    check_weights,
+    find_transformer,
+    kv_cache_bytes,
+    record_shape,
+    restored_on_error,
+    set_shape,
+    shape_of,
+    subclasses,
+    to_meta,
+    update_optimizers,
+)
 from billhook.model.config_fields import field as config_field
-from billhook.model.costs import kv_cache_bytes
-from billhook.model.find import check_plain, find_transformer
-from billhook.model.meta import to_meta
-from billhook.model.plan import ShapePlan, Weights, check_weights, subclasses
-from billhook.model.rotary import RopeParameters, are_rope_parameters
-from billhook.model.shape import Shape, record_shape, set_shape, shape_of
-from billhook.model.surgery import Change, UpdateOptimizers, change_blockwise, restored_on_error, update_optimizers
 from billhook.tracing.show import name_pattern
 
 T = TypeVar("T")

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from billhook.linalg import Indices
-from billhook.model.shape import Shape
-from billhook.model.surgery import Change
+from billhook.model import Change, Shape
 
 Pool = Callable[[Sequence[Tensor]], Tensor]
 """Combines the heads of a group into one."""

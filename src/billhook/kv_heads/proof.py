@@ -14,15 +14,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.engine.state import full_precision
+from billhook.engine import full_precision
 from billhook.kv_heads.config import check_kv_heads, choose, inside_encoder, is_as_built
 from billhook.kv_heads.layout import KVAttention, find_kv
 from billhook.kv_heads.pooling import Pooled, Shrunk
-from billhook.model.config_fields import fields_of, with_fields
-from billhook.model.inputs import make_inputs, outputs_match, run_outputs
-from billhook.model.shape import FLAG, GROUPS, Shape, built_shape, set_shape, shape_beyond_config, shape_of
-from billhook.model.surgery import Change, change_values
-from billhook.model.transformers_internals import attention_of, build_class, has_sdpa
+from billhook.model import (
+    FLAG,
+    GROUPS,
+    Change,
+    Shape,
+    attention_of,
+    build_class,
+    built_shape,
+    change_values,
+    fields_of,
+    has_sdpa,
+    make_inputs,
+    outputs_match,
+    run_outputs,
+    set_shape,
+    shape_beyond_config,
+    shape_of,
+    with_fields,
+)
 
 LAYERS = re.compile(r"(^|[_.])layers?$")
 TOLERANCE = 1e-3

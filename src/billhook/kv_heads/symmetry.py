@@ -20,15 +20,10 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from transformers import Cache
 
-from billhook.engine.state import evaluating_without_grad
-from billhook.engine.store import store_of
-from billhook.engine.trees import tree_map_only
+from billhook.engine import evaluating_without_grad, store_of, tree_map_only
 from billhook.kv_heads.layout import HeadTensors, Projections, put_heads, read
 from billhook.linalg import float64_device
-from billhook.model.config_fields import text_config
-from billhook.model.inputs import small_inputs
-from billhook.model.layers import matrix_of
-from billhook.model.transformers_internals import attention_for_all_dtypes, attention_functions_as
+from billhook.model import attention_for_all_dtypes, attention_functions_as, matrix_of, small_inputs, text_config
 
 LENGTH = 128
 """Number of tokens: enough to detect slow rotations."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.engine.fsdp import class_of
+from billhook.engine import class_of
 from billhook.model.constants import record_constants
 from billhook.model.find import find_transformer, locate_transformer
 from billhook.model.shape import KEY, Shape, check_plain_shape, record_shape, set_shape, shape_of

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
-from billhook.engine.trees import tree_map_only
+from billhook.engine import tree_map_only
 from billhook.model.cache import CachedShapes, cached
 from billhook.model.inputs import make_inputs
 from billhook.model.meta import to_meta

@@ -5,7 +5,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from billhook.engine.store import store_of
+from billhook.engine import store_of
 from billhook.model.layers import is_linear, is_packed, is_quantized
 
 

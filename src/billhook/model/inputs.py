@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.engine.state import evaluating, full_precision
-from billhook.engine.trees import tree_leaves, tree_map_only
+from billhook.engine import evaluating, full_precision, tree_leaves, tree_map_only
 from billhook.model.config_fields import configs_of, nested_configs, text_config
 
 

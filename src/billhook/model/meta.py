@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from billhook.assets import model_path
-from billhook.engine.sharding import is_sharded, sizes_only
+from billhook.engine import is_sharded, sizes_only
 from billhook.model.config_fields import build_or_refuse, named_class
 from billhook.model.shape import KEY
 from billhook.model.shaped import apply_entry

@@ -13,9 +13,7 @@ from typing_extensions import Self
 
 from billhook.arguments import check_types
 from billhook.display import Printable
-from billhook.engine.lazy import LazyTensors
-from billhook.engine.state import cpu_by_default
-from billhook.engine.store import store_of
+from billhook.engine import LazyTensors, cpu_by_default, store_of
 from billhook.model.find import check_changeable
 from billhook.model.surgery import UpdateOptimizers, check_replaceable, values_restored_on_error
 

@@ -12,8 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from billhook.engine.batches import Run
-from billhook.engine.state import overridden
+from billhook.engine import Run, overridden
 from billhook.model.config_fields import text_config
 
 RopeParameters = Mapping[str, Any]  # `rope_parameters` of a config: plain values and lists of numbers by name

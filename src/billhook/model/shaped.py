@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
-from billhook.engine.loader_internals import LOADED
+from billhook.engine import LOADED
 from billhook.model.complete import check_complete, check_shards, load_and_compare, load_complete, mismatch, refuse_gaps
 from billhook.model.config_fields import build_or_refuse
 from billhook.model.shape import GROUPS, KEY, VERSION, Shape, set_shape, shape_of, to_entry

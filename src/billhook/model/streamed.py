@@ -9,12 +9,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from billhook.arguments import check_types
 from billhook.assets import model_path
 from billhook.atomic_folder import check_target
-from billhook.engine.device import check_device
+from billhook.engine import Parts, TensorFiles, check_device, cpu_by_default, one_thread, store_of
 from billhook.engine.files import FileStore
-from billhook.engine.parts import Parts
-from billhook.engine.state import cpu_by_default, one_thread
-from billhook.engine.store import store_of
-from billhook.engine.tensors import TensorFiles
 from billhook.model.complete import check_shards
 from billhook.model.meta import check_checkpoint, model_class, read_config
 from billhook.model.shaped import load_on_meta, readable

@@ -11,9 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, Adagrad, Optimizer
 
-from billhook.engine.sharding import full_tensor, sharded_as
-from billhook.engine.state import fresh_autocast_cache, uninterrupted
-from billhook.engine.store import store_of
+from billhook.engine import fresh_autocast_cache, full_tensor, sharded_as, store_of, uninterrupted
 from billhook.model.config_fields import configs_of
 
 INSTEAD = "Use a plain optimizer, such as torch.optim.AdamW, or prune or convert first and train the result."

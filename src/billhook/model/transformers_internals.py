@@ -10,8 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from billhook.engine.loader_internals import LOADED
-from billhook.engine.state import overridden
+from billhook.engine import LOADED, overridden
 from billhook.model.config_fields import configs_of
 
 ATTENTION = "_attn_implementation_internal"  # config attribute for the attention implementation, without validation

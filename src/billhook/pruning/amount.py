@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.arguments import check_fraction, check_int, check_one_of, check_types, percentage_hint
-from billhook.units.units import Per, UnitKind, Units
+from billhook.units import Per, UnitKind, Units
 
 KERNEL_BYTES = 16  # torch's grouped kernel of experts reads rows in pieces of this size
 RoundTo = int | Literal["auto"]

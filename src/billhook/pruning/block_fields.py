@@ -7,9 +7,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from billhook.model.config_fields import Fields, fields_of
-from billhook.model.field_search import Built, build, find_fields
-from billhook.units.blocks import block_of
+from billhook.model import Built, Fields, build, fields_of, find_fields
+from billhook.units import block_of
 
 BlockNumbers = dict[str, tuple[int, int]]
 """Integer attributes by new name: values before and after."""

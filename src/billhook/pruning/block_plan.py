@@ -17,20 +17,32 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from billhook.display import text_table
-from billhook.engine.lazy import LazyTensors, by_parameter
-from billhook.engine.state import uninterrupted
-from billhook.engine.store import store_of
-from billhook.model.config_fields import Fields, build_on_meta, set_fields, with_fields
-from billhook.model.find import find_transformer
-from billhook.model.inputs import cached_outputs, outputs_match, run_outputs, tolerance
-from billhook.model.layers import is_linear
-from billhook.model.meta import to_meta
-from billhook.model.plan import ShapePlan, Weights, with_weights
-from billhook.model.shape import block_numbers, keep_blocks, record_shape, shape_of
-from billhook.model.surgery import UpdateOptimizers, change_blockwise, restored_on_error
+from billhook.engine import LazyTensors, by_parameter, store_of, uninterrupted
+from billhook.model import (
+    Fields,
+    ShapePlan,
+    UpdateOptimizers,
+    Weights,
+    block_numbers,
+    build_on_meta,
+    cached_outputs,
+    change_blockwise,
+    find_transformer,
+    is_linear,
+    keep_blocks,
+    outputs_match,
+    record_shape,
+    restored_on_error,
+    run_outputs,
+    set_fields,
+    shape_of,
+    to_meta,
+    tolerance,
+    with_fields,
+    with_weights,
+)
 from billhook.pruning.block_fields import BlockNumbers, find_block_fields
-from billhook.units.blocks import block_of, find_blocks, skipping
-from billhook.units.units import UnitKind, Units
+from billhook.units import UnitKind, Units, block_of, find_blocks, skipping
 
 
 @dataclass(frozen=True, repr=False)

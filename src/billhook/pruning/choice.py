@@ -13,8 +13,7 @@ from billhook.arguments import check_fraction, check_int, check_one_of, check_ty
 from billhook.linalg import Indices
 from billhook.pruning.amount import Amount, Ranking
 from billhook.pruning.cut import coupled_modules
-from billhook.units.blocks import block_of, find_blocks
-from billhook.units.units import Per, Units, plural
+from billhook.units import Per, Units, block_of, find_blocks, plural
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ import numpy as np
 from torch import nn
 
 from billhook.linalg import Indices
-from billhook.model.find import check_plain
+from billhook.model import check_plain
 from billhook.pruning.amount import kernel_multiple
 from billhook.tracing.axes import Axis, leaves
 from billhook.tracing.coupling import NEVER, Structure
-from billhook.units.find import Chosen, unit_ids
-from billhook.units.units import PLURAL, Per, UnitKind, Units, counts
+from billhook.units import PLURAL, Chosen, Per, UnitKind, Units, counts, unit_ids
 
 Cuts = dict[tuple[str, int], Indices]
 """(tensor, dimension) -> the positions to keep, ascending: int64."""

@@ -16,19 +16,14 @@ from typing_extensions import Self
 
 from billhook.arguments import check_one_of
 from billhook.display import text_table
-from billhook.engine.lazy import LazyTensors
-from billhook.engine.store import store_of
-from billhook.model.costs import Costs
-from billhook.model.find import find_transformer
-from billhook.model.plan import ShapePlan, Weights, with_weights
-from billhook.model.surgery import UpdateOptimizers, update_optimizers
+from billhook.engine import LazyTensors, store_of
+from billhook.model import Costs, ShapePlan, UpdateOptimizers, Weights, find_transformer, update_optimizers, with_weights
 from billhook.pruning.amount import divides_among_devices
 from billhook.pruning.cut import Cut, find_cut
 from billhook.pruning.removal import remove
 from billhook.tracing.show import name_pattern
 from billhook.tracing.trace import trace
-from billhook.units.find import units_of
-from billhook.units.units import PLURAL, UnitKind, counts
+from billhook.units import PLURAL, UnitKind, counts, units_of
 from billhook.vocabulary.tokenizer import Vocabulary
 
 

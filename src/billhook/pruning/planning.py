@@ -10,18 +10,12 @@ from transformers import PreTrainedTokenizerBase
 
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, read_batches
-from billhook.engine.batches import Loss
-from billhook.engine.comm import SINGLE_PROCESS, Comm, Reduce
-from billhook.engine.state import cpu_by_default
-from billhook.engine.store import store_of
+from billhook.engine import SINGLE_PROCESS, Comm, Loss, Reduce, cpu_by_default, store_of
 from billhook.importance.activations import OutputNorm
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import Importance, check_supports_streaming, score_units
 from billhook.importance.taylor import Taylor
-from billhook.model.find import find_transformer
-from billhook.model.plan import apply_plan
-from billhook.model.preprocessors import tokenizer_of
-from billhook.model.surgery import check_replaceable
+from billhook.model import apply_plan, check_replaceable, find_transformer, tokenizer_of
 from billhook.progress import OnProgress
 from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan, checked_block_plan, find_block_plan
@@ -31,9 +25,7 @@ from billhook.pruning.plan import UnitPlan, check_kinds
 from billhook.pruning.removal import try_removal
 from billhook.pruning.target import RatioSearch
 from billhook.tracing.trace import trace
-from billhook.units.find import Chosen, check_any, find_units, kinds_of, of_kind, unit_ids, units_of
-from billhook.units.gates import mask
-from billhook.units.units import Per, UnitKind, Units
+from billhook.units import Chosen, Per, UnitKind, Units, check_any, find_units, kinds_of, mask, of_kind, unit_ids, units_of
 from billhook.vocabulary.scores import token_scores
 
 

@@ -11,21 +11,40 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from billhook.engine.store import store_of
+from billhook.engine import store_of
 from billhook.linalg import Indices, in_float64
-from billhook.model.config_fields import Fields, build_on_meta, set_fields
-from billhook.model.constants import set_constants
-from billhook.model.inputs import outputs_match, run_outputs, small_inputs, tolerance
-from billhook.model.meta import to_meta
-from billhook.model.preprocessors import LOST_TOKENS, vocabulary_fingerprint
-from billhook.model.shape import Shape, changed_constants, record_shape, set_shape, shape_beyond_config, shape_of
-from billhook.model.surgery import Change, Swap, change_blockwise, change_values, restored_on_error, snapshot_with_store
-from billhook.model.token_ids import named_token_ids, renumber_generation_config, with_kept_tokens
+from billhook.model import (
+    LOST_TOKENS,
+    Change,
+    Fields,
+    Shape,
+    Swap,
+    build_on_meta,
+    change_blockwise,
+    change_values,
+    changed_constants,
+    named_token_ids,
+    outputs_match,
+    record_shape,
+    renumber_generation_config,
+    restored_on_error,
+    run_outputs,
+    set_constants,
+    set_fields,
+    set_shape,
+    shape_beyond_config,
+    shape_of,
+    small_inputs,
+    snapshot_with_store,
+    to_meta,
+    tolerance,
+    vocabulary_fingerprint,
+    with_kept_tokens,
+)
 from billhook.pruning.cut import Cut, find_cut
 from billhook.pruning.reshape import candidate_shapes
 from billhook.tracing.trace import trace
-from billhook.units.gates import Gate, consumer_columns
-from billhook.units.units import PLURAL, Units
+from billhook.units import PLURAL, Gate, Units, consumer_columns
 
 Scale = Callable[[Tensor], Tensor]
 """Maps old weight values to new ones."""

@@ -10,20 +10,15 @@ from torch import nn
 
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, read_batches
-from billhook.engine.batches import Run, run_with_loss
-from billhook.engine.comm import SINGLE_PROCESS, Comm, Reduce
-from billhook.engine.lazy import LazyTensors
-from billhook.engine.state import cpu_by_default
-from billhook.model.find import check_stored, check_values, find_transformer
-from billhook.model.layers import is_adapter, is_linear, size_of
-from billhook.model.plan import ModelPlan, Weights
+from billhook.engine import SINGLE_PROCESS, Comm, LazyTensors, Reduce, Run, cpu_by_default, run_with_loss
+from billhook.model import ModelPlan, Weights, check_stored, check_values, find_transformer, is_adapter, is_linear, size_of
 from billhook.progress import OnProgress
 from billhook.pruning.block_plan import BlockPlan, block_writers, why_not_zeros, writers_behind, zero_weights
 from billhook.pruning.plan import UnitPlan
 from billhook.repairs.repair import RepairConfig, repair_linears
 from billhook.repairs.residuals import NoRepair, not_refitted_message, strip_argument
 from billhook.tracing.trace import trace
-from billhook.units.find import units_of
+from billhook.units import units_of
 
 RepairOption = RepairConfig | Literal["auto"] | None
 """Repair settings: explicit, `"auto"` (repairs if there are enough tokens), or None (off)."""

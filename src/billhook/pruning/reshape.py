@@ -10,17 +10,29 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.merge import adapter_layers, base_layer_name, without_adapters
-from billhook.model.config_fields import Fields, configs_of, field, fields_of, nested_configs, set_fields
-from billhook.model.field_search import Sizes, build, find_fields
-from billhook.model.layers import is_adapter
-from billhook.model.meta import to_meta
-from billhook.model.shape import GROUPS, Shape, built_shape, set_shape, shape_of
-from billhook.model.token_ids import with_kept_tokens
-from billhook.model.transformers_internals import set_attention
+from billhook.model import (
+    GROUPS,
+    Fields,
+    Shape,
+    Sizes,
+    build,
+    built_shape,
+    configs_of,
+    field,
+    fields_of,
+    find_fields,
+    is_adapter,
+    nested_configs,
+    set_attention,
+    set_fields,
+    set_shape,
+    shape_of,
+    to_meta,
+    with_kept_tokens,
+)
 from billhook.pruning.cut import Cut, size_after
 from billhook.tracing.trace import trace
-from billhook.units.find import units_of
-from billhook.units.units import UnitKind, Units, counts
+from billhook.units import UnitKind, Units, counts, units_of
 
 TRIALS = 64
 """Most assignments of integer attributes to try. None of 551 architectures needs more than 29 (benchmarks/roundtrip.py)."""

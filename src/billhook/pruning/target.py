@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.arguments import percentage_hint
-from billhook.model.costs import Costs, costs_of
-from billhook.model.token_ids import named_token_ids
+from billhook.model import Costs, costs_of, named_token_ids
 from billhook.pruning.amount import (
     MULTIPLES,
     PERCENT,
@@ -29,8 +28,7 @@ from billhook.pruning.choice import choose, protected_modules
 from billhook.pruning.cut import Cut, coupled_modules, find_cut, size_after
 from billhook.pruning.removal import try_removal
 from billhook.tracing.trace import trace
-from billhook.units.find import of_kind, units_of, why_none
-from billhook.units.units import PLURAL, UnitKind, Units
+from billhook.units import PLURAL, UnitKind, Units, of_kind, units_of, why_none
 
 MAX_CHANNEL_RATIO = 0.52
 """Largest channel ratio at which a budget is met by channels only: beyond it, SmolLM2 loses less if KV heads are removed, too

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from billhook.engine.comm import SINGLE_PROCESS, Comm
+from billhook.engine import SINGLE_PROCESS, Comm
 from billhook.linalg import conjugate_gradients, ridge_solver
 from billhook.repairs.residuals import ALL_ROWS, MAX_OUTPUTS, ResidualStatistics, as_float
 

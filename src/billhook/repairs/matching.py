@@ -17,17 +17,29 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from billhook.arguments import check_fraction, check_int, check_number, check_types
-from billhook.engine.batches import Run, runs_fingerprint
-from billhook.engine.comm import SINGLE_PROCESS, Comm
-from billhook.engine.lazy import LazyTensors
-from billhook.engine.passes import activation_files, spilled_outputs
-from billhook.engine.state import evaluating_without_grad, fresh_autocast_cache, overridden
-from billhook.engine.store import store_of
-from billhook.engine.trees import tree_leaves, tree_map_only
-from billhook.engine.walk import Arguments, Site, Visitor, Walk, copy_cache, separable_blocks
+from billhook.engine import (
+    SINGLE_PROCESS,
+    Arguments,
+    Comm,
+    LazyTensors,
+    Run,
+    Site,
+    Visitor,
+    Walk,
+    activation_files,
+    copy_cache,
+    evaluating_without_grad,
+    fresh_autocast_cache,
+    overridden,
+    runs_fingerprint,
+    separable_blocks,
+    spilled_outputs,
+    store_of,
+    tree_leaves,
+    tree_map_only,
+)
 from billhook.linalg import float64_device
-from billhook.model.layers import is_adapter
-from billhook.model.transformers_internals import attention_for_all_dtypes
+from billhook.model import attention_for_all_dtypes, is_adapter
 from billhook.progress import OnProgress
 
 Tie = Callable[[Tensor], Tensor]

@@ -18,14 +18,24 @@ from torch import Tensor, nn
 
 from billhook.arguments import check_fraction, check_types
 from billhook.calibration.calibration import log_single_source
-from billhook.engine.batches import Run, runs_fingerprint
-from billhook.engine.comm import SINGLE_PROCESS, Comm
-from billhook.engine.lazy import LazyTensors, by_parameter
-from billhook.engine.passes import activation_files, spilled_outputs, watch_call_order
-from billhook.engine.state import evaluating_without_grad, replaced
-from billhook.engine.store import store_of
-from billhook.engine.walk import Site, Walk, find_sites
-from billhook.model.layers import is_linear, size_of
+from billhook.engine import (
+    SINGLE_PROCESS,
+    Comm,
+    LazyTensors,
+    Run,
+    Site,
+    Walk,
+    activation_files,
+    by_parameter,
+    evaluating_without_grad,
+    find_sites,
+    replaced,
+    runs_fingerprint,
+    spilled_outputs,
+    store_of,
+    watch_call_order,
+)
+from billhook.model import is_linear, size_of
 from billhook.progress import OnProgress
 from billhook.repairs.matching import BlockMatching, Tie, match_blocks, too_few_batches
 from billhook.repairs.residuals import NoRepair, check_tokens, not_refitted_message, too_few_tokens_message

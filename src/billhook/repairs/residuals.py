@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from billhook.engine.batches import Run
-from billhook.engine.comm import SINGLE_PROCESS, Comm
+from billhook.engine import SINGLE_PROCESS, TOKENS, Comm, Run, add_products
 from billhook.engine.passes import ActivationFiles, zeros
-from billhook.engine.statistics import TOKENS, add_products
 from billhook.linalg import float64_device, widest_float
 
 MAX_OUTPUTS = 1024

@@ -23,15 +23,10 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 from typing_extensions import Self
 
-from billhook.engine.batches import Run
-from billhook.engine.comm import Comm
-from billhook.engine.lazy import LazyTensors, by_parameter
+from billhook.engine import ROWS, BlockStore, Comm, InputNorms, LazyTensors, Run, Site, Visitor, by_parameter
 from billhook.engine.passes import ActivationFiles, zeros
-from billhook.engine.statistics import ROWS, InputNorms
-from billhook.engine.store import BlockStore
-from billhook.engine.walk import Site, Visitor
 from billhook.linalg import float64_device, widest_float
-from billhook.model.layers import is_pruned, matrix_of, to_layout, to_parameters
+from billhook.model import is_pruned, matrix_of, to_layout, to_parameters
 from billhook.progress import OnProgress
 from billhook.repairs.least_squares import refit_linear
 from billhook.repairs.residuals import ResidualStatistics, TokenBuffer, as_float, non_padding

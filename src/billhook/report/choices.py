@@ -9,7 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from billhook.model.preprocessors import check_ids
+from billhook.model import check_ids
 
 LEGAL = 'a line is {"context": text, "choices": [text, text, ...], "label": index of the correct choice}, and no text is blank'
 

@@ -15,13 +15,19 @@ from typing_extensions import Self
 from billhook.calibration.reading import Rows
 from billhook.checkpoints.card import with_error
 from billhook.display import render_table
-from billhook.engine.batches import Run, runs_of, source_of
-from billhook.engine.comm import SINGLE_PROCESS, Comm
-from billhook.engine.passes import activation_files, run_side_by_side
-from billhook.engine.sharding import is_sharded
-from billhook.engine.state import evaluating_without_grad
-from billhook.engine.store import store_of
-from billhook.model.preprocessors import check_ids
+from billhook.engine import (
+    SINGLE_PROCESS,
+    Comm,
+    Run,
+    activation_files,
+    evaluating_without_grad,
+    is_sharded,
+    run_side_by_side,
+    runs_of,
+    source_of,
+    store_of,
+)
+from billhook.model import check_ids
 from billhook.progress import OnProgress
 from billhook.report.generation import generates
 from billhook.report.predictions import Example, ExampleText, Predictions, compute_logits, mean_loss

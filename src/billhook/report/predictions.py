@@ -11,9 +11,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
-from billhook.engine.batches import Run, token_logits
-from billhook.engine.passes import run_side_by_side
-from billhook.engine.state import evaluating_without_grad
+from billhook.engine import Run, evaluating_without_grad, run_side_by_side, token_logits
 from billhook.progress import OnProgress
 
 ELEMENTS = 2**22

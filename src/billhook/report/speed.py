@@ -16,9 +16,8 @@ from transformers import PreTrainedModel
 from typing_extensions import Self
 
 from billhook.arguments import check_int, check_one_of, check_types
-from billhook.engine.memory import resident
-from billhook.model.config_fields import text_config
-from billhook.model.costs import meta_copy
+from billhook.engine import resident
+from billhook.model import meta_copy, text_config
 from billhook.report.generation import CacheKind, Generation, cache_name, generates
 
 RESET = Path("/proc/self/clear_refs")

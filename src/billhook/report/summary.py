@@ -11,12 +11,9 @@ from torch import nn
 from billhook.adapters.merge import adapters_removed
 from billhook.arguments import check_types
 from billhook.display import Printable, render, text_table
-from billhook.engine.sharding import is_sharded, reshard, sizes_only
-from billhook.engine.state import cpu_by_default
-from billhook.engine.zeros import zeros_of
+from billhook.engine import cpu_by_default, is_sharded, reshard, sizes_only, zeros_of
 from billhook.kv_heads.config import heads_by_layer, heads_of
-from billhook.model.costs import costs_of
-from billhook.model.find import find_transformer
+from billhook.model import costs_of, find_transformer
 
 
 @dataclass(frozen=True, repr=False)

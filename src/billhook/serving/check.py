@@ -16,11 +16,8 @@ from transformers import GenerationConfig, PreTrainedModel
 from billhook.arguments import check_int, check_one_of, check_types
 from billhook.assets import model_path
 from billhook.calibration.generated import check_can_generate, generated
-from billhook.engine.state import evaluating_without_grad, overridden
-from billhook.model.config_fields import text_config
-from billhook.model.meta import check_checkpoint, model_class, read_config
-from billhook.model.preprocessors import load_tokenizer
-from billhook.model.shaped import load_as, readable
+from billhook.engine import evaluating_without_grad, overridden
+from billhook.model import check_checkpoint, load_as, load_tokenizer, model_class, read_config, readable, text_config
 from billhook.serving.converter import Converter
 from billhook.serving.engine import LlamaCpp
 from billhook.serving.worker import WorkerError

@@ -11,10 +11,7 @@ from typing import Any, Literal, cast, get_args
 from transformers import PretrainedConfig
 
 from billhook.arguments import check_one_of, check_path
-from billhook.model.config_fields import text_config
-from billhook.model.meta import check_checkpoint, model_class, read_config
-from billhook.model.preprocessors import FILES
-from billhook.model.shaped import has_shape_entry, load_as, readable
+from billhook.model import FILES, check_checkpoint, has_shape_entry, load_as, model_class, read_config, readable, text_config
 from billhook.serving.converter import Converter, DType
 from billhook.serving.engine import Kind, LlamaCpp
 from billhook.serving.worker import WorkerError

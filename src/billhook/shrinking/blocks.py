@@ -9,12 +9,11 @@ from dataclasses import dataclass, field
 
 from transformers import PreTrainedModel
 
-from billhook.model.costs import cost_of
+from billhook.model import cost_of
 from billhook.pruning.block_plan import block_writers, checked_block_plan, find_block_plan, why_not_zeros, without_blocks
 from billhook.pruning.target import RatioSearch
 from billhook.shrinking.modules import PrunableModule
-from billhook.units.blocks import block_of
-from billhook.units.find import find_units, units_of
+from billhook.units import block_of, find_units, units_of
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.engine.batches import Batch, Run, source_of
-from billhook.engine.state import evaluating_without_grad, overridden
-from billhook.engine.trees import tree_leaves, tree_map_only
+from billhook.engine import Batch, Run, evaluating_without_grad, overridden, source_of, tree_leaves, tree_map_only
 from billhook.repairs.repair import RepairConfig
 from billhook.report.predictions import Predictions, eval_logits
-from billhook.units.blocks import find_blocks
+from billhook.units import find_blocks
 
 SHARE = 0.2
 """Largest fraction of each source's batches to hold out."""

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from billhook.engine.batches import runs_of
+from billhook.engine import runs_of
 from billhook.importance.score import Importance, make_run, score
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.divergence import Broadcast, Divergence

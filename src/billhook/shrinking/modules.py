@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from billhook.model.layers import is_linear
+from billhook.model import is_linear
 from billhook.pruning.amount import divides_among_devices
 from billhook.pruning.choice import rank_units
 from billhook.pruning.cut import coupled_modules, find_cut, size_after
 from billhook.pruning.removal import try_removal
 from billhook.pruning.target import RatioSearch
-from billhook.units.units import UnitKind, Units
+from billhook.units import UnitKind, Units
 
 PARTS = 8
 """Levels keep multiples of one part in this many of a module."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedModel
 
 from billhook.arguments import percentage_hint
-from billhook.model.layers import matrix_of
+from billhook.model import matrix_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import RatioSearch
 from billhook.shrinking.blocks import Blocks, find_blocks

@@ -10,11 +10,9 @@ from torch import nn
 
 from billhook.arguments import check_int, check_path, check_types
 from billhook.calibration.calibration import Batches, read_batches
-from billhook.engine.state import cpu_by_default
+from billhook.engine import cpu_by_default
 from billhook.importance.obs import OBS
-from billhook.model.costs import cost_of
-from billhook.model.find import check_stored, check_values, find_transformer
-from billhook.model.surgery import restored_on_error, values_restored_on_error
+from billhook.model import check_stored, check_values, cost_of, find_transformer, restored_on_error, values_restored_on_error
 from billhook.pruning.repair import RepairOption
 from billhook.repairs.repair import RepairConfig
 from billhook.repairs.residuals import NoRepair, strip_argument

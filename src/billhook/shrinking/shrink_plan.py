@@ -12,12 +12,19 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from billhook.engine.lazy import LazyTensors
-from billhook.engine.store import store_of
-from billhook.model.costs import cost_of
-from billhook.model.find import check_changeable, find_transformer
-from billhook.model.plan import ShapePlan, Weights, with_weights, without_inference_tensors
-from billhook.model.surgery import UpdateOptimizers, change_blockwise, restored_on_error
+from billhook.engine import LazyTensors, store_of
+from billhook.model import (
+    ShapePlan,
+    UpdateOptimizers,
+    Weights,
+    change_blockwise,
+    check_changeable,
+    cost_of,
+    find_transformer,
+    restored_on_error,
+    with_weights,
+    without_inference_tensors,
+)
 from billhook.pruning.block_plan import BlockPlan, find_block_plan, without_blocks, writers_behind, zero_weights
 from billhook.pruning.cut import find_cut
 from billhook.pruning.plan import UnitPlan
@@ -29,7 +36,7 @@ from billhook.repairs.residuals import NoRepair, not_refitted_message, strip_arg
 from billhook.shrinking.measurement import Measurement
 from billhook.shrinking.modules import removed_units, uniform_groups
 from billhook.shrinking.scope import SearchScope
-from billhook.units.gates import mask
+from billhook.units import mask
 
 
 @dataclass(frozen=True)

@@ -21,15 +21,21 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from billhook.engine.batches import Run, source_of
-from billhook.engine.lazy import LazyTensors, by_parameter
-from billhook.engine.parts import fingerprint, identity_of, replace_file
-from billhook.engine.state import evaluating_without_grad
-from billhook.engine.store import store_of
+from billhook.engine import (
+    LazyTensors,
+    Run,
+    by_parameter,
+    evaluating_without_grad,
+    fingerprint,
+    identity_of,
+    replace_file,
+    source_of,
+    store_of,
+)
 from billhook.importance.obs import watch_blockwise
 from billhook.importance.score import make_run
 from billhook.linalg import float64_device
-from billhook.model.layers import matrix_of, to_parameters
+from billhook.model import matrix_of, to_parameters
 from billhook.pruning.block_plan import zero_weights
 from billhook.pruning.target import RatioSearch
 from billhook.repairs.least_squares import bias_shift, choose_ridge, error_without_refit, residual_error, solve_ridge
@@ -38,7 +44,7 @@ from billhook.repairs.residuals import ResidualStatistics, check_tokens
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.modules import PrunableModule, any_removed, consumers_of, removed_units, units_by_name
 from billhook.shrinking.scope import Progress
-from billhook.units.units import Units
+from billhook.units import Units
 
 FORMAT = 4
 MEASURED = "measured.json"

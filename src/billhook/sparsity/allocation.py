@@ -11,7 +11,7 @@ from typing import ClassVar
 from torch import Tensor, nn
 
 from billhook.arguments import check_fraction, check_number, check_types
-from billhook.model.layers import size_of
+from billhook.model import size_of
 from billhook.sparsity.criteria import Wanda
 from billhook.sparsity.masks import check_amount
 from billhook.sparsity.visitor import PruningVisitor, WalkSettings

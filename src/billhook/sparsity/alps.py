@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from billhook.arguments import check_int, check_number, check_one_of, check_types
-from billhook.engine.statistics import InputGram, Statistics
+from billhook.engine import InputGram, Statistics
 from billhook.linalg import conjugate_gradients, damp_, in_float64
 from billhook.sparsity.criteria import Comparison, Criterion, Wanda, check_finite
 

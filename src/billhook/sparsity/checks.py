@@ -12,15 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from billhook.calibration.calibration import Batches, read_batches
-from billhook.engine.batches import Run, runs_of
-from billhook.engine.comm import SINGLE_PROCESS, Comm
-from billhook.engine.sharding import is_tensor_parallel
-from billhook.engine.statistics import InputGram
-from billhook.engine.store import store_of
-from billhook.engine.trees import tree_map_only
-from billhook.engine.walk import Sequential, find_sites
-from billhook.model.layers import adjacent_inputs, is_convolution, prunable
-from billhook.model.meta import to_meta
+from billhook.engine import (
+    SINGLE_PROCESS,
+    Comm,
+    InputGram,
+    Run,
+    Sequential,
+    find_sites,
+    is_tensor_parallel,
+    runs_of,
+    store_of,
+    tree_map_only,
+)
+from billhook.model import adjacent_inputs, is_convolution, prunable, to_meta
 from billhook.repairs.matching import too_few_batches
 from billhook.sparsity.allocation import Uniform
 from billhook.sparsity.criteria import Criterion

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from billhook.arguments import check_number, check_one_of, check_types
-from billhook.engine.statistics import InputNorms, Statistics
+from billhook.engine import InputNorms, Statistics
 from billhook.linalg import safe_divisor
 from billhook.sparsity.masks import check_amount, check_width, keep_layer, keep_n_of_m, keep_rows, parse_pattern, where_kept
 

@@ -11,8 +11,8 @@ from torch.utils.hooks import RemovableHandle
 
 from billhook.adapters.masked import mask_adapters, unmask_adapters
 from billhook.arguments import check_types
-from billhook.engine.sharding import full_tensor, local, reshard, sharded_as
-from billhook.model.layers import prunable
+from billhook.engine import full_tensor, local, reshard, sharded_as
+from billhook.model import prunable
 from billhook.sparsity.weight_plan import pack_mask, unpack_mask
 
 

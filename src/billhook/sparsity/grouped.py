@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from billhook.engine.statistics import InputNorms, Statistics
-from billhook.model.layers import is_convolution, size_of
+from billhook.engine import InputNorms, Statistics
+from billhook.model import is_convolution, size_of
 from billhook.sparsity.criteria import Criterion, check_finite
 from billhook.sparsity.masks import check_amount, parse_pattern, where_kept
 

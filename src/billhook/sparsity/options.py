@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from billhook.arguments import check_one_of, check_types
-from billhook.engine.walk import Sequential
-from billhook.model.layers import Convolutions
+from billhook.engine import Sequential
+from billhook.model import Convolutions
 from billhook.repairs.matching import BlockMatching
 from billhook.sparsity.allocation import Allocation
 

@@ -10,16 +10,8 @@ from torch import Tensor, nn
 
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, log_once
-from billhook.engine.comm import Comm, Reduce
-from billhook.engine.device import check_device
-from billhook.engine.passes import blockwise
-from billhook.engine.sharding import is_sharded
-from billhook.engine.state import cpu_by_default
-from billhook.engine.store import store_of
-from billhook.engine.walk import Arguments, Site
-from billhook.model.find import check_changeable
-from billhook.model.layers import is_convolution, size_of, to_layout, weight_of
-from billhook.model.transformers_internals import attention_for_all_dtypes
+from billhook.engine import Arguments, Comm, Reduce, Site, blockwise, check_device, cpu_by_default, is_sharded, store_of
+from billhook.model import attention_for_all_dtypes, check_changeable, is_convolution, size_of, to_layout, weight_of
 from billhook.progress import OnProgress
 from billhook.repairs.matching import BlockMatching, BlockSample, BlockTuning, hidden_state, raise_block_called_again
 from billhook.sparsity.allocation import allocate_sparsities

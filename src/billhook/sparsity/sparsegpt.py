@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from billhook.arguments import check_fraction, check_int, check_types
-from billhook.engine.statistics import InputGram, Statistics
+from billhook.engine import InputGram, Statistics
 from billhook.linalg import cholesky_, damp_
 from billhook.sparsity.criteria import Comparison, Criterion, check_finite
 from billhook.sparsity.masks import keep_layer, keep_n_of_m

@@ -24,15 +24,26 @@ from weakref import ReferenceType, ref
 import torch
 from torch import Tensor, nn
 
-from billhook.engine.batches import Run, runs_fingerprint
-from billhook.engine.comm import Comm
-from billhook.engine.lazy import LazyTensors, by_parameter
-from billhook.engine.passes import ActivationFiles, spilled_outputs
-from billhook.engine.state import evaluating_without_grad
-from billhook.engine.statistics import Statistics
-from billhook.engine.store import BlockStore, store_of
-from billhook.engine.walk import Sequential, Site, Visitor, Walk, find_sites, with_exits
-from billhook.model.layers import (
+from billhook.engine import (
+    ActivationFiles,
+    BlockStore,
+    Comm,
+    LazyTensors,
+    Run,
+    Sequential,
+    Site,
+    Statistics,
+    Visitor,
+    Walk,
+    by_parameter,
+    evaluating_without_grad,
+    find_sites,
+    runs_fingerprint,
+    spilled_outputs,
+    store_of,
+    with_exits,
+)
+from billhook.model import (
     adjacent_inputs,
     batched,
     find_tied,

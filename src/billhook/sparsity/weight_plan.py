@@ -23,13 +23,8 @@ from torch.optim import Optimizer
 from typing_extensions import Self
 
 from billhook.display import text_table
-from billhook.engine.lazy import LazyTensors, Read
-from billhook.engine.parts import fingerprint
-from billhook.engine.sharding import local, reshard, sharded_as
-from billhook.engine.state import fresh_autocast_cache
-from billhook.engine.store import store_of
-from billhook.model.layers import prunable, size_of, to_layout, weight_view
-from billhook.model.plan import ModelPlan, Weights, with_weights
+from billhook.engine import LazyTensors, Read, fingerprint, fresh_autocast_cache, local, reshard, sharded_as, store_of
+from billhook.model import ModelPlan, Weights, prunable, size_of, to_layout, weight_view, with_weights
 from billhook.sparsity.masks import CPU_BLOCK, DEVICE_BLOCK, HOST, where_kept
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

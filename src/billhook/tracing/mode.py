@@ -10,8 +10,8 @@ from torch._ops import OpOverload
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
-from billhook.engine.trees import tree_map_only
-from billhook.model.cache import CachedShapes
+from billhook.engine import tree_map_only
+from billhook.model import CachedShapes
 from billhook.tracing.axes import Axis, Irregular, mark, product
 from billhook.tracing.rules import rule_for
 from billhook.tracing.rules.indexing import index

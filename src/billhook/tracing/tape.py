@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from billhook.engine.trees import tree_leaves
+from billhook.engine import tree_leaves
 from billhook.tracing.axes import Axis, Irregular, find, leaves, mark, unify
 
 MANY = 8  # most sources to track; a residual stream has more, and needs none

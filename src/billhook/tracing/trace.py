@@ -13,14 +13,21 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from billhook.arguments import check_types
-from billhook.engine.batches import check_one_device
-from billhook.engine.state import cpu_by_default
-from billhook.model.cache import cached
-from billhook.model.config_fields import configs_of
-from billhook.model.find import check_dense, find_transformer
-from billhook.model.inputs import make_inputs
-from billhook.model.meta import from_config, from_name, stand_ins_in, to_meta
-from billhook.model.transformers_internals import attention_of, compute_every_expert, set_attention
+from billhook.engine import check_one_device, cpu_by_default
+from billhook.model import (
+    attention_of,
+    cached,
+    check_dense,
+    compute_every_expert,
+    configs_of,
+    find_transformer,
+    from_config,
+    from_name,
+    make_inputs,
+    set_attention,
+    stand_ins_in,
+    to_meta,
+)
 from billhook.tracing.axes import Axis, mark
 from billhook.tracing.coupling import Structure, build_structure
 from billhook.tracing.mode import recording

@@ -22,7 +22,7 @@ from billhook.calibration.examples import (
     translate,
 )
 from billhook.calibration.reading import Data, Rows, Table, check_columns, is_line_text
-from billhook.model.preprocessors import check_tokenizer, load_tokenizer
+from billhook.model import check_tokenizer, load_tokenizer
 from billhook.training.dataset_module import DatasetModule, LabeledModule, NoExamples, label_numbers
 
 

@@ -17,7 +17,7 @@ from billhook.arguments import check_fraction, check_int, check_number
 from billhook.calibration.examples import Batch
 from billhook.calibration.reading import SPLITS, Data, Rows, Table, check_data, is_line_text, load_splits
 from billhook.fit.lightning_internals import batch_progress, drop_training_loaders, saved_progress
-from billhook.model.find import find_transformer
+from billhook.model import find_transformer
 from billhook.training.loader import EpochSampler, ResumableLoader, batches_seen
 
 

@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from billhook.arguments import check_fraction, check_number, check_path, check_types
 from billhook.checkpoints.pretrained import Task, load_model
-from billhook.model.config_fields import text_config
+from billhook.model import text_config
 
 CHUNK = 2**22  # number of logits processed at once: 16 MB in float32
 

@@ -13,9 +13,8 @@ from billhook.arguments import check_int, check_types
 from billhook.assets import text_files
 from billhook.calibration.reading import Rows
 from billhook.display import Printable, text_table
-from billhook.engine.state import cpu_by_default, evaluating_without_grad
-from billhook.model.config_fields import text_config
-from billhook.model.preprocessors import tokenizer_of
+from billhook.engine import cpu_by_default, evaluating_without_grad
+from billhook.model import text_config, tokenizer_of
 from billhook.progress import OnProgress
 from billhook.report.choices import EncodedChoice, Question, batches, encode, log_likelihoods, read_questions
 from billhook.report.degradation import perplexity

@@ -11,7 +11,7 @@ from transformers import AutoImageProcessor, BaseImageProcessor, PreTrainedModel
 from billhook.arguments import check_types
 from billhook.calibration.examples import Batch, label_ids
 from billhook.calibration.reading import Data, Rows, Table, check_columns
-from billhook.model.preprocessors import load_preprocessor
+from billhook.model import load_preprocessor
 from billhook.training.dataset_module import LabeledModule, label_numbers
 
 RGB = datasets.Image(mode="RGB")  # images of any mode, decoded to three channels

@@ -23,14 +23,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from billhook.adapters.lora import LoRA, attach
 from billhook.arguments import check_number, check_one_of, check_types
 from billhook.checkpoints.pretrained import AUTO_CLASSES, Task, load_model
-from billhook.engine.sharding import is_sharded, shard
-from billhook.engine.state import StepRandom
-from billhook.engine.store import store_of
-from billhook.engine.walk import blocks_of
+from billhook.engine import StepRandom, blocks_of, is_sharded, shard, store_of
 from billhook.fit.checkpoint_hooks import load_as_before, load_in_shape
 from billhook.fit.resume import ShapeInCheckpoint
 from billhook.fit.run import training_steps
-from billhook.model.find import find_transformer
+from billhook.model import find_transformer
 from billhook.schedules import Step, check_step, resolve_step
 from billhook.tracing.axes import leaves
 from billhook.tracing.coupling import Structure

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from billhook.engine.state import evaluating
-from billhook.model.cache import cached
-from billhook.model.find import find_transformer
-from billhook.model.inputs import small_inputs
+from billhook.engine import evaluating
+from billhook.model import cached, find_transformer, small_inputs
 
 _Call = tuple[int, Tensor, Tensor | None]
 """Number of a block, its input hidden states, and its output hidden states of the same shape, if any."""

@@ -9,10 +9,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from billhook.arguments import check_one_of, check_types
-from billhook.engine.state import cpu_by_default
+from billhook.engine import cpu_by_default
 from billhook.linalg import Indices
-from billhook.model.find import find_transformer
-from billhook.model.layers import is_adapter, is_convolution
+from billhook.model import find_transformer, is_adapter, is_convolution
 from billhook.tracing.axes import leaves
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Group, Member, common_module

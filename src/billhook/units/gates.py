@@ -18,10 +18,8 @@ from torch.utils.hooks import RemovableHandle
 from typing_extensions import Self
 
 from billhook.arguments import check_types
-from billhook.engine.sharding import local, reshard, sharded_as
-from billhook.engine.state import fresh_autocast_cache
-from billhook.model.find import find_transformer
-from billhook.model.layers import read_dim
+from billhook.engine import fresh_autocast_cache, local, reshard, sharded_as
+from billhook.model import find_transformer, read_dim
 from billhook.tracing.trace import Inputs
 from billhook.units.blocks import skip
 from billhook.units.find import Chosen, check_belongs, find_units, unit_ids

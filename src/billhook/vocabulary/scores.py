@@ -8,13 +8,21 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from billhook.engine.batches import Batch, Run, inputs_of, runs_of, source_of, token_logits
-from billhook.engine.comm import SINGLE_PROCESS, Comm
-from billhook.engine.passes import run_side_by_side
-from billhook.engine.state import evaluating_without_grad
-from billhook.engine.store import store_of
-from billhook.model.token_ids import named_token_ids
-from billhook.units.units import Units
+from billhook.engine import (
+    SINGLE_PROCESS,
+    Batch,
+    Comm,
+    Run,
+    evaluating_without_grad,
+    inputs_of,
+    run_side_by_side,
+    runs_of,
+    source_of,
+    store_of,
+    token_logits,
+)
+from billhook.model import named_token_ids
+from billhook.units import Units
 from billhook.vocabulary.tokenizer import Vocabulary
 
 DISCOUNT = 0.75

@@ -19,7 +19,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from billhook.linalg import Indices
-from billhook.model.preprocessors import TRIMMED, vocabulary_fingerprint
+from billhook.model import TRIMMED, vocabulary_fingerprint
 
 MODELS = ("BPE", "Unigram", "WordPiece")
 """Kinds of tokenizers that can lose tokens."""

@@ -262,7 +262,7 @@ def _formatted(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBa
 
 
 def _spans(text: str, spans: list[tuple[int, int]] | None, tokenizer: PreTrainedTokenizerBase) -> Encoded:
-    """Tokenizes text, and marks every token that overlaps a span, as transformers does; without spans, all."""
+    """Tokenizes text, and marks the tokens that overlap a span; all without spans."""
     if spans is None:
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return Encoded(list(ids), [True] * len(ids))

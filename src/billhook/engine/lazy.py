@@ -65,7 +65,7 @@ class LazyTensors(Mapping[str, Tensor]):
         return LazyTensors.of(other) | self
 
     def map(self, change: Callable[[str, Read], Tensor]) -> "LazyTensors":
-        """Returns values that are changed on access, by a function of the name and of the read function."""
+        """Returns values that a function of name and read function changes on access."""
         return LazyTensors({name: partial(change, name, read) for name, read in self.reads.items()}, parts=self._parts)
 
     def renamed(self, name: Callable[[str], str]) -> "LazyTensors":

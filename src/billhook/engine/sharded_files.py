@@ -93,9 +93,9 @@ def read_sharded(folder: Path) -> dict[str, Any]:
     for name, entry in listed.items():
         if not isinstance(entry, metadata.TensorStorageMetadata):
             raise ValueError(f"'{folder}': {name[:80]} in its metadata is not a tensor.")
-    for place in (reader.listed.storage_data or {}).values():
-        if Path(place.relative_path).name != place.relative_path:
-            raise ValueError(f"'{folder}': its metadata names a file outside of the folder: {place.relative_path[:80]}")
+    for storage in (reader.listed.storage_data or {}).values():
+        if Path(storage.relative_path).name != storage.relative_path:
+            raise ValueError(f"'{folder}': its metadata names a file outside of the folder: {storage.relative_path[:80]}")
     file_bytes = sum(file.stat().st_size for file in folder.glob("*.distcp"))
     listed_bytes = sum(prod(entry.size) * entry.properties.dtype.itemsize for entry in listed.values())
     if listed_bytes > file_bytes:

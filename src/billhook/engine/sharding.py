@@ -176,7 +176,7 @@ def _unhooked(module: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def sizes_only(module: nn.Module) -> Iterator[None]:
-    """Puts a sharded module on the meta device, except for its buffers. Tied weights stay tied."""
+    """Puts a sharded module on the meta device, except buffers. Tied weights stay tied."""
     with unsharded(module):
         sharded = [(slot, shard) for slot, shard in parameter_slots(module) if isinstance(shard, DTensor)]
         on_meta = {}

@@ -1,4 +1,4 @@
-"""The store of a sharded model, which gathers blocks on demand, and modules gathered while their shapes change."""
+"""The store of a sharded model, and modules gathered while their shapes change."""
 
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence

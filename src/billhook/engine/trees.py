@@ -1,4 +1,4 @@
-"""Nested lists, tuples, and dictionaries, by functions that torch names privately, and parameters of nested modules."""
+"""Walks over nested lists and dictionaries, and over parameters of nested modules."""
 
 from collections.abc import Iterator
 

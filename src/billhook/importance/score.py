@@ -1,4 +1,4 @@
-"""Importance of units: the base class, observation of units during a batch, sums over batches, and `score`."""
+"""Importance of units: the base class, observation during a batch, sums, `score`."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence

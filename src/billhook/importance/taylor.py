@@ -127,7 +127,7 @@ def _key(part: Part) -> tuple[str, str, int]:
 def _add_scores(
     order: Order, parameters: Mapping[str, nn.Parameter], parts: Sequence[Part], run: Run, where: str, scores: Scores
 ) -> None:
-    """Runs a batch, and turns gradients into scores as they arrive; `where` names the batch in messages."""
+    """Runs a batch and scores gradients as they arrive; `where` names it in messages."""
     parts_with = {name: [part for part in parts if part.name == name] for name in parameters}
     curvature, positions = dict[str, Tensor](), Scores()
     finite = list[tuple[str, str, Tensor]]()  # searched only if the sums are not finite

@@ -1,4 +1,4 @@
-"""The attention modules to convert to fewer KV heads: their statistics, and weights that make heads equal.
+"""Attention modules to convert: their statistics, and weights that make heads equal.
 
 `equal_heads` in `convert.py` calls, in this order:
 
@@ -295,7 +295,7 @@ class Attentions:
         return {name: size_of(self.model.get_submodule(name))[1] for name in dict.fromkeys([*readers, *self.downs])}
 
     def distances(self, news: Sequence[EqualHeads], runs: Sequence[Run]) -> list[float]:
-        """Returns the mean distances of outputs to the unchanged model's, in a single read of blocks."""
+        """Returns mean distances to the unchanged model's outputs, in one read of blocks."""
         *_, last = self.projections.values()
         return distances(self.model, news, runs, self._comm, last.o.linear)
 

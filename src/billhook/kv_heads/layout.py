@@ -96,7 +96,7 @@ def find_kv(model: PreTrainedModel) -> dict[str, KVAttention]:
     for attention in structure.attention:
         units, *_ = find_heads(model, replace(structure, attention=(attention,))).values()
         by_readers[units.readers].append(attention)
-    parameters, found = dict(model.named_parameters()), dict[str, KVAttention]()
+    parameters, attentions = dict(model.named_parameters()), dict[str, KVAttention]()
     for attention_name, units in heads.items():
         parts: dict[tuple[str, int], list[tuple[int, Part]]] = defaultdict(list)
         for attention in by_readers[units.readers]:
@@ -118,8 +118,8 @@ def find_kv(model: PreTrainedModel) -> dict[str, KVAttention]:
             if bias is not None and bias.shape == role.shape:
                 rows[f"{owner}.bias"] = replace(rows[name], dim=0)
         module = common_module([name.rpartition(".")[0] for name, _ in parts])
-        found[attention_name] = KVAttention(units, module, kv_heads, rows)
-    return found
+        attentions[attention_name] = KVAttention(units, module, kv_heads, rows)
+    return attentions
 
 
 def _member(units: Units, name: str, dim: int) -> Member | None:

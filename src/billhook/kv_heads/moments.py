@@ -155,7 +155,7 @@ class MomentSums:
         self.tokens = zeros(2)  # that gave keys and values, as each query head of a KV head attends to them, and queries
 
     def moments(self, name: str, comm: Comm) -> Moments:
-        """Returns the means over all ranks for the attention module of this name. The sums are reduced in place."""
+        """Returns the means over all ranks for an attention module; reduces sums in place."""
         comm.sum_(self.keys, self.values, self.queries, self.tokens)
         of_heads, of_queries = counts = self.tokens.tolist()
         if not all(counts):
@@ -194,7 +194,7 @@ class _Listener:
         return self._sums
 
     def visit(self, forward: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-        """Runs the forward pass, and adds what it projects and attends to."""
+        """Runs the forward pass, and adds its projections and attended values."""
         if self._finished:
             self.repeated = True
             return forward(*args, **kwargs)
@@ -210,7 +210,7 @@ class _Listener:
         return output
 
     def add_queries(self, _: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
-        """Adds what the layer of queries returns within the module's forward pass."""
+        """Adds outputs of the layer of queries within the module's forward pass."""
         if not self._observing:
             return
         queries, sums = self.projections.q, self._summed()
@@ -250,7 +250,7 @@ class _Listener:
         options: Mapping[str, Any],
         output: Tensor,
     ) -> None:
-        """Adds keys and values by the attention weights of a call, which is repeated with other values."""
+        """Adds keys and values by attention weights, which it reads by repeating the call."""
         kv_heads, groups, sums = self.projections.kv_heads, self._groups, self._summed()
         examples, _, tokens, _ = key.shape
         repeats = key.shape[1] // kv_heads  # of heads that the module has repeated for their queries
@@ -281,7 +281,7 @@ class _Listener:
         sums.tokens[0] += len(received) * self.projections.queries
 
     def _add_received(self, total: Tensor, shifts: Sequence[Tensor], sign: int = 1) -> None:
-        """Adds products of what query heads receive from each head of their group; a shift is the distance of that head."""
+        """Adds products of attended values of a group; a shift is the distance of heads."""
         for head in range(self._size):  # whose query heads attend
             received = [shifts[(other - head) % self._size][:, :, head] for other in range(self._size)]
             stacked = torch.stack(received, 3)  # [tokens, groups, query heads, heads, width]

@@ -173,7 +173,7 @@ def _symmetries(model: nn.Module, projections: Projections, call: Call, keys: Se
 
 
 def _drawn(symmetry: Symmetry, heads: int, width: int, generator: torch.Generator) -> Tensor:
-    """Draws for each head a matrix that mixes as a symmetry permits: well conditioned, not orthogonal."""
+    """Draws a matrix of a symmetry for each head: well conditioned, not orthogonal."""
     matrices = torch.eye(width, dtype=torch.float64).repeat(heads, 1, 1)
     for mixing in symmetry:
         size = len(mixing.real)
@@ -207,7 +207,7 @@ def _output(model: nn.Module, projections: Projections, call: Call, heads: HeadT
 
 @contextmanager
 def _in_float64(roots: Sequence[nn.Module]) -> Iterator[None]:
-    """Runs modules in float64 within a `with` block, on the CPU if their device has no float64.
+    """Runs modules in float64 within a `with` block; on the CPU if need be.
 
     Their tensors are replaced, because a parameter whose dtype changes would lose the gradient hooks of DDP.
     """

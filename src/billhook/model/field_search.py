@@ -1,4 +1,4 @@
-"""Finds changes of a config with which a model's class builds what is wanted."""
+"""Finds changes of a config with which a model's class builds given sizes."""
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
@@ -79,7 +79,7 @@ def find_fields(
     together: int = 3,
     refused: bool = True,
 ) -> Iterator[Fields]:
-    """Yields changed fields with which the class builds what fits, the fewest first.
+    """Yields changed fields with which the class builds a fitting model, fewest first.
 
     Args:
         model: The model, as its class builds it.

@@ -84,7 +84,7 @@ def check_dense(model: nn.Module) -> None:
 
 
 def check_plain(model: nn.Module, do: str) -> None:
-    """Raises for quantized or sharded weights. `do` begins the fix, such as "Prune it before it is"."""
+    """Raises for quantized or sharded weights. `do` begins the sentence with the fix."""
     for name, module in model.named_modules():
         if is_packed(module):
             raise ValueError(f"{name} is quantized ({type(module).__name__}). {do} quantized.")

@@ -96,8 +96,8 @@ class _Finder:
             reasons.append(built.difference(self.wanted, ignored=lambda name: block_of(name, self.removed)))
             return not reasons[-1]
 
-        found = itertools.groupby(find_fields(self.model, options, lists, self.wanted, fits), len)
-        for _, fewest in found:
+        results = itertools.groupby(find_fields(self.model, options, lists, self.wanted, fits), len)
+        for _, fewest in results:
             return list(fewest), ""
         return [], next(filter(None, reasons), "")
 

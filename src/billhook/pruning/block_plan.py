@@ -1,4 +1,4 @@
-"""Plans of blocks to remove, checked and applied, and the layers that wrote into the removed blocks."""
+"""Plans of blocks to remove, and the output layers of the blocks around them."""
 
 import hashlib
 import itertools

@@ -103,7 +103,7 @@ def _repaired(
     progress: OnProgress | None,
     not_repaired: list[str],
 ) -> LazyTensors:
-    """Refits consumer layers of units, or output layers of blocks behind removed ones, whose own are zero."""
+    """Refits consumer layers of units, or output layers of blocks behind removed ones."""
     if isinstance(plan, UnitPlan):
         return repair_with(model, plan, batches, repair, comm, progress=progress, not_repaired=not_repaired)
     if not isinstance(plan, BlockPlan):

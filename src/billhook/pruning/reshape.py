@@ -130,7 +130,7 @@ def _fields(model: PreTrainedModel, cut: Cut, usual: Shape, wanted: Sizes) -> It
 
 
 def _head_fields(model: PreTrainedModel, cut: Cut) -> list[Fields]:
-    """Returns the fields of each nested config that hold head counts, with new values; none if layers differ."""
+    """Returns head count fields of each nested config, changed; none if layers differ."""
     counts = {(cut.before[name], cut.after[name]) for name, kind in cut.kinds.items() if kind == "head"}
     becomes = dict(zip(*counts.pop(), strict=True)) if len(counts) == 1 else {}
     return [

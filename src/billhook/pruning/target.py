@@ -134,7 +134,7 @@ class RatioSearch:
         return tuple(note for _, note in width_notes(cut, requested))
 
     def choose(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float], amount: Amount) -> dict[str, list[int]]:
-        """Chooses the units with the lowest scores, of several kinds, and rounds the numbers that remain.
+        """Chooses units of several kinds by their scores, and rounds remaining numbers.
 
         Returns ascending unit numbers by module; for attention, query heads. Heads are scored as query heads or KV heads, as the
         name of the ratio says. Raises if a score is missing or NaN, or a module would keep fewer than `min_units`.

@@ -118,11 +118,11 @@ class BlockMatching:
         check_int("seed", self.seed, 0)
 
     def num_steps(self, batches: float, least_steps: int = 0) -> int:
-        """Returns the number of steps for a block, given the number of batches that are not held out."""
+        """Returns the number of steps for a block with this many training batches."""
         return self.steps or max(math.ceil(batches), least_steps)
 
     def is_held_out(self, sources: Sequence[str]) -> list[bool]:
-        """Returns True for each batch that is held out: evenly spaced, and at least one of each source with several."""
+        """Returns which batches are held out: evenly spaced, one or more of each source."""
         count = len(sources)
         num_held_out = min(max(1, round(self.held_out * count)), count - 1)
         held_out = {int((number + 0.5) * count / num_held_out) for number in range(num_held_out)}

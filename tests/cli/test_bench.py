@@ -12,6 +12,7 @@ from billhook.cli.bench import timing_table
 from billhook.cli.main import main
 from billhook.report.speed import Timing
 from kit.families import EXTRA, SMALL
+from kit.printed import assert_printed
 from kit.shaped import uneven_llama
 
 QUICK = ["--batch_sizes", "1", "2", "--contexts", "8", "--new_tokens", "2", "--rounds", "2", "--device", "cpu"]
@@ -69,6 +70,7 @@ def test_it_measures_configs_without_weights_and_says_by_how_much_the_cache_shri
     assert "KV cache of dense: 256 bytes per token and sequence (256 expected), 8 KV heads\n" in printed
     assert "KV cache of mqa: 32 bytes per token and sequence (32 expected), 1 KV head: 8.00x smaller" in printed
     assert "8.00x fewer heads" in printed
+    assert_printed("bench", printed)
     assert picture.read_bytes().startswith(b"\x89PNG")
     found = json.loads(file.read_text())
     assert [(one["name"], one["kv_heads"], one["dtype"]) for one in found["models"]] == [

@@ -17,6 +17,7 @@ from billhook.cli.main import main
 from billhook.report.choices import Question, batches, encode, log_likelihoods, read_questions
 from billhook.training.evaluation import Figure, accuracies, blocks, mean
 from kit.chats import chat, talking
+from kit.printed import assert_printed
 from kit.shaped import gpt2
 
 LINES = [
@@ -199,7 +200,7 @@ def test_before_and_after_from_the_command_line(tmp_path, file, files, cut, toke
         assert perplexity["value"] == pytest.approx(math.exp(sum(losses) / 3), rel=1e-5)
     assert plain["difference"] == pytest.approx((sum(right[cut]) - sum(right["tiny"])) / 4)
     assert f"{perplexity['value']:,.3f}  ({perplexity['difference']:+,.3f})" in said
-    assert said.splitlines()[0].split() == ["tiny", cut]
+    assert_printed("evaluate", said)
 
 
 def test_all_that_a_chat_says_is_measured(tmp_path):

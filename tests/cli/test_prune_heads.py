@@ -16,6 +16,7 @@ from billhook.pruning.choice import choose
 from billhook.units.find import find_units
 from kit import fits
 from kit.cli import blocks, drawn, option, perplexity, tokenizer
+from kit.printed import assert_printed
 from kit.published import record_of
 from kit.shaped import bert
 
@@ -99,7 +100,7 @@ def test_tiny_with_fewer_heads_and_its_perplexity(files, tmp_path, capsys):
     plan = bh.pruning.prune_units(dense, record["heads"])
     assert str(plan) in said
     assert f"{record['perplexity']['before']:,.4g}" in said
-    assert "Format: standard checkpoint: from_pretrained loads it" in said
+    assert_printed("prune-heads", said)
     with torch.no_grad():
         assert torch.equal(model(held_out).logits, dense(held_out).logits)
         plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")

@@ -213,6 +213,12 @@ class TestFromAFileOfTheUsersOwn:
 
 
 class TestPlan:
+    def test_json_keeps_where_the_optimizer_starts_again(self):
+        model = build("llama")
+        plan = plan_kv_heads(model, 2)
+        plan = plan.starting_from(plan.parameters, None)
+        assert ModelPlan.from_json(json.loads(json.dumps(plan.to_json())), model).restart == tuple(plan.parameters)
+
     def test_it_is_applied_from_json_as_it_was(self):
         model = build("llama")
         other = copy.deepcopy(model)
@@ -243,6 +249,7 @@ class TestPlan:
             ({"layers": ["nowhere"]}, "layers: there is no 'nowhere'"),
             ({"layers": None}, "layers and restart must be lists of names"),
             ({"restart": [1]}, "layers and restart must be lists of names"),
+            ({"restart": ["model.layers.0.self_attn", 1]}, "layers and restart must be lists of names"),
             ({"after": "2"}, "num_key_value_heads='2' must be a whole number"),
             ({"method": "mean"}, "method is 'mean', and must be a class's name with its arguments"),
             ({"method": {"Mean": {"grouping": "alike"}}}, "grouping='alike' must be one of consecutive, similar"),

@@ -117,3 +117,12 @@ def test_what_is_kept_is_solved_for():
 def test_bad_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_scores_are_of_weights_and_input_norms_and_zero_for_inputs_that_are_zero():
+    weight, inputs = problem()
+    inputs[:, 3] = 0
+    _, _, norm = scaled(weight, inputs)
+    norm[3] = 0
+    scores = bh.criteria.ALPS().score(weight, moments_of(inputs))
+    assert scores.numpy() == pytest.approx(weight.abs().numpy() * norm, rel=1e-4)

@@ -213,9 +213,8 @@ class Amount:
                 if name != "kv_cache_bytes":
                     units, ratios = f"{units} and channels", f"{ratios}, or channels=,"
                 raise ValueError(f"{name}={value} cannot be met: it removes only {units}. Leave {ratios} unset.")
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if not number or value <= 0 or (isinstance(value, float) and not value < 1):
-                hint = percentage_hint(value) if number else ""
+            if value <= 0 or (isinstance(value, float) and not value < 1):
+                hint = percentage_hint(value)
                 raise ValueError(f"{name}={value!r} must be a whole number above 0, or a fraction of the model in (0, 1){hint}")
         check_one_of("ranking", self.ranking, Ranking)
         for name, least in {"first": 0, "last": 0, "min_units": 1}.items():

@@ -132,6 +132,38 @@ class BlockMatching:
                 held_out.add(batches[len(batches) // 2])
         return [batch in held_out for batch in range(count)]
 
+    def split(self, samples: Sequence["BlockSample"]) -> tuple[list["BlockSample"], list["BlockSample"]]:
+        """Returns the samples to tune on, and those that are held out."""
+        parts = list["BlockSample"](), list["BlockSample"]()
+        for sample, is_held_out in zip(samples, self.is_held_out([each.source for each in samples]), strict=True):
+            parts[is_held_out].append(sample)
+        return parts
+
+
+class BlockOutputs:
+    """Inputs and outputs of a block whose batches run twice, changed and then unchanged."""
+
+    def __init__(self) -> None:
+        self._by_run: dict[int, tuple[Arguments, Tensor]] = {}
+
+    def add(self, run: int, arguments: Arguments, output: object) -> None:
+        """Records a run, if the block returns a hidden state."""
+        if (state := hidden_state(output)) is not None:
+            self._by_run[run] = arguments, state
+
+    def take(self, count: int) -> Iterator[tuple[int, Arguments, Tensor, Tensor]]:
+        """Yields batch, changed inputs and output, and unchanged output; forgets them.
+
+        Args:
+            count: Number of batches. The unchanged run of a batch is this much later.
+        """
+        outputs, self._by_run = self._by_run, {}
+        for run in range(count):
+            if run in outputs and run + count in outputs:
+                (inputs, output), (_, goal) = outputs[run], outputs[run + count]
+                if output.shape == goal.shape:
+                    yield run, inputs, output, goal
+
 
 class BlockTuning:
     """Tunes the kept weights of a block.
@@ -301,7 +333,7 @@ class _BlockMatcher(Visitor):
         self.blocks = {name: module for name, module in model.named_modules() if module in separable}
         self.new, self._tuned = LazyTensors({}), dict[str, Tensor]()
         self._block: nn.Module | None = None  # the block that runs are in, if blocks are loaded on demand
-        self._outputs: dict[int, tuple[Arguments, Tensor]] = {}  # by run
+        self._outputs = BlockOutputs()
 
     def sites(self) -> Iterator[Site]:
         """Yields the beginning and end of each block, and changed modules outside of blocks."""
@@ -334,8 +366,7 @@ class _BlockMatcher(Visitor):
 
     def on_exit(self, run: int, arguments: Arguments, output: object) -> None:
         """Records the input and output of a block."""
-        if (state := hidden_state(output)) is not None:
-            self._outputs[run] = arguments, state
+        self._outputs.add(run, arguments, output)
 
     def on_reentry(self, site: Site) -> None:
         """Raises if a block is called again after it was tuned."""
@@ -344,31 +375,26 @@ class _BlockMatcher(Visitor):
 
     def complete(self, site: Site) -> None:
         """Tunes the block that all runs have left."""
-        outputs, count, samples, name = self._outputs, len(self._runs), list[BlockSample](), next(iter(site.linears))
-        self._outputs, differ = {}, False
-        for run in range(count):
-            if run in outputs and (dense := run + count) in outputs:
-                (inputs, output), (_, goal) = outputs[run], outputs[dense]
-                if output.shape == goal.shape:
-                    masks = self._runs[run].tokens
-                    own_first = sorted(masks, key=lambda linear: not linear.startswith(f"{name}."))
-                    fitting = (masks[linear].to(goal.device) for linear in own_first if masks[linear].shape == goal.shape[:-1])
-                    samples.append(BlockSample(inputs, goal, next(fitting, None), self._runs[run].source))
-                    differ |= not torch.equal(output, goal)
+        samples, name, differ = list[BlockSample](), next(iter(site.linears)), False
+        for run, inputs, output, goal in self._outputs.take(len(self._runs)):
+            masks = self._runs[run].tokens
+            own_first = sorted(masks, key=lambda linear: not linear.startswith(f"{name}."))
+            fitting = (masks[linear].to(goal.device) for linear in own_first if masks[linear].shape == goal.shape[:-1])
+            samples.append(BlockSample(inputs, goal, next(fitting, None), self._runs[run].source))
+            differ |= not torch.equal(output, goal)
         # each rank needs samples to tune on and samples to hold out
         too_few, changed = self._comm(torch.tensor([float(len(samples) < 2), float(differ)], device=self._comm.device)).tolist()
         known = any(part in self._tuned for part, _ in self._parameters(site))
         if changed and not known and not too_few:
-            parts: tuple[list[BlockSample], list[BlockSample]] = ([], [])
-            for sample, is_held_out in zip(samples, self._matching.is_held_out([each.source for each in samples]), strict=True):
-                parts[is_held_out].append(sample)
             prefix, parameters = f"{name}.", dict(self._parameters(site))
             start = {part: self._values[part] if part in self._values else value.detach() for part, value in parameters.items()}
             weights = {part.removeprefix(prefix): value.to(parameters[part].device) for part, value in start.items()}
             keeps = {part: value != 0 for part, value in weights.items()}
             ties = {part.removeprefix(prefix): tie for part, tie in self._ties.items() if part in parameters}
             with torch.inference_mode(False):  # tensors made in inference mode cannot have gradients
-                tuned = BlockTuning(self._matching, site.module, weights, keeps, self._comm, ties, LEAST_STEPS)(*parts)
+                tuned = BlockTuning(self._matching, site.module, weights, keeps, self._comm, ties, LEAST_STEPS)(
+                    *self._matching.split(samples)
+                )
             new = {part: value.to(weights[part].dtype) for part, value in tuned.items()}
             if not all(torch.equal(value, weights[part]) for part, value in new.items()):
                 self._tuned |= {f"{prefix}{part}": value for part, value in new.items()}

@@ -13,7 +13,13 @@ from billhook.calibration.calibration import Batches, log_once
 from billhook.engine import Arguments, Comm, Reduce, Site, blockwise, check_device, cpu_by_default, is_sharded, store_of
 from billhook.model import attention_for_all_dtypes, check_changeable, is_convolution, size_of, to_layout, weight_of
 from billhook.progress import OnProgress
-from billhook.repairs.matching import BlockMatching, BlockSample, BlockTuning, hidden_state, raise_block_called_again
+from billhook.repairs.matching import (
+    BlockMatching,
+    BlockOutputs,
+    BlockSample,
+    BlockTuning,
+    raise_block_called_again,
+)
 from billhook.sparsity.allocation import allocate_sparsities
 from billhook.sparsity.checks import (
     check_called,
@@ -158,14 +164,13 @@ class MatchingVisitor(PruningVisitor):
         super().__init__(*args)
         self.matching, self._batches = matching, len(self.settings.runs)
         self.dense = range(self._batches, 2 * self._batches)
-        self._outputs: dict[int, tuple[Arguments, Tensor]] = {}  # by run
+        self._outputs = BlockOutputs()
         if self.settings.tied:  # the weight would be pruned before its second use
             raise_block_called_again(self.settings.tied[0][0])
 
     def on_exit(self, run: int, arguments: Arguments, output: object) -> None:
         """Records the input and output of a block."""
-        if (state := hidden_state(output)) is not None:
-            self._outputs[run] = arguments, state
+        self._outputs.add(run, arguments, output)
 
     def on_reentry(self, site: Site) -> None:
         """Raises if linear layers are called again after their block was tuned."""
@@ -179,14 +184,9 @@ class MatchingVisitor(PruningVisitor):
             super().complete(site)
             return
         linears = {name: linear for name, linear in site.linears.items() if name in self.pruned}
-        samples, outputs = list[BlockSample](), self._outputs
-        self._outputs = {}
-        for run in range(self._batches):
-            if run in outputs and (dense := run + self._batches) in outputs:
-                (inputs, output), (_, goal) = outputs[run], outputs[dense]
-                if output.shape == goal.shape:
-                    counts = self._counting(goal.shape[:-1], goal, run)
-                    samples.append(BlockSample(inputs, goal, counts, self.settings.runs[run].source))
+        samples = list[BlockSample]()
+        for run, inputs, _, goal in self._outputs.take(self._batches):
+            samples.append(BlockSample(inputs, goal, self._counting(goal.shape[:-1], goal, run), self.settings.runs[run].source))
         if not linears:
             return
         # each rank needs samples to tune on and samples to hold out
@@ -198,13 +198,10 @@ class MatchingVisitor(PruningVisitor):
         for name, linear in linears.items():
             weights[parameters[name]] = to_layout(linear, self.pruned[name].weight(weight_of(linear)))
             keeps[parameters[name]] = to_layout(linear, self.pruned[name].keep(weight_of(linear)))
-        parts: tuple[list[BlockSample], list[BlockSample]] = ([], [])
-        for sample, is_held_out in zip(samples, self.matching.is_held_out([each.source for each in samples]), strict=True):
-            parts[is_held_out].append(sample)
         with torch.inference_mode(False):  # tensors made in inference mode cannot have gradients
             tuning = BlockTuning(self.matching, site.module, weights, keeps, self.comm)
             weights.clear()  # copied by BlockTuning
-            tuned = tuning(*parts)
+            tuned = tuning(*self.matching.split(samples))
         for name, linear in linears.items():  # rounded to the dtype of the old weights
             old, new = weight_of(linear), tuned[parameters[name]]
             new = new.movedim(1, -1).flatten(1) if is_convolution(linear) else to_layout(linear, new)

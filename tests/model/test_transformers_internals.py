@@ -1,5 +1,8 @@
 """The private names of transformers and torch that billhook uses are still there, and mean what they did."""
 
+import sys
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 import transformers
@@ -7,6 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.utils import _python_dispatch
 from transformers import core_model_loading
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.auto import modeling_auto
 
 import billhook as bh
@@ -15,6 +19,7 @@ from billhook.model.config_fields import configs_of
 from billhook.model.meta import MAPPINGS
 from billhook.model.transformers_internals import (
     ATTENTION,
+    attention_functions_as,
     attention_of,
     build_class,
     classes_of,
@@ -93,3 +98,23 @@ def test_torch():
     tables = {"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"}
     assert tables <= vars(nn.Linear(1, 1)).keys()
     assert callable(fully_shard)
+
+
+def test_threads_that_listen_to_attention_do_not_remove_each_others_wrappers():
+    missed, interval = [], sys.getswitchinterval()
+
+    def listen(rank):
+        for _ in range(500):
+            seen = []
+            with attention_functions_as(lambda function, *args, seen=seen: seen.append(rank)):
+                ALL_ATTENTION_FUNCTIONS.get_interface("sdpa", None)()
+            missed.extend({rank} - set(seen))
+
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(listen, range(2)))
+    finally:
+        sys.setswitchinterval(interval)
+    assert not missed
+    assert "get_interface" not in vars(ALL_ATTENTION_FUNCTIONS)

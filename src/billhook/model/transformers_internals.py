@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from threading import RLock
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from billhook.model.config_fields import configs_of
 
 ATTENTION = "_attn_implementation_internal"  # config attribute for the attention implementation, without validation
 EXPERTS = "_experts_implementation_internal"  # config attribute for the experts implementation
+_ATTENTION_FUNCTIONS_LOCK = RLock()  # they belong to the process; a thread that restores them would remove another's wrapper
 
 
 def attention_of(config: PretrainedConfig) -> str | None:
@@ -40,10 +42,11 @@ def attention_for_all_dtypes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attention_functions_as(wrapper: Callable[..., Any]) -> Iterator[None]:
-    """Calls the wrapper with the attention function and its arguments, within the context."""
-    function_of = ALL_ATTENTION_FUNCTIONS.get_interface
-    with overridden(ALL_ATTENTION_FUNCTIONS, get_interface=lambda *names: partial(wrapper, function_of(*names))):
-        yield
+    """Calls the wrapper with the attention function and its arguments, within the context, which threads enter in turn."""
+    with _ATTENTION_FUNCTIONS_LOCK:
+        function_of = ALL_ATTENTION_FUNCTIONS.get_interface
+        with overridden(ALL_ATTENTION_FUNCTIONS, get_interface=lambda *names: partial(wrapper, function_of(*names))):
+            yield
 
 
 def has_sdpa(kind: type[nn.Module]) -> bool:

@@ -19,7 +19,7 @@ from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_identical, comm_of, fail_together
 from billhook.fit.shape_event import check_no_shape_changes
 from billhook.fit.targets import At, check_at, round_targets
-from billhook.model import find_transformer
+from billhook.model import ExpertLinear, expert_layers, find_transformer
 from billhook.schedules import Schedule
 from billhook.sparsity.checks import check_matching, check_pruning, needs_data, unsupported_weights
 from billhook.sparsity.criteria import Criterion, Wanda
@@ -109,9 +109,12 @@ class WeightPruning(EventCallback, ShapeFollower):
         """Resolves the rounds and checks the model."""
         super().resolve(fit)
         model = fit.model
-        layers = check_pruning(model, self.criterion, self.pattern, self.options)
+        with expert_layers(model):
+            layers = check_pruning(model, self.criterion, self.pattern, self.options)
         with adapters_removed(model):
-            self._weights = [*(f"{layer}.weight" for layer in layers), *unsupported_weights(model, layers)]
+            stacks = {layer.stacked(name) for name, layer in layers.items() if isinstance(layer, ExpertLinear)}
+            weights = [f"{name}.weight" for name, layer in layers.items() if not isinstance(layer, ExpertLinear)]
+            self._weights = [*weights, *sorted(stacks), *unsupported_weights(model, layers)]
         self._adapted = list(require_plain_adapters(model, layers, "mask_adapters=True")) if self.mask_adapters else []
         if self._steps and not self.mask_adapters and (adapted := set(find_adapters(model)) & set(layers)):
             rank_zero_only(logging.getLogger("billhook").warning)(

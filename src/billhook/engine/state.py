@@ -5,7 +5,7 @@ import random
 import signal
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,18 +182,28 @@ def overridden(owner: object, **attributes: object) -> Iterator[None]:
 def replaced(new: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[None]:
     """Replaces parameter values within the context, by module and by name in the module.
 
-    Values on other devices are moved to the parameter's device.
+    Values on other devices are moved to the parameter's device. A module without parameters, whose weight is a view of another's
+    parameter, must compute with its attributes of these names instead.
     """
-    pairs = [(module.get_parameter(name), value) for module, values in new.items() for name, value in values.items()]
-    old = [parameter.data for parameter, _ in pairs]
-    with fresh_autocast_cache():
+    pairs = list[tuple[nn.Parameter, Tensor]]()
+    with fresh_autocast_cache(), ExitStack() as stack:
+        for module, values in new.items():
+            parameters = {name: module.get_parameter(name) for name in values}
+            moved = {
+                name: value if parameters[name].is_meta else value.to(parameters[name].device) for name, value in values.items()
+            }
+            if module._parameters:
+                pairs += [(parameters[name], value) for name, value in moved.items()]
+            else:
+                stack.enter_context(overridden(module, **moved))
+        before = [parameter.data for parameter, _ in pairs]
         try:
             for parameter, value in pairs:
-                parameter.data = value if parameter.is_meta else value.to(parameter.device)
+                parameter.data = value
             yield
         finally:
             with uninterrupted():
-                for (parameter, _), value in zip(pairs, old, strict=True):
+                for (parameter, _), value in zip(pairs, before, strict=True):
                     parameter.data = value
 
 

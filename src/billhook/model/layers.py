@@ -12,6 +12,8 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from billhook.model.experts import ExpertLinear, expert_layers, holder_of
+
 if TYPE_CHECKING:
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper
@@ -123,7 +125,7 @@ def prunable(module: nn.Module, output_embeddings: bool = False, convolutions: C
     Unless `output_embeddings` is True, the output embedding (from `get_output_embeddings`, or with an embedding's weight), a
     classification head, and a pooler that was not in the checkpoint are excluded. Embeddings, PEFT matrices, and trained copies
     of PEFT (`modules_to_save`) are always excluded. A shared weight is listed once. Under an adapter, the base layer is listed by
-    the name of the wrapped layer. Quantized and computed weights raise.
+    the name of the wrapped layer. Matrices of experts are listed within `expert_layers`. Quantized and computed weights raise.
 
     >>> list(prunable(nn.Sequential(nn.Embedding(5, 4), nn.Linear(4, 4), nn.LayerNorm(4))))
     ['1']
@@ -134,8 +136,9 @@ def prunable(module: nn.Module, output_embeddings: bool = False, convolutions: C
     for name, part in _walk(module, "", left_out):
         if is_packed(part):
             raise ValueError(f"{name} is quantized ({type(part).__name__}). Prune the model before it is quantized.")
-        if _is_among(part, convolutions) and id(part.weight) not in left_out | weights:
-            weight = part._parameters.get("weight")
+        holder, attribute = holder_of(part)
+        if _is_among(part, convolutions) and id(getattr(holder, attribute)) not in left_out | weights:
+            weight = holder._parameters.get(attribute)
             if weight is None:
                 raise ValueError(f"the weight of {name} is computed, such as by a parametrization. Make it a parameter first.")
             kind = f"{type(part).__name__}, {type(weight.data).__name__} of {weight.dtype}"
@@ -143,9 +146,18 @@ def prunable(module: nn.Module, output_embeddings: bool = False, convolutions: C
                 raise ValueError(f"{name}.weight has the sparse layout {weight.layout}. Convert it with to_dense() first.")
             if is_quantized(weight):
                 raise ValueError(f"{name} is quantized ({kind}). Prune the model before it is quantized.")
-            weights.add(id(part.weight))
+            if holder is part:  # each expert holds a part of one parameter
+                weights.add(id(weight))
             linears[name] = part
     return linears
+
+
+def weight_holders(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Returns the module and attribute of each weight that can have a mask, by layer, or by parameter for stacked experts."""
+    with expert_layers(model):
+        linears = prunable(model, output_embeddings=True, convolutions="all")
+    names = {name: linear.stacked(name) if isinstance(linear, ExpertLinear) else name for name, linear in linears.items()}
+    return {names[name]: holder_of(linear) for name, linear in linears.items()}
 
 
 def is_pruned(zeros: int, weights: int) -> bool:
@@ -177,7 +189,8 @@ def read_dim(reader: nn.Module) -> int:
 
 def find_tied(model: nn.Module, linears: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
     """Finds other layers with the weight of a listed layer, with its name."""
-    names, listed = {id(linear.get_parameter("weight")): name for name, linear in linears.items()}, set(linears.values())
+    names, listed = {id(linear._parameters.get("weight")): name for name, linear in linears.items()}, set(linears.values())
+    names.pop(id(None), None)  # experts hold no parameter
     tied = []
     for module in model.modules():
         weight = id(module._parameters.get("weight"))
@@ -215,13 +228,15 @@ def adjacent_inputs(linear: nn.Module) -> int:
 
 def size_of(linear: nn.Module) -> tuple[int, int]:
     """Returns the size of `weight_of`, also without values."""
+    if isinstance(linear, ExpertLinear):  # without a view, as slices of a sharded parameter are collectives
+        return linear.out_features, linear.in_features
     rows, *columns = linear.get_parameter("weight").shape
     return (math.prod(columns), rows) if isinstance(linear, Conv1D) else (rows, math.prod(columns))
 
 
 def matrix_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Returns the weight as `[out_features, in_features]`, and the bias."""
-    bias = linear._parameters.get("bias")
+    bias: Tensor | None = linear.bias
     return weight_of(linear), None if bias is None else bias.detach()
 
 

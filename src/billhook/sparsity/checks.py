@@ -24,7 +24,7 @@ from billhook.engine import (
     store_of,
     tree_map_only,
 )
-from billhook.model import adjacent_inputs, is_convolution, prunable, to_meta
+from billhook.model import adjacent_inputs, is_convolution, prunable, stacks_of, to_meta
 from billhook.repairs.matching import too_few_batches
 from billhook.sparsity.allocation import Uniform
 from billhook.sparsity.criteria import Criterion
@@ -234,13 +234,14 @@ def check_called_once(model: nn.Module, runs: Sequence[Run]) -> None:
 
 
 def unsupported_weights(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of weights of several matrices, such as fused experts."""
+    """Returns the shapes of weights of several matrices whose forward pass is not transformers' for experts."""
     inside = {module for site in find_sites(model, linears, "block") for module in site.module.modules()}
     shapes = dict[str, tuple[int, ...]]()
     for owner, module in model.named_modules():
         for attribute, parameter in module.named_parameters(recurse=False) if module in inside else ():
             name, shape = f"{owner}.{attribute}", tuple(parameter.shape)
-            if len(shape) == 3 and min(shape) > 1 and not isinstance(module, CONVOLUTIONS):
+            supported = isinstance(module, CONVOLUTIONS) or attribute in stacks_of(module)
+            if len(shape) == 3 and min(shape) > 1 and not supported:
                 shapes[name] = shape
     return shapes
 

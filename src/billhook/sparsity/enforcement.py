@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from billhook.adapters.masked import mask_adapters, unmask_adapters
 from billhook.arguments import check_types
 from billhook.engine import full_tensor, local, reshard, sharded_as
-from billhook.model import prunable
+from billhook.model import weight_holders
 from billhook.sparsity.weight_plan import pack_mask, unpack_mask
 
 
@@ -24,7 +24,7 @@ class EnforcedMasks:
         self._saved: Mapping[str, Any] = {}  # masks of a checkpoint, a bit per weight, until the memory layout is known
         self._packed: dict[str, Any] = {}  # masks in checkpoint format, cached by the first save
         self._models: list[nn.Module] = []
-        self._linears: list[dict[str, nn.Module]] = []
+        self._holders: list[dict[str, tuple[nn.Module, str]]] = []
         self._weights: dict[str, nn.Parameter] = {}
         self._adapted: Collection[str] = ()
         self._optimizers: Sequence[Optimizer] = ()
@@ -32,7 +32,7 @@ class EnforcedMasks:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Masks by linear layer, bool, in the memory layout and sharding of the weights."""
+        """Masks by linear layer, or by parameter for stacked experts, bool, in the layout and sharding of the weights."""
         return self._masks or {name: _unpacked(saved, torch.device("cpu")) for name, saved in self._saved.items()}
 
     def attach(
@@ -51,9 +51,9 @@ class EnforcedMasks:
         for masked in self._models if adapted else ():
             unmask_adapters(masked, adapted)
         # saved masks are unpacked one after the other, each sharded like its weight
-        linears, restored = _linears(model) if self._saved else {}, dict[str, Tensor]()
+        holders, restored = _holders(model) if self._saved else {}, dict[str, Tensor]()
         for name, saved in self._saved.items():
-            weight = linears[name].get_parameter("weight") if name in linears else None
+            weight = _weight(holders[name]) if name in holders else None
             mask = _unpacked(saved, torch.device("cpu") if weight is None else weight.device)
             restored[name] = mask if weight is None or weight.shape != mask.shape else sharded_as(mask, weight)
         self.hold(self._masks or restored)
@@ -70,21 +70,21 @@ class EnforcedMasks:
         Raises:
             ValueError: If a mask does not fit the model.
         """
-        linears = list(map(_linears, self._models))
-        first = linears[0]
+        holders = list(map(_holders, self._models))
+        first = holders[0]
         for name, mask in masks.items():
-            if name not in first or first[name].weight.shape != mask.shape:
+            if name not in first or _weight(first[name]).shape != mask.shape:
                 raise ValueError(f"the masks belong to another model: this model has no {name} of shape {list(mask.shape)}.")
-        before = self._linears, self._masks
-        self._linears, self._packed = linears, {}
-        self._masks = {name: sharded_as(mask, first[name].get_parameter("weight")).contiguous() for name, mask in masks.items()}
+        before = self._holders, self._masks
+        self._holders, self._packed = holders, {}
+        self._masks = {name: sharded_as(mask, _weight(first[name])).contiguous() for name, mask in masks.items()}
         try:
             if change is not None:
                 change()
         except BaseException:
-            self._linears, self._masks = before
+            self._holders, self._masks = before
             raise
-        self._weights = {name: first[name].get_parameter("weight") for name in self._masks}  # `change` may have replaced them
+        self._weights = {name: _weight(first[name]) for name in self._masks}  # `change` may have replaced them
         self.apply()
         adapted = {name: self._masks[name] for name in self._adapted if name in self._masks}
         for model in self._models if adapted else ():
@@ -95,20 +95,20 @@ class EnforcedMasks:
         if not self._masks or not self._models:
             return
         mask_of, masks = {id(weight): self._masks[name] for name, weight in self._weights.items()}, dict[str, Tensor]()
-        masked = {self._linears[0][name] for name in self._masks}
-        for name, linear in _linears(self._models[0]).items():
-            weight = linear.get_parameter("weight")
+        masked = {self._holders[0][name] for name in self._masks}
+        for name, holder in _holders(self._models[0]).items():
+            weight = _weight(holder)
             if id(weight) in mask_of:  # the same parameter, perhaps with a new name
                 masks[name] = mask_of[id(weight)]
-            elif linear in masked or name in self._masks:  # FSDP2 creates new parameters, and blocks may be renumbered
+            elif holder in masked or name in self._masks:  # FSDP2 creates new parameters, and blocks may be renumbered
                 masks[name] = weight.detach() != 0
         self.hold(masks)
 
     def apply(self) -> None:
         """Zeroes masked weights, in the model and its averages."""
-        for model, linears in zip(self._models, self._linears, strict=False) if self._masks else ():
+        for model, holders in zip(self._models, self._holders, strict=False) if self._masks else ():
             reshard(model)
-            weights = [linears[name].get_parameter("weight").data for name in self._masks]
+            weights = [_weight(holders[name]).data for name in self._masks]
             _mask(weights, [mask.to(weight.device) for mask, weight in zip(self._masks.values(), weights, strict=True)])
         for optimizer in self._optimizers:
             pairs = [(self._weights[name], mask) for name, mask in self._masks.items()]
@@ -126,14 +126,14 @@ class EnforcedMasks:
     def _let_go(self) -> None:
         for hook in self._hooks:
             hook.remove()
-        self._hooks, self._models, self._linears, self._weights, self._optimizers = [], [], [], {}, ()
+        self._hooks, self._models, self._holders, self._weights, self._optimizers = [], [], [], {}, ()
 
     def _step(self, optimizer: Optimizer, *_: object) -> None:
-        for model, linears in zip(self._models[:1], self._linears, strict=False):
+        for model, holders in zip(self._models[:1], self._holders, strict=False):
             reshard(model)
             pairs = []
             for name, mask in self._masks.items():
-                weight = linears[name].get_parameter("weight")
+                weight = _weight(holders[name])
                 if weight.shape != mask.shape:
                     raise ValueError(f"{name} has changed its shape since the masks were made. Call follow() after each change.")
                 if weight.requires_grad or weight.grad is not None:
@@ -190,11 +190,11 @@ def hold_masks(
     wrapped = [optimizer] if isinstance(optimizer, Optimizer) else optimizer
     optimizers = [getattr(inner, "optimizer", inner) for inner in wrapped]
     trained = {id(parameter) for inner in optimizers for group in inner.param_groups for parameter in group["params"]}
-    linears = _linears(model)
+    holders = _holders(model)
     for name, mask in masks.items():
         if isinstance(mask, Tensor) and mask.dtype != torch.bool:
             raise ValueError(f"masks: the mask of {name} has dtype {mask.dtype}. Masks are bool, True where a weight is kept.")
-        weight = linears[name].get_parameter("weight") if name in linears else None
+        weight = _weight(holders[name]) if name in holders else None
         if weight is not None and weight.requires_grad and id(weight) not in trained:
             raise ValueError(
                 f"optimizer: {' and '.join(type(inner).__name__ for inner in optimizers)} does not hold the weight of {name}, so "
@@ -208,10 +208,15 @@ def hold_masks(
     return enforced
 
 
-def _linears(model: nn.Module) -> dict[str, nn.Module]:
-    """Returns all layers that can be masked; with FSDP2, with their sharded weights."""
+def _holders(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
+    """Returns where the weights are that can be masked; with FSDP2, the sharded ones."""
     reshard(model)  # its forward pass may leave gathered copies
-    return prunable(model, output_embeddings=True, convolutions="all")
+    return weight_holders(model)
+
+
+def _weight(holder: tuple[nn.Module, str]) -> nn.Parameter:
+    module, attribute = holder
+    return module.get_parameter(attribute)
 
 
 def _unpacked(saved: Mapping[str, Any], device: torch.device) -> Tensor:

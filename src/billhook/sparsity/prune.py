@@ -11,7 +11,17 @@ from torch import Tensor, nn
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, log_once
 from billhook.engine import Arguments, Comm, Reduce, Site, blockwise, check_device, cpu_by_default, is_sharded, store_of
-from billhook.model import attention_for_all_dtypes, check_changeable, is_convolution, size_of, to_layout, weight_of
+from billhook.model import (
+    ExpertLinear,
+    attention_for_all_dtypes,
+    check_changeable,
+    expert_layers,
+    holder_of,
+    is_convolution,
+    size_of,
+    to_layout,
+    weight_of,
+)
 from billhook.progress import OnProgress
 from billhook.repairs.matching import (
     BlockMatching,
@@ -113,7 +123,7 @@ def prune(
     check_streamed(model, comm)
     with nullcontext() if dry_run else store_of(model).restored_on_error():
         # blocks are tuned in float32, with the masks that runs make
-        with blockwise(model), nullcontext() if match is None else attention_for_all_dtypes(model):
+        with blockwise(model), expert_layers(model), nullcontext() if match is None else attention_for_all_dtypes(model):
             linears = check_pruning(model, criterion, pattern, options)
             if match is not None:
                 check_matching(criterion, options.sequential)
@@ -121,7 +131,8 @@ def prune(
             check_called_once(model, runs)
             unsupported = unsupported_weights(model, linears)
             warn_of_unsupported_weights(unsupported)
-            expected = expected_tokens(criterion, linears, runs, comm)
+            others = {name: linear for name, linear in linears.items() if not isinstance(linear, ExpertLinear)}
+            expected = expected_tokens(criterion, others, runs, comm)
             if message := too_few_tokens(criterion, expected):  # before the work, if the number is known
                 log_once(message)
             settings = WalkSettings(model, linears, runs, comm, device, folder)
@@ -146,7 +157,8 @@ def prune(
             if message := too_few_tokens(criterion, fewer):
                 log_once(message)
         shapes = {name: size_of(linear) for name, linear in linears.items()}
-        plan = WeightPlan(type(model).__name__, str(criterion), pattern, pruned, shapes, left_out, unsupported)
+        by_magnitude = {name: visitor.tokens.get(name, (0, 0))[0] for name in visitor.by_magnitude}
+        plan = WeightPlan(type(model).__name__, str(criterion), pattern, pruned, shapes, left_out, unsupported, by_magnitude)
         if not dry_run:
             plan.apply(model)
     return plan
@@ -193,16 +205,25 @@ class MatchingVisitor(PruningVisitor):
         if self.comm(torch.tensor([float(len(samples) < 2)], device=weight_of(next(iter(linears.values()))).device)):
             return
         names = {id(parameter): name for name, parameter in site.module.named_parameters()}
-        parameters = {name: names[id(linear.get_parameter("weight"))] for name, linear in linears.items()}
+        held = {name: getattr(*holder_of(linear)) for name, linear in linears.items()}
+        parameters = {name: names[id(parameter)] for name, parameter in held.items()}
         weights, keeps = dict[str, Tensor](), dict[str, Tensor]()
         for name, linear in linears.items():
-            weights[parameters[name]] = to_layout(linear, self.pruned[name].weight(weight_of(linear)))
-            keeps[parameters[name]] = to_layout(linear, self.pruned[name].keep(weight_of(linear)))
+            weight, keep = self.pruned[name].weight(weight_of(linear)), self.pruned[name].keep(weight_of(linear))
+            if isinstance(linear, ExpertLinear):
+                stack = held[name].detach()
+                linear.of_stack(weights.setdefault(parameters[name], stack.clone())).copy_(weight)
+                linear.of_stack(keeps.setdefault(parameters[name], torch.ones_like(stack, dtype=torch.bool))).copy_(keep)
+            else:
+                weights[parameters[name]], keeps[parameters[name]] = to_layout(linear, weight), to_layout(linear, keep)
         with torch.inference_mode(False):  # tensors made in inference mode cannot have gradients
             tuning = BlockTuning(self.matching, site.module, weights, keeps, self.comm)
             weights.clear()  # copied by BlockTuning
             tuned = tuning(*self.matching.split(samples))
         for name, linear in linears.items():  # rounded to the dtype of the old weights
             old, new = weight_of(linear), tuned[parameters[name]]
-            new = new.movedim(1, -1).flatten(1) if is_convolution(linear) else to_layout(linear, new)
+            if isinstance(linear, ExpertLinear):
+                new = linear.of_stack(new)
+            else:
+                new = new.movedim(1, -1).flatten(1) if is_convolution(linear) else to_layout(linear, new)
             self.pruned[name] = PrunedLayer.of(old, new.to(old.dtype), self.pruned[name].keep(old))

@@ -44,20 +44,22 @@ from billhook.engine import (
     with_exits,
 )
 from billhook.model import (
+    ExpertLinear,
     adjacent_inputs,
     batched,
     find_tied,
     is_convolution,
     output_positions,
     patches,
+    routed,
     size_of,
     to_layout,
     weight_of,
 )
 from billhook.progress import OnProgress
-from billhook.sparsity.criteria import Criterion, check_finite
+from billhook.sparsity.criteria import Criterion, Magnitude, check_finite
 from billhook.sparsity.grouped import GroupedStatistics, empty_statistics, prefix_errors, prune_weight, score_weight
-from billhook.sparsity.masks import RemovalThreshold, pruned_count, where_kept
+from billhook.sparsity.masks import FEWEST, RemovalThreshold, pruned_count, where_kept
 from billhook.sparsity.weight_plan import PrunedLayer
 
 VALUES = 2**24
@@ -200,6 +202,7 @@ class PruningVisitor(Visitor):
     Attributes:
         pruned: Result of each linear layer.
         tokens: Numbers of tokens and of inputs of each linear layer that is not a convolution.
+        by_magnitude: Matrices of experts with fewer than `FEWEST` tokens, which are pruned by magnitude.
         statistics: Incomplete input statistics, by the first layer that uses them.
     """
 
@@ -227,6 +230,7 @@ class PruningVisitor(Visitor):
         self._calls = Counter[str]()
         self._complete: set[str] = set()
         self._differ = False
+        self.by_magnitude: Mapping[str, nn.Module] = {}
 
     def resume(self) -> list[nn.Module]:
         """Restores the blocks that an earlier process has staged, and returns them."""
@@ -297,7 +301,7 @@ class PruningVisitor(Visitor):
         if name not in self.statistics:
             self.statistics[name] = empty_statistics(self.criterion, linear, inputs.device)
         if not is_convolution(linear):
-            self.statistics[name].add(inputs, self._counting(inputs.shape[:-1], inputs, run))
+            self.statistics[name].add(inputs, self._counting(inputs.shape[:-1], inputs, run, linear))
             self._last[run] = ref(inputs), _version(inputs), name
             return
         images = batched(linear, inputs)
@@ -308,9 +312,10 @@ class PruningVisitor(Visitor):
             part = slice(start, start + step)
             self.statistics[name].add(patches(linear, images[part]), None if keep is None else keep[part])
 
-    def _counting(self, shape: torch.Size, inputs: Tensor, run: int) -> Tensor | None:
+    def _counting(self, shape: torch.Size, inputs: Tensor, run: int, layer: nn.Module | None = None) -> Tensor | None:
         """Returns the mask of non-padding tokens that fits a shape, if there is any."""
-        for keep in self.settings.runs[run].tokens.values():
+        for mask in self.settings.runs[run].tokens.values():
+            keep = mask if layer is None else routed(layer, mask)
             if keep.shape == shape or (len(shape) == 1 and keep.numel() == shape[0]):
                 return keep.reshape(shape).to(inputs.device)
         return None
@@ -321,9 +326,10 @@ class PruningVisitor(Visitor):
         reached = dict[str, nn.Module]()
         for name, linear in site.linears.items():
             if name in self._source and (tokens := int(self.statistics[self._source[name]].tokens)):
-                reached[name] = linear
                 if not is_convolution(linear):
                     self.tokens[name] = tokens, adjacent_inputs(linear)
+                if tokens >= FEWEST or not isinstance(linear, ExpertLinear) or self.criterion.compares == "global":
+                    reached[name] = linear  # `close` prunes the others
         self.finish(reached)
         self._complete |= site.linears.keys()
         # the next stop may have the same input tensor, so statistics stay until another tensor arrives
@@ -389,7 +395,8 @@ class PruningVisitor(Visitor):
 
     def _prune(self, name: str, weight: Tensor) -> tuple[Tensor, Tensor]:
         with prefix_errors(name):
-            return prune_weight(self.criterion, weight, self.statistics_of(name), self.sparsities[name], self.pattern)
+            criterion = Magnitude(self.criterion.compares) if name in self.by_magnitude else self.criterion
+            return prune_weight(criterion, weight, self.statistics_of(name), self.sparsities[name], self.pattern)
 
     def statistics_of(self, name: str) -> Statistics | GroupedStatistics | None:
         """Returns the statistics of a layer's inputs; None if it was not called."""
@@ -401,7 +408,10 @@ class PruningVisitor(Visitor):
             self.progress(len(self.pruned), len(self.sparsities))
 
     def close(self) -> None:
-        """Ends the walk after all runs."""
+        """Prunes the experts that received few tokens, or none, by magnitude."""
+        experts = {name: layer for name, layer in self.settings.layers.items() if isinstance(layer, ExpertLinear)}
+        self.by_magnitude = {name: layer for name, layer in experts.items() if name not in self.pruned}
+        self.finish(self.by_magnitude)
 
     def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
         """Returns the new weights of a stop's layers, in memory layout."""

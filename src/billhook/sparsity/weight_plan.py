@@ -24,8 +24,18 @@ from typing_extensions import Self
 
 from billhook.display import text_table
 from billhook.engine import LazyTensors, Read, fingerprint, fresh_autocast_cache, local, reshard, sharded_as, store_of
-from billhook.model import ModelPlan, Weights, prunable, size_of, to_layout, weight_view, with_weights
-from billhook.sparsity.masks import CPU_BLOCK, DEVICE_BLOCK, HOST, where_kept
+from billhook.model import (
+    ExpertLinear,
+    ModelPlan,
+    Weights,
+    expert_layers,
+    prunable,
+    size_of,
+    to_layout,
+    weight_view,
+    with_weights,
+)
+from billhook.sparsity.masks import CPU_BLOCK, DEVICE_BLOCK, FEWEST, HOST, where_kept
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -185,7 +195,8 @@ class WeightPlan(ModelPlan):
             saved.
         shapes: Shape of each layer's weight, `[out_features, in_features]`.
         uncalled: Layers that stay dense because no batch called them.
-        unsupported: Shape of each weight that stays dense because it holds several matrices, such as those of fused experts.
+        unsupported: Shape of each weight that stays dense because it holds several matrices, in experts of a custom class.
+        by_magnitude: Tokens of each matrix of an expert that was pruned by magnitude because it received too few.
     """
 
     kind: ClassVar[str] = "weights"
@@ -196,6 +207,7 @@ class WeightPlan(ModelPlan):
     shapes: Mapping[str, tuple[int, ...]]
     uncalled: tuple[str, ...] = ()
     unsupported: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    by_magnitude: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -219,6 +231,7 @@ class WeightPlan(ModelPlan):
             "pruned": pruned,
             "uncalled": uncalled,
             "unsupported": dict(self.unsupported),
+            "by_magnitude": dict(self.by_magnitude),
         }
 
     @classmethod
@@ -231,23 +244,39 @@ class WeightPlan(ModelPlan):
                 pruned[name] = PrunedLayer.from_json(part, math.prod(shapes[name]))
             uncalled = {name: tuple(map(int, shape)) for name, shape in plain["uncalled"].items()}
             unsupported = {name: tuple(map(int, shape)) for name, shape in plain["unsupported"].items()}
+            by_magnitude = {name: int(tokens) for name, tokens in plain["by_magnitude"].items()}
         except (TypeError, KeyError, AttributeError, ValueError, OverflowError) as error:
             raise ValueError(f"plan was not written by WeightPlan.to_json ({type(error).__name__}: {error})") from error
-        plan = cls(kind, criterion, pattern, pruned, shapes | uncalled, tuple(uncalled), unsupported)
+        plan = cls(kind, criterion, pattern, pruned, shapes | uncalled, tuple(uncalled), unsupported, by_magnitude)
         plan.check_made_for(model)
         return plan
 
     def check_made_for(self, model: nn.Module) -> None:
         """Raises if a model lacks a layer of the plan, or has it in another size."""
-        self._linears(model)
+        with expert_layers(model):
+            self._linears(model)
 
     def masks(self, model: nn.Module) -> dict[str, Tensor]:
-        """Returns the masks, bool, in the memory layout and sharding of their weights."""
-        linears = self._linears(model)
-        weights = {name: weight_view(linears[name]) for name in self.pruned}
-        return {
-            name: to_layout(linears[name], sharded_as(self.pruned[name].keep(weight), weight)) for name, weight in weights.items()
-        }
+        """Returns the masks, bool, in the memory layout and sharding of their weights.
+
+        The experts of a module have one mask for each parameter that stacks their matrices, such as `mlp.experts.down_proj`.
+        """
+        with expert_layers(model):
+            linears, masks, stacks = self._linears(model), dict[str, Tensor](), dict[str, Tensor]()
+            for name, part in self.pruned.items():
+                linear = linears[name]
+                if isinstance(linear, ExpertLinear):
+                    stack = linear.experts.get_parameter(linear.stack)
+                    stacked = masks.setdefault(
+                        linear.stacked(name), torch.ones(stack.shape, dtype=torch.bool, device=stack.device)
+                    )
+                    mask = linear.of_stack(stacked)
+                    mask.copy_(part.keep(mask))
+                    stacks[linear.stacked(name)] = stack
+                else:
+                    weight = weight_view(linear)
+                    masks[name] = to_layout(linear, sharded_as(part.keep(weight), weight))
+        return masks | {name: sharded_as(masks[name], stack) for name, stack in stacks.items()}
 
     @torch.no_grad()
     def apply(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:
@@ -264,10 +293,11 @@ class WeightPlan(ModelPlan):
         Raises:
             ValueError: If the plan was not made for this model.
         """
-        linears, store = self._linears(model), store_of(model)
-        layers_of_block = defaultdict[nn.Module | None, list[str]](list)
-        for name in reversed(list(self.pruned)):  # last layers first: after an interrupt the rest still has its old inputs
-            layers_of_block[store.owner.get(linears[name])].append(name)
+        store, layers_of_block = store_of(model), defaultdict[nn.Module | None, list[str]](list)
+        with expert_layers(model):
+            linears = self._linears(model)
+            for name in reversed(list(self.pruned)):  # last layers first: after an interrupt the rest still has its old inputs
+                layers_of_block[store.owner.get(linears[name])].append(name)
         sizes = {name: tuple(parameter.shape) for name, parameter in store.model.named_parameters(remove_duplicate=False)}
 
         def put_into(block: nn.Module | None) -> None:
@@ -312,6 +342,8 @@ class WeightPlan(ModelPlan):
             spread = f"{low:.4f}" if high - low < 5e-5 else f"{low:.4f} to {high:.4f}"
             rows.append((name, f"{len(values):>4} x [{out_features:>6,}, {in_features:>6,}]  sparsity {spread}"))
         rows += [(name, "not called by any batch, kept dense") for name in self.uncalled]
+        if self.by_magnitude:
+            rows.append((f"{len(self.by_magnitude)} matrices of experts", f"fewer than {FEWEST} tokens, pruned by magnitude"))
         kinds = Counter((re.sub(r"\b\d+\b", "*", name), shape) for name, shape in self.unsupported.items())
         rows += [(name, f"{count:>4} x {list(shape)}  not linear layers, kept dense") for (name, shape), count in kinds.items()]
         return [f"{self.criterion}, {self.pattern}", text_table(rows, aligns="<", indent=2)]

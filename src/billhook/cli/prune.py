@@ -5,7 +5,7 @@ from billhook.cli.machine import model_progress
 from billhook.cli.one_shot import OneShot
 from billhook.cli.refit import check_examples, meta_batches, token_count
 from billhook.cli.streamed import reconstruction_bytes, statistics_bytes
-from billhook.model import adjacent_inputs, is_convolution
+from billhook.model import ExpertLinear, adjacent_inputs, expert_layers, is_convolution
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.checks import check_folder, check_pruning, needs_data, solves_for_weights, too_few_tokens
 from billhook.sparsity.criteria import Criterion, Wanda
@@ -57,9 +57,11 @@ def prune(
     if match is not None:
         check_examples(work, 2, "match")
     check_folder(activations, work.model)
-    layers = check_pruning(work.model, criterion, pattern, options)
+    with expert_layers(work.model):
+        layers = check_pruning(work.model, criterion, pattern, options)
     tokens = token_count(meta_batches(work))
-    counts = {name: (tokens, adjacent_inputs(layer)) for name, layer in layers.items() if not is_convolution(layer)}
+    others = {name: layer for name, layer in layers.items() if not is_convolution(layer) and not isinstance(layer, ExpertLinear)}
+    counts = {name: (tokens, adjacent_inputs(layer)) for name, layer in others.items()}
     step = f"prune linear layers to {100 * amount:.4g}% sparsity ({pattern}) with {criterion}"
     steps = [step] + ([] if match is None else [work.matching_step(match)])
     if not work.of_images and solves_for_weights(criterion) and (warning := too_few_tokens(criterion, counts)):
@@ -97,6 +99,7 @@ def prune(
         return
     record = {"criterion": plan.criterion, "pattern": pattern, "sparsity": plan.sparsity, "sequential": options.sequential}
     record |= {"match": str(match)} if match else {}
+    record |= {"by_magnitude": dict(plan.by_magnitude)} if plan.by_magnitude else {}
     what = f"{plan.criterion}, {pattern}: sparsity {plan.sparsity:.4f} in {len(plan.pruned)} linear layers"
     work.save(before, what, {"pruned": record}, *lines)
 

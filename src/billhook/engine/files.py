@@ -126,7 +126,10 @@ class FileStore(BlockStore):
         for module in block.modules():
             for name, value in self._overlay.of_module(self.names[module]).items():
                 parameter = module.get_parameter(name)
-                parameter.data = value.to(parameter.device)
+                if module._parameters:
+                    parameter.data = value.to(parameter.device)
+                else:  # a view of another module's parameter
+                    parameter.data.copy_(value)
 
     def _forget(self, name: str | None = None) -> None:
         """Discards prefetched tensors of a block (default: any) that are out of date."""

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from transformers import PretrainedConfig
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from billhook.engine import overridden, store_of
@@ -34,6 +35,8 @@ class ExpertLinear(nn.Linear):
         tokens: Numbers of the tokens of a call, `[tokens]`, among the `of` tokens that all experts receive.
     """
 
+    experts: Any
+
     def __init__(self, experts: nn.Module, stack: str, number: int) -> None:
         nn.Module.__init__(self)
         vars(self)["experts"] = experts  # not as a submodule of its own submodule
@@ -54,12 +57,12 @@ class ExpertLinear(nn.Linear):
     @property
     def in_features(self) -> int:  # type: ignore[override]
         """Size of the inputs."""
-        return getattr(self.experts, self.stack).shape[1 if self.experts.is_transposed else 2]
+        return int(getattr(self.experts, self.stack).shape[1 if self.experts.is_transposed else 2])
 
     @property
     def out_features(self) -> int:  # type: ignore[override]
         """Size of the outputs."""
-        return getattr(self.experts, self.stack).shape[2 if self.experts.is_transposed else 1]
+        return int(getattr(self.experts, self.stack).shape[2 if self.experts.is_transposed else 1])
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name in torch
         """Multiplies by the matrix, with gradients to the stack."""
@@ -107,21 +110,23 @@ def routed(layer: nn.Module, keep: Tensor) -> Tensor:
 @contextmanager
 def expert_layers(model: nn.Module) -> Iterator[None]:
     """Makes each matrix of a stacked expert a linear layer within the context, which may be nested."""
-    owner = store_of(model).owner
+    store = store_of(model)
     with ExitStack() as stack:
         for module in list(model.modules()):
             stacks = stacks_of(module)
             if not stacks or "0" in module._modules:
                 continue
-            block = owner.get(module)
+            block = store.owner.get(module)
             for number in range(len(getattr(module, stacks[0]))):
                 expert = nn.ModuleDict({name: ExpertLinear(module, name, number) for name in stacks})
                 module.add_module(str(number), expert)
                 stack.callback(module._modules.pop, str(number))
-                for part in expert.modules() if block is not None else ():
-                    owner[part] = block
-                    stack.callback(owner.pop, part, None)
-            stack.enter_context(overridden(module.config, **{EXPERTS: EXPERT_BY_EXPERT}))
+                if block is not None:
+                    for name, part in expert.named_modules():
+                        store.owner[part], store.names[part] = block, f"{store.names[module]}.{number}.{name}".rstrip(".")
+                        stack.callback(store.owner.pop, part, None)
+                        stack.callback(store.names.pop, part, None)
+            stack.enter_context(overridden(cast(PretrainedConfig, module.config), **{EXPERTS: EXPERT_BY_EXPERT}))
         yield
 
 

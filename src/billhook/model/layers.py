@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -236,7 +236,7 @@ def size_of(linear: nn.Module) -> tuple[int, int]:
 
 def matrix_of(linear: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Returns the weight as `[out_features, in_features]`, and the bias."""
-    bias: Tensor | None = linear.bias
+    bias = cast(Tensor | None, linear.bias)
     return weight_of(linear), None if bias is None else bias.detach()
 
 

@@ -47,7 +47,7 @@ from billhook.sparsity.checks import (
     warn_of_unsupported_weights,
 )
 from billhook.sparsity.criteria import Criterion, Wanda
-from billhook.sparsity.masks import check_amount
+from billhook.sparsity.masks import FEWEST, check_amount
 from billhook.sparsity.options import PruneOptions
 from billhook.sparsity.visitor import GlobalPruningVisitor, PruningVisitor, WalkSettings
 from billhook.sparsity.weight_plan import PrunedLayer, WeightPlan
@@ -153,11 +153,21 @@ def prune(
             pruned = {name: visitor.pruned[name] for name in linears if name in visitor.pruned}
             left_out = check_called(linears, pruned)
             # experts get only some of the tokens
-            fewer = {name: seen for name, seen in visitor.tokens.items() if name not in expected or seen[0] < expected[name][0]}
+            fewer = {
+                name: seen
+                for name, seen in visitor.tokens.items()
+                if name not in visitor.by_magnitude and name not in expected or seen[0] < expected[name][0]
+            }
             if message := too_few_tokens(criterion, fewer):
                 log_once(message)
+            by_magnitude = {name: visitor.tokens.get(name, (0, 0))[0] for name in visitor.by_magnitude}
+            if by_magnitude:
+                name, tokens = min(by_magnitude.items(), key=lambda item: item[1])
+                log_once(
+                    f"{len(by_magnitude)} matrices of experts received fewer than {FEWEST} calibration tokens, such as {name} "
+                    f"({tokens}), and are pruned by magnitude. Use more tokens."
+                )
         shapes = {name: size_of(linear) for name, linear in linears.items()}
-        by_magnitude = {name: visitor.tokens.get(name, (0, 0))[0] for name in visitor.by_magnitude}
         plan = WeightPlan(type(model).__name__, str(criterion), pattern, pruned, shapes, left_out, unsupported, by_magnitude)
         if not dry_run:
             plan.apply(model)

@@ -153,11 +153,8 @@ def prune(
             pruned = {name: visitor.pruned[name] for name in linears if name in visitor.pruned}
             left_out = check_called(linears, pruned)
             # experts get only some of the tokens
-            fewer = {
-                name: seen
-                for name, seen in visitor.tokens.items()
-                if name not in visitor.by_magnitude and name not in expected or seen[0] < expected[name][0]
-            }
+            solved = {name: seen for name, seen in visitor.tokens.items() if name not in visitor.by_magnitude}
+            fewer = {name: seen for name, seen in solved.items() if name not in expected or seen[0] < expected[name][0]}
             if message := too_few_tokens(criterion, fewer):
                 log_once(message)
             by_magnitude = {name: visitor.tokens.get(name, (0, 0))[0] for name in visitor.by_magnitude}

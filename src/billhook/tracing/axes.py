@@ -204,8 +204,12 @@ def unify(a: Axis, b: Axis) -> Axis:
             unify(last, remaining)
     a, b = find(a), find(b)
     if a is not b:
+        for leaf in leaves(b):
+            if not ("copied" in leaf.notes and "copied" in a.notes):  # entries that differ in one tensor are no copies
+                leaf.notes.pop("copied", None)
         for flag, reason in a.notes.items():
-            mark(b, flag, reason)
+            if flag != "copied":
+                mark(b, flag, reason)
         a._same = b
     return b
 

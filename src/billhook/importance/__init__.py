@@ -4,12 +4,13 @@ from billhook.importance.ablation import Ablation, ablate_heads
 from billhook.importance.activations import ActivationNorm, OutputNorm
 from billhook.importance.baselines import WeightNorm
 from billhook.importance.blocks import BlockInfluence
+from billhook.importance.experts import REAP, GateMass, RoutingFrequency, RoutingImportance
 from billhook.importance.gate_gradient import GateGradient
 from billhook.importance.obs import OBS
 from billhook.importance.score import Importance, Sums
 from billhook.importance.taylor import Taylor
 
 __all__ = [
-    "OBS", "Ablation", "ActivationNorm", "BlockInfluence", "GateGradient", "Importance", "OutputNorm", "Sums", "Taylor",
-    "WeightNorm", "ablate_heads",
+    "OBS", "REAP", "Ablation", "ActivationNorm", "BlockInfluence", "GateGradient", "GateMass", "Importance", "OutputNorm",
+    "RoutingFrequency", "RoutingImportance", "Sums", "Taylor", "WeightNorm", "ablate_heads",
 ]  # fmt: skip

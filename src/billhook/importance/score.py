@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -27,6 +27,7 @@ from billhook.engine import (
     store_of,
     with_progress,
 )
+from billhook.importance.routing import Routing
 from billhook.model import check_values, find_transformer
 from billhook.progress import OnProgress
 from billhook.units import PLURAL, Per, Units, check_belongs, unit_ids
@@ -39,6 +40,7 @@ class Sums:
     Attributes:
         totals: Sums by module, float64, `[units]`.
         counts: Number of summed tokens, examples, or batches of each unit, by module, float64, `[units]`.
+        routing: The tokens that experts received, by module, if the importance observes them.
 
     >>> sums = Sums({"mlp": torch.zeros(2)}, {"mlp": torch.zeros(2)})
     >>> sums.add("mlp", torch.tensor([1.0, 3.0]), 2)
@@ -48,6 +50,7 @@ class Sums:
 
     totals: dict[str, Tensor]
     counts: dict[str, Tensor]
+    routing: dict[str, Routing] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_types(Sums, vars(self))
@@ -169,6 +172,20 @@ def score_units(
     Raises:
         ValueError: If a score is not finite, or an argument is not legal. See `score`.
     """
+    return scores_of(importance, sum_units(model, units, importance, batches, loss, per, comm, progress), normalize, comm)
+
+
+def sum_units(
+    model: nn.Module,
+    units: Mapping[str, Units],
+    importance: Importance,
+    batches: Batches | None,
+    loss: Loss | None,
+    per: Per = "head",
+    comm: Comm = SINGLE_PROCESS,
+    progress: OnProgress | None = None,
+) -> Sums:
+    """Returns the sums over the batches of all ranks. See `score_units`."""
     unit_ids(units, {}, per)
     check_values(model, streamed=True)
     if not store_of(model).trains:
@@ -183,6 +200,12 @@ def score_units(
         comm.sum_(*sums.totals.values(), *sums.counts.values())
         if not any(count.any() for count in sums.counts.values()):
             raise ValueError(f"batches: {type(importance).__name__} needs at least one batch with non-padding tokens.")
+        sums.routing = {name: routing.over_ranks(comm) for name, routing in sums.routing.items()}
+    return sums
+
+
+def scores_of(importance: Importance, sums: Sums, normalize: bool = False, comm: Comm = SINGLE_PROCESS) -> dict[str, Tensor]:
+    """Returns the scores of units by module, float32, `[units]`, from their sums over all ranks."""
     scores = {}
     for name, total in sums.totals.items():
         mean = importance.of_mean(total / sums.counts[name].clamp(min=1))
@@ -205,7 +228,7 @@ def make_run(model: nn.Module, units: Mapping[str, Units], batch: Any, loss: Los
         return batch
     names = list[str]()
     for module_units in units.values():
-        names += [module_units.name] if module_units.kind == "block" else module_units.readers
+        names += [module_units.name] if module_units.kind in ("block", "expert") else module_units.readers
     return run_with_loss(model, {name: model.get_submodule(name) for name in names}, batch, loss)
 
 

@@ -17,6 +17,7 @@ from typing_extensions import Self
 from billhook.arguments import check_one_of
 from billhook.display import text_table
 from billhook.engine import LazyTensors, store_of
+from billhook.importance.routing import RoutingChange
 from billhook.model import Costs, ShapePlan, UpdateOptimizers, Weights, find_transformer, update_optimizers, with_weights
 from billhook.pruning.amount import divides_among_devices
 from billhook.pruning.cut import Cut, find_cut
@@ -34,11 +35,18 @@ class UnitPlan(Cut, ShapePlan):
     kind: ClassVar[str] = "units"
     costs: tuple[Costs, Costs] | None = None
     widths: tuple[str, ...] = ()
+    routing: tuple[RoutingChange, ...] = ()
 
     @classmethod
-    def of(cls, cut: Cut, costs: tuple[Costs, Costs] | None = None, widths: tuple[str, ...] = ()) -> Self:
-        """Returns the plan of a cut, with notes on its widths."""
-        return cls(**vars(cut), costs=costs, widths=widths)
+    def of(
+        cls,
+        cut: Cut,
+        costs: tuple[Costs, Costs] | None = None,
+        widths: tuple[str, ...] = (),
+        routing: tuple[RoutingChange, ...] = (),
+    ) -> Self:
+        """Returns the plan of a cut, with notes on its widths, and on the tokens of removed experts."""
+        return cls(**vars(cut), costs=costs, widths=widths, routing=routing)
 
     @property
     def words(self) -> str:
@@ -147,6 +155,12 @@ class UnitPlan(Cut, ShapePlan):
             if self.kinds[name] == "head" and self.after[name][1] < self.before[name][1]:
                 kv_heads.add(self.after[name][1])
         lines += self.widths
+        for routed in self.routing:
+            agreed = "" if routed.agreement is None else f", both halves of the data keep {routed.agreement:.1%} of them"
+            lines.append(
+                f"{routed.source or 'data'}: kept experts have {routed.gate_mass:.1%} of the gates{agreed}; "
+                f"{routed.orphans:.2%} of tokens lose all of theirs; {routed.unreached} experts receive none"
+            )
         for number in sorted(kv_heads):
             if not divides_among_devices(number):
                 lines.append(f"{number} KV heads cannot be divided among 2, 4, and 8 devices; 1, 2, 4, or a multiple of 8 can")

@@ -13,7 +13,8 @@ from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine import SINGLE_PROCESS, Comm, Loss, Reduce, cpu_by_default, store_of
 from billhook.importance.activations import OutputNorm
 from billhook.importance.blocks import BlockInfluence
-from billhook.importance.score import Importance, check_supports_streaming, score_units
+from billhook.importance.experts import REAP, RoutingImportance
+from billhook.importance.score import Importance, Sums, check_supports_streaming, score_units, scores_of, sum_units
 from billhook.importance.taylor import Taylor
 from billhook.model import apply_plan, check_replaceable, find_transformer, tokenizer_of
 from billhook.progress import OnProgress
@@ -57,8 +58,8 @@ def plan(
 
     Args:
         model: A Hugging Face model, also with LoRA attached, or a module that holds one.
-        importance: Scores the units: any `Importance`. Defaults to `OutputNorm()`; to `Taylor()` for units without consumer
-            layers of their own, such as experts; to `BlockInfluence()` for blocks.
+        importance: Scores the units: any `Importance`. Defaults to `OutputNorm()`; to `REAP()` for experts, and to `Taylor()`
+            for experts with other units; to `BlockInfluence()` for blocks.
         batches: Calibration data: dictionaries of forward inputs with labels, or a `Calibration`. A causal language model uses
             its inputs as labels if there are none. Padding (`attention_mask`) is ignored. Defaults to `"mixed"`
             and `"generated"` text.
@@ -161,6 +162,7 @@ def plan_from_search(
 ) -> UnitPlan:
     """Plans units as `plan_amount` does, reusing a search of the unchanged model."""
     search.check()
+    sums = Sums({}, {})
     if scores is None:
         model, units, amount, scores = search.model, search.removable(), search.amount, dict[str, Tensor]()
         if tokens := of_kind(units, "token"):
@@ -168,9 +170,11 @@ def plan_from_search(
             scores |= token_scores(model, tokens, batches, tokenizer or tokenizer_of(model), comm)
         if others := {name: layer for name, layer in units.items() if name not in tokens}:
             importance = importance or default_importance(others)
-            scores |= score_units(model, others, importance, batches, loss, amount.normalize, amount.per, comm, progress)
+            sums = sum_units(model, others, importance, batches, loss, amount.per, comm, progress)
+            scores |= scores_of(importance, sums, amount.normalize, comm)
     cut = search.cut(scores)
-    return UnitPlan.of(cut, search.costs(cut), search.width_notes(scores, cut))
+    changes = importance.changes(sums.routing, cut.units, comm) if isinstance(importance, RoutingImportance) else ()
+    return UnitPlan.of(cut, search.costs(cut), search.width_notes(scores, cut), tuple(changes))
 
 
 @cpu_by_default()
@@ -267,8 +271,10 @@ def _lowest_blocks(stacks: Mapping[str, Units], scores: Mapping[str, Tensor], am
 
 
 def default_importance(units: Mapping[str, Units]) -> Importance:
-    """Returns `OutputNorm()`, or `Taylor()` for units without consumer layers of their own.
+    """Returns `REAP()` for experts alone, `OutputNorm()`, or `Taylor()` if some units have no consumer layers.
 
     See docs/evidence/equal_size.md for a comparison.
     """
+    if {layer.kind for layer in units.values()} == {"expert"}:
+        return REAP()
     return OutputNorm() if all(layer.readers for layer in units.values()) else Taylor()

@@ -98,7 +98,9 @@ def units_of(model: nn.Module, structure: Structure, kinds: Iterable[UnitKind]) 
             units |= find_heads(model, structure) if structure.attention else {}
             continue
         for group in structure.groups:
-            if group.kind == group_kind and not (kind == "channel" and why_not(model, structure, group)):
+            # of experts in groups, such as DeepSeek's, units are the places in a group
+            outer = kind == "expert" and any(leaves(member.axis)[-1] is not group.leaf for member in group.members)
+            if group.kind == group_kind and not outer and not (kind == "channel" and why_not(model, structure, group)):
                 name = group.where if group.where not in units else f"{group.where} {kind}s"
                 units[name if name not in units else f"{name} {len(units)}"] = _units_of_group(model, structure, group, kind)
     return units

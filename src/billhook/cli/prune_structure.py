@@ -1,7 +1,7 @@
 """`billhook prune-structure`, `prune-blocks`, and `prune-vocabulary`."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -108,8 +108,8 @@ def prune_structure(
         block_importance: Scores the blocks: `BlockInfluence` (ShortGPT, https://arxiv.org/abs/2403.03853, the default), or
             `Ablation`, one forward pass per block.
         importance: Scores the units: `OutputNorm`, `Taylor` (LLM-Pruner), or any other `Importance`, including a custom class.
-            Defaults to `OutputNorm`, or to `Taylor` if some units have no consumer layer of their own, such as experts. With
-            `stream`, one without gradients.
+            Defaults to `OutputNorm`, to `REAP` for experts, or to `Taylor` for experts with other units. With `stream`, one
+            without gradients.
         rounds: Number of score-and-prune rounds.
         repair: Least-squares repair of consumer layers, and of the output layers of blocks behind removed ones. "auto" uses
             `RepairConfig()` if linear layers read the units and there are enough examples. null keeps the old weights.
@@ -175,7 +175,13 @@ def prune_structure(
         if actual_limits and actual_limits != expected_limits:
             print(actual_limits)  # a text is shorter than requested
     before = None if dry_run else work.measure()
-    plans, words, refitted, not_refitted = list[dict[str, Any]](), list[str](), False, list[str]()
+    plans, words, refitted, not_refitted, routing = (
+        list[dict[str, Any]](),
+        list[str](),
+        False,
+        list[str](),
+        list[dict[str, Any]](),
+    )
     for plan in _plans(work, before, batches, amount, within_blocks, block_importance, importance, rounds):
         if dry_run:
             work.print_dry_run(plan.text())
@@ -197,11 +203,13 @@ def prune_structure(
         refitted = refitted or bool(weights)
         apply(work.model, plan, weights=weights)
         plans.append(plan.to_json())
+        routing = [asdict(change) for change in plan.routing] if isinstance(plan, UnitPlan) else []
         words.append(plan.words)
     used_repair = str(RepairConfig() if repair == "auto" else repair) if refitted else None
     scorers = {"by": importance and str(importance), "blocks_by": block_importance and str(block_importance)}
     settings: dict[str, Any] = scorers | {"ranking": amount.ranking, "rounds": rounds, "repair": used_repair}
     settings |= {"greedy": True} if amount.greedy else {}
+    settings |= {"routing": routing} if routing else {}
     settings |= {"tokens": amount.tokens} if amount.tokens else {}
     record = {"plans": plans, "importance": settings}
     work.save(before, f"without {', '.join(words)}", record, not_refitted="; ".join(dict.fromkeys(not_refitted)))

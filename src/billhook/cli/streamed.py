@@ -12,6 +12,7 @@ from billhook.importance.ablation import Ablation
 from billhook.importance.activations import ActivationNorm, OutputNorm
 from billhook.importance.baselines import RandomUnits, WeightNorm
 from billhook.importance.blocks import BlockInfluence
+from billhook.importance.experts import RoutingImportance
 from billhook.importance.obs import OBS
 from billhook.importance.score import Importance, check_supports_streaming
 from billhook.model import prunable, weight_of
@@ -87,6 +88,8 @@ class Passes:
             RandomUnits: 0,
         }
         passes = importance.passes if isinstance(importance, OBS) else known.get(type(importance))
+        if isinstance(importance, RoutingImportance):
+            passes = 1
         if passes is not None:
             self.known += rounds * passes
         elif importance not in self.unknown:

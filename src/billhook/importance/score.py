@@ -108,7 +108,8 @@ def check_supports_streaming(importance: Importance) -> None:
     if importance.needs_gradients:
         raise ValueError(
             f"importance={importance} needs gradients, which a streamed model does not have. Use OutputNorm, OBS, "
-            "ActivationNorm, WeightNorm, or RandomUnits (for blocks BlockInfluence or Ablation), or load the model into memory."
+            "ActivationNorm, WeightNorm, or RandomUnits (for experts REAP, for blocks BlockInfluence or Ablation), or load the "
+            "model into memory."
         )
 
 

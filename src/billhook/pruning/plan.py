@@ -155,17 +155,18 @@ class UnitPlan(Cut, ShapePlan):
             if self.kinds[name] == "head" and self.after[name][1] < self.before[name][1]:
                 kv_heads.add(self.after[name][1])
         lines += self.widths
-        for routed in self.routing:
-            agreed = "" if routed.agreement is None else f", both halves of the data keep {routed.agreement:.1%} of them"
-            lines.append(
-                f"{routed.source or 'data'}: kept experts have {routed.gate_mass:.1%} of the gates{agreed}; "
-                f"{routed.orphans:.2%} of tokens lose all of theirs; {routed.unreached} experts receive none"
-            )
         for number in sorted(kv_heads):
             if not divides_among_devices(number):
                 lines.append(f"{number} KV heads cannot be divided among 2, 4, and 8 devices; 1, 2, 4, or a multiple of 8 can")
         notes, count = [Padding.indent(Text(line), 2) for line in lines[1:]], len(costs) - 1
-        return [f"{self.model}: {lines[0]}", *notes[:count], text_table(rows, aligns="<", indent=2), *notes[count:]]
+        routing = list[tuple[str, ...]]()
+        for source in self.routing:
+            agreement = "" if source.agreement is None else f"{source.agreement:.1%}"
+            cells = f"{source.gate_mass:.1%}", f"{source.orphans:.2%}", f"{source.unreached:,}", agreement
+            routing.append((source.source or "all data", *cells))
+        head = ("routing", "gates kept", "tokens without experts", "experts without tokens", "same choice in halves")
+        table = [text_table(routing, head, indent=2)] if self.routing else []
+        return [f"{self.model}: {lines[0]}", *notes[:count], text_table(rows, aligns="<", indent=2), *table, *notes[count:]]
 
     def _change(self, name: str) -> str:
         """Describes the change of a module: head numbers, or counts of other units."""

@@ -129,14 +129,8 @@ def test_what_a_user_set_by_hand_stays():
 
 def test_only_the_decoder_of_an_encoder_decoder_is_converted():
     """As in the paper (section 3.1): encoder self-attention is never converted."""
-    part = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-    }
-    part |= {"head_dim": 8, "vocab_size": 64, "query_pre_attn_scalar": 8}
+    part = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+    part |= {"num_key_value_heads": 4, "head_dim": 8, "vocab_size": 64, "query_pre_attn_scalar": 8}
     config = transformers.T5GemmaConfig(encoder=part, decoder=part, vocab_size=64)
     model = transformers.T5GemmaForConditionalGeneration(config).eval()
     shapes = shape_of(model).tensors

@@ -74,10 +74,20 @@ def test_parameters_that_equal_their_files_are_shared(tmp_path, monkeypatch):
     dense.save_pretrained(tmp_path)
     with torch.device("meta"):
         empty = type(dense)(dense.config)
+    names, (first, last) = list(dense.state_dict()), (layer.self_attn for layer in dense.model.layers)
     with torch.no_grad():
-        dense.model.layers[0].mlp.up_proj.weight[-1, -1] += 1
-        dense.model.norm.weight = torch.nn.Parameter(dense.model.norm.weight.double())
-    remaining = ["model.layers.0.mlp.up_proj.weight", "model.norm.weight"]
-    assert share_parameters(empty, dense, TensorFiles(str(tmp_path)), list(dense.state_dict())) == remaining
+        first.q_proj.weight[-1, -1] += 1
+        first.k_proj.weight = torch.nn.Parameter(first.k_proj.weight.t().contiguous().t())
+        first.v_proj.weight = torch.nn.Parameter(first.v_proj.weight[:-1])
+        last.q_proj.weight = torch.nn.Parameter(last.q_proj.weight.double())
+        last.k_proj.weight.untyped_storage().resize_(0)
+        last.v_proj = torch.nn.Identity()
+        for model in (dense, empty):
+            model.model.layers[1].self_attn.o_proj.half()  # of which the file holds float32
+        empty.model.norm.to_empty(device="cpu")
+    remaining = [
+        name for name in names if any(part in name for part in ("q_proj", "k_proj", "v_proj", "1.self_attn.o", "model.norm"))
+    ]
+    assert share_parameters(empty, dense, TensorFiles(str(tmp_path)), names) == remaining
     for name, parameter in empty.named_parameters():
-        assert parameter.is_meta if name in remaining else parameter.data_ptr() == dense.get_parameter(name).data_ptr()
+        assert name in remaining or parameter.data_ptr() == dense.get_parameter(name).data_ptr()

@@ -137,6 +137,7 @@ def test_only_the_decoder_of_an_encoder_decoder_is_converted():
     plan = convert_kv_heads(model, 2)
     assert len(plan.parameters) == 4  # keys and values of self- and cross-attention
     assert all(".decoder." in name for name in plan.parameters)
+    assert (config.encoder.num_key_value_heads, config.decoder.num_key_value_heads) == (4, 2)
     ids = tokens()
     assert model(input_ids=ids, decoder_input_ids=ids).logits.isfinite().all()
     assert [n for n, size in shape_of(model).tensors.items() if size != shapes[n]] == list(plan.parameters)

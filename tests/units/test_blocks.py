@@ -315,9 +315,6 @@ REMOVED = {
     "lists of two stacks": (lambda: other("T5GemmaForConditionalGeneration"), {"model.encoder.layers": [0]}),
     "vit": (lambda: other("ViTForImageClassification", num_hidden_layers=3), {"vit.layers": [1]}),
     "swin": (lambda: other("SwinForImageClassification"), {"swin.encoder.layers.2.blocks": [1]}),
-    "a single stage": (
-        lambda: other("SwinForImageClassification", depths=[3], num_heads=[2]), {"swin.encoder.layers.0.blocks": [1]}
-    ),
     "whisper": (
         lambda: other("WhisperForConditionalGeneration"), {"model.encoder.layers": [1], "model.decoder.layers": [0]}
     ),

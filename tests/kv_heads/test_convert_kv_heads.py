@@ -202,15 +202,12 @@ class TestOptimizer:
         optimizer.step()
         assert not torch.equal(before, model.model.layers[1].self_attn.v_proj.weight)
 
-    @pytest.mark.parametrize(
-        ("kind", "key", "scale"),
-        [
-            (torch.optim.RMSprop, "square_avg", 4),
-            (torch.optim.Adadelta, "square_avg", 4),
-            (torch.optim.Adagrad, "sum", 4),
-            (torch.optim.Adamax, "exp_inf", 2),
-        ],
-    )
+    @pytest.mark.parametrize(("kind", "key", "scale"), [
+        (torch.optim.RMSprop, "square_avg", 4),
+        (torch.optim.Adadelta, "square_avg", 4),
+        (torch.optim.Adagrad, "sum", 4),
+        (torch.optim.Adamax, "exp_inf", 2),
+    ])  # fmt: skip
     def test_what_other_optimizers_keep_of_squares_follows(self, kind, key, scale):
         model, optimizer = self.trained(kind)
         old = optimizer.state[model.model.layers[0].self_attn.k_proj.weight][key].clone()

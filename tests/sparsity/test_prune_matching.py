@@ -260,33 +260,27 @@ def test_saved_and_loaded_it_gives_the_same_logits(tmp_path):
         assert torch.equal(model(**batch)[0], bh.load(tmp_path / "out")(**batch)[0])
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: BlockMatching(steps=0), r"steps=0 must be a whole number of at least 1"),
-        (lambda: BlockMatching(lr=0.0), r"lr=0.0 must be a number above 0"),
-        (lambda: BlockMatching(held_out=0.0), r"held_out=0.0 must be a fraction of the batches in \(0, 1\)"),
-        (lambda: BlockMatching(seed=-1), r"seed=-1 must be a whole number of at least 0"),
-        (lambda: BlockMatching(lr="much"), r"lr='much' must be a number"),
-    ],
-)
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: BlockMatching(steps=0), r"steps=0 must be a whole number of at least 1"),
+    (lambda: BlockMatching(lr=0.0), r"lr=0.0 must be a number above 0"),
+    (lambda: BlockMatching(held_out=0.0), r"held_out=0.0 must be a fraction of the batches in \(0, 1\)"),
+    (lambda: BlockMatching(seed=-1), r"seed=-1 must be a whole number of at least 0"),
+    (lambda: BlockMatching(lr="much"), r"lr='much' must be a number"),
+])  # fmt: skip
 def test_bad_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"match": 3}, r"match=3 must be a BlockMatching or None"),
-        ({"match": FEW, "sequential": "none"}, r"match cannot be combined with sequential='none'"),
-        ({"match": FEW, "batches": [{"input_ids": tokens()}]}, r"batches: match needs at least two batches .* got 1"),
-        (
-            {"match": FEW, "criterion": bh.Magnitude(compares="global")},
-            r"match cannot be combined with criterion=.*, which prunes all blocks at once",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"match": 3}, r"match=3 must be a BlockMatching or None"),
+    ({"match": FEW, "sequential": "none"}, r"match cannot be combined with sequential='none'"),
+    ({"match": FEW, "batches": [{"input_ids": tokens()}]}, r"batches: match needs at least two batches .* got 1"),
+    (
+        {"match": FEW, "criterion": bh.Magnitude(compares="global")},
+        r"match cannot be combined with criterion=.*, which prunes all blocks at once",
+    ),
+])  # fmt: skip
 def test_what_does_not_go_together_is_refused_before_anything_changes(settings, message):
     model = small()
     given = {"criterion": bh.Wanda(), "batches": [{"input_ids": tokens()}] * 2, "sparsity": 0.5} | settings

@@ -137,8 +137,13 @@ def measure(out: Path, folders: list[str], select: str) -> None:
 
 def durations(out: Path) -> dict[str, float]:
     """Returns the seconds of each test that passes without a mutation."""
-    cases = ET.parse(out / "tests.xml").iter("testcase")
-    return {f"{case.get('file')}::{case.get('name')}": float(case.get("time", 0)) for case in cases if len(case) == 0}
+    seconds = {}
+    for case in ET.parse(out / "tests.xml").iter("testcase"):
+        file = case.get("file", "")
+        classes = case.get("classname", "").removeprefix(file.removesuffix(".py").replace("/", ".")).replace(".", "::")
+        if len(case) == 0:
+            seconds[f"{file}{classes}::{case.get('name')}"] = float(case.get("time", 0))
+    return seconds
 
 
 def tests_of(mutation: Mutation, data: coverage.CoverageData, seconds: dict[str, float]) -> list[str]:

@@ -63,6 +63,12 @@ def test_the_same_logits(folder):
         assert torch.equal(dense(**inputs)[0], streamed(**inputs)[0])
 
 
+def test_a_module_that_is_called_without_its_block():
+    (dense, streamed), inputs = (way("tiny", dtype="float32") for way in (bh.load, stream)), torch.randn(2, 256)
+    for name in ("model.layers.2.input_layernorm", "model.layers.1.mlp.gate_proj", "model.norm"):
+        assert torch.equal(dense.get_submodule(name)(inputs), streamed.get_submodule(name)(inputs))
+
+
 def saved_alike(dense, streamed, folder):
     """Tells whether two models, the second of them streamed to `out`, are the same once they are saved."""
     bh.save(dense, folder / "in memory")
@@ -146,6 +152,8 @@ def test_the_same_bytes_where_all_weights_compete(tmp_path, sparsity):
     assert plans[0].text() == plans[1].text()
     bh.save(streamed, tmp_path / "out")
     assert same(tmp_path / "out", dense)
+    names = sorted(file.name for file in (tmp_path / "out").glob("*.safetensors"))
+    assert names == [f"model-{number:05d}-of-00005.safetensors" for number in range(1, 6)]
 
 
 @pytest.mark.parametrize("family", [transformers.GPT2LMHeadModel, transformers.T5ForConditionalGeneration], ids=str)

@@ -197,20 +197,17 @@ def test_ranks_are_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("kind", "refusal"),
-    [
-        (transformers.ZambaForCausalLM, "shares its weight with another layer. Prune the model in memory"),
-        (
-            transformers.DoryForCausalLM,
-            "is called twice, but blocks are loaded one at a time. Prune the model in memory",
-        ),
-        (
-            transformers.HrmTextForCausalLM,
-            "is called twice, but blocks are loaded one at a time. Prune the model in memory",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("kind", "refusal"), [
+    (transformers.ZambaForCausalLM, "shares its weight with another layer. Prune the model in memory"),
+    (
+        transformers.DoryForCausalLM,
+        "is called twice, but blocks are loaded one at a time. Prune the model in memory",
+    ),
+    (
+        transformers.HrmTextForCausalLM,
+        "is called twice, but blocks are loaded one at a time. Prune the model in memory",
+    ),
+])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:these weights hold several matrices")
 def test_linears_that_several_blocks_call(tmp_path, kind, refusal):
     config = small_config(kind.config_class, **OVERRIDES.get(kind.config_class.model_type, {}))

@@ -10,6 +10,8 @@ import torch
 import transformers
 
 import billhook as bh
+from billhook.engine import memory
+from billhook.engine.store import store_of
 from kit.limited import LIMITS, WAYS
 
 SCRIPT = Path(__file__).parents[1] / "kit" / "limited.py"
@@ -51,3 +53,38 @@ def test_half_of_the_model_fits(large, ended, limit):
     assert "memory" in (out / "in memory.txt").read_text().lower()
     assert bh.summary(bh.stream(out / "streamed")).zeros > 0.4 * size_of(large) / 2
     assert not (out / "in memory").exists()
+
+
+FREE = {"meminfo": f"MemTotal: 9 kB\nMemAvailable:  {40 * 2**20} kB"}
+
+
+@pytest.mark.parametrize(("files", "gib"), [
+    (FREE, 10), ({}, 2), ({"meminfo": "MemAvailable: 9 kB"}, 2), (FREE | {"memory.max": "max", "memory.current": "9"}, 10),
+    *((FREE | {"memory.max": f"{limit * 2**30}", "memory.current": f"{6 * 2**30}"}, gib) for limit, gib in ((30, 6), (90, 10))),
+])  # fmt: skip
+def test_a_quarter_of_the_free_memory_may_be_used(tmp_path, monkeypatch, files, gib):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(memory, "Path", lambda name: tmp_path / Path(name).name.removeprefix("cgroup"))
+    assert memory.memory_to_hold(torch.device("cpu")) == gib * 2**30
+    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda _: (4 * gib * 2**30, 9))
+    assert memory.memory_to_hold(torch.device("cuda")) == gib * 2**30
+
+
+def test_activations_fit_beside_three_blocks(tmp_path, monkeypatch):
+    streamed, dense = store_of(bh.stream("tiny")), bh.load("tiny")
+    block = sum(parameter.nbytes for parameter in dense.model.layers[0].parameters())
+    size = memory.StreamedSize(4, 4 * block, block, sum(parameter.nbytes for parameter in dense.parameters()) - 4 * block)
+    assert memory.streamed_size(streamed) == size
+    assert memory.streamed_size(store_of(torch.nn.Linear(2, 2))) == memory.StreamedSize(0, 0, 0, 24)
+    words = "2 blocks of up to 20.0 MB, loaded one at a time (30.0 MB in total); 0.5 MB stay in memory"
+    assert memory.StreamedSize(2, 30_000_000, 20_000_000, 500_000).text() == words
+    monkeypatch.setattr(memory, "STATUS", tmp_path / "status")
+    for used in (0, 5120):
+        assert memory.resident() == (used or None)
+        needed = used + 2**27 + 3 * block + 5
+        fits = [memory.fits(streamed, 5, *given) for given in ((0, needed), (7, needed + 7), (8, needed + 7))]
+        assert fits == [True, True, False]
+        with pytest.raises(ValueError, match="memory=0.13 GiB is too small: .* at least 0.13 GiB. Raise memory"):
+            memory.fits(streamed, 5, 0, needed - 1)
+        (tmp_path / "status").write_text("VmHWM:\t  7 kB\nVmRSS:\t  5 kB\n")

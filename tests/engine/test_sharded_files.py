@@ -71,14 +71,11 @@ def no_tensor(listed):
     listed.state_dict_metadata["state_dict.model.one"] = BytesStorageMetadata()
 
 
-@pytest.mark.parametrize(
-    ("change", "match"),
-    [
-        (elsewhere, "names a file outside of the folder: ../other.distcp"),
-        (larger, "lists 4000000000008 bytes of weights, but its files have"),
-        (no_tensor, "state_dict.model.one in its metadata is not a tensor"),
-    ],
-)
+@pytest.mark.parametrize(("change", "match"), [
+    (elsewhere, "names a file outside of the folder: ../other.distcp"),
+    (larger, "lists 4000000000008 bytes of weights, but its files have"),
+    (no_tensor, "state_dict.model.one in its metadata is not a tensor"),
+])  # fmt: skip
 def test_a_list_of_what_is_not_there_is_refused(folder, change, match):
     changed(folder, change)
     with pytest.raises(ValueError, match=match):

@@ -68,6 +68,9 @@ def test_one_block_is_there(mesh):
             store_of(sharded).load(block.mlp.up_proj)
             assert all(size(own) for own in block.parameters())
             assert not any(size(own) for own in other.parameters())
+            held = [store_of(sharded).holder(one.mlp.up_proj.weight) for one in (block, other)]
+            assert held[0] is block.mlp.up_proj.weight
+            assert isinstance(held[1], DTensor)
         assert size(sharded.lm_head.weight)
 
 

@@ -92,21 +92,18 @@ def test_what_is_not_finite_is_named(kind, value):
         broken(kind, value, 1).check()
 
 
-@pytest.mark.parametrize(
-    ("act", "message"),
-    [
-        (lambda s: s.check(), "no inputs were seen: the layer did not run, or every token was padding"),
-        (lambda s: s.add(torch.ones(2, 5)), r"inputs of shape \[2, 5\] must end with 4 input features"),
-        (
-            lambda s: s.add(torch.ones(2, 4), torch.ones(2)),
-            r"keep must be bool of shape \[2\] .* got torch.float32 of shape \[2\]",
-        ),
-        (
-            lambda s: s.add(torch.ones(2, 4), torch.ones(2, 1, dtype=torch.bool)),
-            r"keep must be bool .* got torch.bool of shape \[2, 1\]",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("act", "message"), [
+    (lambda s: s.check(), "no inputs were seen: the layer did not run, or every token was padding"),
+    (lambda s: s.add(torch.ones(2, 5)), r"inputs of shape \[2, 5\] must end with 4 input features"),
+    (
+        lambda s: s.add(torch.ones(2, 4), torch.ones(2)),
+        r"keep must be bool of shape \[2\] .* got torch.float32 of shape \[2\]",
+    ),
+    (
+        lambda s: s.add(torch.ones(2, 4), torch.ones(2, 1, dtype=torch.bool)),
+        r"keep must be bool .* got torch.bool of shape \[2, 1\]",
+    ),
+])  # fmt: skip
 def test_what_is_refused(kind, act, message):
     with pytest.raises(ValueError, match=message):
         act(kind(4))

@@ -107,14 +107,11 @@ def test_activations_on_disk_change_nothing(sequential, tmp_path, monkeypatch):
     assert all(tensor.untyped_storage().filename for tensor in hidden)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        ({"offload": "gpu9"}, "offload='gpu9' is not available"),
-        ({"offload": "cuda:77"}, "offload='cuda:77' is not available"),
-        ({"activations": "/nowhere/at/all"}, "activations='/nowhere/at/all' must be an existing folder"),
-    ],
-)
+@pytest.mark.parametrize(("arguments", "match"), [
+    ({"offload": "gpu9"}, "offload='gpu9' is not available"),
+    ({"offload": "cuda:77"}, "offload='cuda:77' is not available"),
+    ({"activations": "/nowhere/at/all"}, "activations='/nowhere/at/all' must be an existing folder"),
+])  # fmt: skip
 def test_no_such_place(arguments, match):
     model = llama()
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -256,3 +256,22 @@ def test_attention_that_is_not_seen_has_aligned_heads_by_its_weights(family):
     bh.convert_kv_heads(seen, heads, "aligned", batches)
     assert all(torch.equal(value, seen.state_dict()[name]) for name, value in blind.state_dict().items())
     assert bh.convert_kv_heads(model, heads, "auto", batches).after == heads
+
+
+def test_matching_refuses_blocks_that_rotate_keys_themselves():
+    model = llama()
+    model.model.layers[1].rotary = model.model.rotary_emb
+    new = EqualHeads(LazyTensors({}), {"rope_type": "default", "rope_theta": 1e4})
+    with pytest.raises(ValueError, match="match: the blocks of LlamaForCausalLM rotate keys themselves. Use SVD"):
+        attentions_of(model, 2).repaired(new, [], RepairConfig(match=bh.criteria.BlockMatching()))
+
+
+def test_passes_and_bytes_of_methods():
+    attentions, repair = attentions_of(llama(), 2), RepairConfig()
+    matched = RepairConfig(match=bh.criteria.BlockMatching())
+    assert [attentions.passes(Mean(), how) for how in (None, repair, matched)] == [1, 3, 4]
+    assert [attentions.passes(SVD(), how) for how in (None, repair, matched)] == [3, 5, 6]
+    assert attentions.passes(SVD(frequencies="fixed"), repair) == 3
+    assert [attentions.bytes(method) for method in (Mean(), Aligned("similar"))] == [2 * 8 * 4 * 8**2, 2 * 8 * 2 * 16**2]
+    assert [attentions_of(llama(), groups).may_group for groups in (1, 2, 4)] == [False, True, False]
+    assert not attentions_of(kv_zoo.build("bloom"), 2).may_group

@@ -1,6 +1,7 @@
 """Fewer KV heads of models that are unlike others: odd configs, odd layers, odd files."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -177,3 +178,16 @@ def test_attention_in_an_encoder_only_is_told():
     """The config of a transducer says no number of KV heads, and what decodes has none."""
     with pytest.raises(ValueError, match="attention only in its encoder. Pass encoder=True"):
         kv_heads_of(make("parakeet_tdt"))
+
+
+def test_a_token_that_is_never_predicted_is_no_hindrance(monkeypatch):
+    forward = transformers.BertForMaskedLM.forward
+
+    @functools.wraps(forward)
+    def without_first(*given, **named):
+        output = forward(*given, **named)
+        output.logits[..., 0] = -torch.inf
+        return output
+
+    monkeypatch.setattr(transformers.BertForMaskedLM, "forward", without_first)
+    assert bh.convert_kv_heads(other("BertForMaskedLM"), 2).after == 2

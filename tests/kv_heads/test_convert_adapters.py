@@ -44,19 +44,16 @@ def test_converted_and_merged_is_merged_and_converted(family, method):
         torch.testing.assert_close(bh.training.merge(model).model.eval()(**inputs).logits, expected, atol=3e-4, rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("family", "lora", "method", "match"),
-    [
-        ("llama", None, "random", "method='random' does not pool adapters like weights"),
-        (
-            "llama",
-            None,
-            "svd",
-            "with LoRA attached to model.layers.0.self_attn.q_proj, heads stay in their bases.*: or convert the model first",
-        ),
-        ("llama", peft.LoraConfig(target_modules=["k_proj"], use_dora=True), "mean", "adapters that are not plain LoRA"),
-    ],
-)
+@pytest.mark.parametrize(("family", "lora", "method", "match"), [
+    ("llama", None, "random", "method='random' does not pool adapters like weights"),
+    (
+        "llama",
+        None,
+        "svd",
+        "with LoRA attached to model.layers.0.self_attn.q_proj, heads stay in their bases.*: or convert the model first",
+    ),
+    ("llama", peft.LoraConfig(target_modules=["k_proj"], use_dora=True), "mean", "adapters that are not plain LoRA"),
+])  # fmt: skip
 def test_what_cannot_be_pooled_is_refused(family, lora, method, match):
     model = adapted(family, lora)
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -275,15 +275,12 @@ def test_eager_code_that_repeats_no_heads_is_refused_with_what_to_do():
     check_same(model, pooled_and_repeated(build("bert"), "bert", 1))
 
 
-@pytest.mark.parametrize(
-    ("layers", "message"),
-    [
-        ([2], "layers: there is no 2; there are 0 to 1, in this order: bert"),
-        (["nothing"], "layers: there is no 'nothing'"),
-        ([True], "layers: there is no True"),
-        ([], "layers is empty"),
-    ],
-)
+@pytest.mark.parametrize(("layers", "message"), [
+    ([2], "layers: there is no 2; there are 0 to 1, in this order: bert"),
+    (["nothing"], "layers: there is no 'nothing'"),
+    ([True], "layers: there is no True"),
+    ([], "layers is empty"),
+])  # fmt: skip
 def test_layers_that_are_not_there_are_refused(layers, message):
     with pytest.raises(ValueError, match=message):
         plan_kv_heads(build("bert"), 2, layers=layers)

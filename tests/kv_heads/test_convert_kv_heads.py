@@ -129,20 +129,15 @@ def test_what_a_user_set_by_hand_stays():
 
 def test_only_the_decoder_of_an_encoder_decoder_is_converted():
     """As in the paper (section 3.1): encoder self-attention is never converted."""
-    part = {
-        "hidden_size": 16,
-        "intermediate_size": 16,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-    }
-    part |= {"head_dim": 8, "vocab_size": 64, "query_pre_attn_scalar": 8}
+    part = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4}
+    part |= {"num_key_value_heads": 4, "head_dim": 8, "vocab_size": 64, "query_pre_attn_scalar": 8}
     config = transformers.T5GemmaConfig(encoder=part, decoder=part, vocab_size=64)
     model = transformers.T5GemmaForConditionalGeneration(config).eval()
     shapes = shape_of(model).tensors
     plan = convert_kv_heads(model, 2)
     assert len(plan.parameters) == 4  # keys and values of self- and cross-attention
     assert all(".decoder." in name for name in plan.parameters)
+    assert (config.encoder.num_key_value_heads, config.decoder.num_key_value_heads) == (4, 2)
     ids = tokens()
     assert model(input_ids=ids, decoder_input_ids=ids).logits.isfinite().all()
     assert [n for n, size in shape_of(model).tensors.items() if size != shapes[n]] == list(plan.parameters)
@@ -207,15 +202,12 @@ class TestOptimizer:
         optimizer.step()
         assert not torch.equal(before, model.model.layers[1].self_attn.v_proj.weight)
 
-    @pytest.mark.parametrize(
-        ("kind", "key", "scale"),
-        [
-            (torch.optim.RMSprop, "square_avg", 4),
-            (torch.optim.Adadelta, "square_avg", 4),
-            (torch.optim.Adagrad, "sum", 4),
-            (torch.optim.Adamax, "exp_inf", 2),
-        ],
-    )
+    @pytest.mark.parametrize(("kind", "key", "scale"), [
+        (torch.optim.RMSprop, "square_avg", 4),
+        (torch.optim.Adadelta, "square_avg", 4),
+        (torch.optim.Adagrad, "sum", 4),
+        (torch.optim.Adamax, "exp_inf", 2),
+    ])  # fmt: skip
     def test_what_other_optimizers_keep_of_squares_follows(self, kind, key, scale):
         model, optimizer = self.trained(kind)
         old = optimizer.state[model.model.layers[0].self_attn.k_proj.weight][key].clone()

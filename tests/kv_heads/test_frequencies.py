@@ -199,15 +199,12 @@ def test_a_converted_model_is_converted_again():
     assert all(float((before - frequency).abs().min()) < 1e-6 for frequency in after)
 
 
-@pytest.mark.parametrize(
-    ("family", "changes", "reason"),
-    [
-        ("qwen3", {}, "pass a norm"),
-        ("gemma3_text", {"num_hidden_layers": 6, "query_pre_attn_scalar": 16}, "no rope_parameters for all layers"),
-        ("llama", {"rope_parameters": DYNAMIC}, "rope_type='dynamic'"),
-        ("phimoe", {}, "PhimoeForCausalLM does not accept rope_type='longrope' (KeyError: 'short_mscale')"),
-    ],
-)
+@pytest.mark.parametrize(("family", "changes", "reason"), [
+    ("qwen3", {}, "pass a norm"),
+    ("gemma3_text", {"num_hidden_layers": 6, "query_pre_attn_scalar": 16}, "no rope_parameters for all layers"),
+    ("llama", {"rope_parameters": DYNAMIC}, "rope_type='dynamic'"),
+    ("phimoe", {}, "PhimoeForCausalLM does not accept rope_type='longrope' (KeyError: 'short_mscale')"),
+])  # fmt: skip
 def test_others_keep_their_frequencies_and_say_why(family, changes, reason):
     small = {**HEADS, "intermediate_size": 32, "num_hidden_layers": 2}
     model = PhimoeForCausalLM(PhimoeConfig(**small)) if family == "phimoe" else families.build(family, **changes)

@@ -183,17 +183,14 @@ class TestFromAFileOfTheUsersOwn:
         bh.convert_kv_heads(model, 1, Weighted("similar", 2.0), batches(), repair=bh.RepairConfig())
         assert kv_heads_of(model) == 1
 
-    @pytest.mark.parametrize(
-        ("given", "method"),
-        [
-            ("{class_path: %s.Last}", Last()),
-            ("%s.Last", Last()),
-            ("{class_path: %s.Weighted, init_args: {power: 2, grouping: similar}}", Weighted("similar", 2.0)),
-            ("{class_path: billhook.kv_methods.SVD, init_args: {grouping: similar}}", bh.kv_methods.SVD("similar")),
-            ("{class_path: SVD}", bh.kv_methods.SVD()),
-            ("svd", bh.kv_methods.SVD()),
-        ],
-    )
+    @pytest.mark.parametrize(("given", "method"), [
+        ("{class_path: %s.Last}", Last()),
+        ("%s.Last", Last()),
+        ("{class_path: %s.Weighted, init_args: {power: 2, grouping: similar}}", Weighted("similar", 2.0)),
+        ("{class_path: billhook.kv_methods.SVD, init_args: {grouping: similar}}", bh.kv_methods.SVD("similar")),
+        ("{class_path: SVD}", bh.kv_methods.SVD()),
+        ("svd", bh.kv_methods.SVD()),
+    ])  # fmt: skip
     def test_yaml_names_it(self, given, method):
         parser = ArgumentParser()
         parser.add_subclass_arguments(bh.KVHeadConversion, "callback")
@@ -241,20 +238,17 @@ class TestPlan:
             "  model.layers.*.self_attn.v_proj.weight  16 -> 8 along dimension 0, in each of 2",
         ]
 
-    @pytest.mark.parametrize(
-        ("change", "match"),
-        [
-            ({"model": "GPT2LMHeadModel"}, "made for a different model than this LlamaForCausalLM with 4 KV heads"),
-            ({"before": 8}, "made for a different model than this LlamaForCausalLM with 4 KV heads"),
-            ({"layers": ["nowhere"]}, "layers: there is no 'nowhere'"),
-            ({"layers": None}, "layers and restart must be lists of names"),
-            ({"restart": [1]}, "layers and restart must be lists of names"),
-            ({"restart": ["model.layers.0.self_attn", 1]}, "layers and restart must be lists of names"),
-            ({"after": "2"}, "num_key_value_heads='2' must be a whole number"),
-            ({"method": "mean"}, "method is 'mean', and must be a class's name with its arguments"),
-            ({"method": {"Mean": {"grouping": "alike"}}}, "grouping='alike' must be one of consecutive, similar"),
-        ],
-    )
+    @pytest.mark.parametrize(("change", "match"), [
+        ({"model": "GPT2LMHeadModel"}, "made for a different model than this LlamaForCausalLM with 4 KV heads"),
+        ({"before": 8}, "made for a different model than this LlamaForCausalLM with 4 KV heads"),
+        ({"layers": ["nowhere"]}, "layers: there is no 'nowhere'"),
+        ({"layers": None}, "layers and restart must be lists of names"),
+        ({"restart": [1]}, "layers and restart must be lists of names"),
+        ({"restart": ["model.layers.0.self_attn", 1]}, "layers and restart must be lists of names"),
+        ({"after": "2"}, "num_key_value_heads='2' must be a whole number"),
+        ({"method": "mean"}, "method is 'mean', and must be a class's name with its arguments"),
+        ({"method": {"Mean": {"grouping": "alike"}}}, "grouping='alike' must be one of consecutive, similar"),
+    ])  # fmt: skip
     def test_what_is_no_plan_of_the_model_is_refused(self, change, match):
         model = build("llama")
         with pytest.raises(ValueError, match=match):

@@ -139,16 +139,13 @@ class Tricky(nn.Module):
         return self.o_proj(out.transpose(1, 2).flatten(2)), None
 
 
-@pytest.mark.parametrize(
-    ("trick", "expected"),
-    [
-        ("nothing", Symmetries(together(0, 4), together(0, 4), True, False)),
-        ("norm of values", Symmetries(together(0, 4), (), True, False)),
-        ("gate of values", Symmetries(together(0, 4), (), True, False)),
-        ("a factor for each head", Symmetries(together(0, 4), together(0, 4), False, False)),
-        ("gate of keys", Symmetries((), together(0, 4), True, False)),
-    ],
-)
+@pytest.mark.parametrize(("trick", "expected"), [
+    ("nothing", Symmetries(together(0, 4), together(0, 4), True, False)),
+    ("norm of values", Symmetries(together(0, 4), (), True, False)),
+    ("gate of values", Symmetries(together(0, 4), (), True, False)),
+    ("a factor for each head", Symmetries(together(0, 4), together(0, 4), False, False)),
+    ("gate of keys", Symmetries((), together(0, 4), True, False)),
+])  # fmt: skip
 def test_what_stands_in_between_is_noticed(trick, expected):
     model = llama()
     for layer in model.model.layers:

@@ -9,10 +9,11 @@ import transformers
 
 import billhook as bh
 from billhook.model.costs import costs_of
-from billhook.pruning.amount import Amount, round_units
+from billhook.pruning.amount import Amount, kernel_multiple, round_units, unit_length
 from billhook.pruning.planning import plan_from_search
 from billhook.pruning.target import RatioSearch
-from kit.families import MLPS, llama
+from billhook.units.find import find_units
+from kit.families import ATTENTIONS, MLPS, build, llama
 
 
 def by_trial(asked, first, each=1, more=True):
@@ -58,6 +59,18 @@ class TestRule:
         assert all(plan.after[name] == (width - width // 4,) for name in MLPS)
         assert plan.widths == ()
 
+    @pytest.mark.parametrize(("implementation", "width", "dtype", "multiple"), [
+        ("grouped_mm", 48, torch.float32, 4), ("grouped_mm", 48, torch.bfloat16, 8), ("grouped_mm", 50, torch.float32, 1),
+        ("eager", 48, torch.float32, 1),
+    ])  # fmt: skip
+    def test_the_kernel_of_experts_reads_whole_pieces(self, monkeypatch, implementation, width, dtype, multiple):
+        model = build("mixtral", intermediate_size=width).to(dtype)
+        monkeypatch.setattr(model, "get_correct_experts_implementation", lambda _: implementation)
+        found = find_units(model, ["head", "channel", "expert"])
+        assert [kernel_multiple(model, found[name]) for name in (f"{MLPS[0]}.experts", ATTENTIONS[0])] == [multiple, 1]
+        assert [unit_length(found[ATTENTIONS[0]], per) for per in ("head", "kv_head")] == [4, 8]
+        assert unit_length(found[f"{MLPS[0]}.experts"]) == 1
+
 
 class TestSmolLM2:
     @pytest.mark.parametrize(("ratio", "kept", "multiple"), [
@@ -101,10 +114,7 @@ class TestArguments:
         assert Amount(channels=0.2).round_to == "auto"
 
     def test_others_are_refused(self):
-        for wrong, legal in (
-            ("best", "one of auto or a whole number"),
-            (0, "a whole number of at least 1"),
-            (2.5, "one of auto"),
-        ):
+        legal_by_wrong = {"best": "one of auto or a whole number", 0: "a whole number of at least 1", 2.5: "one of auto"}
+        for wrong, legal in legal_by_wrong.items():
             with pytest.raises(ValueError, match=f"round_to={wrong!r} must be {legal}"):
                 Amount(channels=0.2, round_to=wrong)

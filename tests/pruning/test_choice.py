@@ -138,42 +138,43 @@ def test_any_tensor_is_a_score():
     assert choose(heads_of("mha"), own, 0.25) == dict.fromkeys(LAYERS, [1, 3])
     endless = scores([float("inf")] * 6 + [1.0, float("-inf")], MIXED)
     assert choose(heads_of("mha"), endless, 0.25) == {LAYERS[0]: [6, 7], LAYERS[1]: [1, 3]}
+    with pytest.raises(ValueError, match="At most 2 can be removed: ratio=0.25"):
+        choose(heads_of("mha"), endless, 0.5)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "match"),
-    [
-        ({"ratio": 1}, r"ratio=1 must be a fraction of the units in \[0, 1\)"),
-        ({"ratio": -0.1}, r"ratio=-0.1 must be"),
-        ({"ratio": float("nan")}, r"ratio=nan must be"),
-        ({"ranking": "model"}, "ranking='model' must be one of layer, global"),
-        ({"min_units": -1}, "min_units=-1 must be a whole number of at least 0"),
-        ({"min_units": 0}, "min_units=0 must be at least 1 if units are removed"),
-        ({"per": "layer"}, "per='layer' must be one of head, kv_head"),
-    ],
-)
+def test_of_blocks_with_equal_scores_the_last_go_and_the_ends_stay():
+    found = find_units(llama(num_hidden_layers=6), "block")
+    own = scores([0.0, 2.0, 1.0, 1.0, 1.0, 0.0], names=["model.layers"])
+    orders = [[5], [0, 5], [0, 4, 5], [0, 3, 4, 5], [0, 2, 3, 4, 5]]
+    assert [choose(found, own, count)["model.layers"] for count in range(1, 6)] == orders
+    assert choose(found, own, 0.5)["model.layers"] == orders[2]
+    assert [choose(found, own, count, ends=(2, 1))["model.layers"] for count in (1, 2, 3)] == [[4], [3, 4], [2, 3, 4]]
+    with pytest.raises(ValueError, match="ratio=4 would remove 4 of 6 blocks of model.layers. At most 3 .*: ratio=3"):
+        choose(found, own, 4, ends=(2, 1))
+    with pytest.raises(ValueError, match="At most 4 can be removed"):
+        choose(found, own, 5, min_units=2)
+
+
+@pytest.mark.parametrize(("arguments", "match"), [
+    ({"ratio": 1}, r"ratio=1 must be a fraction of the units in \[0, 1\)"),
+    ({"ratio": -0.1}, r"ratio=-0.1 must be"),
+    ({"ratio": float("nan")}, r"ratio=nan must be"),
+    ({"ranking": "model"}, "ranking='model' must be one of layer, global"),
+    ({"min_units": -1}, "min_units=-1 must be a whole number of at least 0"),
+    ({"min_units": 0}, "min_units=0 must be at least 1 if units are removed"),
+    ({"per": "layer"}, "per='layer' must be one of head, kv_head"),
+])  # fmt: skip
 def test_arguments_that_are_refused(arguments, match):
     with pytest.raises(ValueError, match=match):
         choose(heads_of("gqa"), scores(ASCENDING, ASCENDING), **{"ratio": 0.5} | arguments)
 
 
-@pytest.mark.parametrize(
-    ("own", "per", "match"),
-    [
-        (
-            scores(ASCENDING, ASCENDING[1:]),
-            "head",
-            r"model.layers.1.self_attn needs one score for each of its 8 heads \(per='head'\)",
-        ),
-        (scores(ASCENDING, names=LAYERS[:1]), "head", "model.layers.1.self_attn needs one score for each of its 8 heads"),
-        (
-            scores(ASCENDING, ASCENDING),
-            "kv_head",
-            r"model.layers.0.self_attn needs one score for each of its 4 heads \(per='kv_head'\)",
-        ),
-        (scores(ASCENDING, [float("nan"), *ASCENDING[1:]]), "head", "model.layers.1.self_attn has a score that is NaN"),
-    ],
-)
+@pytest.mark.parametrize(("own", "per", "match"), [
+    (scores(ASCENDING, ASCENDING[1:]), "head", r"layers.1.self_attn needs one score for each of its 8 heads \(per='head'\)"),
+    (scores(ASCENDING, names=LAYERS[:1]), "head", "model.layers.1.self_attn needs one score for each of its 8 heads"),
+    (scores(ASCENDING, ASCENDING), "kv_head", r"layers.0.self_attn needs one score for each of its 4 heads \(per='kv_head'\)"),
+    (scores(ASCENDING, [float("nan"), *ASCENDING[1:]]), "head", "model.layers.1.self_attn has a score that is NaN"),
+])  # fmt: skip
 def test_scores_that_are_refused(own, per, match):
     with pytest.raises(ValueError, match=match):
         choose(heads_of("gqa"), own, 0.5, per=per)

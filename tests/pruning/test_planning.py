@@ -4,6 +4,7 @@ import json
 import math
 import re
 from dataclasses import asdict
+from unittest import mock
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from billhook.model.costs import costs_of
 from billhook.model.shape import shape_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.planning import plan_from_search
-from billhook.pruning.target import Baseline, RatioSearch
+from billhook.pruning.target import Baseline, RatioSearch, first_within
 from billhook.units.find import find_units, of_kind
 from kit.families import ATTENTIONS, MLPS, build, llama, t5, tokens
 from kit.removal import make
@@ -222,6 +223,16 @@ class TestTargets:
             bh.plan(llama(), RandomUnits(), params=now)
         with pytest.raises(ValueError, match="kv_cache_bytes=0.5 cannot be measured for BertForMaskedLM"):
             bh.plan(bert(), RandomUnits(), amount=bh.Amount(kv_cache_bytes=0.5))
+
+
+def test_the_first_cost_within_a_limit_is_found_in_few_steps():
+    curved = (1 + 1000 * torch.rand(1000) ** 9).cumsum(0).flip(0).tolist()
+    for costs, most in ((list(range(7000, 0, -7)), 5), (curved, 26)):
+        for expected in range(0, 1000, 9):
+            cost = mock.Mock(side_effect=costs.__getitem__)
+            assert first_within(1000, cost, costs[expected]) == expected
+            assert cost.call_count <= most
+        assert first_within(1000, costs.__getitem__, costs[-1] - 0.1) is None
 
 
 class TestRefused:

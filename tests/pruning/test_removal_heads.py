@@ -471,24 +471,21 @@ class TestRoundTrip:
             assert before.kv_cache_bytes - said.kv_cache_bytes == lost
 
 
-@pytest.mark.parametrize(
-    ("name", "amounts", "fields"),
-    [
-        (
-            "MoonshineForConditionalGeneration",
-            {"heads": 0.34},
-            {"encoder_num_attention_heads": 4, "head_dim": 8},
-        ),
-        ("DeepseekV3ForCausalLM", {"heads": 0.34}, {"num_attention_heads": 4, "num_key_value_heads": 4}),
-        (
-            "BailingHybridForCausalLM",
-            {"heads": 0.34},
-            {"num_attention_heads": 4, "num_key_value_heads": 4},
-        ),
-        ("Gemma4UnifiedForCausalLM", {"heads": 0.34}, {"num_attention_heads": 4}),  # its head size differs by layer
-        ("ViTForImageClassification", {"heads": 0.34, "residual": 0.25}, {"num_attention_heads": 4, "hidden_size": 36}),
-    ],
-)
+@pytest.mark.parametrize(("name", "amounts", "fields"), [
+    (
+        "MoonshineForConditionalGeneration",
+        {"heads": 0.34},
+        {"encoder_num_attention_heads": 4, "head_dim": 8},
+    ),
+    ("DeepseekV3ForCausalLM", {"heads": 0.34}, {"num_attention_heads": 4, "num_key_value_heads": 4}),
+    (
+        "BailingHybridForCausalLM",
+        {"heads": 0.34},
+        {"num_attention_heads": 4, "num_key_value_heads": 4},
+    ),
+    ("Gemma4UnifiedForCausalLM", {"heads": 0.34}, {"num_attention_heads": 4}),  # its head size differs by layer
+    ("ViTForImageClassification", {"heads": 0.34, "residual": 0.25}, {"num_attention_heads": 4, "hidden_size": 36}),
+])  # fmt: skip
 def test_the_config_says_the_new_head_counts(name, amounts, fields, tmp_path):
     """Also if the class refuses them with the old hidden size, or a count of KV heads that no tensor shows."""
     model = other(name)

@@ -105,13 +105,10 @@ def test_of_convolutions_in_groups_and_of_gated_ones_the_squeeze_alone_has_chann
     assert all(reader.endswith(reads) for one in units.values() for reader in one.readers)
 
 
-@pytest.mark.parametrize(
-    ("name", "kind", "message"),
-    [
-        ("dinov2", "residual", "mask_token, which the run never used"),
-        ("detr", "residual", "its numbers are used as values"),
-    ],
-)
+@pytest.mark.parametrize(("name", "kind", "message"), [
+    ("dinov2", "residual", "mask_token, which the run never used"),
+    ("detr", "residual", "its numbers are used as values"),
+])  # fmt: skip
 def test_what_stays_is_refused_before_anything_changes(name, kind, message):
     model = made(name)
     before = looked(model)
@@ -121,17 +118,14 @@ def test_what_stays_is_refused_before_anything_changes(name, kind, message):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(
-    ("name", "kind", "message"),
-    [
-        *(
-            (name, "residual", "hidden dimensions cannot be removed from .*: its forward pass")
-            for name in ("Pvt", "Segformer", "FocalNet", "Hiera", "Siglip")
-        ),
-        ("CLIPModel", "residual", "the model's output has it, so that whatever reads the output must follow"),
-        ("ConvNextV2", "channel", "a norm spans all of them, so its output would change"),
-    ],
-)
+@pytest.mark.parametrize(("name", "kind", "message"), [
+    *(
+        (name, "residual", "hidden dimensions cannot be removed from .*: its forward pass")
+        for name in ("Pvt", "Segformer", "FocalNet", "Hiera", "Siglip")
+    ),
+    ("CLIPModel", "residual", "the model's output has it, so that whatever reads the output must follow"),
+    ("ConvNextV2", "channel", "a norm spans all of them, so its output would change"),
+])  # fmt: skip
 def test_what_the_page_says_of_other_families(name, kind, message):
     model = other(name if name.endswith("Model") else f"{name}ForImageClassification")
     before = {own: tensor.clone() for own, tensor in model.state_dict().items()}

@@ -220,6 +220,7 @@ def test_one_batch_is_too_few():
     dense = build("llama")
     with pytest.raises(ValueError, match="batches: repair needs at least two batches"):
         bh.repair(dense, cut(dense), batches_for(dense, 1), bh.RepairConfig(match=FEW))
+    assert bh.repair(dense, cut(dense), batches_for(dense, 2), bh.RepairConfig(match=BlockMatching(steps=1)))
 
 
 def test_some_of_each_source_is_held_out():

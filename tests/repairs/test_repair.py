@@ -309,15 +309,12 @@ def slowly(model, masks, batches, repair, others=None):
     return result
 
 
-@pytest.mark.parametrize(
-    ("family", "compensate", "gap"),
-    [
-        ("llama", True, False),
-        ("llama", True, True),
-        ("gpt2", True, False),
-        *((one, False, False) for one in BUILD if one != "albert"),
-    ],
-)
+@pytest.mark.parametrize(("family", "compensate", "gap"), [
+    ("llama", True, False),
+    ("llama", True, True),
+    ("gpt2", True, False),
+    *((one, False, False) for one in BUILD if one != "albert"),
+])  # fmt: skip
 def test_linear_after_linear_on_what_the_repaired_ones_before_give(family, compensate, gap):
     model, masks, batches = case(family)
     if gap:  # the attention of the second layer stands between two that change, and follows

@@ -26,16 +26,13 @@ def repair(model, *sources):
 ADVICE = [("WARNING", calibration.SINGLE_SOURCE)]
 
 
-@pytest.mark.parametrize(
-    ("sources", "expected"),
-    [
-        (["text", "text"], ADVICE),
-        (["", ""], ADVICE),
-        (["generated", "generated"], []),
-        (["text", "generated"], []),
-        (["text", "other"], []),
-    ],
-)
+@pytest.mark.parametrize(("sources", "expected"), [
+    (["text", "text"], ADVICE),
+    (["", ""], ADVICE),
+    (["generated", "generated"], []),
+    (["text", "generated"], []),
+    (["text", "other"], []),
+])  # fmt: skip
 def test_by_the_sources(sources, expected, told):
     assert repair(llama(), *sources)
     assert told() == expected

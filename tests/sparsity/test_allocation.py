@@ -95,23 +95,20 @@ def test_every_allocation_gives_each_linear_a_legal_sparsity(kind, sparsity):
             allocation.allocate(BLOCKS, wrong, measured)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Uniform().allocate(BLOCKS, 1.0), "sparsity=1.0 must be"),
-        (lambda: ByPattern({}), "sparsities={} must have at least one pattern"),
-        (lambda: ByPattern({"*": 1.5}), r"sparsities\['\*'\]: sparsity=1.5 must be"),
-        (
-            lambda: ByPattern({"*.up": 0.5, "*.gate": 0.5}).allocate(BLOCKS, 0.5),
-            r"'\*.gate'\] matches none of the 6 linear layers",
-        ),
-        (lambda: ByPattern({"*": 0.5}).allocate(BLOCKS, -1), "sparsity=-1 must be"),
-        (lambda: OWL(lam=0.6), r"lam=0.6 must be in \[0, 0.5\]"),
-        (lambda: OWL(multiple=0), "multiple=0 must be a number above 0"),
-        (lambda: OWL().allocate(BLOCKS, 0.5), "measured must have a value for each of the 3 blocks, got 0"),
-        (lambda: OWL().allocate(BLOCKS, 2, [1, 2, 3]), "sparsity=2 must be"),
-    ],
-)
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: Uniform().allocate(BLOCKS, 1.0), "sparsity=1.0 must be"),
+    (lambda: ByPattern({}), "sparsities={} must have at least one pattern"),
+    (lambda: ByPattern({"*": 1.5}), r"sparsities\['\*'\]: sparsity=1.5 must be"),
+    (
+        lambda: ByPattern({"*.up": 0.5, "*.gate": 0.5}).allocate(BLOCKS, 0.5),
+        r"'\*.gate'\] matches none of the 6 linear layers",
+    ),
+    (lambda: ByPattern({"*": 0.5}).allocate(BLOCKS, -1), "sparsity=-1 must be"),
+    (lambda: OWL(lam=0.6), r"lam=0.6 must be in \[0, 0.5\]"),
+    (lambda: OWL(multiple=0), "multiple=0 must be a number above 0"),
+    (lambda: OWL().allocate(BLOCKS, 0.5), "measured must have a value for each of the 3 blocks, got 0"),
+    (lambda: OWL().allocate(BLOCKS, 2, [1, 2, 3]), "sparsity=2 must be"),
+])  # fmt: skip
 def test_what_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

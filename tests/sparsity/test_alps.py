@@ -104,16 +104,13 @@ def test_what_is_kept_is_solved_for():
         np.testing.assert_allclose(pruned[row, kept].numpy(), exact, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: bh.criteria.ALPS(compares="global"), r"compares='global' must be one of .*row.*layer"),
-        (lambda: bh.criteria.ALPS(damping=0), r"damping=0 must be a number above 0"),
-        (lambda: bh.criteria.ALPS(penalty=-1), r"penalty=-1 must be a number above 0"),
-        (lambda: bh.criteria.ALPS(steps=0), r"steps=0 must be a whole number of at least 1"),
-        (lambda: bh.criteria.ALPS(refits=-1), r"refits=-1 must be a whole number of at least 0"),
-    ],
-)
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: bh.criteria.ALPS(compares="global"), r"compares='global' must be one of .*row.*layer"),
+    (lambda: bh.criteria.ALPS(damping=0), r"damping=0 must be a number above 0"),
+    (lambda: bh.criteria.ALPS(penalty=-1), r"penalty=-1 must be a number above 0"),
+    (lambda: bh.criteria.ALPS(steps=0), r"steps=0 must be a whole number of at least 1"),
+    (lambda: bh.criteria.ALPS(refits=-1), r"refits=-1 must be a whole number of at least 0"),
+])  # fmt: skip
 def test_bad_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

@@ -252,21 +252,18 @@ def test_bad_amounts_are_refused(criterion):
             criterion.prune(weight, statistics, sparsity, pattern)
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: Wanda(compares="column"), "compares='column' must be one of"),
-        (lambda: Random(compares=0), "compares=0 must be"),
-        (lambda: RIA(exponent=-1), "exponent=-1 must be"),
-        (lambda: RIA(compares="matrix"), "compares='matrix' must be"),
-        (lambda: SparseGPT(damping=0), r"damping=0 must be in .0, 1."),
-        (lambda: SparseGPT(damping=2.0), "damping=2.0 must be"),
-        (lambda: SparseGPT(block_size=0), "block_size=0 must be"),
-        (lambda: SparseGPT(block_size=1.5), "block_size=1.5 must be"),
-        (lambda: SparseGPT(block_size=6).prune(torch.ones(2, 8), None, pattern="2:4"), "block_size=6 must be a multiple of 4"),
-        (lambda: SparseGPT().prune(torch.ones(2, 8), InputNorms(8), 0.5), "SparseGPT needs InputGram .* got InputNorms"),
-    ],
-)
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: Wanda(compares="column"), "compares='column' must be one of"),
+    (lambda: Random(compares=0), "compares=0 must be"),
+    (lambda: RIA(exponent=-1), "exponent=-1 must be"),
+    (lambda: RIA(compares="matrix"), "compares='matrix' must be"),
+    (lambda: SparseGPT(damping=0), r"damping=0 must be in .0, 1."),
+    (lambda: SparseGPT(damping=2.0), "damping=2.0 must be"),
+    (lambda: SparseGPT(block_size=0), "block_size=0 must be"),
+    (lambda: SparseGPT(block_size=1.5), "block_size=1.5 must be"),
+    (lambda: SparseGPT(block_size=6).prune(torch.ones(2, 8), None, pattern="2:4"), "block_size=6 must be a multiple of 4"),
+    (lambda: SparseGPT().prune(torch.ones(2, 8), InputNorms(8), 0.5), "SparseGPT needs InputGram .* got InputNorms"),
+])  # fmt: skip
 def test_bad_settings_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

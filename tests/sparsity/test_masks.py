@@ -176,25 +176,22 @@ def test_amounts():
     assert amounts == [0, 0.5, 0.75, 1 / 3]
 
 
-@pytest.mark.parametrize(
-    ("make", "message"),
-    [
-        (lambda: parse_pattern("4:2"), "pattern='4:2' must be 'unstructured' or 'N:M' with 1 <= N < M"),
-        (lambda: parse_pattern("4:4"), "pattern='4:4' must be"),
-        (lambda: parse_pattern("structured"), "pattern='structured' must be"),
-        (lambda: check_amount(None), "sparsity=None requires an N:M pattern. Pass a fraction"),
-        (lambda: check_amount(1.0), r"sparsity=1.0 must be a fraction of the weights in \[0, 1\)"),
-        (lambda: check_amount(float("nan")), "sparsity=nan must be"),
-        (lambda: check_amount(True), "sparsity=True must be"),
-        (lambda: check_amount(0.6, "2:4"), "sparsity=0.6 contradicts pattern='2:4', a sparsity of 0.5"),
-        (lambda: keep_n_of_m(torch.ones(2, 10), 2, 4), "pattern='2:4' needs a multiple of 4 input features, got 10"),
-        (lambda: check_width(10, "2"), "pattern='2' must be"),
-        (lambda: keep_rows(torch.tensor([[1.0, 2.0], [torch.nan, 1.0]]), 0.5), "a score is NaN .the first in row 1."),
-        (lambda: keep_layer(torch.tensor([1.0, torch.nan]), 0.5), "a score is NaN"),
-        (lambda: keep_global([torch.ones(2), torch.full((1, 2), torch.nan)], 0.5), "a score is NaN"),
-        (lambda: keep_n_of_m(torch.full((1, 4), torch.nan), 2, 4), "a score is NaN"),
-    ],
-)
+@pytest.mark.parametrize(("make", "message"), [
+    (lambda: parse_pattern("4:2"), "pattern='4:2' must be 'unstructured' or 'N:M' with 1 <= N < M"),
+    (lambda: parse_pattern("4:4"), "pattern='4:4' must be"),
+    (lambda: parse_pattern("structured"), "pattern='structured' must be"),
+    (lambda: check_amount(None), "sparsity=None requires an N:M pattern. Pass a fraction"),
+    (lambda: check_amount(1.0), r"sparsity=1.0 must be a fraction of the weights in \[0, 1\)"),
+    (lambda: check_amount(float("nan")), "sparsity=nan must be"),
+    (lambda: check_amount(True), "sparsity=True must be"),
+    (lambda: check_amount(0.6, "2:4"), "sparsity=0.6 contradicts pattern='2:4', a sparsity of 0.5"),
+    (lambda: keep_n_of_m(torch.ones(2, 10), 2, 4), "pattern='2:4' needs a multiple of 4 input features, got 10"),
+    (lambda: check_width(10, "2"), "pattern='2' must be"),
+    (lambda: keep_rows(torch.tensor([[1.0, 2.0], [torch.nan, 1.0]]), 0.5), "a score is NaN .the first in row 1."),
+    (lambda: keep_layer(torch.tensor([1.0, torch.nan]), 0.5), "a score is NaN"),
+    (lambda: keep_global([torch.ones(2), torch.full((1, 2), torch.nan)], 0.5), "a score is NaN"),
+    (lambda: keep_n_of_m(torch.full((1, 4), torch.nan), 2, 4), "a score is NaN"),
+])  # fmt: skip
 def test_what_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()

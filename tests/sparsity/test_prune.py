@@ -11,9 +11,12 @@ from transformers.pytorch_utils import Conv1D
 
 import billhook as bh
 from billhook.calibration import calibration
+from billhook.engine.batches import runs_of
+from billhook.engine.comm import SINGLE_PROCESS
 from billhook.engine.statistics import InputGram, InputNorms
 from billhook.model.layers import prunable, weight_of
 from billhook.model.plan import apply
+from billhook.sparsity.checks import expected_tokens, too_few_tokens
 from billhook.sparsity.criteria import WandaAlpha
 from billhook.sparsity.visitor import WalkSettings
 from kit import prunes
@@ -239,15 +242,29 @@ def test_fewer_tokens_than_inputs_are_told_before_the_work_for_what_solves_for_w
     assert (after in caplog.text) is solves
 
 
-@pytest.mark.parametrize(
-    ("name", "sequential", "often"),
-    [
-        ("albert", "block", ("query", "key", "value", "dense", "ffn", "ffn_output")),
-        ("albert", "layer", ("query", "key", "value", "dense", "ffn", "ffn_output")),
-        ("prophetnet", "layer", ("relative_pos_embeddings", "self_attn.out_proj")),
-        ("prophetnet", "block", ()),
-    ],
-)
+def test_the_layer_that_lacks_most_tokens_is_named():
+    counts = {"first": (90, 100), "second": (40, 60), "third": (60, 60)}
+    said = "2 linear layers have fewer calibration tokens than inputs, such as second (40 for 60), "
+    assert too_few_tokens(bh.SparseGPT(), counts).startswith(said)
+    assert too_few_tokens(bh.Wanda(), counts) == too_few_tokens(bh.SparseGPT(), {"third": (60, 60)}) == ""
+
+
+def test_tokens_are_counted_before_any_run():
+    model, mask = llama(), torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])
+    texts = [{"input_ids": tokens(2, 4), "attention_mask": mask}, {"input_ids": tokens(1, 5)}]
+    layers = {"linear": nn.Linear(6, 2), "convolution": nn.Conv2d(6, 2, 3)}
+    for batches, known in ((texts, True), ([*texts, texts[0] | {"decoder_input_ids": tokens()}], False)):
+        runs = runs_of(model, batches)
+        assert expected_tokens(bh.SparseGPT(), layers, runs, SINGLE_PROCESS) == ({"linear": (9, 6)} if known else {})
+        assert expected_tokens(bh.Wanda(), layers, runs, SINGLE_PROCESS) == {}
+
+
+@pytest.mark.parametrize(("name", "sequential", "often"), [
+    ("albert", "block", ("query", "key", "value", "dense", "ffn", "ffn_output")),
+    ("albert", "layer", ("query", "key", "value", "dense", "ffn", "ffn_output")),
+    ("prophetnet", "layer", ("relative_pos_embeddings", "self_attn.out_proj")),
+    ("prophetnet", "block", ()),
+])  # fmt: skip
 def test_every_call_of_a_linear_counts(name, sequential, often):
     """Those that are called again after they would have been pruned come first, in the dense model."""
     model = family(name)
@@ -397,18 +414,15 @@ def test_weights_of_all_linears_compete(name, criterion):
     assert len(shares) > 1, "each gives another share"
 
 
-@pytest.mark.parametrize(
-    ("criterion", "settings", "match"),
-    [
-        (bh.Wanda(compares="global"), {"sparsity": 0.5}, "sequential='block' must be 'none' with criterion="),
-        (bh.Magnitude(compares="global"), {"pattern": "2:4"}, "compares all layers and does not support pattern='2:4'"),
-        (
-            bh.Magnitude(compares="global"),
-            {"sparsity": 0.5, "allocation": bh.criteria.OWL()},
-            "allocation=OWL.* cannot be combined with criterion=Magnitude.*, which determines each layer's sparsity",
-        ),
-    ],
-)
+@pytest.mark.parametrize(("criterion", "settings", "match"), [
+    (bh.Wanda(compares="global"), {"sparsity": 0.5}, "sequential='block' must be 'none' with criterion="),
+    (bh.Magnitude(compares="global"), {"pattern": "2:4"}, "compares all layers and does not support pattern='2:4'"),
+    (
+        bh.Magnitude(compares="global"),
+        {"sparsity": 0.5, "allocation": bh.criteria.OWL()},
+        "allocation=OWL.* cannot be combined with criterion=Magnitude.*, which determines each layer's sparsity",
+    ),
+])  # fmt: skip
 def test_competing_with_all_and_something_else(criterion, settings, match):
     with pytest.raises(ValueError, match=match):
         prunes.prune(llama(), criterion, [{"input_ids": tokens()}], **settings)

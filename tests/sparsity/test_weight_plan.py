@@ -79,26 +79,23 @@ class TestRefused:
     def plain(self):
         return bh.prune(nn.Sequential(nn.Linear(8, 8)), bh.Magnitude(), sparsity=0.5, dry_run=True).to_json()
 
-    @pytest.mark.parametrize(
-        ("change", "match"),
-        [
-            ({"kind": "zeros"}, "its kind is 'zeros', and must be one of .*weights"),
-            ({"pruned": {"0": {"shape": [8, 8], "bits": "AA=="}}}, "1 bytes of bits for 64 weights"),
-            ({"pruned": {"0": {"shape": [8, 8], "bits": "?"}}}, "was not written by WeightPlan.to_json"),
-            ({"pruned": {"0": {"shape": [8, 8]}}}, "KeyError: 'bits'"),
-            ({"pruned": [3]}, "was not written by WeightPlan.to_json"),
-            ({"uncalled": 7}, "was not written by WeightPlan.to_json"),
-            (
-                {"pruned": {"0": {"shape": [2, 2], "bits": "8A==", "values": "AAAA", "dtype": "float16"}}},
-                "was not written by WeightPlan",
-            ),
-            (
-                {"pruned": {"0": {"shape": [2, 2], "bits": "8A==", "values": "AAA=", "dtype": "float16"}}},
-                "1 values for 4 kept weights",
-            ),
-            ({"pruned": {"0": {"shape": [2, 2], "bits": "8A==", "values": "AAA=", "dtype": "int8"}}}, "KeyError: 'int8'"),
-        ],
-    )
+    @pytest.mark.parametrize(("change", "match"), [
+        ({"kind": "zeros"}, "its kind is 'zeros', and must be one of .*weights"),
+        ({"pruned": {"0": {"shape": [8, 8], "bits": "AA=="}}}, "1 bytes of bits for 64 weights"),
+        ({"pruned": {"0": {"shape": [8, 8], "bits": "?"}}}, "was not written by WeightPlan.to_json"),
+        ({"pruned": {"0": {"shape": [8, 8]}}}, "KeyError: 'bits'"),
+        ({"pruned": [3]}, "was not written by WeightPlan.to_json"),
+        ({"uncalled": 7}, "was not written by WeightPlan.to_json"),
+        (
+            {"pruned": {"0": {"shape": [2, 2], "bits": "8A==", "values": "AAAA", "dtype": "float16"}}},
+            "was not written by WeightPlan",
+        ),
+        (
+            {"pruned": {"0": {"shape": [2, 2], "bits": "8A==", "values": "AAA=", "dtype": "float16"}}},
+            "1 values for 4 kept weights",
+        ),
+        ({"pruned": {"0": {"shape": [2, 2], "bits": "8A==", "values": "AAA=", "dtype": "int8"}}}, "KeyError: 'int8'"),
+    ])  # fmt: skip
     def test_what_is_no_plan(self, plain, change, match):
         with pytest.raises(ValueError, match=match):
             ModelPlan.from_json(plain | change, nn.Sequential(nn.Linear(8, 8)))

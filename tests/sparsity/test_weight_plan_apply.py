@@ -34,15 +34,12 @@ def test_some_rows_at_a_time_make_the_same(shape, dtype, values):
 
 
 @pytest.mark.parametrize("at", [2, 12, 30, 45])
-@pytest.mark.parametrize(
-    ("criterion", "amount"),
-    [
-        (bh.Magnitude(), {"sparsity": 0.5}),
-        (bh.Magnitude(compares="global"), {"sparsity": 0.7}),
-        (bh.Wanda(), {"sparsity": 0.5}),
-        (bh.Wanda(), {"pattern": "2:4"}),
-    ],
-)
+@pytest.mark.parametrize(("criterion", "amount"), [
+    (bh.Magnitude(), {"sparsity": 0.5}),
+    (bh.Magnitude(compares="global"), {"sparsity": 0.7}),
+    (bh.Wanda(), {"sparsity": 0.5}),
+    (bh.Wanda(), {"pattern": "2:4"}),
+])  # fmt: skip
 def test_the_same_call_again_finishes_what_an_interrupt_left(monkeypatch, criterion, amount, at):
     model, batches, calls = llama(), [{"input_ids": tokens()}], []
     straight = copy.deepcopy(model)

@@ -85,7 +85,7 @@ class FileStore(BlockStore):
         for module, block in self.owner.items():
             if module is block:
                 vars(block)["forward"] = InferenceForward(self, block, block.forward)
-            elif next(module.parameters(recurse=False), None) is not None:  # a module may be called without its block
+            elif module._parameters:  # a module may be called without its block
                 module.register_forward_pre_hook(LoadHook(self.load, block))
 
     def _keys(self) -> dict[str, list[str]]:

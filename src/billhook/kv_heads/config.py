@@ -74,13 +74,13 @@ def _changed(model: PreTrainedModel, heads: int, encoder: bool) -> Iterator[Fiel
     """Yields changed fields for each way in which families state the number of KV heads."""
     ways: list[Fields] = [{name: heads} for name in FIELDS]
     if heads == 1:
-        ways += [{FLAG: True, FIELD: 1}, {FLAG: True}]
+        ways.append({FLAG: True, FIELD: 1})
     config = model.config
     parts = [config.get_text_config(decoder=True), *([config.get_text_config(encoder=True)] if encoder else [])]
     for way in ways:
         fields: Fields = {}
         for prefix, nested in nested_configs(config):
-            stated = all(type(field(nested, name)) is type(value) for name, value in way.items())
+            stated = any(type(field(nested, name)) is type(value) for name, value in way.items())
             if stated and any(nested is part for part in parts):
                 fields |= {f"{prefix}{name}": value for name, value in way.items()}
         # some configs have one number for both

@@ -91,13 +91,14 @@ def find_rotation(model: nn.Module, projections: Mapping[str, Projections], symm
     lists = [name for name, value in stated.items() if isinstance(value, list)]
     if stated["rope_type"] not in EXACT or (lists and stated.get("short_factor") != stated.get("long_factor")):
         raise ValueError(f"rope_type='{stated['rope_type']}' ({', '.join(stated)}) permits no other frequencies")
-    pairs = [mixing for mixing in symmetries[0] if mixing.imaginary]
-    if len(set(symmetries)) > 1 or not pairs:
+    symmetry, *different = set(symmetries)
+    pairs = [mixing for mixing in symmetry if mixing.imaginary]
+    if different or not pairs:
         raise ValueError("its keys pass a norm, or do not rotate equally in all layers")
     frequencies = [frequency if frequency > STILL else 0.0 for frequency in modules[0].get_buffer("inv_freq").tolist()]
     if len(pairs) != len(frequencies):
         raise ValueError(f"it has {len(frequencies)} frequencies, but {len(pairs)} pairs of dimensions rotate")
-    rest = tuple(position for mixing in symmetries[0] if not mixing.imaginary for position in mixing.real)
+    rest = tuple(position for mixing in symmetry if not mixing.imaginary for position in mixing.real)
     positions = tuple((pair.real[0], pair.imaginary[0]) for pair in pairs)
     scaling: Any = modules[0].attention_scaling
     rotation = Rotation(tuple(frequencies), float(scaling), positions, rest)

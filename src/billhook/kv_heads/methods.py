@@ -250,7 +250,7 @@ class Aligned(Averaging):
         """Returns the rotations; the consumers of the heads do not matter."""
         count, width = moments.shape[:2]
         turns = torch.eye(width, dtype=moments.dtype, device=moments.device).repeat(count, 1, 1)
-        for _ in range(ROUNDS if count > 1 else 0):
+        for _ in range(ROUNDS):
             before = turns.clone()
             for head in range(count):
                 others = [i for i in range(count) if i != head]

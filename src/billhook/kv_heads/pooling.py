@@ -24,10 +24,11 @@ def mean(heads: Sequence[Tensor]) -> Tensor:
     >>> mean([torch.tensor([0.0, 1.0]), torch.tensor([2.0, 5.0])])
     tensor([1., 3.])
     """
-    total = heads[0].to(torch.promote_types(heads[0].dtype, torch.float32), copy=True)
-    for head in heads[1:]:
+    start, *others = heads
+    total = start.to(torch.promote_types(start.dtype, torch.float32), copy=True)
+    for head in others:
         total += head
-    return (total / len(heads)).to(heads[0].dtype)
+    return (total / len(heads)).to(start.dtype)
 
 
 def first(heads: Sequence[Tensor]) -> Tensor:

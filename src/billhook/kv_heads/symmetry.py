@@ -34,7 +34,7 @@ FEW = 7
 TOLERANCE = 1e-6
 """Largest relative difference of equal outputs: some code computes in float32."""
 
-SHARES = (*(n / 8 for n in range(1, 9)), *(n / 10 for n in range(1, 10)))
+SHARES = {n / parts for parts in (8, 10) for n in range(1, parts + 1)}
 """Known fractions of a head that rotary embeddings rotate."""
 
 

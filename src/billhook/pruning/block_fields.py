@@ -84,7 +84,7 @@ class _Finder:
         for name, value in self.fields.items():
             if type(value) is int:
                 options += [(name, after) for before, after in counts if before == value]
-            elif isinstance(value, list | tuple) and 0 <= max(stages, default=-1) < len(value):  # the depths of stages
+            elif stages and isinstance(value, list | tuple) and max(stages) < len(value):  # the depths of stages
                 depths = [left[stages[stage]] if stage in stages else depth for stage, depth in enumerate(value)]
                 same = all(value[stage] == self.stacks[stack] for stage, stack in stages.items())
                 options += [(name, type(value)(depths))] if same else []

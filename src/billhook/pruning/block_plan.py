@@ -317,7 +317,7 @@ def writers_behind(writers: Mapping[int, Sequence[str]], removed: Sequence[int])
 def zero_weights(model: nn.Module, linears: Iterable[str]) -> LazyTensors:
     """Returns zero parameters for linear layers, created when they are read."""
     names = list(linears)
-    values = by_parameter({name: dict(model.get_submodule(name).named_parameters(recurse=False)) for name in names})
+    values = by_parameter({name: dict(model.get_submodule(name).named_parameters()) for name in names})
     return LazyTensors({name: partial(_zeros, value) for name, value in values.items()}, f"zeros of {names}")
 
 

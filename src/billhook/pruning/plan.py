@@ -147,7 +147,7 @@ class UnitPlan(Cut, ShapePlan):
             now, then = self.costs
             flops, cache = f"FLOPs per {'token' if now.context else 'image'}", f"KV-cache bytes per token in {now.dtype}"
             for label, name in {flops: "flops", cache: "kv_cache_bytes", "bytes": "bytes"}.items():
-                if getattr(now, name) and getattr(then, name):
+                if getattr(then, name):
                     costs.append((label, getattr(now, name), getattr(then, name)))
         lines = [f"{before:,} -> {after:,} {label} ({1 - after / before:.1%} fewer)" for label, before, after in costs]
         kv_heads = set()

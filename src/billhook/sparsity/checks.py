@@ -137,11 +137,11 @@ def expected_tokens(
     """
     if not solves_for_weights(criterion):
         return {}
-    total = unknown = 0
+    total, unknown = 0, False
     for run in runs:
         ids = run.batch.get("input_ids") if isinstance(run.batch, Mapping) else None
         if not isinstance(ids, Tensor) or "decoder_input_ids" in run.batch or "decoder_attention_mask" in run.batch:
-            unknown += 1
+            unknown = True
             continue
         mask = run.tokens.get("attention_mask")
         total += ids.numel() if mask is None else int(mask.sum())

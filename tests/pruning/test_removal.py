@@ -30,7 +30,7 @@ STAYS = {  # what cannot lose hidden dimensions, and why
     "bart": UNUSED, "pegasus": UNUSED, "marian": UNUSED, "whisper": UNUSED,  # decoders, with an attention to no encoder
     "dinov2": UNUSED,  # a mask token
 }  # fmt: skip
-EXPERTS_STAY = {"deepseek_v3": "copies are ranked by their place", "dbrx": "its numbers are used as values by eq"}
+EXPERTS_STAY = {"dbrx": "its numbers are used as values by eq"}
 
 
 def a_third(count, number):

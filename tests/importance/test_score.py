@@ -11,6 +11,7 @@ import transformers
 
 import billhook as bh
 from billhook.importance.baselines import RandomUnits
+from billhook.importance.experts import RoutingImportance
 from billhook.importance.score import Importance, make_run, score
 from billhook.units.find import find_units
 from billhook.units.units import UnitKind
@@ -28,7 +29,7 @@ def subclasses(kind):
 
 OURS = [kind for kind in subclasses(Importance) if kind.__module__.startswith("billhook.") and not kind.__abstractmethods__]
 EVERY = [  # of heads, with its defaults and as it is used otherwise
-    *(kind() for kind in OURS if not issubclass(kind, bh.importance.BlockInfluence | bh.importance.RoutingImportance)),
+    *(kind() for kind in OURS if not issubclass(kind, bh.importance.BlockInfluence | RoutingImportance)),
     *(bh.Taylor("unit"), bh.Taylor("mixed"), bh.importance.WeightNorm(1)),
 ]
 
@@ -294,7 +295,7 @@ def test_it_scores_each_unit_or_says_which_importance_does(importance, kind):
         found = bh.score(model, units, importance, [{"input_ids": tokens()}])
     except ValueError as error:
         assert str(error).startswith(("importance=", "importance: "))  # noqa: PT017 - either is right
-        of_one_kind = bh.importance.BlockInfluence | bh.importance.RoutingImportance
+        of_one_kind = bh.importance.BlockInfluence | RoutingImportance
         assert isinstance(importance, of_one_kind) or not all(one.readers for one in units.values())
     else:
         assert {name: len(own) for name, own in found.items()} == {name: one.count() for name, one in units.items()}

@@ -4,7 +4,7 @@ from billhook.importance.ablation import Ablation, ablate_heads
 from billhook.importance.activations import ActivationNorm, OutputNorm
 from billhook.importance.baselines import WeightNorm
 from billhook.importance.blocks import BlockInfluence
-from billhook.importance.experts import REAP, GateMass, RoutingFrequency, RoutingImportance
+from billhook.importance.experts import REAP, GateMass, RoutingFrequency
 from billhook.importance.gate_gradient import GateGradient
 from billhook.importance.obs import OBS
 from billhook.importance.score import Importance, Sums
@@ -12,5 +12,5 @@ from billhook.importance.taylor import Taylor
 
 __all__ = [
     "OBS", "REAP", "Ablation", "ActivationNorm", "BlockInfluence", "GateGradient", "GateMass", "Importance", "OutputNorm",
-    "RoutingFrequency", "RoutingImportance", "Sums", "Taylor", "WeightNorm", "ablate_heads",
+    "RoutingFrequency", "Sums", "Taylor", "WeightNorm", "ablate_heads",
 ]  # fmt: skip

@@ -21,8 +21,9 @@ from billhook.units import PLURAL, Per, Units
 
 @dataclass(frozen=True)
 class RoutingImportance(Importance):
-    """Scores experts from the tokens that they receive, in a forward pass for each batch. Override `ratio`.
+    """Scores experts from the tokens that they receive. Override `ratio`.
 
+    It costs a forward pass for each batch.
     It needs experts whose class uses transformers' interface, which shows their inputs, gates, and outputs.
     """
 
@@ -30,7 +31,7 @@ class RoutingImportance(Importance):
 
     @abstractmethod
     def ratio(self, tokens: Tensor, counts: Tensor, gates: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns numerator and denominator of the scores from sums over tokens.
+        """Returns numerator and denominator of the scores.
 
         Args:
             tokens: Number of tokens, `[1]`.
@@ -40,7 +41,7 @@ class RoutingImportance(Importance):
         """
 
     def of_routing(self, routing: Routing, *place: int) -> tuple[Tensor, Tensor]:
-        """Returns numerators and denominators of units, `[units]`: of all tokens, or of a source and half."""
+        """Returns numerators and denominators, `[units]`, of all tokens or of a source and half."""
         parts = [getattr(routing, name) for name in ("tokens", "counts", "gates", "norms")]
         ratio = self.ratio(*(part[place] if place else part.sum((0, 1)) for part in parts))
         return routing.by_unit(ratio[0]), routing.by_unit(ratio[1].expand_as(ratio[0]))
@@ -54,7 +55,9 @@ class RoutingImportance(Importance):
 
     @torch.no_grad()
     def observe(self, model: nn.Module, units: Mapping[str, Units], runs: Sequence[Run]) -> dict[str, Routing]:
-        """Runs batches, and returns the routing of each module. Every second batch of a source is in its second half.
+        """Runs batches, and returns the routing of each module.
+
+        Every second batch of a source is in its second half.
 
         Raises:
             ValueError: If the units are not experts, or their class has a forward pass of its own.
@@ -109,7 +112,7 @@ class RoutingImportance(Importance):
         return routings
 
     def changes(self, routing: Mapping[str, Routing], removed: Mapping[str, Sequence[int]], comm: Comm) -> list[RoutingChange]:
-        """Returns what the removal of units leaves of the routing, for each source.
+        """Returns the change of routing by a removal, for each source.
 
         Args:
             routing: The routing of each module, over all ranks.
@@ -150,15 +153,21 @@ class RoutingImportance(Importance):
 
 @dataclass(frozen=True)
 class REAP(RoutingImportance):
-    """Scores an expert by the mean, over the tokens that it receives, of the gate times the norm of its output.
+    """Scores an expert by the mean of its gate times the norm of its output.
 
-    S_j is the mean of g_j(x) |f_j(x)|_2 over the tokens x that are routed to expert j, and 0 without any.
+    S_j is the mean of g_j(x) |f_j(x)|_2 over the tokens x that expert j receives, and 0 without any.
 
     Reference: "REAP the Experts: Why Pruning Prevails for One-Shot MoE compression" (Lasby et al., 2025),
     https://arxiv.org/abs/2510.13999.
 
     Raises:
         ValueError: On scoring, if the units are not experts, or their class has a forward pass of its own.
+
+    Example:
+        >>> import billhook as bh
+        >>> importance = bh.importance.REAP()
+        >>> importance.needs_gradients
+        False
     """
 
     def ratio(self, tokens: Tensor, counts: Tensor, gates: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
@@ -172,6 +181,12 @@ class RoutingFrequency(RoutingImportance):
 
     Raises:
         ValueError: On scoring, if the units are not experts, or their class has a forward pass of its own.
+
+    Example:
+        >>> import billhook as bh
+        >>> importance = bh.importance.RoutingFrequency()
+        >>> importance.needs_gradients
+        False
     """
 
     def ratio(self, tokens: Tensor, counts: Tensor, gates: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,6 +200,12 @@ class GateMass(RoutingImportance):
 
     Raises:
         ValueError: On scoring, if the units are not experts, or their class has a forward pass of its own.
+
+    Example:
+        >>> import billhook as bh
+        >>> importance = bh.importance.GateMass()
+        >>> importance.needs_gradients
+        False
     """
 
     def ratio(self, tokens: Tensor, counts: Tensor, gates: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:

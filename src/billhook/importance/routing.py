@@ -1,4 +1,4 @@
-"""The tokens that a router sends to experts, and what the removal of experts leaves of them."""
+"""Routing of tokens to experts, and its change when experts are removed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -59,7 +59,7 @@ class Routing:
 
 @dataclass(frozen=True)
 class RoutingChange:
-    """What the removal of experts leaves of a model's routing, on calibration data of a source.
+    """Change of the routing when experts are removed, for a source of data.
 
     Attributes:
         source: Name of the source.

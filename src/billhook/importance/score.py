@@ -206,7 +206,7 @@ def sum_units(
 
 
 def scores_of(importance: Importance, sums: Sums, normalize: bool = False, comm: Comm = SINGLE_PROCESS) -> dict[str, Tensor]:
-    """Returns the scores of units by module, float32, `[units]`, from their sums over all ranks."""
+    """Returns scores by module, float32, `[units]`, from sums over all ranks."""
     scores = {}
     for name, total in sums.totals.items():
         mean = importance.of_mean(total / sums.counts[name].clamp(min=1))

@@ -103,13 +103,13 @@ def holder_of(layer: nn.Module) -> tuple[nn.Module, str]:
 
 
 def routed(layer: nn.Module, keep: Tensor) -> Tensor:
-    """Returns a mask of tokens, of any shape, for the tokens that a layer receives in the current call."""
+    """Returns a mask of tokens for the tokens that a layer receives in the current call."""
     return keep.flatten()[layer.tokens] if isinstance(layer, ExpertLinear) and keep.numel() == layer.of else keep
 
 
 @contextmanager
 def expert_layers(model: nn.Module) -> Iterator[None]:
-    """Makes each matrix of a stacked expert a linear layer within the context, which may be nested."""
+    """Makes each matrix of an expert a linear layer within the context, also nested."""
     store = store_of(model)
     with ExitStack() as stack:
         for module in list(model.modules()):
@@ -131,7 +131,7 @@ def expert_layers(model: nn.Module) -> Iterator[None]:
 
 
 def _expert_by_expert(experts: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:  # noqa: ANN401
-    """Computes what transformers' "eager" forward computes, through the linear layers of each expert.
+    """Computes as transformers' "eager" forward, through the linear layers of experts.
 
     Args:
         experts: The module that stacks the experts.

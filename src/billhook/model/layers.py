@@ -153,7 +153,7 @@ def prunable(module: nn.Module, output_embeddings: bool = False, convolutions: C
 
 
 def weight_holders(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Returns the module and attribute of each weight that can have a mask, by layer, or by parameter for stacked experts."""
+    """Returns where each prunable weight is, by layer, or by stack of experts."""
     with expert_layers(model):
         linears = prunable(model, output_embeddings=True, convolutions="all")
     names = {name: linear.stacked(name) if isinstance(linear, ExpertLinear) else name for name, linear in linears.items()}

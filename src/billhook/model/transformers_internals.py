@@ -42,7 +42,7 @@ def attention_for_all_dtypes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def attention_functions_as(wrapper: Callable[..., Any]) -> Iterator[None]:
-    """Calls the wrapper with the attention function and its arguments, within the context, which threads enter in turn."""
+    """Calls the wrapper with the attention function and its arguments; threads take turns."""
     with _ATTENTION_FUNCTIONS_LOCK:
         function_of = ALL_ATTENTION_FUNCTIONS.get_interface
         with overridden(ALL_ATTENTION_FUNCTIONS, get_interface=lambda *names: partial(wrapper, function_of(*names))):

@@ -45,7 +45,7 @@ class UnitPlan(Cut, ShapePlan):
         widths: tuple[str, ...] = (),
         routing: tuple[RoutingChange, ...] = (),
     ) -> Self:
-        """Returns the plan of a cut, with notes on its widths, and on the tokens of removed experts."""
+        """Returns the plan of a cut, with notes on widths and on the routing of tokens."""
         return cls(**vars(cut), costs=costs, widths=widths, routing=routing)
 
     @property

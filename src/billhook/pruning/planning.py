@@ -271,7 +271,7 @@ def _lowest_blocks(stacks: Mapping[str, Units], scores: Mapping[str, Tensor], am
 
 
 def default_importance(units: Mapping[str, Units]) -> Importance:
-    """Returns `REAP()` for experts alone, `OutputNorm()`, or `Taylor()` if some units have no consumer layers.
+    """Returns `REAP()` for experts, `OutputNorm()`, or `Taylor()` without consumer layers.
 
     See docs/evidence/equal_size.md for a comparison.
     """

@@ -234,7 +234,7 @@ def check_called_once(model: nn.Module, runs: Sequence[Run]) -> None:
 
 
 def unsupported_weights(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
-    """Returns the shapes of weights of several matrices whose forward pass is not transformers' for experts."""
+    """Returns the shapes of weights of several matrices that are not stacked experts."""
     inside = {module for site in find_sites(model, linears, "block") for module in site.module.modules()}
     shapes = dict[str, tuple[int, ...]]()
     for owner, module in model.named_modules():

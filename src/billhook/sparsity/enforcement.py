@@ -32,7 +32,7 @@ class EnforcedMasks:
 
     @property
     def masks(self) -> dict[str, Tensor]:
-        """Masks by linear layer, or by parameter for stacked experts, bool, in the layout and sharding of the weights."""
+        """Masks by linear layer, or by stack of experts, bool, as the weights are laid out."""
         return self._masks or {name: _unpacked(saved, torch.device("cpu")) for name, saved in self._saved.items()}
 
     def attach(

@@ -399,7 +399,7 @@ class PruningVisitor(Visitor):
             return prune_weight(criterion, weight, self.statistics_of(name), self.sparsities[name], self.pattern)
 
     def statistics_of(self, name: str) -> Statistics | GroupedStatistics | None:
-        """Returns the statistics of a layer's inputs; None if it was not called, or has been pruned."""
+        """Returns the statistics of a layer's inputs; None if it has none, or is pruned."""
         return self.statistics.get(self._source.get(name, name))
 
     def report(self) -> None:

@@ -157,7 +157,7 @@ def prune(
             fewer = {name: seen for name, seen in solved.items() if name not in expected or seen[0] < expected[name][0]}
             if message := too_few_tokens(criterion, fewer):
                 log_once(message)
-            by_magnitude = {name: visitor.tokens.get(name, (0, 0))[0] for name in visitor.by_magnitude}
+            by_magnitude = {name: visitor.by_magnitude[name] for name in linears if name in visitor.by_magnitude}
             if by_magnitude:
                 name, tokens = min(by_magnitude.items(), key=lambda item: item[1])
                 log_once(

@@ -202,7 +202,7 @@ class PruningVisitor(Visitor):
     Attributes:
         pruned: Result of each linear layer.
         tokens: Numbers of tokens and of inputs of each linear layer that is not a convolution.
-        by_magnitude: Matrices of experts with fewer than `FEWEST` tokens, which are pruned by magnitude.
+        by_magnitude: Tokens of each matrix of an expert that is pruned by magnitude because they are fewer than `FEWEST`.
         statistics: Incomplete input statistics, by the first layer that uses them.
     """
 
@@ -230,7 +230,7 @@ class PruningVisitor(Visitor):
         self._calls = Counter[str]()
         self._complete: set[str] = set()
         self._differ = False
-        self.by_magnitude: Mapping[str, nn.Module] = {}
+        self.by_magnitude: dict[str, int] = {}
 
     def resume(self) -> list[nn.Module]:
         """Restores the blocks that an earlier process has staged, and returns them."""
@@ -241,8 +241,10 @@ class PruningVisitor(Visitor):
                 blocks.append(block)
         return blocks
 
-    def _take(self, tensors: LazyTensors, kept: Mapping[str, int]) -> None:
-        """Adds layers that a store has staged, with the number of weights that each keeps."""
+    def _take(self, tensors: LazyTensors, note: tuple[Mapping[str, int], Mapping[str, int]]) -> None:
+        """Adds layers that a store has staged, with the weights that each keeps, and those pruned by magnitude."""
+        kept, by_magnitude = note
+        self.by_magnitude |= by_magnitude
         for name, count in kept.items():
             weight = self._weight(name)
             self.pruned[name] = PrunedLayer(count, tensors.reads[f"bits {weight}"], tensors.reads.get(f"values {weight}"))
@@ -272,7 +274,8 @@ class PruningVisitor(Visitor):
             values[f"bits {weight}"] = pruned.read_bits()
             if pruned.read_values is not None:
                 values[f"values {weight}"] = pruned.read_values()
-        self._take(self.store.stage(self._block, values, kept, torch.device("cpu")), kept)
+        note = kept, {name: tokens for name, tokens in self.by_magnitude.items() if name in kept}
+        self._take(self.store.stage(self._block, values, note, torch.device("cpu")), note)
 
     def _weight(self, name: str) -> str:
         """Returns the name of a layer's weight in the store."""
@@ -325,11 +328,13 @@ class PruningVisitor(Visitor):
         self._sum(site)
         reached = dict[str, nn.Module]()
         for name, linear in site.linears.items():
-            if name in self._source and (tokens := int(self.statistics[self._source[name]].tokens)):
-                if not is_convolution(linear):
-                    self.tokens[name] = tokens, adjacent_inputs(linear)
-                if tokens >= FEWEST or not isinstance(linear, ExpertLinear) or self.criterion.compares == "global":
-                    reached[name] = linear  # `close` prunes the others
+            tokens = int(self.statistics[self._source[name]].tokens) if name in self._source else 0
+            if tokens and not is_convolution(linear):
+                self.tokens[name] = tokens, adjacent_inputs(linear)
+            if isinstance(linear, ExpertLinear) and tokens < FEWEST and self.criterion.compares != "global":
+                self.by_magnitude[name] = tokens
+            if tokens or name in self.by_magnitude:
+                reached[name] = linear
         self.finish(reached)
         self._complete |= site.linears.keys()
         # the next stop may have the same input tensor, so statistics stay until another tensor arrives
@@ -408,10 +413,11 @@ class PruningVisitor(Visitor):
             self.progress(len(self.pruned), len(self.sparsities))
 
     def close(self) -> None:
-        """Prunes the experts that received few tokens, or none, by magnitude."""
+        """Prunes the experts at which no run has stopped, by magnitude."""
         experts = {name: layer for name, layer in self.settings.layers.items() if isinstance(layer, ExpertLinear)}
-        self.by_magnitude = {name: layer for name, layer in experts.items() if name not in self.pruned}
-        self.finish(self.by_magnitude)
+        uncalled = {name: layer for name, layer in experts.items() if name not in self.pruned}
+        self.by_magnitude |= dict.fromkeys(uncalled, 0)
+        self.finish(uncalled)
 
     def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
         """Returns the new weights of a stop's layers, in memory layout."""

@@ -15,7 +15,7 @@ from kit import prunes, stopped
 from kit.families import build
 from kit.fits import same
 from kit.ranks import Ranks
-from kit.sparsity import family, stable_sort_rows
+from kit.sparsity import family, stable_sort_rows, weight_named
 from kit.streams import same as saved_as
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*reference PyTorch implementation")
@@ -154,7 +154,7 @@ def test_options(how):
     plan = prunes.prune(model, bh.Wanda(compares="layer"), batches, 0.5, **how)
     assert plan.sparsity == pytest.approx(0.5, abs=1e-3)
     for name, mask in plan.masks(model).items():
-        weight = model.get_parameter(name if ".experts." in name else f"{name}.weight")
+        weight = weight_named(model, name)
         assert not weight[~mask].any()
     if "match" in how:
         bh.prune(plain, bh.Wanda(compares="layer"), batches, 0.5)
@@ -236,7 +236,7 @@ def test_masks_of_experts_are_held_in_training(tmp_path):
             optimizer.step()
             optimizer.zero_grad()
             for name, mask in held.masks.items():
-                weight = model_of_run.get_parameter(name if ".experts." in name else f"{name}.weight")
+                weight = weight_named(model_of_run, name)
                 assert not weight[~mask].any()
         assert same(held.masks, masks)
         runs[resumed] = model_of_run.state_dict()

@@ -48,6 +48,7 @@ from billhook.model import (
     adjacent_inputs,
     batched,
     find_tied,
+    holder_of,
     is_convolution,
     output_positions,
     patches,
@@ -278,8 +279,11 @@ class PruningVisitor(Visitor):
         self._take(self.store.stage(self._block, values, note, torch.device("cpu")), note)
 
     def _weight(self, name: str) -> str:
-        """Returns the name of a layer's weight in the store."""
-        return f"{self._names[self.settings.layers[name]]}.weight"
+        """Returns the name of the parameter with a layer's weight in the store, after the number of an expert."""
+        layer = self.settings.layers[name]
+        holder, attribute = holder_of(layer)
+        number = f"{layer.number} " if isinstance(layer, ExpertLinear) else ""
+        return f"{number}{self._names[holder]}.{attribute}"
 
     def on_reentry(self, site: Site) -> None:
         """Raises if a block that is loaded on demand is called again after its layers were pruned."""
@@ -360,7 +364,7 @@ class PruningVisitor(Visitor):
         for name, linear in site.linears.items():
             if name in used:
                 if name not in self.statistics:  # zeros on a rank that has not called it
-                    self.statistics[name] = empty_statistics(self.criterion, linear, linear.get_parameter("weight").device)
+                    self.statistics[name] = empty_statistics(self.criterion, linear, getattr(*holder_of(linear)).device)
                 sums += self.statistics[name].tensors()
         self.comm.sum_(*sums)
 

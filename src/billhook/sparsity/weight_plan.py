@@ -195,7 +195,7 @@ class WeightPlan(ModelPlan):
             saved.
         shapes: Shape of each layer's weight, `[out_features, in_features]`.
         uncalled: Layers that stay dense because no batch called them.
-        unsupported: Shape of each weight that stays dense because it holds several matrices, as in experts with their own forward.
+        unsupported: Shape of each weight that stays dense because it holds several matrices, as in custom experts.
         by_magnitude: Tokens of each matrix of an expert that was pruned by magnitude because it received too few.
     """
 

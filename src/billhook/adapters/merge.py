@@ -233,7 +233,10 @@ def _merge(name: str, layer: Any, keep: Tensor | None) -> float:  # noqa: ANN401
 
 
 def _into(name: str, layer: Any) -> None:  # noqa: ANN401
-    """Merges the active adapters of a layer, unless they are merged or disabled. Zeros of sparse experts are kept."""
+    """Merges the active adapters of a layer, unless they are merged or disabled.
+
+    Zeros of sparse experts are kept.
+    """
     if layer.merged or layer.disable_adapters:
         return
     stacks = [base_of(layer).get_parameter(stack).data for stack in stacks_of(base_of(layer))]

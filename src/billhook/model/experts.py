@@ -103,7 +103,7 @@ def holder_of(layer: nn.Module) -> tuple[nn.Module, str]:
 
 
 def routed(layer: nn.Module, keep: Tensor) -> Tensor:
-    """Returns a mask of tokens, of any shape, for the tokens that a layer receives in the current call."""
+    """Returns a mask of all tokens for those that a layer receives in the current call."""
     return keep.flatten()[layer.tokens] if isinstance(layer, ExpertLinear) and keep.numel() == layer.of else keep
 
 

@@ -152,7 +152,7 @@ def prunable(module: nn.Module, output_embeddings: bool = False, convolutions: C
 
 
 def weight_holders(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
-    """Returns the module and attribute of each weight that can have a mask, by layer, or by parameter for stacked experts."""
+    """Returns the module and attribute of each weight that can have a mask, by the mask's name."""
     with expert_layers(model):
         linears = prunable(model, output_embeddings=True, convolutions="all")
     names = {name: linear.stacked(name) if isinstance(linear, ExpertLinear) else name for name, linear in linears.items()}
@@ -241,7 +241,7 @@ def to_parameters(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> dic
 
 
 def _identity(layer: nn.Module) -> tuple[int, int | None]:
-    """Returns what layers with the same weight have in common: the parameter, and the number of an expert in it."""
+    """Returns what layers with one weight have in common: its parameter, and an expert's number."""
     holder, attribute = holder_of(layer)
     return id(holder._parameters.get(attribute)), layer.number if isinstance(layer, ExpertLinear) else None
 

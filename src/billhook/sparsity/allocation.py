@@ -205,6 +205,3 @@ class _MeasuringVisitor(PruningVisitor):
                     scores.append(self.scores(name, self.statistics_of(name)))
             if scores:
                 self.measured[block] = self.allocation.measure(scores)
-
-    def close(self) -> None:
-        """Measures nothing for experts with few tokens."""

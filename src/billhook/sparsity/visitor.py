@@ -202,7 +202,7 @@ class PruningVisitor(Visitor):
 
     Attributes:
         pruned: Result of each linear layer.
-        tokens: Numbers of tokens and of inputs of each linear layer that is not a convolution.
+        tokens: Numbers of tokens and of inputs of each linear layer that is neither a convolution nor in `by_magnitude`.
         by_magnitude: Tokens of each matrix of an expert that is pruned by magnitude because they are fewer than `FEWEST`.
         statistics: Incomplete input statistics, by the first layer that uses them.
     """
@@ -243,7 +243,7 @@ class PruningVisitor(Visitor):
         return blocks
 
     def _take(self, tensors: LazyTensors, note: tuple[Mapping[str, int], Mapping[str, int]]) -> None:
-        """Adds layers that a store has staged, with the weights that each keeps, and those pruned by magnitude."""
+        """Adds layers that a store has staged, with a note of `stage`."""
         kept, by_magnitude = note
         self.by_magnitude |= by_magnitude
         for name, count in kept.items():
@@ -279,7 +279,7 @@ class PruningVisitor(Visitor):
         self._take(self.store.stage(self._block, values, note, torch.device("cpu")), note)
 
     def _weight(self, name: str) -> str:
-        """Returns the name of the parameter with a layer's weight in the store, after the number of an expert."""
+        """Returns the name of a layer's weight in the store, after the number of an expert."""
         layer = self.settings.layers[name]
         holder, attribute = holder_of(layer)
         number = f"{layer.number} " if isinstance(layer, ExpertLinear) else ""
@@ -333,10 +333,10 @@ class PruningVisitor(Visitor):
         reached = dict[str, nn.Module]()
         for name, linear in site.linears.items():
             tokens = int(self.statistics[self._source[name]].tokens) if name in self._source else 0
-            if tokens and not is_convolution(linear):
-                self.tokens[name] = tokens, adjacent_inputs(linear)
             if isinstance(linear, ExpertLinear) and tokens < FEWEST and self.criterion.compares != "global":
                 self.by_magnitude[name] = tokens
+            elif tokens and not is_convolution(linear):
+                self.tokens[name] = tokens, adjacent_inputs(linear)
             if tokens or name in self.by_magnitude:
                 reached[name] = linear
         self.finish(reached)
@@ -418,8 +418,8 @@ class PruningVisitor(Visitor):
 
     def close(self) -> None:
         """Prunes the experts at which no run has stopped, by magnitude."""
-        experts = {name: layer for name, layer in self.settings.layers.items() if isinstance(layer, ExpertLinear)}
-        uncalled = {name: layer for name, layer in experts.items() if name not in self.pruned}
+        others = {name: layer for name, layer in self.settings.layers.items() if name not in self.pruned}
+        uncalled = {name: layer for name, layer in others.items() if isinstance(layer, ExpertLinear)}
         self.by_magnitude |= dict.fromkeys(uncalled, 0)
         self.finish(uncalled)
 

@@ -208,6 +208,15 @@ def test_two_ranks_come_to_the_masks_of_one(sequential, criterion):
     assert min(float((found[name] == mask).float().mean()) for name, mask in expected.items()) > 0.98
 
 
+def test_batches_of_padding_alone_are_refused():
+    model, batches = build("mixtral"), batches_of(padded=True, number=1)
+    batches[0]["attention_mask"].zero_()
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match="no linear layer was called with a non-padding token"):
+        bh.prune(model, batches=batches, **WANDA)
+    assert same(model.state_dict(), before)
+
+
 def test_a_global_criterion_compares_experts_with_all_layers():
     model, batches = build("mixtral"), batches_of()
     plan = prunes.prune(model, bh.Wanda(compares="global"), batches, 0.5, sequential="none")

@@ -151,7 +151,8 @@ def prune(
                 None if dry_run else key,
             )
             pruned = {name: visitor.pruned[name] for name in linears if name in visitor.pruned}
-            left_out = check_called(linears, pruned)
+            reached = any(visitor.by_magnitude.get(name, 1) for name in pruned)
+            left_out = check_called(linears, pruned if reached else ())
             # experts get only some of the tokens
             fewer = {name: seen for name, seen in visitor.tokens.items() if name not in expected or seen[0] < expected[name][0]}
             if message := too_few_tokens(criterion, fewer):

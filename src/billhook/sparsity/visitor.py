@@ -275,7 +275,7 @@ class PruningVisitor(Visitor):
             values[f"bits {weight}"] = pruned.read_bits()
             if pruned.read_values is not None:
                 values[f"values {weight}"] = pruned.read_values()
-        note = kept, {name: tokens for name, tokens in self.by_magnitude.items() if name in kept}
+        note = kept, dict(self.by_magnitude)
         self._take(self.store.stage(self._block, values, note, torch.device("cpu")), note)
 
     def _weight(self, name: str) -> str:

@@ -13,8 +13,10 @@ from billhook.adapters.masked_layer import MaskedLora
 from billhook.adapters.merge import merge
 from billhook.model.layers import prunable
 from kit.adapters import BUILD, IDS, logits, lora, pruned, q_proj
-from kit.families import llama
+from kit.families import build as build_family
+from kit.families import llama, tokens
 from kit.operations import Operations
+from kit.sparsity import weight_named
 
 
 @pytest.mark.parametrize("build", BUILD)
@@ -31,6 +33,43 @@ def test_zeros_stay_and_the_rest_is_merged(build):
     assert all(0.5 < share < 0.9 for share in result.error.values())  # about sqrt(1/2): half of the entries
     assert {name.removeprefix("base_model.model.") for name in result.pruned} == set(masks)
     assert "zeros kept; " in str(result)
+
+
+def with_lora_on_experts(model, *parameters):
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], target_parameters=[f"mlp.experts.{name}" for name in parameters])
+    model = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def test_zeros_of_experts_stay_when_adapters_of_their_parameter_are_merged():
+    model, batches = build_family("mixtral"), [{"input_ids": tokens(8, 24)}]
+    masks = bh.prune(model, bh.Wanda(), batches, 0.5).masks(model)
+    model = with_lora_on_experts(model, "gate_up_proj")
+    held = bh.hold_masks(model, torch.optim.AdamW(model.parameters()), {f"base_model.model.{n}": m for n, m in masks.items()})
+    held.detach()
+    expected = copy.deepcopy(model).merge_and_unload()
+    result = merge(model).model
+    for name, mask in masks.items():
+        weight = weight_named(result, name)
+        assert torch.equal(weight != 0, mask)
+        torch.testing.assert_close(weight, weight_named(expected, name) * mask)
+
+
+def test_adapters_of_a_parameter_of_experts_are_refused_where_they_would_count_twice():
+    model = with_lora_on_experts(build_family("mixtral"), "gate_up_proj", "down_proj")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match="experts has a nested adapter and cannot be merged separately"):
+        merge(model)
+    with pytest.raises(
+        ValueError, match=r"parameter of base_model.*experts.0.gate_up_proj has an adapter. Prune the model before"
+    ):
+        bh.prune(model, bh.Magnitude(), sparsity=0.5)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    bh.prune(model, bh.Magnitude(), sparsity=0.5, options=bh.PruneOptions(skip=["*.experts.*"]))
 
 
 @pytest.mark.parametrize("build", BUILD)

@@ -8,7 +8,9 @@ import billhook as bh
 from billhook.adapters.lora import attach
 from billhook.model.layers import prunable
 from kit import fits, prunes
+from kit.families import build
 from kit.fits import data, same, trainer, weights
+from kit.sparsity import weight_named
 from kit.weight_pruning import RAMP, ROUNDS, Zeros, checkpoints, module, pruning, zeros
 
 pytestmark = [
@@ -333,3 +335,27 @@ def test_a_criterion_of_the_users_own_resumes(files, tmp_path):
     trainer(tmp_path, [callback]).fit(resumed, data(files), ckpt_path=tmp_path / "step=3.ckpt")
     assert same(weights(resumed), weights(straight))
     assert [event["step"] for event in callback.events] == [0]
+
+
+@pytest.mark.parametrize("criterion", [bh.Wanda(), bh.SparseGPT()])
+def test_a_fit_of_a_mixture_prunes_experts_and_resumes(files, tmp_path, criterion):
+    def fit(callbacks, seed=0, **options):
+        lit = fits.module(seed)
+        lit.model = build("mixtral", vocab_size=2048, intermediate_size=32).train()
+        trainer(tmp_path, callbacks).fit(lit, data(files), **options)
+        return lit
+
+    callback, again = (pruning(criterion, RAMP) for _ in range(2))
+    straight = fit([callback, checkpoints(tmp_path)])
+    for step in (2, 4):
+        resumed = fit([again], 1, ckpt_path=tmp_path / f"step={step}.ckpt")
+        assert same(weights(resumed), weights(straight))
+        assert same(again.masks, callback.masks)
+    stacks = [name for name, weight in straight.model.named_parameters() if weight.dim() == 3]
+    assert len(stacks) == 4
+    assert callback.masks.keys() == {*prunable(straight.model), *stacks}
+    for name, mask in callback.masks.items():
+        assert not weight_named(straight.model, name)[~mask].any()
+        assert mask.float().mean() == 0.5
+    assert callback.events[-1]["after"]["sparsity"] == 0.5
+    assert callback.metrics(straight.model) == {"sparsity": 0.5}

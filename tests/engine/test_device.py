@@ -19,7 +19,9 @@ def check(name, found):
     assert wrong[name] == "", wrong[name]
 
 
-@pytest.mark.daily("memory: Wanda", "memory, sent ahead: SparseGPT", "memory, sent ahead: match", "memory: changes")
+@pytest.mark.daily(
+    "memory: Wanda", "memory: experts", "memory, sent ahead: SparseGPT", "memory, sent ahead: match", "memory: changes"
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [name for name in WORKS if name.startswith("memory")])
 def test_a_model_in_memory_on_a_device(name, found):

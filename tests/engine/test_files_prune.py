@@ -77,7 +77,6 @@ def saved_alike(dense, streamed, folder):
 
 
 @pytest.mark.daily("Llama-*", "T5*-criterion0", "Mixtral-criterion0", "GPT2*-criterion1", "BertForMaskedLM-criterion0")
-@pytest.mark.filterwarnings("ignore:these weights hold several matrices")
 @pytest.mark.parametrize("criterion", [bh.Magnitude(), bh.Wanda(), bh.SparseGPT()])
 def test_the_same_bytes(folder, tmp_path, criterion):
     dense, streamed = bh.load(folder), stream(folder, tmp_path / "out")
@@ -91,7 +90,6 @@ def tensors_in(folder):
 
 
 @pytest.mark.daily("Llama", "T5*")  # which keeps some layers in float32
-@pytest.mark.filterwarnings("ignore:these weights hold several matrices")
 @pytest.mark.parametrize("folder", ["Llama", "T5ForConditionalGeneration", "Mixtral", "Phi3", "MarianMT"], indirect=True)
 def test_the_same_files_in_another_dtype_where_few_blocks_change(folder, tmp_path):
     for open_model, out in ((bh.load, tmp_path / "in memory"), (partial(stream, out=tmp_path / "out"), tmp_path / "out")):
@@ -104,7 +102,6 @@ def test_the_same_files_in_another_dtype_where_few_blocks_change(folder, tmp_pat
 
 
 @pytest.mark.daily("Llama-*", "T5*-block", "GPT2*-layer")
-@pytest.mark.filterwarnings("ignore:these weights hold several matrices")
 @pytest.mark.parametrize("sequential", ["block", "layer"])
 def test_the_same_bytes_where_blocks_are_matched(folder, tmp_path, sequential):
     dense, streamed = bh.load(folder), stream(folder, tmp_path / "out")

@@ -16,7 +16,7 @@ from kit.fits import same
 from kit.four import FOUR
 from kit.ranks import asked_for, run_script
 from kit.settings import MASKED, SETTINGS
-from kit.sharding import ADAPTED, CHANGED, MASKS, RESUMED, SHAPES, STEPS
+from kit.sharding import ADAPTED, CHANGED, MASKS, RESUMED, SHAPES, STEPS, weight_in
 
 SCRIPT = """
 import os
@@ -49,7 +49,7 @@ def of_two(fitted):
     return read
 
 
-@pytest.mark.daily("wanda", "magnitude, global", "sparsegpt")
+@pytest.mark.daily("wanda", "wanda, experts", "magnitude, global", "sparsegpt")
 @pytest.mark.parametrize("name", MASKS | MASKED)
 def test_two_processes_prune_as_one_does(of_two, files, tmp_path, name):
     state, (always, (masks, events)) = of_two(name)
@@ -61,9 +61,9 @@ def test_two_processes_prune_as_one_does(of_two, files, tmp_path, name):
     for own, mask in masks_of_one.items():
         assert (mask == masks[own]).float().mean() >= least, own
         if "wanda" in name and "global" not in name and "Conv1D" not in name:
-            assert (mask.sum(1) == masks[own].sum(1)).all()
+            assert (mask.sum(-1) == masks[own].sum(-1)).all()
         both = mask & masks[own]
-        values = [found[f"net.{own}.weight"] for found in (state, single)]
+        values = [weight_in(found, own) for found in (state, single)]
         assert not values[0][~masks[own]].any()
         torch.testing.assert_close(values[0][both], values[1][both], atol=0.05 if "bf" in name else 2e-3, rtol=1e-2)
 

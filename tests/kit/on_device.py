@@ -20,7 +20,7 @@ from billhook.engine.store import store_of
 from billhook.model import surgery
 from billhook.report.degradation import perplexity
 from kit import prunes, standin
-from kit.families import llama, tokens
+from kit.families import build, llama, tokens
 from kit.standin import Registered, is_far
 
 DEVICE = torch.device("privateuseone", 0)  # which has its name from when it is registered
@@ -66,15 +66,20 @@ def dense():
     return llama().eval()
 
 
+def with_experts():
+    torch.manual_seed(3)
+    return build("mixtral")
+
+
 def wrong_numbers(expected, found, most):
     pairs = [(name, value, found[name]) for name, value in expected.items()]
     wrong = [name for name, one, other in pairs if one.shape != other.shape or (one - other).abs().max() > most]
     return f"{wrong} differ" if wrong else ""
 
 
-def in_memory(watched, most, criterion, **how):
+def in_memory(watched, most, criterion, make=dense, **how):
     """Prunes on the device and on the CPU; the model's own parameters stay as and where they are until masks are put in place."""
-    expected, model = dense(), dense()
+    expected, model = make(), make()
     prunes.prune(expected, criterion, batches(), sparsity=0.5, **how)
     own = {name: (one, one.data_ptr()) for name, one in [*model.named_parameters(), *model.named_buffers()]}
     moved = set[str]()
@@ -209,6 +214,7 @@ MEMORY = {
     "Wanda of the dense model": (partial(in_memory, criterion=bh.Wanda(), sequential="none"), 0),
     "SparseGPT": (partial(in_memory, criterion=bh.SparseGPT()), 1e-5),
     "match": (partial(in_memory, criterion=bh.Wanda(), match=FEW), 1e-5),
+    "experts": (partial(in_memory, criterion=bh.Wanda(), make=with_experts), 1e-6),
     "changes": (changes_go_home, 0),
     "perplexity": (measured, 0),
 }

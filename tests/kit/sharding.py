@@ -23,7 +23,7 @@ import billhook as bh
 from billhook.engine.sharding import full_tensor, is_sharded
 from billhook.fit.lightning import LightningFit
 from kit import prunes
-from kit.families import llama, recompute
+from kit.families import build, llama, recompute
 from kit.fits import data, module, trainer
 
 
@@ -32,6 +32,10 @@ def gpt2():
     small = {"vocab_size": 64, "n_positions": 16, "n_embd": 16, "n_layer": 2, "n_head": 2}
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(**small, **dropout))
+
+
+def mixtral():
+    return build("mixtral")
 
 
 def checkpointed():
@@ -86,7 +90,12 @@ class Zeros(pl.Callback):
 
     def on_train_batch_end(self, trainer, pl_module, *_):
         state = {name: full_tensor(value) for name, value in pl_module.state_dict().items()}
-        self.always &= all(not state[f"net.{name}.weight"][~mask].any() for name, mask in self.pruning.masks.items())
+        self.always &= all(not weight_in(state, name)[~mask].any() for name, mask in self.pruning.masks.items())
+
+
+def weight_in(state, name):
+    """The weight that a mask is for, in the state of an `Own`: of a linear, or of all experts."""
+    return state.get(f"net.{name}", state.get(f"net.{name}.weight"))
 
 
 class Looks(pl.Callback):
@@ -218,6 +227,7 @@ MASKS = {
     "wanda, 2:4": masks(bh.Wanda(), pattern="2:4"),
     "wanda, one batch": masks(bh.Wanda(), calibration=ONE),
     "wanda, Conv1D": masks(bh.Wanda(), lambda: Own(gpt2)),
+    "wanda, experts": masks(bh.Wanda(), lambda: Own(mixtral)),
     "owl": masks(bh.Wanda(), allocation=bh.criteria.OWL()),
     "wanda, matched": masks(bh.Wanda(), match=bh.criteria.BlockMatching(), calibration=6),
     "sparsegpt": masks(bh.SparseGPT(), pattern="2:4"),

@@ -75,6 +75,12 @@ def family(name):
         return build(small_config(config_class), model_class)
 
 
+def weight_named(model, name):
+    """The weight that a mask is for: of a layer, or of all experts."""
+    weights = dict(model.named_parameters())
+    return weights[name if name in weights else f"{name}.weight"]
+
+
 def masks_of(model):
     return {name: weight_of(linear) != 0 for name, linear in prunable(model).items()}
 

@@ -14,6 +14,7 @@ from billhook.calibration import calibration
 from billhook.engine.batches import runs_of
 from billhook.engine.comm import SINGLE_PROCESS
 from billhook.engine.statistics import InputGram, InputNorms
+from billhook.model.experts import ExpertLinear, expert_layers, holder_of
 from billhook.model.layers import prunable, weight_of
 from billhook.model.plan import apply
 from billhook.sparsity.checks import expected_tokens, too_few_tokens
@@ -22,7 +23,7 @@ from billhook.sparsity.visitor import WalkSettings
 from kit import prunes
 from kit.families import build as build_family
 from kit.families import llama, tokens
-from kit.sparsity import CRITERIA, batches_of, family, masks_of
+from kit.sparsity import CRITERIA, batches_of, family, masks_of, weight_named
 
 FAMILIES = ["llama", "gpt2", "t5", "bert", "mixtral", "vit", "falcon", "gpt_neox", "bart", "whisper", "mamba", "clip"]
 IMAGES = ["convnext", "resnet"]
@@ -45,6 +46,8 @@ def seen_by(model, names, batches):
 
 def as_matrix(linear, weight):
     """What lies as a linear's weight does, `[out, in]`; of a convolution channels are innermost."""
+    if isinstance(linear, ExpertLinear):
+        return linear.of_stack(weight)
     return weight.t() if isinstance(linear, Conv1D) else weight.movedim(1, -1).flatten(1)
 
 
@@ -94,7 +97,7 @@ def test_sparsegpt_is_its_own_criterion_on_plainly_gathered_moments():
 
 
 @pytest.mark.daily("llama-*", "*-Wanda-unstructured", "t5-SparseGPT-2:4")
-@pytest.mark.filterwarnings("ignore:no calibration batch called", "ignore:.*are not linear layers")
+@pytest.mark.filterwarnings("ignore:no calibration batch called")
 @pytest.mark.filterwarnings("ignore:X.T X is not positive definite")
 @pytest.mark.parametrize("pattern", ["unstructured", "2:4"])
 @pytest.mark.parametrize("kind", CRITERIA, ids=lambda kind: kind.__name__)
@@ -102,17 +105,22 @@ def test_sparsegpt_is_its_own_criterion_on_plainly_gathered_moments():
 def test_every_criterion_on_every_family(name, kind, pattern):
     model, criterion = family(name), kind()
     batches, before = batches_of(model), {n: v.clone() for n, v in model.state_dict().items()}
-    linears = prunable(model)
+    with expert_layers(model):
+        linears = prunable(model)
     odd = [n for n, m in linears.items() if weight_of(m).shape[1] % 4] if pattern != "unstructured" else []
     pruning = prunes.prune(model, criterion, batches, 0.5, pattern, skip=odd)
-    touched = {id(m.weight) for n, m in linears.items() if n in pruning.pruned}
+    touched = {id(getattr(*holder_of(m))) for n, m in linears.items() if n in pruning.pruned}
     assert len(touched) > 3
     for n, value in model.state_dict(keep_vars=True).items():
         if id(value) not in touched:
             assert torch.equal(value, before[n]), n
     masks = pruning.masks(model)
-    for n, mask in masks.items():
-        mask, weight, old = (as_matrix(linears[n], one) for one in (mask, linears[n].weight.detach(), before[f"{n}.weight"]))
+    for n, m in linears.items():
+        if n not in pruning.pruned:
+            continue
+        n = m.stacked(n) if isinstance(m, ExpertLinear) else n
+        stored = n if isinstance(m, ExpertLinear) else f"{n}.weight"
+        mask, weight, old = (as_matrix(m, one) for one in (masks[n], weight_named(model, n).detach(), before[stored]))
         assert not weight[~mask].any()
         if not criterion.updates:
             assert torch.equal(weight[mask], old[mask])
@@ -191,13 +199,13 @@ class TestLora:
 
 
 def test_experts_that_are_no_linears_are_named():
-    model = build_family("mixtral")
+    model = family("llama4_text")
     with pytest.warns(UserWarning, match=r"are not linear layers, and stay dense: .*experts.gate_up_proj") as caught:
         bh.prune(model, bh.Magnitude(), sparsity=0.5)
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for name in ("llama", "gpt2", "bert", "t5", "vit", "whisper", "mamba"):
+        for name in ("llama", "gpt2", "bert", "t5", "vit", "whisper", "mamba", "mixtral"):
             bh.prune(family(name), bh.Magnitude(), sparsity=0.5, dry_run=True)
 
 

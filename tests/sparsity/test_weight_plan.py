@@ -108,7 +108,7 @@ class TestRefused:
 def test_sparsity_counts_experts_that_stay_dense(tmp_path):
     """In the plan, in JSON, and in the metrics of a fit."""
     lit = Own()
-    lit.net = family("mixtral").train()
+    lit.net = family("llama4_text").train()
     experts = {name: value for name, value in lit.net.named_parameters() if value.dim() == 3}
     linear = sum(layer.weight.numel() for layer in prunable(lit.net).values())
     expected = 0.5 * linear / (linear + sum(value.numel() for value in experts.values()))

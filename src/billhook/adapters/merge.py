@@ -15,7 +15,7 @@ from billhook.adapters.masked import find_adapters, find_masks, require_adapters
 from billhook.arguments import check_types
 from billhook.display import Printable
 from billhook.engine import fresh_autocast_cache, store_of
-from billhook.model import base_of, is_adapter, is_trained_copy, snapshot, to_meta
+from billhook.model import base_of, is_adapter, is_pruned, is_trained_copy, snapshot, stacks_of, to_meta
 
 MERGE_HINT = "convert the model first and attach adapters then (get_peft_model), or merge the adapters first (bh.training.merge)"
 
@@ -233,13 +233,20 @@ def _merge(name: str, layer: Any, keep: Tensor | None) -> float:  # noqa: ANN401
 
 
 def _into(name: str, layer: Any) -> None:  # noqa: ANN401
-    """Merges the active adapters of a layer, unless they are merged or disabled."""
+    """Merges the active adapters of a layer, unless they are merged or disabled.
+
+    Zeros of sparse experts are kept.
+    """
     if layer.merged or layer.disable_adapters:
         return
+    stacks = [base_of(layer).get_parameter(stack).data for stack in stacks_of(base_of(layer))]
+    zeros = [(stack, stack == 0) for stack in stacks if is_pruned(int((stack == 0).sum()), stack.numel())]
     try:
         layer.merge()
     except (NotImplementedError, RuntimeError) as error:
         raise ValueError(f"model: the adapters of {name} cannot be merged: {error}") from error
+    for stack, removed in zeros:
+        stack.masked_fill_(removed, 0)
 
 
 def _removed(model: nn.Module, merges: bool = True) -> nn.Module:

@@ -59,9 +59,13 @@ def prune(
     check_folder(activations, work.model)
     with expert_layers(work.model):
         layers = check_pruning(work.model, criterion, pattern, options)
+        statistics = max(statistics_bytes(work.model, criterion), reconstruction_bytes(work.model) if match else 0)
     tokens = token_count(meta_batches(work))
-    others = {name: layer for name, layer in layers.items() if not is_convolution(layer) and not isinstance(layer, ExpertLinear)}
-    counts = {name: (tokens, adjacent_inputs(layer)) for name, layer in others.items()}
+    counts = {
+        name: (tokens, adjacent_inputs(layer))
+        for name, layer in layers.items()
+        if not is_convolution(layer) and not isinstance(layer, ExpertLinear)
+    }
     step = f"prune linear layers to {100 * amount:.4g}% sparsity ({pattern}) with {criterion}"
     steps = [step] + ([] if match is None else [work.matching_step(match)])
     if not work.of_images and solves_for_weights(criterion) and (warning := too_few_tokens(criterion, counts)):
@@ -70,7 +74,6 @@ def prune(
     if dry_run and work.must_generate:
         work.print_dry_run()
         return
-    statistics = max(statistics_bytes(work.model, criterion), reconstruction_bytes(work.model) if match else 0)
     spill_folder = work.spill(statistics, runs=2 if match else int(options.sequential == "layer"))
     before = None if dry_run else work.measure()
     data = work.batches(dry_run) if calibrates else work.calibration

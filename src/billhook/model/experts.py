@@ -70,7 +70,7 @@ class ExpertLinear(nn.Linear):
 
     def stacked(self, name: str) -> str:
         """Returns the name of the parameter that holds the weight, from that of this layer."""
-        return f"{name.rsplit('.', 2)[0]}.{self.stack}"
+        return name.removesuffix(f"{self.number}.{self.stack}") + self.stack
 
     def of_stack(self, stack: Tensor) -> Tensor:
         """Returns this layer's part of a tensor like the stack, `[out_features, in_features]`."""

@@ -132,13 +132,13 @@ def prunable(module: nn.Module, output_embeddings: bool = False, convolutions: C
     """
     left_out = set() if output_embeddings else _outputs(module)
     linears: dict[str, nn.Module] = {}
-    weights: set[int] = set()
+    weights = set[tuple[int, int | None]]()
     for name, part in _walk(module, "", left_out):
         if is_packed(part):
             raise ValueError(f"{name} is quantized ({type(part).__name__}). Prune the model before it is quantized.")
         holder, attribute = holder_of(part)
-        if _is_among(part, convolutions) and id(getattr(holder, attribute)) not in left_out | weights:
-            weight = holder._parameters.get(attribute)
+        weight = holder._parameters.get(attribute)
+        if _is_among(part, convolutions) and id(weight) not in left_out and _identity(part) not in weights:
             if weight is None:
                 raise ValueError(f"the weight of {name} is computed, such as by a parametrization. Make it a parameter first.")
             kind = f"{type(part).__name__}, {type(weight.data).__name__} of {weight.dtype}"
@@ -146,8 +146,7 @@ def prunable(module: nn.Module, output_embeddings: bool = False, convolutions: C
                 raise ValueError(f"{name}.weight has the sparse layout {weight.layout}. Convert it with to_dense() first.")
             if is_quantized(weight):
                 raise ValueError(f"{name} is quantized ({kind}). Prune the model before it is quantized.")
-            if holder is part:  # each expert holds a part of one parameter
-                weights.add(id(weight))
+            weights.add(_identity(part))
             linears[name] = part
     return linears
 
@@ -189,14 +188,9 @@ def read_dim(reader: nn.Module) -> int:
 
 def find_tied(model: nn.Module, linears: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
     """Finds other layers with the weight of a listed layer, with its name."""
-    names, listed = {id(linear._parameters.get("weight")): name for name, linear in linears.items()}, set(linears.values())
-    names.pop(id(None), None)  # experts hold no parameter
-    tied = []
-    for module in model.modules():
-        weight = id(module._parameters.get("weight"))
-        if weight in names and module not in listed and _is_among(module, "all"):
-            tied.append((names[weight], module))
-    return tied
+    names, listed = {_identity(linear): name for name, linear in linears.items()}, set(linears.values())
+    others = [module for module in model.modules() if module not in listed and _is_among(module, "all")]
+    return [(names[_identity(module)], module) for module in others if _identity(module) in names]
 
 
 def to_layout(linear: nn.Module, matrix: Tensor) -> Tensor:
@@ -244,6 +238,12 @@ def to_parameters(linear: nn.Module, weight: Tensor, bias: Tensor | None) -> dic
     """Returns the parameters of a layer from a matrix `[out, in]` and a bias."""
     parameters = {"weight": to_layout(linear, weight)} | ({} if bias is None else {"bias": bias})
     return {name: value.to(linear.get_parameter(name)).contiguous() for name, value in parameters.items()}
+
+
+def _identity(layer: nn.Module) -> tuple[int, int | None]:
+    """Returns what layers with one weight have in common: its parameter, and an expert's number."""
+    holder, attribute = holder_of(layer)
+    return id(holder._parameters.get(attribute)), layer.number if isinstance(layer, ExpertLinear) else None
 
 
 def _is_among(module: nn.Module, convolutions: Convolutions) -> bool:

@@ -200,11 +200,8 @@ class _MeasuringVisitor(PruningVisitor):
         for block, site in enumerate(self.blocks):
             scores = []
             for name, linear in site.linears.items():
-                if name in linears:
+                if name in linears and name not in self.by_magnitude:
                     self.store.load(linear)
                     scores.append(self.scores(name, self.statistics_of(name)))
             if scores:
                 self.measured[block] = self.allocation.measure(scores)
-
-    def close(self) -> None:
-        """Measures nothing for experts with few tokens."""

@@ -24,7 +24,17 @@ from billhook.engine import (
     store_of,
     tree_map_only,
 )
-from billhook.model import adjacent_inputs, is_convolution, prunable, stacks_of, to_meta
+from billhook.model import (
+    ExpertLinear,
+    adjacent_inputs,
+    base_of,
+    holder_of,
+    is_adapter,
+    is_convolution,
+    prunable,
+    stacks_of,
+    to_meta,
+)
 from billhook.repairs.matching import too_few_batches
 from billhook.sparsity.allocation import Uniform
 from billhook.sparsity.criteria import Criterion
@@ -62,7 +72,7 @@ def check_pruning(model: nn.Module, criterion: Criterion, pattern: str, options:
     every = prunable(model, options.output_embeddings, options.convolutions)
     if not every:
         raise ValueError(f"model: {type(model).__name__} has no linear layers to prune.")
-    empty = next((name for name, linear in every.items() if linear.get_parameter("weight").is_meta), None)
+    empty = next((name for name, linear in every.items() if getattr(*holder_of(linear)).is_meta), None)
     if empty is not None and store_of(model).holds_all:
         raise ValueError(f"model: {empty} has no values (it is on the meta device). Load all weights first.")
     linears = dict(every)
@@ -74,6 +84,12 @@ def check_pruning(model: nn.Module, criterion: Criterion, pattern: str, options:
             linears.pop(name, None)
     if not linears:
         raise ValueError(f"skip={list(options.patterns)} excludes all {len(every)} linear layers. Exclude fewer.")
+    adapted = {base_of(module) for module in model.modules() if is_adapter(module)}
+    for name, linear in linears.items():
+        if isinstance(linear, ExpertLinear) and linear.experts in adapted:
+            raise ValueError(
+                f"model: the parameter of {name} has an adapter. Prune the model before it is attached, or exclude it with skip."
+            )
     sequential, allocation = options.sequential, options.allocation
     group, compares_all = parse_pattern(pattern), criterion.compares == "global"
     if compares_all and group is not None:

@@ -111,7 +111,7 @@ class EnforcedMasks:
             weights = [_weight(holders[name]).data for name in self._masks]
             _mask(weights, [mask.to(weight.device) for mask, weight in zip(self._masks.values(), weights, strict=True)])
         for optimizer in self._optimizers:
-            pairs = [(self._weights[name], mask) for name, mask in self._masks.items()]
+            pairs = [(_weight(self._holders[0][name]), mask) for name, mask in self._masks.items()]
             _mask(*_averaged_by(optimizer, pairs))
 
     def detach(self) -> None:

@@ -151,14 +151,13 @@ def prune(
                 None if dry_run else key,
             )
             pruned = {name: visitor.pruned[name] for name in linears if name in visitor.pruned}
-            left_out = check_called(linears, pruned)
+            reached = any(visitor.by_magnitude.get(name, 1) for name in pruned)
+            left_out = check_called(linears, pruned if reached else ())
             # experts get only some of the tokens
-            solved = {name: seen for name, seen in visitor.tokens.items() if name not in visitor.by_magnitude}
-            fewer = {name: seen for name, seen in solved.items() if name not in expected or seen[0] < expected[name][0]}
+            fewer = {name: seen for name, seen in visitor.tokens.items() if name not in expected or seen[0] < expected[name][0]}
             if message := too_few_tokens(criterion, fewer):
                 log_once(message)
-            by_magnitude = {name: visitor.tokens.get(name, (0, 0))[0] for name in visitor.by_magnitude}
-            if by_magnitude:
+            if by_magnitude := visitor.by_magnitude:
                 name, tokens = min(by_magnitude.items(), key=lambda item: item[1])
                 log_once(
                     f"{len(by_magnitude)} matrices of experts received fewer than {FEWEST} calibration tokens, such as {name} "
@@ -217,12 +216,14 @@ class MatchingVisitor(PruningVisitor):
         weights, keeps = dict[str, Tensor](), dict[str, Tensor]()
         for name, linear in linears.items():
             weight, keep = self.pruned[name].weight(weight_of(linear)), self.pruned[name].keep(weight_of(linear))
-            if isinstance(linear, ExpertLinear):
-                stack = held[name].detach()
-                linear.of_stack(weights.setdefault(parameters[name], stack.clone())).copy_(weight)
-                linear.of_stack(keeps.setdefault(parameters[name], torch.ones_like(stack, dtype=torch.bool))).copy_(keep)
-            else:
-                weights[parameters[name]], keeps[parameters[name]] = to_layout(linear, weight), to_layout(linear, keep)
+            key = parameters[name]
+            if not isinstance(linear, ExpertLinear):
+                weights[key], keeps[key] = to_layout(linear, weight), to_layout(linear, keep)
+                continue
+            if key not in weights:
+                weights[key], keeps[key] = held[name].detach().clone(), torch.ones_like(held[name], dtype=torch.bool)
+            linear.of_stack(weights[key]).copy_(weight)
+            linear.of_stack(keeps[key]).copy_(keep)
         with torch.inference_mode(False):  # tensors made in inference mode cannot have gradients
             tuning = BlockTuning(self.matching, site.module, weights, keeps, self.comm)
             weights.clear()  # copied by BlockTuning

@@ -48,6 +48,7 @@ from billhook.model import (
     adjacent_inputs,
     batched,
     find_tied,
+    holder_of,
     is_convolution,
     output_positions,
     patches,
@@ -201,8 +202,8 @@ class PruningVisitor(Visitor):
 
     Attributes:
         pruned: Result of each linear layer.
-        tokens: Numbers of tokens and of inputs of each linear layer that is not a convolution.
-        by_magnitude: Matrices of experts with fewer than `FEWEST` tokens, which are pruned by magnitude.
+        tokens: Numbers of tokens and of inputs of each linear layer that is neither a convolution nor in `by_magnitude`.
+        by_magnitude: Tokens of each matrix of an expert that is pruned by magnitude because they are fewer than `FEWEST`.
         statistics: Incomplete input statistics, by the first layer that uses them.
     """
 
@@ -230,7 +231,7 @@ class PruningVisitor(Visitor):
         self._calls = Counter[str]()
         self._complete: set[str] = set()
         self._differ = False
-        self.by_magnitude: Mapping[str, nn.Module] = {}
+        self.by_magnitude: dict[str, int] = {}
 
     def resume(self) -> list[nn.Module]:
         """Restores the blocks that an earlier process has staged, and returns them."""
@@ -241,8 +242,10 @@ class PruningVisitor(Visitor):
                 blocks.append(block)
         return blocks
 
-    def _take(self, tensors: LazyTensors, kept: Mapping[str, int]) -> None:
-        """Adds layers that a store has staged, with the number of weights that each keeps."""
+    def _take(self, tensors: LazyTensors, note: tuple[Mapping[str, int], Mapping[str, int]]) -> None:
+        """Adds layers that a store has staged, with a note of `stage`."""
+        kept, by_magnitude = note
+        self.by_magnitude |= by_magnitude
         for name, count in kept.items():
             weight = self._weight(name)
             self.pruned[name] = PrunedLayer(count, tensors.reads[f"bits {weight}"], tensors.reads.get(f"values {weight}"))
@@ -272,11 +275,15 @@ class PruningVisitor(Visitor):
             values[f"bits {weight}"] = pruned.read_bits()
             if pruned.read_values is not None:
                 values[f"values {weight}"] = pruned.read_values()
-        self._take(self.store.stage(self._block, values, kept, torch.device("cpu")), kept)
+        note = kept, dict(self.by_magnitude)
+        self._take(self.store.stage(self._block, values, note, torch.device("cpu")), note)
 
     def _weight(self, name: str) -> str:
-        """Returns the name of a layer's weight in the store."""
-        return f"{self._names[self.settings.layers[name]]}.weight"
+        """Returns the name of a layer's weight in the store, after the number of an expert."""
+        layer = self.settings.layers[name]
+        holder, attribute = holder_of(layer)
+        number = f"{layer.number} " if isinstance(layer, ExpertLinear) else ""
+        return f"{number}{self._names[holder]}.{attribute}"
 
     def on_reentry(self, site: Site) -> None:
         """Raises if a block that is loaded on demand is called again after its layers were pruned."""
@@ -325,11 +332,13 @@ class PruningVisitor(Visitor):
         self._sum(site)
         reached = dict[str, nn.Module]()
         for name, linear in site.linears.items():
-            if name in self._source and (tokens := int(self.statistics[self._source[name]].tokens)):
-                if not is_convolution(linear):
-                    self.tokens[name] = tokens, adjacent_inputs(linear)
-                if tokens >= FEWEST or not isinstance(linear, ExpertLinear) or self.criterion.compares == "global":
-                    reached[name] = linear  # `close` prunes the others
+            tokens = int(self.statistics[self._source[name]].tokens) if name in self._source else 0
+            if isinstance(linear, ExpertLinear) and tokens < FEWEST and self.criterion.compares != "global":
+                self.by_magnitude[name] = tokens
+            elif tokens and not is_convolution(linear):
+                self.tokens[name] = tokens, adjacent_inputs(linear)
+            if tokens or name in self.by_magnitude:
+                reached[name] = linear
         self.finish(reached)
         self._complete |= site.linears.keys()
         # the next stop may have the same input tensor, so statistics stay until another tensor arrives
@@ -355,7 +364,7 @@ class PruningVisitor(Visitor):
         for name, linear in site.linears.items():
             if name in used:
                 if name not in self.statistics:  # zeros on a rank that has not called it
-                    self.statistics[name] = empty_statistics(self.criterion, linear, linear.get_parameter("weight").device)
+                    self.statistics[name] = empty_statistics(self.criterion, linear, getattr(*holder_of(linear)).device)
                 sums += self.statistics[name].tensors()
         self.comm.sum_(*sums)
 
@@ -408,10 +417,11 @@ class PruningVisitor(Visitor):
             self.progress(len(self.pruned), len(self.sparsities))
 
     def close(self) -> None:
-        """Prunes the experts that received few tokens, or none, by magnitude."""
-        experts = {name: layer for name, layer in self.settings.layers.items() if isinstance(layer, ExpertLinear)}
-        self.by_magnitude = {name: layer for name, layer in experts.items() if name not in self.pruned}
-        self.finish(self.by_magnitude)
+        """Prunes the experts at which no run has stopped, by magnitude."""
+        others = {name: layer for name, layer in self.settings.layers.items() if name not in self.pruned}
+        uncalled = {name: layer for name, layer in others.items() if isinstance(layer, ExpertLinear)}
+        self.by_magnitude |= dict.fromkeys(uncalled, 0)
+        self.finish(uncalled)
 
     def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
         """Returns the new weights of a stop's layers, in memory layout."""

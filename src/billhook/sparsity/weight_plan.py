@@ -29,6 +29,7 @@ from billhook.model import (
     ModelPlan,
     Weights,
     expert_layers,
+    holder_of,
     prunable,
     size_of,
     to_layout,
@@ -195,7 +196,7 @@ class WeightPlan(ModelPlan):
             saved.
         shapes: Shape of each layer's weight, `[out_features, in_features]`.
         uncalled: Layers that stay dense because no batch called them.
-        unsupported: Shape of each weight that stays dense because it holds several matrices, in experts of a custom class.
+        unsupported: Shape of each weight that stays dense because it holds several matrices, as in custom experts.
         by_magnitude: Tokens of each matrix of an expert that was pruned by magnitude because it received too few.
     """
 
@@ -262,21 +263,23 @@ class WeightPlan(ModelPlan):
         The experts of a module have one mask for each parameter that stacks their matrices, such as `mlp.experts.down_proj`.
         """
         with expert_layers(model):
-            linears, masks, stacks = self._linears(model), dict[str, Tensor](), dict[str, Tensor]()
+            linears, masks = self._linears(model), dict[str, Tensor]()
+            stacks = defaultdict[str, list[tuple[ExpertLinear, PrunedLayer]]](list)
             for name, part in self.pruned.items():
                 linear = linears[name]
                 if isinstance(linear, ExpertLinear):
-                    stack = linear.experts.get_parameter(linear.stack)
-                    stacked = masks.setdefault(
-                        linear.stacked(name), torch.ones(stack.shape, dtype=torch.bool, device=stack.device)
-                    )
-                    mask = linear.of_stack(stacked)
-                    mask.copy_(part.keep(mask))
-                    stacks[linear.stacked(name)] = stack
+                    stacks[linear.stacked(name)].append((linear, part))
                 else:
                     weight = weight_view(linear)
                     masks[name] = to_layout(linear, sharded_as(part.keep(weight), weight))
-        return masks | {name: sharded_as(masks[name], stack) for name, stack in stacks.items()}
+            for name, experts in stacks.items():
+                stack = getattr(*holder_of(experts[0][0]))
+                mask = torch.ones(stack.shape, dtype=torch.bool, device=stack.device)
+                for expert, part in experts:
+                    keep = expert.of_stack(mask)
+                    keep.copy_(part.keep(keep))
+                masks[name] = sharded_as(mask, stack)
+        return masks
 
     @torch.no_grad()
     def apply(self, model: nn.Module, optimizers: Iterable[Optimizer] = (), weights: Weights | None = None) -> None:

@@ -15,8 +15,15 @@ from transformers import AutoTokenizer, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from billhook import assets
 
-LENGTH, ROWS, RATE = 256, 8, 2e-3
+LENGTH, ROWS, RATE, BALANCE = 256, 8, 2e-3, 0.02
 TOKENIZER = Path(assets.__file__).parent / "model"
+
+
+def imbalance(logits):
+    """The load-balancing loss of a block's router, 1 if all experts receive as many tokens (Switch Transformers, equation 4)."""
+    probabilities = logits.float().softmax(-1)
+    chosen = torch.zeros_like(probabilities).scatter_(1, probabilities.topk(2).indices, 0.5)
+    return logits.shape[1] * (chosen.mean(0) * probabilities.mean(0)).sum()
 
 
 def main():
@@ -34,9 +41,8 @@ def main():
         Qwen3MoeConfig(
             vocab_size=len(tokenizer), hidden_size=192, num_hidden_layers=8, num_attention_heads=6, num_key_value_heads=2,
             head_dim=32, num_experts=16, num_experts_per_tok=2, moe_intermediate_size=192, intermediate_size=384,
-            max_position_embeddings=1024, tie_word_embeddings=True, output_router_logits=True, router_aux_loss_coef=0.01,
-            norm_topk_prob=True, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
+            max_position_embeddings=1024, tie_word_embeddings=True, norm_topk_prob=True,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
     model.set_experts_implementation("eager")
@@ -46,15 +52,17 @@ def main():
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1, (step + 1) / 50) * (1 + math.cos(math.pi * progress)) / 2
         rows = windows[torch.randint(len(windows), (ROWS,))]
-        loss = model(input_ids=rows, labels=rows).loss
-        loss.backward()
+        output = model(input_ids=rows, labels=rows, output_router_logits=True)
+        balance = sum(map(imbalance, output.router_logits)) / len(output.router_logits)
+        loss = output.loss - model.router_aux_loss_coef * output.aux_loss  # that of transformers is over all blocks together
+        (loss + BALANCE * balance).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
         if step % 50 == 0:
-            print(f"{step} steps of {ROWS * LENGTH} tokens, {progress:.0%} of the time: loss {loss.item():.3f}", flush=True)
-    model.config.output_router_logits = False
+            losses = f"loss {loss.item():.3f}, imbalance {balance.item():.2f}"
+            print(f"{step} steps of {ROWS * LENGTH} tokens, {progress:.0%} of the time: {losses}", flush=True)
     model.save_pretrained(arguments.out)
     tokenizer.save_pretrained(arguments.out)
 

@@ -201,11 +201,11 @@ def test_ranks_are_refused(tmp_path):
     (transformers.ZambaForCausalLM, "shares its weight with another layer. Prune the model in memory"),
     (
         transformers.DoryForCausalLM,
-        "is called twice, but blocks are loaded one at a time. Prune the model in memory",
+        "is called twice, but blocks are loaded one at a time. Use bh.load",
     ),
     (
         transformers.HrmTextForCausalLM,
-        "is called twice, but blocks are loaded one at a time. Prune the model in memory",
+        "is called twice, but blocks are loaded one at a time. Use bh.load",
     ),
 ])  # fmt: skip
 @pytest.mark.filterwarnings("ignore:these weights hold several matrices")

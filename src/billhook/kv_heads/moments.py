@@ -23,7 +23,7 @@ from billhook.engine import (
 )
 from billhook.kv_heads.layout import HeadTensors, Projections
 from billhook.linalg import float64_device
-from billhook.model import attention_functions_as
+from billhook.model import attention_functions_as, check_called_once
 
 NOT_SEEN = "svd needs attention through transformers' interface; use aligned without batches"
 T = TypeVar("T")
@@ -104,6 +104,7 @@ def gather(
         The results of `use`.
     """
     log_only_self_generated([run.source for run in runs])
+    check_called_once(model, runs)
 
     def run_all(by_block: bool) -> tuple[list[T], list[str]]:
         """Returns the results, and the names of modules that were called again after their block."""

@@ -99,7 +99,7 @@ from billhook.model.shape import (
     to_entry,
 )
 from billhook.model.shaped import build_shaped, has_shape_entry, load_as, load_shaped, readable
-from billhook.model.streamed import load_streamed, outline, stream
+from billhook.model.streamed import check_called_once, load_streamed, outline, raise_called_again, stream
 from billhook.model.surgery import (
     Change,
     Swap,

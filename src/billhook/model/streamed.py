@@ -1,19 +1,34 @@
 """Loads a checkpoint as a streamed model."""
 
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import NoReturn
 
 import torch
+from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from billhook.arguments import check_types
 from billhook.assets import model_path
 from billhook.atomic_folder import check_target
-from billhook.engine import Parts, TensorFiles, check_device, cpu_by_default, one_thread, store_of
+from billhook.engine import (
+    Parts,
+    Run,
+    TensorFiles,
+    check_device,
+    cpu_by_default,
+    one_thread,
+    runs_of,
+    store_of,
+    tree_map_only,
+)
 from billhook.engine.files import FileStore
 from billhook.model.complete import check_shards
-from billhook.model.meta import check_checkpoint, model_class, read_config
+from billhook.model.meta import check_checkpoint, model_class, read_config, to_meta
 from billhook.model.shaped import load_on_meta, readable
+from billhook.model.transformers_internals import compute_every_expert
 
 
 @cpu_by_default()
@@ -102,3 +117,24 @@ def _stream(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype, pa
         with suppress(OSError):
             model.generation_config = GenerationConfig.from_pretrained(name)
     return FileStore(model, files, parts)
+
+
+def check_called_once(model: nn.Module, runs: Sequence[Run]) -> None:
+    """Raises if a run on the meta device shows that a streamed model calls a block twice."""
+    batch, store = next((run.batch for run in runs if run.batch is not None), None), store_of(model)
+    if not store.in_files or batch is None:
+        return
+    empty, calls = to_meta(store.model), Counter[str]()
+    for name in store.blocks:
+        empty.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
+    compute_every_expert(empty)  # of which a router chooses none on the meta device
+    batch = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), batch)
+    with suppress(Exception), torch.no_grad():  # code that needs values fails on the meta device
+        runs_of(empty, [batch])[0].visit()
+    if again := next((name for name in store.blocks if calls[name] > 1), None):
+        raise_called_again(again)
+
+
+def raise_called_again(block: str) -> NoReturn:
+    """Raises for a block that is called again although blocks are loaded on demand."""
+    raise ValueError(f"model: {block} is called twice, but blocks are loaded one at a time. Use bh.load.")

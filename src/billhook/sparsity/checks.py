@@ -2,9 +2,7 @@
 
 import re
 import warnings
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from contextlib import suppress
 from fnmatch import fnmatchcase
 from pathlib import Path
 
@@ -22,7 +20,6 @@ from billhook.engine import (
     is_tensor_parallel,
     runs_of,
     store_of,
-    tree_map_only,
 )
 from billhook.model import (
     ExpertLinear,
@@ -33,14 +30,12 @@ from billhook.model import (
     is_convolution,
     prunable,
     stacks_of,
-    to_meta,
 )
 from billhook.repairs.matching import too_few_batches
 from billhook.sparsity.allocation import Uniform
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.masks import parse_pattern
 from billhook.sparsity.options import PruneOptions
-from billhook.sparsity.visitor import raise_called_again
 
 CONVOLUTIONS = (nn.Conv1d, nn.ConvTranspose1d)
 
@@ -232,21 +227,6 @@ def check_streamed(model: nn.Module, comm: Comm) -> None:
     """Raises if several ranks would write the same folder."""
     if store_of(model).in_files and comm is not SINGLE_PROCESS:
         raise ValueError("reduce is not supported for a streamed model, because ranks would write the same folder. Use one rank.")
-
-
-def check_called_once(model: nn.Module, runs: Sequence[Run]) -> None:
-    """Raises if a run on the meta device shows that a streamed model calls a block twice."""
-    batch, store = next((run.batch for run in runs if run.batch is not None), None), store_of(model)
-    if not store.in_files or batch is None:
-        return
-    empty, calls = to_meta(store.model), Counter[str]()
-    for name in store.blocks:
-        empty.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: calls.update([name]))
-    batch = tree_map_only(Tensor, lambda tensor: tensor.to("meta"), batch)
-    with suppress(Exception), torch.no_grad():  # code that needs values fails on the meta device
-        runs_of(empty, [batch])[0].visit()
-    if again := next((name for name in store.blocks if calls[name] > 1), None):
-        raise_called_again(again)
 
 
 def unsupported_weights(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:

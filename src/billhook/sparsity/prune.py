@@ -14,6 +14,7 @@ from billhook.engine import Arguments, Comm, Reduce, Site, blockwise, check_devi
 from billhook.model import (
     ExpertLinear,
     attention_for_all_dtypes,
+    check_called_once,
     check_changeable,
     expert_layers,
     holder_of,
@@ -33,7 +34,6 @@ from billhook.repairs.matching import (
 from billhook.sparsity.allocation import allocate_sparsities
 from billhook.sparsity.checks import (
     check_called,
-    check_called_once,
     check_folder,
     check_matching,
     check_pruning,

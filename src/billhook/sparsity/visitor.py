@@ -18,7 +18,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 from weakref import ReferenceType, ref
 
 import torch
@@ -52,6 +52,7 @@ from billhook.model import (
     is_convolution,
     output_positions,
     patches,
+    raise_called_again,
     routed,
     size_of,
     to_layout,
@@ -464,11 +465,6 @@ class GlobalPruningVisitor(PruningVisitor):
     def _scores(self, name: str) -> Tensor:
         self.enter(self.settings.layers[name])
         return self.scores(name, self._seen[name])
-
-
-def raise_called_again(block: str) -> NoReturn:
-    """Raises for a block that is called again although blocks are loaded on demand."""
-    raise ValueError(f"model: {block} is called twice, but blocks are loaded one at a time. Prune the model in memory.")
 
 
 def _version(tensor: Tensor) -> float:

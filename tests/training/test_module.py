@@ -15,7 +15,7 @@ from billhook.model.shape import shape_of
 from billhook.training import ClassificationDataModule, LoRA
 from billhook.training.data import Seq2SeqDataModule
 from billhook.training.metrics import TokenPerplexity
-from kit.families import BERT, SMALL, T5, VIT, llama, tokens
+from kit.families import BERT, SMALL, T5, VIT, build, llama, tokens
 from kit.fits import data, module, same, trainer, weights
 from kit.shaped import SHAPED, uneven_llama
 
@@ -271,6 +271,12 @@ class TestTrainable:
         lit = self.made(trainable=["lm_head.*"], tie_word_embeddings=True)
         assert trained(lit) == {"model.embed_tokens.weight"}
 
+    @pytest.mark.parametrize(("kind", "router"), [("qwen3_moe", "mlp.gate.weight"), ("mixtral", "mlp.gate.weight")])
+    def test_routers_of_experts(self, kind, router):
+        assert trained(TransformerModule(build(kind), trainable="router")) == {f"model.layers.{i}.{router}" for i in range(2)}
+        with pytest.raises(ValueError, match="trainable='router': no router of experts was found in LlamaForCausalLM"):
+            self.made(trainable="router")
+
     def test_what_a_ready_model_has_frozen_stays_so(self):
         model = llama()
         model.model.layers[0].requires_grad_(False)
@@ -315,7 +321,7 @@ class TestTrainable:
     @pytest.mark.parametrize(
         ("options", "match"),
         [
-            ({"trainable": "heads"}, "trainable='heads' must be 'all', 'attention', or name patterns"),
+            ({"trainable": "heads"}, "trainable='heads' must be 'all', 'attention', 'router', or name patterns"),
             ({"trainable": []}, r"trainable=\[\] must be"),
             (
                 {"trainable": ["*.k_proj.*", "*.key.*"]},

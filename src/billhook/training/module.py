@@ -27,7 +27,7 @@ from billhook.engine import StepRandom, blocks_of, is_sharded, shard, store_of
 from billhook.fit.checkpoint_hooks import load_as_before, load_in_shape
 from billhook.fit.resume import ShapeInCheckpoint
 from billhook.fit.run import training_steps
-from billhook.model import find_transformer
+from billhook.model import find_transformer, stacks_of
 from billhook.schedules import Step, check_step, resolve_step
 from billhook.tracing.axes import leaves
 from billhook.tracing.coupling import Structure
@@ -38,8 +38,8 @@ from billhook.training.distillation import Distillation, make_teacher
 from billhook.training.loader import batches_seen
 from billhook.training.metrics import TokenPerplexity, metric_name, metrics_of
 
-Trainable = Literal["all", "attention"] | list[str]
-"""All parameters, attention parameters, or parameters whose names match a glob pattern."""
+Trainable = Literal["all", "attention", "router"] | list[str]
+"""All parameters, those of attention or of routers of experts, or parameters whose names match a glob pattern."""
 Decay = Literal["cosine", "linear", "constant"]
 MAX_NEW_TOKENS = 128  # default limit for generation, if the generation config has no `max_new_tokens`
 TEACHER, RANDOM, STEPS = "billhook_teacher", "billhook_noise", "billhook_steps"
@@ -51,21 +51,21 @@ def check_trainable(trainable: Trainable, model: object) -> None:
     if isinstance(model, nn.Module) and not store_of(model).trains:
         raise ValueError("model: training needs all weights in memory, but the model is streamed. Load it with bh.load.")
     patterns = isinstance(trainable, Sequence) and not isinstance(trainable, str) and all(isinstance(p, str) for p in trainable)
-    if trainable not in ("all", "attention") and not (patterns and trainable):
-        raise ValueError(f"trainable={trainable!r} must be 'all', 'attention', or name patterns such as ['*.k_proj.*']")
+    if trainable not in ("all", "attention", "router") and not (patterns and trainable):
+        raise ValueError(f"trainable={trainable!r} must be 'all', 'attention', 'router', or name patterns such as ['*.k_proj.*']")
 
 
 def freeze_others(model: PreTrainedModel, trainable: Trainable, classifies: bool = False) -> None:
     """Freezes all parameters except the trainable ones, in place, and unfreezes none.
 
-    A tied parameter trains if one of its names matches. With `classifies` and `"attention"`, parameters outside the base model
-    (the classification head, which may be new) train too. If an error is raised, the model is unchanged.
+    A tied parameter trains if one of its names matches. With `classifies`, unless patterns are given, parameters outside the base
+    model (the classification head, which may be new) train too. If an error is raised, the model is unchanged.
     """
     if trainable == "all":
         return
     parameters = list(model.named_parameters(remove_duplicate=False))
-    if trainable == "attention":
-        names = set(attention_parameters(model))
+    if trainable in ("attention", "router"):
+        names = set(attention_parameters(model) if trainable == "attention" else router_parameters(model))
         base = set(model.base_model.parameters()) if classifies else {parameter for _, parameter in parameters}
         trained = {parameter for name, parameter in parameters if name in names or parameter not in base}
     else:
@@ -111,6 +111,24 @@ def attention_parameters(model: nn.Module, structure: Structure | None = None) -
     if not names:
         raise ValueError(f"trainable='attention': no attention module was found in {type(subject).__name__}. Use name patterns.")
     return [name for name, _ in subject.named_parameters() if name in names]
+
+
+def router_parameters(model: nn.Module) -> list[str]:
+    """Returns the names of parameters of experts outside of the experts themselves.
+
+    Raises:
+        ValueError: If there are no experts.
+    """
+    subject = find_transformer(model)
+    members = {member.name for group in trace(subject).groups if group.kind == "expert" for member in group.members}
+    routers = [
+        name
+        for name, parameter in subject.named_parameters()
+        if name in members and parameter.dim() < 3 and not stacks_of(subject.get_submodule(name.rpartition(".")[0]))
+    ]
+    if not routers:
+        raise ValueError(f"trainable='router': no router of experts was found in {type(subject).__name__}. Use name patterns.")
+    return routers
 
 
 def layer_names(parts: Iterable[Part]) -> set[str]:
@@ -160,8 +178,10 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
             forward pass of the teacher, whose weights stay in memory. `train_loss` is the sum and `train_kl` its KL term;
             validation is unchanged.
         trainable: Parameters to train: `"all"` (except parameters that are frozen in a `PreTrainedModel`), `"attention"`
-            (projections, biases, and norms of attention modules, and a classification head), or a list of glob patterns of
-            parameter names, such as `["*.k_proj.*", "*.v_proj.*"]`. All others are frozen, without gradients or optimizer state.
+            (projections, biases, and norms of attention modules), `"router"` (the routers of experts,
+            https://arxiv.org/abs/2603.02217), or a list of glob patterns of parameter names, such as `["*.k_proj.*",
+            "*.v_proj.*"]`. With the first three a classification head trains, too. All others are frozen, without gradients or
+            optimizer state.
             Cannot be combined with `lora`.
 
     Raises:

@@ -118,6 +118,7 @@ def test_the_default_is_reap_and_the_plan_says_what_routing_loses(model):
         pairs = [(first[1], second[1]) for first, second in zip(routed[::2], routed[1::2], strict=True)]
         orphans, count = orphans + sum(set(pair) <= set(removed) for pair in pairs), count + len(pairs)
     (change,) = plan.routing
+    assert bh.ModelPlan.from_json(plan.to_json(), model).routing == plan.routing
     assert change.gate_mass == pytest.approx(kept / mass)
     assert change.orphans == pytest.approx(orphans / count)
     assert change.unreached == 0

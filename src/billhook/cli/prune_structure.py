@@ -1,7 +1,7 @@
 """`billhook prune-structure`, `prune-blocks`, and `prune-vocabulary`."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -175,13 +175,7 @@ def prune_structure(
         if actual_limits and actual_limits != expected_limits:
             print(actual_limits)  # a text is shorter than requested
     before = None if dry_run else work.measure()
-    plans, words, refitted, not_refitted, routing = (
-        list[dict[str, Any]](),
-        list[str](),
-        False,
-        list[str](),
-        list[dict[str, Any]](),
-    )
+    plans, words, refitted, not_refitted = list[dict[str, Any]](), list[str](), False, list[str]()
     for plan in _plans(work, before, batches, amount, within_blocks, block_importance, importance, rounds):
         if dry_run:
             work.print_dry_run(plan.text())
@@ -203,13 +197,11 @@ def prune_structure(
         refitted = refitted or bool(weights)
         apply(work.model, plan, weights=weights)
         plans.append(plan.to_json())
-        routing = [asdict(change) for change in plan.routing] if isinstance(plan, UnitPlan) else []
         words.append(plan.words)
     used_repair = str(RepairConfig() if repair == "auto" else repair) if refitted else None
     scorers = {"by": importance and str(importance), "blocks_by": block_importance and str(block_importance)}
     settings: dict[str, Any] = scorers | {"ranking": amount.ranking, "rounds": rounds, "repair": used_repair}
     settings |= {"greedy": True} if amount.greedy else {}
-    settings |= {"routing": routing} if routing else {}
     settings |= {"tokens": amount.tokens} if amount.tokens else {}
     record = {"plans": plans, "importance": settings}
     work.save(before, f"without {', '.join(words)}", record, not_refitted="; ".join(dict.fromkeys(not_refitted)))

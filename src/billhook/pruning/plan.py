@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any, ClassVar
 
@@ -73,12 +73,14 @@ class UnitPlan(Cut, ShapePlan):
             "kinds": dict(self.kinds),
             "units": _as_lists(self.units),
             "before": _as_lists(self.before),
+            **({"routing": [asdict(change) for change in self.routing]} if self.routing else {}),
         }
 
     @classmethod
     def _read(cls, plain: Mapping[str, Any], model: nn.Module) -> Self:
         try:
             kinds, units = dict(plain["kinds"]), {name: list(numbers) for name, numbers in plain["units"].items()}
+            routing = tuple(RoutingChange(**change) for change in plain.get("routing", ()))
             made_for, before = plain["model"], {name: tuple(numbers) for name, numbers in plain["before"].items()}
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             cause = f"{type(error).__name__}: {error}"
@@ -87,7 +89,7 @@ class UnitPlan(Cut, ShapePlan):
             ) from error
         for kind in kinds.values():
             check_one_of("plan: kind", kind, UnitKind)
-        return cls.of(_find_again(made_for, kinds, before, units, find_transformer(model)))
+        return cls.of(_find_again(made_for, kinds, before, units, find_transformer(model)), routing=routing)
 
     def check_made_for(self, model: nn.Module) -> None:
         """Raises if the plan was made for another model; see `ModelPlan.check_made_for`."""

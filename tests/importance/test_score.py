@@ -27,7 +27,8 @@ def subclasses(kind):
     return [kind, *(one for own in kind.__subclasses__() for one in subclasses(own))]
 
 
-OURS = [kind for kind in subclasses(Importance) if kind.__module__.startswith("billhook.") and not kind.__abstractmethods__]
+BASES = Importance, RoutingImportance
+OURS = [kind for kind in subclasses(Importance) if kind.__module__.startswith("billhook.") and kind not in BASES]
 EVERY = [  # of heads, with its defaults and as it is used otherwise
     *(kind() for kind in OURS if not issubclass(kind, bh.importance.BlockInfluence | RoutingImportance)),
     *(bh.Taylor("unit"), bh.Taylor("mixed"), bh.importance.WeightNorm(1)),

@@ -1,7 +1,6 @@
 """Importance of experts, from the tokens that a router sends to them."""
 
 import inspect
-from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -21,30 +20,22 @@ from billhook.units import PLURAL, Per, Units
 
 @dataclass(frozen=True)
 class RoutingImportance(Importance):
-    """Scores experts from the tokens that they receive. Override `ratio`.
+    """Scores experts by a ratio of two sums over the tokens that they receive.
 
-    It costs a forward pass for each batch.
-    It needs experts whose class uses transformers' interface, which shows their inputs, gates, and outputs.
+    It costs a forward pass for each batch, and needs experts whose class uses transformers' interface.
+
+    Attributes:
+        ratio: The attributes of `Routing` that are divided.
     """
 
     blockwise: ClassVar[bool] = True
+    ratio: ClassVar[tuple[str, str]]
 
-    @abstractmethod
-    def ratio(self, tokens: Tensor, counts: Tensor, gates: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns numerator and denominator of the scores.
-
-        Args:
-            tokens: Number of tokens, `[1]`.
-            counts: Number of tokens that each expert receives, `[experts]`.
-            gates: Sums of the gates of these tokens, `[experts]`.
-            norms: Sums of gate times L2 norm of the expert's output, `[experts]`.
-        """
-
-    def of_routing(self, routing: Routing, *place: int) -> tuple[Tensor, Tensor]:
+    def of_routing(self, routing: Routing, *cell: int) -> tuple[Tensor, Tensor]:
         """Returns numerators and denominators, `[units]`, of all tokens or of a source and half."""
-        parts = [getattr(routing, name) for name in ("tokens", "counts", "gates", "norms")]
-        ratio = self.ratio(*(part[place] if place else part.sum((0, 1)) for part in parts))
-        return routing.by_unit(ratio[0]), routing.by_unit(ratio[1].expand_as(ratio[0]))
+        sums = [getattr(routing, name) for name in self.ratio]
+        total, count = (part[cell] if cell else part.sum((0, 1)) for part in sums)
+        return routing.by_unit(total), routing.by_unit(count.expand_as(total))
 
     def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches. See `Importance.sums`."""
@@ -63,9 +54,9 @@ class RoutingImportance(Importance):
             ValueError: If the units are not experts, or their class has a forward pass of its own.
         """
         sources, device = sorted({run.source for run in runs}), next(model.parameters()).device
-        earlier, places = Counter[str](), list[tuple[int, int]]()  # source and half of each run
+        earlier, cells = Counter[str](), list[tuple[int, int]]()  # source and half of each run
         for run in runs:
-            places.append((sources.index(run.source), earlier[run.source] % 2))
+            cells.append((sources.index(run.source), earlier[run.source] % 2))
             earlier[run.source] += 1
         watched, routings = dict[nn.Module, str](), dict[str, Routing]()
         for name, module_units in units.items():
@@ -81,25 +72,25 @@ class RoutingImportance(Importance):
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             hidden, index, weights = inspect.signature(type(module).forward).bind(module, *args, **kwargs).args[1:4]
-            name, place = watched[module], places[together.run]
+            name, cell = watched[module], cells[together.run]
             routing = routings[name]
             gates = weights.new_zeros(len(hidden), len(routing.unit_of), dtype=torch.float32).scatter_(1, index, weights.float())
             mask = runs[together.run].tokens.get(units[name].name)
             if mask is not None and mask.numel() == len(hidden):
                 gates, index = gates * mask.flatten()[:, None], index[mask.flatten()]
             gates_of[module] = gates
-            routing.tokens[place] += len(index)
+            routing.tokens[cell] += len(index)
             received = index.flatten().to(routing.counts.device)
-            routing.counts[place].index_add_(0, received, torch.ones_like(received, dtype=torch.float64))
-            routing.gates[place] += in_float64(gates.sum(0)).to(routing.gates.device)
-            routing.chosen.append((place[0], index.to(torch.int16)))
+            routing.counts[cell].index_add_(0, received, torch.ones_like(received, dtype=torch.float64))
+            routing.gates[cell] += in_float64(gates.sum(0)).to(routing.gates.device)
+            routing.chosen.append((cell[0], index.to(torch.int16)))
 
         def leave(layer: ExpertLinear, _: Any, output: Tensor) -> None:  # noqa: ANN401
             module = layer.experts
             if module.has_post_expert_norm:
                 output = module.post_expert_norm(output)
             norms = output.float().norm(dim=-1) * gates_of[module][layer.tokens, layer.number]
-            total = routings[watched[module]].norms[places[together.run]][layer.number]
+            total = routings[watched[module]].norms[cells[together.run]][layer.number]
             total += in_float64(norms.sum()).to(total.device)
 
         with expert_layers(model), ExitStack() as hooks:
@@ -170,9 +161,7 @@ class REAP(RoutingImportance):
         False
     """
 
-    def ratio(self, tokens: Tensor, counts: Tensor, gates: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns numerator and denominator of the scores. See `RoutingImportance.ratio`."""
-        return norms, counts
+    ratio: ClassVar[tuple[str, str]] = ("norms", "counts")
 
 
 @dataclass(frozen=True)
@@ -189,9 +178,7 @@ class RoutingFrequency(RoutingImportance):
         False
     """
 
-    def ratio(self, tokens: Tensor, counts: Tensor, gates: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns numerator and denominator of the scores. See `RoutingImportance.ratio`."""
-        return counts, tokens
+    ratio: ClassVar[tuple[str, str]] = ("counts", "tokens")
 
 
 @dataclass(frozen=True)
@@ -208,6 +195,4 @@ class GateMass(RoutingImportance):
         False
     """
 
-    def ratio(self, tokens: Tensor, counts: Tensor, gates: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns numerator and denominator of the scores. See `RoutingImportance.ratio`."""
-        return gates, tokens
+    ratio: ClassVar[tuple[str, str]] = ("gates", "tokens")

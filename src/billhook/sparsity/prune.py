@@ -211,8 +211,8 @@ class MatchingVisitor(PruningVisitor):
         if self.comm(torch.tensor([float(len(samples) < 2)], device=weight_of(next(iter(linears.values()))).device)):
             return
         names = {id(parameter): name for name, parameter in site.module.named_parameters()}
-        held = {name: getattr(*holder_of(linear)) for name, linear in linears.items()}
-        parameters = {name: names[id(parameter)] for name, parameter in held.items()}
+        holders = {name: getattr(*holder_of(linear)) for name, linear in linears.items()}
+        parameters = {name: names[id(parameter)] for name, parameter in holders.items()}
         weights, keeps = dict[str, Tensor](), dict[str, Tensor]()
         for name, linear in linears.items():
             weight, keep = self.pruned[name].weight(weight_of(linear)), self.pruned[name].keep(weight_of(linear))
@@ -221,7 +221,7 @@ class MatchingVisitor(PruningVisitor):
                 weights[key], keeps[key] = to_layout(linear, weight), to_layout(linear, keep)
                 continue
             if key not in weights:
-                weights[key], keeps[key] = held[name].detach().clone(), torch.ones_like(held[name], dtype=torch.bool)
+                weights[key], keeps[key] = holders[name].detach().clone(), torch.ones_like(holders[name], dtype=torch.bool)
             linear.of_stack(weights[key]).copy_(weight)
             linear.of_stack(keeps[key]).copy_(keep)
         with torch.inference_mode(False):  # tensors made in inference mode cannot have gradients

@@ -14,7 +14,7 @@ from billhook.engine import Comm, Run, SideBySide
 from billhook.importance.routing import Routing, RoutingChange
 from billhook.importance.score import Importance, Sums
 from billhook.linalg import in_float64
-from billhook.model import ExpertLinear, expert_layers, stacks_of
+from billhook.model import ExpertLinear, after_norm, expert_layers, stacks_of
 from billhook.units import PLURAL, Per, Units
 
 
@@ -87,9 +87,7 @@ class RoutingImportance(Importance):
 
         def leave(layer: ExpertLinear, _: Any, output: Tensor) -> None:  # noqa: ANN401
             module = layer.experts
-            if module.has_post_expert_norm:
-                output = module.post_expert_norm(output)
-            norms = output.float().norm(dim=-1) * gates_of[module][layer.tokens, layer.number]
+            norms = after_norm(module, output).float().norm(dim=-1) * gates_of[module][layer.tokens, layer.number]
             total = routings[watched[module]].norms[cells[together.run]][layer.number]
             total += in_float64(norms.sum()).to(total.device)
 

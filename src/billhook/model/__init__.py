@@ -17,7 +17,7 @@ from billhook.model.config_fields import (
 )
 from billhook.model.constants import record_constants, set_constants
 from billhook.model.costs import Costs, cost_of, costs_of, kv_cache_bytes, meta_copy
-from billhook.model.experts import ExpertLinear, expert_layers, holder_of, routed, stacks_of
+from billhook.model.experts import ExpertLinear, after_norm, expert_layers, holder_of, routed, stacks_of
 from billhook.model.field_search import Built, Sizes, build, find_fields
 from billhook.model.find import check_changeable, check_dense, check_plain, check_stored, check_values, find_transformer
 from billhook.model.inputs import cached_outputs, make_inputs, outputs_match, run_outputs, small_inputs, tolerance

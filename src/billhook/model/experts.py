@@ -107,6 +107,12 @@ def routed(layer: nn.Module, keep: Tensor) -> Tensor:
     return keep.flatten()[layer.tokens] if isinstance(layer, ExpertLinear) and keep.numel() == layer.of else keep
 
 
+def after_norm(experts: Any, outputs: Tensor) -> Tensor:  # noqa: ANN401
+    """Applies the norm of an expert's outputs, if the experts have one."""
+    has_norm = getattr(experts, "has_post_expert_norm", False)  # transformers 5.16 has no such attribute
+    return experts.post_expert_norm(outputs) if has_norm else outputs
+
+
 @contextmanager
 def expert_layers(model: nn.Module) -> Iterator[None]:
     """Makes each matrix of an expert a linear layer within the context, also nested."""
@@ -150,8 +156,7 @@ def _expert_by_expert(experts: Any, hidden_states: Tensor, top_k_index: Tensor, 
         hidden = first(hidden_states[tokens])
         hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
         outputs = second(hidden)
-        if experts.has_post_expert_norm:
-            outputs = experts.post_expert_norm(outputs)
+        outputs = after_norm(experts, outputs)
         output.index_add_(0, tokens, (outputs * top_k_weights[tokens, places, None]).to(output.dtype))
     return output
 

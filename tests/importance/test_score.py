@@ -11,7 +11,7 @@ import transformers
 
 import billhook as bh
 from billhook.importance.baselines import RandomUnits
-from billhook.importance.experts import RoutingImportance
+from billhook.importance.reap import RoutingImportance
 from billhook.importance.score import Importance, make_run, score
 from billhook.units.find import find_units
 from billhook.units.units import UnitKind

@@ -12,8 +12,8 @@ from billhook.importance.ablation import Ablation
 from billhook.importance.activations import ActivationNorm, OutputNorm
 from billhook.importance.baselines import RandomUnits, WeightNorm
 from billhook.importance.blocks import BlockInfluence
-from billhook.importance.experts import RoutingImportance
 from billhook.importance.obs import OBS
+from billhook.importance.reap import RoutingImportance
 from billhook.importance.score import Importance, check_supports_streaming
 from billhook.model import prunable, weight_of
 from billhook.pruning.repair import RepairOption

@@ -13,7 +13,7 @@ from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine import SINGLE_PROCESS, Comm, Loss, Reduce, cpu_by_default, store_of
 from billhook.importance.activations import OutputNorm
 from billhook.importance.blocks import BlockInfluence
-from billhook.importance.experts import REAP, RoutingImportance
+from billhook.importance.reap import REAP, RoutingImportance
 from billhook.importance.score import Importance, Sums, check_supports_streaming, score_units, scores_of, sum_units
 from billhook.importance.taylor import Taylor
 from billhook.model import apply_plan, check_replaceable, find_transformer, tokenizer_of

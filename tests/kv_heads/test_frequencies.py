@@ -206,6 +206,7 @@ def test_a_converted_model_is_converted_again():
         ("gemma3_text", {"num_hidden_layers": 6, "query_pre_attn_scalar": 16}, "no rope_parameters for all layers"),
         ("llama", {"rope_parameters": DYNAMIC}, "rope_type='dynamic'"),
         ("phimoe", {}, "PhimoeForCausalLM does not accept rope_type='longrope' (KeyError: 'short_mscale')"),
+        ("ministral3", {"head_dim": 8}, "Ministral3ForCausalLM does not accept rope_type='longrope' (TypeError: "),
     ],
 )
 def test_others_keep_their_frequencies_and_say_why(family, changes, reason):

@@ -33,6 +33,7 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}
 
 
 def rotation(*frequencies, rest=()):
@@ -205,6 +206,7 @@ def test_a_converted_model_is_converted_again():
         ("qwen3", {}, "pass a norm"),
         ("gemma3_text", {"num_hidden_layers": 6, "query_pre_attn_scalar": 16}, "no rope_parameters for all layers"),
         ("llama", {"rope_parameters": DYNAMIC}, "rope_type='dynamic'"),
+        ("llama", {"rope_parameters": SECTIONS}, "rope_type='default' (rope_type, rope_theta, mrope_section)"),
         ("phimoe", {}, "PhimoeForCausalLM does not accept rope_type='longrope' (KeyError: 'short_mscale')"),
         ("ministral3", {"head_dim": 8}, "Ministral3ForCausalLM does not accept rope_type='longrope' (TypeError: "),
     ],

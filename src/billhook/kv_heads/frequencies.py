@@ -90,7 +90,7 @@ def find_rotation(model: nn.Module, projections: Mapping[str, Projections], symm
     if not stated or not modules:
         raise ValueError("its config has no rope_parameters for all layers")
     lists = [name for name, value in stated.items() if isinstance(value, list)]
-    if stated["rope_type"] not in EXACT or (lists and stated.get("short_factor") != stated.get("long_factor")):
+    if stated["rope_type"] not in EXACT or (lists and stated.get("short_factor", lists) != stated.get("long_factor")):
         raise ValueError(f"rope_type='{stated['rope_type']}' ({', '.join(stated)}) permits no other frequencies")
     pairs = [mixing for mixing in symmetries[0] if mixing.imaginary]
     if len(set(symmetries)) > 1 or not pairs:

@@ -265,6 +265,8 @@ def zeroed(subject: Subject, dense: nn.Module, plan) -> list[Tensor] | None:
             if groups > 1 or weight.shape[dim] % one.count():
                 return None
             width = weight.shape[dim] // one.count()
+            if width > 1 and weight.ndim > 2 and plan.kinds[name] == "channel":
+                return None  # the convolution reads other channels next to them
             for unit in plan.units[name]:
                 weight.narrow(dim, unit * width, width).zero_()
         if plan.units.get(name) and not one.readers:

@@ -152,6 +152,13 @@ def test_residual_channels_of_a_model_that_scales_its_embeddings(precision, file
         export(path, tmp_path / "other")
 
 
+def test_numbers_that_a_forward_derives_from_its_inputs(tmp_path):
+    sizes = {"d_model": 32, "d_inner": 48, "n_head": 4, "d_head": 8, "block_sizes": [1, 1], "vocab_size": 64}
+    model = transformers.FunnelForMaskedLM(transformers.FunnelConfig(**sizes)).eval()
+    model(tokens(1, 7))
+    assert exported(model, tmp_path).way == "plain"
+
+
 def test_a_table_in_bfloat16(tmp_path):
     sizes = {"n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 64, "rotary_dim": 8, "vocab_size": 64}
     model = transformers.GPTJForCausalLM(transformers.GPTJConfig(**sizes, bos_token_id=1, eos_token_id=2))

@@ -15,6 +15,7 @@ from billhook.model.meta import from_name
 from billhook.model.shape import KEY, set_shape, shape_of
 from billhook.tracing.trace import trace
 from kit.families import llama
+from kit.image_models import swin
 from kit.shaped import SHAPED, narrow, narrow_tied_llama, uneven_llama, uneven_mixtral
 
 MORE = SHAPED | {"tied": narrow_tied_llama, "mixtral": uneven_mixtral}
@@ -134,6 +135,14 @@ def test_a_field_that_was_changed_after_building_makes_no_shape(tmp_path):
     model.config.pad_token_id = 2
     assert save(model, tmp_path / "a").way == "plain"
     assert KEY not in written(tmp_path / "a")
+
+
+def test_numbers_that_a_forward_derives_from_its_inputs_are_no_shape(tmp_path):
+    model, pixels = swin(image_size=8).eval(), torch.randn(1, 3, 8, 8)
+    model(pixels)  # the second stage has a single window, which is not shifted
+    billhook.apply(model, billhook.plan(model, billhook.importance.WeightNorm(), channels=0.25))
+    assert save(model, tmp_path).way == "shaped"
+    assert torch.equal(load(tmp_path)(pixels).logits, model(pixels).logits)
 
 
 @pytest.fixture(scope="module")

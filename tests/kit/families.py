@@ -20,6 +20,7 @@ SMALL = {
 EXTRA = {
     "llama": {},
     "mistral": {"head_dim": 8, "sliding_window": 8},
+    "ministral3": {"head_dim": 8},
     "qwen2": {},
     "qwen3": {"head_dim": 8},
     "gemma": {"head_dim": 8},

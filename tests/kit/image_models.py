@@ -37,10 +37,10 @@ def deit(**sizes):
     return transformers.DeiTForImageClassification(transformers.DeiTConfig(**SMALL | {"intermediate_size": 32} | sizes))
 
 
-def swin(width=8, heads=(2, 4)):
-    """Two stages of windows of 2 x 2 patches, every other one shifted, on 8 x 8 and 4 x 4."""
-    sizes = {"embed_dim": width, "depths": [2, 2], "num_heads": list(heads), "window_size": 2, "mlp_ratio": 2.0}
-    return transformers.SwinForImageClassification(transformers.SwinConfig(**sizes, image_size=16, patch_size=2, num_labels=6))
+def swin(width=8, heads=(2, 4), image_size=16):
+    """Two stages of windows of 2 x 2 patches, every other one shifted; of 16 x 16 pixels, on 8 x 8 and 4 x 4."""
+    sizes = {"embed_dim": width, "depths": [2, 2], "num_heads": list(heads), "window_size": 2, "mlp_ratio": 2.0, "patch_size": 2}
+    return transformers.SwinForImageClassification(transformers.SwinConfig(**sizes, image_size=image_size, num_labels=6))
 
 
 def resnet(sizes=STAGES["hidden_sizes"]):

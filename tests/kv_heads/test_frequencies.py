@@ -33,6 +33,7 @@ LLAMA3 = {
 }
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 0]}
 
 
 def rotation(*frequencies, rest=()):
@@ -199,12 +200,17 @@ def test_a_converted_model_is_converted_again():
     assert all(float((before - frequency).abs().min()) < 1e-6 for frequency in after)
 
 
-@pytest.mark.parametrize(("family", "changes", "reason"), [
-    ("qwen3", {}, "pass a norm"),
-    ("gemma3_text", {"num_hidden_layers": 6, "query_pre_attn_scalar": 16}, "no rope_parameters for all layers"),
-    ("llama", {"rope_parameters": DYNAMIC}, "rope_type='dynamic'"),
-    ("phimoe", {}, "PhimoeForCausalLM does not accept rope_type='longrope' (KeyError: 'short_mscale')"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "changes", "reason"),
+    [
+        ("qwen3", {}, "pass a norm"),
+        ("gemma3_text", {"num_hidden_layers": 6, "query_pre_attn_scalar": 16}, "no rope_parameters for all layers"),
+        ("llama", {"rope_parameters": DYNAMIC}, "rope_type='dynamic'"),
+        ("llama", {"rope_parameters": SECTIONS}, "rope_type='default' (rope_type, rope_theta, mrope_section)"),
+        ("phimoe", {}, "PhimoeForCausalLM does not accept rope_type='longrope' (KeyError: 'short_mscale')"),
+        ("ministral3", {"head_dim": 8}, "Ministral3ForCausalLM does not accept rope_type='longrope' (TypeError: "),
+    ],
+)
 def test_others_keep_their_frequencies_and_say_why(family, changes, reason):
     small = {**HEADS, "intermediate_size": 32, "num_hidden_layers": 2}
     model = PhimoeForCausalLM(PhimoeConfig(**small)) if family == "phimoe" else families.build(family, **changes)

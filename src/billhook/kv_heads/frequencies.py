@@ -19,9 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from billhook.engine import overridden
 from billhook.kv_heads.layout import Projections
 from billhook.kv_heads.symmetry import Mixing, Symmetry, find_symmetries
-from billhook.model import longrope, rope_parameters, rotary_embeddings, with_modules, with_rope_parameters
+from billhook.model import longrope, rope_parameters, rotary_embeddings, text_config, with_modules, with_rope_parameters
 
 EXACT = ("default", "linear", "llama3", "yarn", "longrope")
 """Rotary types with the same frequencies for texts of all lengths, provided that both lists of a longrope are equal."""
@@ -89,7 +90,7 @@ def find_rotation(model: nn.Module, projections: Mapping[str, Projections], symm
     if not stated or not modules:
         raise ValueError("its config has no rope_parameters for all layers")
     lists = [name for name, value in stated.items() if isinstance(value, list)]
-    if stated["rope_type"] not in EXACT or (lists and stated.get("short_factor") != stated.get("long_factor")):
+    if stated["rope_type"] not in EXACT or (lists and stated.get("short_factor", lists) != stated.get("long_factor")):
         raise ValueError(f"rope_type='{stated['rope_type']}' ({', '.join(stated)}) permits no other frequencies")
     symmetry, *different = set(symmetries)
     pairs = [mixing for mixing in symmetry if mixing.imaginary]
@@ -109,8 +110,11 @@ def find_rotation(model: nn.Module, projections: Mapping[str, Projections], symm
     mixings = [rotation.mixing(numbers[0::3], 1.0), rotation.mixing(numbers[1::3], 0.0)]
     symmetry = (*mixings, *(rotation.mixing([n], 1.0) for n in numbers[2::3]))
     try:
-        rotary = with_rope_parameters(model, rotation.rope(model, others))
-        of_module = with_modules(rotary, lambda: find_symmetries(model, {first: projections[first]}, [symmetry]))
+        parameters = rotation.rope(model, others)
+        rotary = with_rope_parameters(model, parameters)
+        config: Any = model.config
+        with overridden(text_config(config), rope_parameters=parameters):  # attention modules may read them as well
+            of_module = with_modules(rotary, lambda: find_symmetries(model, {first: projections[first]}, [symmetry]))
     except Exception as error:  # whatever a class of models raises
         raise ValueError(
             f"{type(model).__name__} does not accept rope_type='longrope' ({type(error).__name__}: {error})"

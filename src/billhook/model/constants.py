@@ -16,9 +16,11 @@ from billhook.model.config_fields import build_class_on_meta
 from billhook.model.transformers_internals import follows_inputs
 
 MOST = 1024  # approximate number of summed values of a larger buffer, evenly spaced
+OF_INPUTS = ("cached", "rescaled", "attention_structure", "shift_size", "window_size")
+"""Parts of the names of numbers that forwards change."""
 HARMLESS = (
     *("training", "drop", "checkpointing", "loss", "jitter", "padding_idx", "pad_token_id", "vocab_size"),
-    *("cached", "rescaled", "pooling_mult", "shift_size", "window_size"),
+    *OF_INPUTS,
 )
 """Parts of the names of numbers that do not affect logits in evaluation mode, or that forwards change."""
 Numbers = dict[str, tuple[float, float]]  # old and new numbers of modules, by dotted name

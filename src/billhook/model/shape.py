@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from billhook.model.cache import cached
 from billhook.model.config_fields import Fields, build_class_on_meta, fields_of, read_back, set_fields
-from billhook.model.constants import Numbers, derived_constants, set_constants
+from billhook.model.constants import OF_INPUTS, Numbers, derived_constants, set_constants
 from billhook.model.rotary import are_rope_parameters, rope_parameters, set_rope_parameters
 from billhook.model.surgery import restored_on_error
 
@@ -317,7 +317,7 @@ def _numbers(model: nn.Module) -> Iterator[tuple[str, nn.Module, str]]:
     for name, module in model.named_modules():
         if next(module.parameters(), None) is not None:
             for attr, value in vars(module).items():
-                if _is_whole(attr, value) and not attr.startswith("_"):
+                if _is_whole(attr, value) and not attr.startswith("_") and not any(part in attr for part in OF_INPUTS):
                     yield f"{name}.{attr}", module, attr
 
 

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from torch.nn.functional import linear, silu
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import DeepseekV3Config, DeepseekV3ForCausalLM, Llama4ForCausalLM, Llama4TextConfig
 
 import billhook as bh
 from billhook.importance.score import make_run, score
@@ -22,11 +22,12 @@ def model():
     return build("qwen3_moe")
 
 
-def grouped():
+def grouped(**changes):
     """A mixture whose router first chooses one of two groups of four experts."""
     sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "num_hidden_layers": 2, "vocab_size": 64}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "q_lora_rank": None, "kv_lora_rank": 16, "qk_rope_head_dim": 8}
     routing = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
+    routing |= changes
     return DeepseekV3ForCausalLM(DeepseekV3Config(**sizes, **heads, **routing, qk_nope_head_dim=8, v_head_dim=8)).eval()
 
 
@@ -90,6 +91,24 @@ def test_units_of_groups_are_the_places_in_a_group():
     assert model.config.n_routed_experts == 6
     assert model.model.layers[1].mlp.gate.e_score_correction_bias.shape == (6,)
     assert model(**BATCHES[0]).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(("taken", "groups", "least"), [(4, 1, 4), (6, 2, 3), (3, 2, 2)])
+def test_the_chosen_groups_keep_as_many_experts_as_a_token_takes(taken, groups, least):
+    model = grouped(num_experts_per_tok=taken, topk_group=groups)
+    with pytest.raises(ValueError, match=rf"left with {least - 1} of 4 experts, .* Keep at least {least}"):
+        bh.pruning.plan_units(model, list(range(5 - least)), "expert")
+    if least < 4:
+        assert bh.pruning.plan_units(model, list(range(4 - least)), "expert").after == {"model.layers.1.mlp": (least,)}
+
+
+def test_experts_with_a_forward_pass_of_their_own_are_ranked_by_taylor():
+    sizes = {"hidden_size": 32, "intermediate_size": 16, "intermediate_size_mlp": 48, "num_hidden_layers": 2, "vocab_size": 64}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4}
+    model = Llama4ForCausalLM(Llama4TextConfig(**sizes, **heads)).eval()
+    assert bh.plan(model, None, BATCHES, experts=0.25).units == bh.plan(model, bh.Taylor(), BATCHES, experts=0.25).units
+    with pytest.raises(ValueError, match="the experts of .*feed_forward have a forward pass of their own. Use Taylor"):
+        bh.plan(model, SCORES[0], BATCHES, experts=0.25)
 
 
 @pytest.mark.parametrize("importance", SCORES, ids=str)

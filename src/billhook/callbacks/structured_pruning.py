@@ -119,7 +119,7 @@ class StructuredPruning(ShapeCallback):
                 with self.calibration.undisturbed(fit), fit.gradient_context(), blockwise(fit.module):
                     pairs = self.calibration.pairs(fit) if self.needs_data else ()
                     runs = [make_run(model, part.units, *pair) for pair in pairs]
-                    importance = self.importance or default_importance(part.units)
+                    importance = self.importance or default_importance(part.model, part.units)
                     plan = plan_from_search(part, importance, runs, comm=comm_of(fit, self.calibration.shared(fit)))
                     check_identical(fit, "StructuredPruning", "the plan", plan.to_json)
                     weights, why, how = self.repaired(fit, plan, runs, self.repair if self.needs_data else None)

@@ -108,8 +108,8 @@ def prune_structure(
         block_importance: Scores the blocks: `BlockInfluence` (ShortGPT, https://arxiv.org/abs/2403.03853, the default), or
             `Ablation`, one forward pass per block.
         importance: Scores the units: `OutputNorm`, `Taylor` (LLM-Pruner), or any other `Importance`, including a custom class.
-            Defaults to `OutputNorm`, to `REAP` for experts, or to `Taylor` for experts with other units. With `stream`, one
-            without gradients.
+            Defaults to `OutputNorm`, to `REAP` for experts, or to `Taylor` for experts of a custom class or with other units.
+            With `stream`, one without gradients.
         rounds: Number of score-and-prune rounds.
         repair: Least-squares repair of consumer layers, and of the output layers of blocks behind removed ones. "auto" uses
             `RepairConfig()` if linear layers read the units and there are enough examples. null keeps the old weights.
@@ -150,7 +150,7 @@ def prune_structure(
         kept = remaining_inputs(search, cut, most=True) if rounds == 1 else None
         needed = remaining_inputs(search, cut, most=False) if refits else None
         removable = search.removable()
-        importance = importance or default_importance(removable)
+        importance = importance or default_importance(work.model, removable)
         check_scored(examples, importance)
         count = sum(units.count(amount.per) for units in removable.values())
         passes.add_scoring(rounds, importance, count, batches_to_score)

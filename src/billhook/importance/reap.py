@@ -15,6 +15,7 @@ from billhook.importance.routing import Routing, RoutingChange
 from billhook.importance.score import Importance, Sums
 from billhook.linalg import in_float64
 from billhook.model import ExpertLinear, after_norm, expert_layers, stacks_of
+from billhook.tracing.groups import Member
 from billhook.units import PLURAL, Per, Units
 
 
@@ -62,11 +63,9 @@ class RoutingImportance(Importance):
         for name, module_units in units.items():
             if module_units.kind != "expert":
                 raise ValueError(f"importance={self} scores experts, not {PLURAL[module_units.kind]}. Use OutputNorm or Taylor.")
-            member = next((part for part in module_units.members if part.name.endswith("down_proj") and part.dim == 0), None)
-            module = model if member is None else model.get_submodule(member.name.rpartition(".")[0])
-            if member is None or not stacks_of(module):
+            if (member := stacked_experts(model, module_units)) is None:
                 raise ValueError(f"importance={self}: the experts of {name} have a forward pass of their own. Use Taylor.")
-            watched[module] = name
+            watched[model.get_submodule(member.name.rpartition(".")[0])] = name
             routings[name] = Routing.zero(sources, torch.from_numpy(module_units.of_member(member)), device)
         together, gates_of = SideBySide(model), dict[nn.Module, Tensor]()  # of the current call, `[tokens, experts]`
 
@@ -137,7 +136,17 @@ class RoutingImportance(Importance):
                 float(agreement[number, 0] / agreement[number, 1]) if agreement[number, 1] else None,
             )
             for number, source in enumerate(first.sources)
+            if tokens[number, 1]
         ]
+
+
+def stacked_experts(model: nn.Module, units: Units) -> Member | None:
+    """Returns the stack of output matrices, if the experts run through transformers' interface."""
+    for member in units.members if units.kind == "expert" else ():
+        module, _, name = member.name.rpartition(".")
+        if name == "down_proj" and member.dim == 0 and stacks_of(model.get_submodule(module)):
+            return member
+    return None
 
 
 @dataclass(frozen=True)

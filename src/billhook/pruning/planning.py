@@ -13,7 +13,7 @@ from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine import SINGLE_PROCESS, Comm, Loss, Reduce, cpu_by_default, store_of
 from billhook.importance.activations import OutputNorm
 from billhook.importance.blocks import BlockInfluence
-from billhook.importance.reap import REAP, RoutingImportance
+from billhook.importance.reap import REAP, RoutingImportance, stacked_experts
 from billhook.importance.score import Importance, Sums, check_supports_streaming, score_units, scores_of, sum_units
 from billhook.importance.taylor import Taylor
 from billhook.model import apply_plan, check_replaceable, find_transformer, tokenizer_of
@@ -59,7 +59,7 @@ def plan(
     Args:
         model: A Hugging Face model, also with LoRA attached, or a module that holds one.
         importance: Scores the units: any `Importance`. Defaults to `OutputNorm()`; to `REAP()` for experts, and to `Taylor()`
-            for experts with other units; to `BlockInfluence()` for blocks.
+            for experts of a custom class or with other units; to `BlockInfluence()` for blocks.
         batches: Calibration data: dictionaries of forward inputs with labels, or a `Calibration`. A causal language model uses
             its inputs as labels if there are none. Padding (`attention_mask`) is ignored. Defaults to `"mixed"`
             and `"generated"` text.
@@ -169,7 +169,7 @@ def plan_from_search(
             batches = list(read_batches(batches, model))  # an iterator would be empty afterwards
             scores |= token_scores(model, tokens, batches, tokenizer or tokenizer_of(model), comm)
         if others := {name: layer for name, layer in units.items() if name not in tokens}:
-            importance = importance or default_importance(others)
+            importance = importance or default_importance(model, others)
             sums = sum_units(model, others, importance, batches, loss, amount.per, comm, progress)
             scores |= scores_of(importance, sums, amount.normalize, comm)
     cut = search.cut(scores)
@@ -270,11 +270,11 @@ def _lowest_blocks(stacks: Mapping[str, Units], scores: Mapping[str, Tensor], am
     return choose(stacks, scores, ratio, amount.ranking, amount.min_units, ends=ends, name="blocks")
 
 
-def default_importance(units: Mapping[str, Units]) -> Importance:
-    """Returns `REAP()` for experts, `OutputNorm()`, or `Taylor()` without consumer layers.
+def default_importance(model: nn.Module, units: Mapping[str, Units]) -> Importance:
+    """Returns `REAP()` for experts that it can observe, `OutputNorm()`, or `Taylor()`.
 
     See docs/evidence/equal_size.md for a comparison.
     """
-    if {layer.kind for layer in units.values()} == {"expert"}:
+    if all(stacked_experts(model, layer) for layer in units.values()):
         return REAP()
     return OutputNorm() if all(layer.readers for layer in units.values()) else Taylor()

@@ -1,5 +1,6 @@
 """Rules of indexing: an index tensor points into the axis that it was made from."""
 
+import math
 from collections.abc import Callable, Sequence
 from operator import attrgetter
 from typing import Any
@@ -8,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from billhook.tracing.axes import Axis, mark, product
+from billhook.tracing.axes import Axis, factors, leaves, mark, notes_of, product
 from billhook.tracing.rules.contraction import parameter_rows
 from billhook.tracing.rules.movement import mark_ranked, narrow
 from billhook.tracing.tape import (
@@ -180,8 +181,13 @@ def index_add(tape: Tape, out: Tensor, x: Tensor, dim: int, index: Tensor, sourc
 
 
 def topk(tape: Tape, out: Sequence[Tensor], x: Tensor, k: int, dim: int = -1, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
-    """Returns the largest values and their indices."""
-    mark(axes_of(x)[dim], "taken", str(k))
+    """Returns the largest values and their indices. An axis keeps the largest number that is taken along it."""
+    # of experts in groups, a router takes the best groups first, and then k experts from these
+    axis = axes_of(x)[dim]
+    *groups, inner = factors(axis) or [axis]  # an axis of size 1 has no factors
+    needed = -(-k // max(1, math.prod(int(notes_of(group).get("taken", group.size)) for group in groups)))
+    for leaf in leaves(inner):
+        leaf.notes["taken"] = str(max(needed, int(leaf.notes.get("taken", 0))))
     _rank(out, x, dim)
 
 

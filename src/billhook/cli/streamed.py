@@ -13,7 +13,7 @@ from billhook.importance.activations import ActivationNorm, OutputNorm
 from billhook.importance.baselines import RandomUnits, WeightNorm
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.obs import OBS
-from billhook.importance.reap import RoutingImportance
+from billhook.importance.reap import REAP, GateMass, RoutingFrequency
 from billhook.importance.score import Importance, check_supports_streaming
 from billhook.model import prunable, weight_of
 from billhook.pruning.repair import RepairOption
@@ -82,14 +82,15 @@ class Passes:
         known = {
             OutputNorm: 2,  # the first finds the consumer layers
             ActivationNorm: 1,
+            REAP: 1,
+            RoutingFrequency: 1,
+            GateMass: 1,
             BlockInfluence: 1,
             Ablation: (1 + units) * batches,
             WeightNorm: 1,
             RandomUnits: 0,
         }
         passes = importance.passes if isinstance(importance, OBS) else known.get(type(importance))
-        if isinstance(importance, RoutingImportance):
-            passes = 1
         if passes is not None:
             self.known += rounds * passes
         elif importance not in self.unknown:

@@ -155,8 +155,7 @@ def _expert_by_expert(experts: Any, hidden_states: Tensor, top_k_index: Tensor, 
             layer.tokens, layer.of = tokens, len(hidden_states)
         hidden = first(hidden_states[tokens])
         hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
-        outputs = second(hidden)
-        outputs = after_norm(experts, outputs)
+        outputs = after_norm(experts, second(hidden))
         output.index_add_(0, tokens, (outputs * top_k_weights[tokens, places, None]).to(output.dtype))
     return output
 

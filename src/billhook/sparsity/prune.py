@@ -151,8 +151,8 @@ def prune(
                 None if dry_run else key,
             )
             pruned = {name: visitor.pruned[name] for name in linears if name in visitor.pruned}
-            reached = any(visitor.by_magnitude.get(name, 1) for name in pruned)
-            left_out = check_called(linears, pruned if reached else ())
+            without_tokens = {name for name, tokens in visitor.by_magnitude.items() if not tokens}
+            left_out = check_called(linears, pruned if pruned.keys() - without_tokens else ())
             # experts get only some of the tokens
             fewer = {name: seen for name, seen in visitor.tokens.items() if name not in expected or seen[0] < expected[name][0]}
             if message := too_few_tokens(criterion, fewer):
@@ -204,7 +204,9 @@ class MatchingVisitor(PruningVisitor):
         linears = {name: linear for name, linear in site.linears.items() if name in self.pruned}
         samples = list[BlockSample]()
         for run, inputs, _, goal in self._outputs.take(self._batches):
-            samples.append(BlockSample(inputs, goal, self._counting(goal.shape[:-1], goal, run), self.settings.runs[run].source))
+            samples.append(
+                BlockSample(inputs, goal, self._counting(goal.shape[:-1], goal, run, site.module), self.settings.runs[run].source)
+            )
         if not linears:
             return
         # each rank needs samples to tune on and samples to hold out

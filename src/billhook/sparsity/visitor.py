@@ -314,16 +314,16 @@ class PruningVisitor(Visitor):
             return
         images = batched(linear, inputs)
         outputs = output_positions(linear, images)
-        keep = self._counting(outputs, images, run)
+        keep = self._counting(outputs, images, run, linear)
         step = max(1, VALUES // max(1, outputs[1:].numel() * linear.groups * size_of(linear)[1]))
         for start in range(0, len(images), step):
             part = slice(start, start + step)
             self.statistics[name].add(patches(linear, images[part]), None if keep is None else keep[part])
 
-    def _counting(self, shape: torch.Size, inputs: Tensor, run: int, layer: nn.Module | None = None) -> Tensor | None:
+    def _counting(self, shape: torch.Size, inputs: Tensor, run: int, layer: nn.Module) -> Tensor | None:
         """Returns the mask of non-padding tokens that fits a shape, if there is any."""
         for mask in self.settings.runs[run].tokens.values():
-            keep = mask if layer is None else routed(layer, mask)
+            keep = routed(layer, mask)
             if keep.shape == shape or (len(shape) == 1 and keep.numel() == shape[0]):
                 return keep.reshape(shape).to(inputs.device)
         return None

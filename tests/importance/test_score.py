@@ -27,8 +27,7 @@ def subclasses(kind):
     return [kind, *(one for own in kind.__subclasses__() for one in subclasses(own))]
 
 
-BASES = Importance, RoutingImportance
-OURS = [kind for kind in subclasses(Importance) if kind.__module__.startswith("billhook.") and kind not in BASES]
+OURS = [kind for kind in subclasses(Importance) if kind.__module__.startswith("billhook.") and not kind.__abstractmethods__]
 EVERY = [  # of heads, with its defaults and as it is used otherwise
     *(kind() for kind in OURS if not issubclass(kind, bh.importance.BlockInfluence | RoutingImportance)),
     *(bh.Taylor("unit"), bh.Taylor("mixed"), bh.importance.WeightNorm(1)),

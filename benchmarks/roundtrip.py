@@ -42,6 +42,7 @@ from transformers.pytorch_utils import Conv1D
 import billhook as bh
 from billhook.checkpoints.export import export
 from billhook.cli.inspect import conversion
+from billhook.model.experts import expert_layers
 from billhook.model.inputs import make_inputs
 from billhook.model.transformers_internals import match_implementations
 from billhook.sparsity.weight_plan import WeightPlan
@@ -311,33 +312,37 @@ def prune(subject: Subject, model: nn.Module) -> Done:
         lambda: bh.prune(model, bh.Wanda(), [subject.inputs], pattern="2:4", options=bh.PruneOptions(sequential="none")),
     )
     assert isinstance(plan, WeightPlan)
-    return kept_of_four(subject, dense, model, plan.pruned)
+    return kept_of_four(subject, dense, model, plan)
 
 
 @torch.no_grad()
-def kept_of_four(subject: Subject, dense: nn.Module, model: nn.Module, names) -> list[Tensor]:
+def kept_of_four(subject: Subject, dense: nn.Module, model: nn.Module, plan: WeightPlan) -> list[Tensor]:
     """Answers with the weights kept that are not zero in the model, once they are known to be the best |W| * ||x||."""
     sums: dict[str, Tensor] = {}
     handles = []
-    for name in names:
+    with expert_layers(dense), expert_layers(model):
+        for name in plan.pruned:
 
-        def add(module, args, out, name=name):
-            sums[name] = sums.get(name, 0) + squares_read(module, args[0].double().square())
+            def add(module, args, out, name=name):
+                sums[name] = sums.get(name, 0) + squares_read(module, args[0].double().square())
 
-        weight = dense.get_submodule(name).weight
-        sharing = [module for module in dense.modules() if getattr(module, "weight", None) is weight]
-        handles += [module.register_forward_hook(add) for module in sharing]
-    subject.answer(dense)
-    for handle in handles:
-        handle.remove()
-    for name in names:
-        module, zeros = dense.get_submodule(name), model.get_submodule(name).weight == 0
-        scores = as_matrix(module, module.weight).abs().double() * sums[name].sqrt()
-        lost = scores * as_matrix(module, zeros)  # where norms are 0, any two do
-        least = scores.reshape(scores.shape[0], -1, 4).sort().values[..., :2].sum(-1)
-        if not torch.allclose(lost.reshape(scores.shape[0], -1, 4).sum(-1), least, rtol=1e-5):
-            raise Wrong(f"{name}: others than the smallest |W| * ||x|| of four are zero")
-        module.weight.masked_fill_(zeros, 0)
+            read = dense.get_submodule(name)
+            weight = read.weight
+            sharing = [module for module in dense.modules() if module is read or getattr(module, "weight", None) is weight]
+            handles += [module.register_forward_hook(add) for module in sharing]
+        subject.answer(dense)
+        for handle in handles:
+            handle.remove()
+        for name in plan.pruned:
+            module, zeros = dense.get_submodule(name), model.get_submodule(name).weight == 0
+            scores = as_matrix(module, module.weight).abs().double()
+            if name not in plan.by_magnitude:
+                scores *= sums[name].sqrt()
+            lost = scores * as_matrix(module, zeros)  # where norms are 0, any two do
+            least = scores.reshape(scores.shape[0], -1, 4).sort().values[..., :2].sum(-1)
+            if not torch.allclose(lost.reshape(scores.shape[0], -1, 4).sum(-1), least, rtol=1e-5):
+                raise Wrong(f"{name}: others than the smallest |W| * ||x|| of four are zero")
+            module.weight.masked_fill_(zeros, 0)
     return subject.answer(dense)
 
 

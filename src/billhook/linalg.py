@@ -140,3 +140,18 @@ def conjugate_gradients(solution: Tensor, residual: Tensor, h: Tensor, keep: Ten
         direction.mul_(next_energy / safe_divisor(energy)).add_(scaled)
         energy = next_energy
     return solution
+
+
+def over_dims(positions: Tensor, tensor: Tensor, dim: int) -> Tensor:
+    """Returns positions along a dimension as an index of `gather`, like the tensor elsewhere.
+
+    Args:
+        positions: `[positions]`, or `[len(tensor), positions]` with other positions for each entry of the first dimension.
+        tensor: The tensor.
+        dim: The dimension, not the first one if positions differ.
+    """
+    sizes = [1] * tensor.dim()
+    sizes[0], sizes[dim] = (1 if positions.dim() == 1 else len(positions)), positions.shape[-1]
+    expanded = list(tensor.shape)
+    expanded[dim] = positions.shape[-1]
+    return positions.view(sizes).expand(expanded)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from billhook.engine import Run, SideBySide, store_of
 from billhook.importance.score import Importance, Sums, by_unit, check_consumers, consumer_modules, count_tokens, mask_padding
 from billhook.linalg import in_float64
-from billhook.model import Convolution, batched, channels_of, is_convolution, patches, read_dim, weight_of
+from billhook.model import Convolution, ExpertLinear, batched, channels_of, is_convolution, patches, read_dim, routed, weight_of
 from billhook.units import Per, Units
 
 AT_ONCE = 2**24
@@ -157,9 +157,9 @@ class ConsumerSums:
         """Returns the sums over all consumer layers of each module."""
         sums = Sums.zero(units, per)
         for name, module_units in units.items():
-            for consumer in dict.fromkeys(module_units.readers):
+            for number, consumer in enumerate(dict.fromkeys(module_units.readers)):
                 if (name, consumer) in self._sums:
-                    sums.add(name, *self._sums[name, consumer])
+                    sums.add(name, *self._sums[name, consumer], number)
         return sums
 
 
@@ -182,8 +182,10 @@ def watch(
     together = SideBySide(model, leave)
 
     def see(name: str, consumer: str, module: nn.Module, args: tuple[Any, ...]) -> None:
-        dim, tokens = read_dim(module), runs[together.run].tokens.get(consumer)
-        note(together.run, name, consumer, args[0] if dim == -1 else args[0].movedim(dim, -1), tokens)
+        dim, tokens, inputs = read_dim(module), runs[together.run].tokens.get(consumer), args[0]
+        if isinstance(module, ExpertLinear):  # its output is multiplied by the gates
+            inputs, tokens = inputs * module.gates[:, None], None if tokens is None else routed(module, tokens)
+        note(together.run, name, consumer, inputs if dim == -1 else inputs.movedim(dim, -1), tokens)
 
     with ExitStack() as hooks, torch.no_grad():
         for name, module_units in units.items():

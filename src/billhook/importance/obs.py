@@ -169,7 +169,7 @@ class OBS(Importance):
             both = exists[:, :, None] & exists[:, None, :]  # units may differ in size
             blocks = torch.where(both, inverse[table[:, :, None], table[:, None, :]], torch.eye(table.shape[1], device=h.device))
             lost = (gram.to(h.device).double() * torch.linalg.inv(blocks)).sum((1, 2))
-            sums.add(name, lost, int(statistics.tokens))
+            sums.add(name, lost, int(statistics.tokens), units[name].readers.index(consumer))
 
     def of_mean(self, mean: Tensor) -> Tensor:
         """Returns the scores of a module. See `Importance.of_mean`."""

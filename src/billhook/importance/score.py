@@ -28,7 +28,7 @@ from billhook.engine import (
     with_progress,
 )
 from billhook.importance.routing import Routing
-from billhook.model import check_values, find_transformer
+from billhook.model import check_values, expert_layers, find_transformer
 from billhook.progress import OnProgress
 from billhook.units import PLURAL, Per, Units, check_belongs, unit_ids
 
@@ -41,6 +41,7 @@ class Sums:
         totals: Sums by module, float64, `[units]`.
         counts: Number of summed tokens, examples, or batches of each unit, by module, float64, `[units]`.
         routing: The tokens that experts received, by module, if the importance observes them.
+        experts: Sums of each expert, for channels of experts, by module, float64, `[experts, channels]`.
 
     >>> sums = Sums({"mlp": torch.zeros(2)}, {"mlp": torch.zeros(2)})
     >>> sums.add("mlp", torch.tensor([1.0, 3.0]), 2)
@@ -51,6 +52,7 @@ class Sums:
     totals: dict[str, Tensor]
     counts: dict[str, Tensor]
     routing: dict[str, Routing] = field(default_factory=dict)
+    experts: dict[str, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_types(Sums, vars(self))
@@ -59,12 +61,18 @@ class Sums:
     def zero(cls, units: Mapping[str, Units], per: Per) -> "Sums":
         """Returns empty sums."""
         totals = {name: torch.zeros(module_units.count(per), dtype=torch.float64) for name, module_units in units.items()}
-        return cls(totals, {name: zeros.clone() for name, zeros in totals.items()})
+        experts = {
+            name: totals[name].repeat(len(module_units.readers), 1) for name, module_units in units.items() if module_units.of_experts
+        }
+        return cls(totals, {name: zeros.clone() for name, zeros in totals.items()}, experts=experts)
 
-    def add(self, name: str, total: Tensor, count: Tensor | float) -> None:
-        """Adds the sums of a batch for a module, `[units]`."""
-        self.totals[name] += total.detach().cpu().double()
+    def add(self, name: str, total: Tensor, count: Tensor | float, reader: int = 0) -> None:
+        """Adds the sums of a batch for a module, `[units]`, at one of its consumer layers."""
+        total = total.detach().cpu().double()
+        self.totals[name] += total
         self.counts[name] += count
+        if name in self.experts:
+            self.experts[name][reader] += total
 
 
 @dataclass(frozen=True)
@@ -191,14 +199,15 @@ def sum_units(
     check_values(model, streamed=True)
     if not store_of(model).trains:
         check_supports_streaming(importance)
-    check_belongs(model, units)
     loaded = read_batches(batches, model) if importance.needs_data else ()
     blocks = store_of(model).independently(comm) if importance.blockwise else store_of(model).all_loaded()
-    with evaluating(model), blocks, recomputing(model) if importance.needs_gradients else nullcontext():
+    experts = expert_layers(model) if any(layer.of_experts for layer in units.values()) else nullcontext()
+    with evaluating(model), blocks, experts, recomputing(model) if importance.needs_gradients else nullcontext():
+        check_belongs(model, units)
         runs = [make_run(model, units, batch, loss) for batch in loaded]
         sums = importance.sums(model, units, per, with_progress(runs, progress) if progress else runs)
     if importance.needs_data:
-        comm.sum_(*sums.totals.values(), *sums.counts.values())
+        comm.sum_(*sums.totals.values(), *sums.counts.values(), *sums.experts.values())
         if not any(count.any() for count in sums.counts.values()):
             raise ValueError(f"batches: {type(importance).__name__} needs at least one batch with non-padding tokens.")
         sums.routing = {name: routing.over_ranks(comm) for name, routing in sums.routing.items()}

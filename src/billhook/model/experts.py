@@ -33,6 +33,7 @@ class ExpertLinear(nn.Linear):
 
     Attributes:
         tokens: Numbers of the tokens of a call, `[tokens]`, among the `of` tokens that all experts receive.
+        gates: Factors of the expert's outputs in a call, `[tokens]`.
     """
 
     experts: Any
@@ -41,7 +42,7 @@ class ExpertLinear(nn.Linear):
         nn.Module.__init__(self)
         vars(self)["experts"] = experts  # not as a submodule of its own submodule
         self.stack, self.number = stack, number
-        self.tokens, self.of = torch.empty(0, dtype=torch.int64), 0
+        self.tokens, self.gates, self.of = torch.empty(0, dtype=torch.int64), torch.empty(0), 0
 
     @property
     def weight(self) -> nn.Parameter:  # type: ignore[override]
@@ -151,12 +152,13 @@ def _expert_by_expert(experts: Any, hidden_states: Tensor, top_k_index: Tensor, 
         if not len(tokens):
             continue
         first, second = layers = list(experts.get_submodule(str(number)).children())
+        gates = top_k_weights[tokens, places]
         for layer in layers:
-            layer.tokens, layer.of = tokens, len(hidden_states)
+            layer.tokens, layer.gates, layer.of = tokens, gates, len(hidden_states)
         hidden = first(hidden_states[tokens])
         hidden = experts._apply_gate(hidden) if experts.has_gate else experts.act_fn(hidden)
         outputs = after_norm(experts, second(hidden))
-        output.index_add_(0, tokens, (outputs * top_k_weights[tokens, places, None]).to(output.dtype))
+        output.index_add_(0, tokens, (outputs * gates[:, None]).to(output.dtype))
     return output
 
 

@@ -15,7 +15,8 @@ from billhook.tracing.coupling import NEVER, Structure
 from billhook.units import PLURAL, Chosen, Per, UnitKind, Units, counts, unit_ids
 
 Cuts = dict[tuple[str, int], Indices]
-"""(tensor, dimension) -> the positions to keep, ascending: int64."""
+"""(tensor, dimension) -> the positions to keep, ascending: int64, `[positions]`, or `[experts, positions]` by the first
+dimension of the tensor."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -30,6 +31,8 @@ class Cut:
         parameters: Number of parameters before and after.
         structure: Trace in which the units were found.
         all_units: All units of these kinds in that trace, by module.
+        by_expert: Channels to remove from each expert, int64, `[experts, channels]`, by module, if they differ. In `units` are
+            then their ranks.
     """
 
     model: str
@@ -41,6 +44,7 @@ class Cut:
     parameters: tuple[int, int]
     structure: Structure
     all_units: dict[str, Units]
+    by_expert: dict[str, Indices]
 
     @property
     def tokens(self) -> tuple[Indices, int] | None:
@@ -54,11 +58,21 @@ class Cut:
 
 def size_after(cuts: Cuts, name: str, size: Sequence[int]) -> tuple[int, ...]:
     """Returns the size of a tensor after its cuts."""
-    return tuple(len(cuts.get((name, dim), range(length))) for dim, length in enumerate(size))
+    return tuple(cuts[name, dim].shape[-1] if (name, dim) in cuts else length for dim, length in enumerate(size))
 
 
-def find_cut(model: nn.Module, structure: Structure, units: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> Cut:
-    """Finds the tensor cuts for removing units; a KV head goes with its last query head."""
+def find_cut(
+    model: nn.Module,
+    structure: Structure,
+    units: Mapping[str, Units],
+    chosen: Chosen,
+    per: Per = "head",
+    by_expert: Mapping[str, Indices] | None = None,
+) -> Cut:
+    """Finds the tensor cuts for removing units; a KV head goes with its last query head.
+
+    `by_expert` is that of `Cut`, for modules with ranks instead of units.
+    """
     check_plain(model, "Remove units before the model is")
     removed = {name: numbers for name, numbers in unit_ids(units, chosen, per).items() if numbers}
     _check_allowed(structure, [units[name] for name in removed])
@@ -82,12 +96,14 @@ def find_cut(model: nn.Module, structure: Structure, units: Mapping[str, Units],
                 f"heads: {', '.join(names[:3])}{' and more' if len(names) > 3 else ''} share a position bias with one column per "
                 "head. Remove the same heads from all of them, or use bh.mask."
             )
-    cuts = _cuts(structure, units, removed)
+    by_expert = dict(by_expert or {})
+    cuts = _cuts(structure, units, removed, by_expert)
     num_before = num_after = 0
     for name, shape in structure.shapes.items():
         num_before += math.prod(shape)
         num_after += math.prod(size_after(cuts, name, shape))
-    return Cut(type(model).__name__, kinds, removed, before, after, cuts, (num_before, num_after), structure, dict(units))
+    sizes = num_before, num_after
+    return Cut(type(model).__name__, kinds, removed, before, after, cuts, sizes, structure, dict(units), by_expert)
 
 
 def coupled_modules(units: Mapping[str, Units]) -> list[list[str]]:
@@ -143,7 +159,9 @@ def _count_left(name: str, units: Units, removed: Sequence[int]) -> tuple[int, .
     return len(kv_of_kept), len(heads_per_kv)
 
 
-def _cuts(structure: Structure, units: Mapping[str, Units], removed: Mapping[str, list[int]]) -> Cuts:
+def _cuts(
+    structure: Structure, units: Mapping[str, Units], removed: Mapping[str, list[int]], by_expert: Mapping[str, Indices]
+) -> Cuts:
     cuts: Cuts = {}
     leaves_of: dict[tuple[str, int], set[Axis]] = {}
     for name, numbers in removed.items():
@@ -154,6 +172,8 @@ def _cuts(structure: Structure, units: Mapping[str, Units], removed: Mapping[str
                 (place_of, holders), is_removed = layer.units_at(member), np.isin(np.arange(layer.count()), numbers)
                 goes = np.any(holders, axis=1) & np.all(~holders | is_removed, axis=1)
                 kept_positions = np.flatnonzero(~goes[place_of])
+            elif name in by_expert:
+                kept_positions = np.stack([np.flatnonzero(~np.isin(layer.of_member(member), lost)) for lost in by_expert[name]])
             else:
                 kept_positions = np.flatnonzero(~np.isin(layer.of_member(member), numbers))
             unit_leaves = set(leaves(member.axis)) & set(layer.leaves)

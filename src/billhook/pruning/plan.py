@@ -18,6 +18,7 @@ from billhook.arguments import check_one_of
 from billhook.display import text_table
 from billhook.engine import LazyTensors, store_of
 from billhook.importance.routing import RoutingChange
+from billhook.linalg import Indices
 from billhook.model import Costs, ShapePlan, UpdateOptimizers, Weights, find_transformer, update_optimizers, with_weights
 from billhook.pruning.amount import divides_among_devices
 from billhook.pruning.cut import Cut, find_cut
@@ -73,6 +74,7 @@ class UnitPlan(Cut, ShapePlan):
             "kinds": dict(self.kinds),
             "units": _as_lists(self.units),
             "before": _as_lists(self.before),
+            **({"by_expert": {name: lost.tolist() for name, lost in self.by_expert.items()}} if self.by_expert else {}),
             **({"routing": [asdict(change) for change in self.routing]} if self.routing else {}),
         }
 
@@ -81,6 +83,7 @@ class UnitPlan(Cut, ShapePlan):
         try:
             kinds, units = dict(plain["kinds"]), {name: list(numbers) for name, numbers in plain["units"].items()}
             routing = tuple(RoutingChange(**change) for change in plain.get("routing", ()))
+            by_expert = {name: np.array(lost, dtype=np.int64) for name, lost in plain.get("by_expert", {}).items()}
             made_for, before = plain["model"], {name: tuple(numbers) for name, numbers in plain["before"].items()}
         except (TypeError, KeyError, AttributeError, ValueError) as error:
             cause = f"{type(error).__name__}: {error}"
@@ -89,12 +92,12 @@ class UnitPlan(Cut, ShapePlan):
             ) from error
         for kind in kinds.values():
             check_one_of("plan: kind", kind, UnitKind)
-        return cls.of(_find_again(made_for, kinds, before, units, find_transformer(model)), routing=routing)
+        return cls.of(_find_again(made_for, kinds, before, units, by_expert, find_transformer(model)), routing=routing)
 
     def check_made_for(self, model: nn.Module) -> None:
         """Raises if the plan was made for another model; see `ModelPlan.check_made_for`."""
         subject = find_transformer(model)
-        cuts_now = _find_again(self.model, self.kinds, self.before, self.units, subject).cuts
+        cuts_now = _find_again(self.model, self.kinds, self.before, self.units, self.by_expert, subject).cuts
         same_tensors = cuts_now.keys() == self.cuts.keys()
         if not same_tensors or any(not np.array_equal(kept, cuts_now[key]) for key, kept in self.cuts.items()):
             raise ValueError(
@@ -191,6 +194,7 @@ def _find_again(
     kinds: Mapping[str, UnitKind],
     before: Mapping[str, tuple[int, ...]],
     units: Mapping[str, list[int]],
+    by_expert: Mapping[str, Indices],
     model: nn.Module,
 ) -> Cut:
     """Finds the cut of a stored plan in a model, and raises if the units differ."""
@@ -198,7 +202,7 @@ def _find_again(
     layers = units_of(model, structure, dict.fromkeys(kinds.values()))
     counts_here = {name: counts(layer) for name, layer in layers.items()}
     if made_for == type(model).__name__ and before == counts_here:
-        return find_cut(model, structure, layers, units)
+        return find_cut(model, structure, layers, units, by_expert=by_expert)
     differs = "another class"
     for name in [*before, *counts_here]:
         if before.get(name) != counts_here.get(name):

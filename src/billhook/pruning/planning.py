@@ -16,6 +16,7 @@ from billhook.importance.blocks import BlockInfluence
 from billhook.importance.reap import REAP, RoutingImportance, stacked_experts
 from billhook.importance.score import Importance, Sums, check_supports_streaming, score_units, scores_of, sum_units
 from billhook.importance.taylor import Taylor
+from billhook.linalg import Indices
 from billhook.model import apply_plan, check_replaceable, find_transformer, tokenizer_of
 from billhook.progress import OnProgress
 from billhook.pruning.amount import Amount
@@ -162,7 +163,7 @@ def plan_from_search(
 ) -> UnitPlan:
     """Plans units as `plan_amount` does, reusing a search of the unchanged model."""
     search.check()
-    sums = Sums({}, {})
+    sums, orders = Sums({}, {}), dict[str, Indices]()
     if scores is None:
         model, units, amount, scores = search.model, search.removable(), search.amount, dict[str, Tensor]()
         if tokens := of_kind(units, "token"):
@@ -171,8 +172,12 @@ def plan_from_search(
         if others := {name: layer for name, layer in units.items() if name not in tokens}:
             importance = importance or default_importance(model, others)
             sums = sum_units(model, others, importance, batches, loss, amount.per, comm, progress)
+            # of each expert the channels of the lowest ranks go, at other places
+            ranked = {name: totals.sort(dim=1, stable=True) for name, totals in sums.experts.items() if totals.any()}
+            sums.totals |= {name: of_module.values.sum(0) for name, of_module in ranked.items()}
+            orders = comm.decide(lambda: {name: of_module.indices.numpy() for name, of_module in ranked.items()})
             scores |= scores_of(importance, sums, amount.normalize, comm)
-    cut = search.cut(scores)
+    cut = search.cut(scores, orders)
     changes = importance.changes(sums.routing, cut.units, comm) if isinstance(importance, RoutingImportance) else ()
     return UnitPlan.of(cut, search.costs(cut), search.width_notes(scores, cut), tuple(changes))
 

@@ -1,6 +1,7 @@
 """Removes units from tensors, optimizer state, and config, and checks the model's output."""
 
 import copy
+import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.engine import store_of
-from billhook.linalg import Indices, in_float64
+from billhook.linalg import Indices, in_float64, over_dims
 from billhook.model import (
     LOST_TOKENS,
     Change,
@@ -44,7 +45,7 @@ from billhook.model import (
 from billhook.pruning.cut import Cut, find_cut
 from billhook.pruning.reshape import candidate_shapes
 from billhook.tracing.trace import trace
-from billhook.units import PLURAL, Gate, Units, consumer_columns
+from billhook.units import PLURAL, Gate, consumer_columns
 
 Scale = Callable[[Tensor], Tensor]
 """Maps old weight values to new ones."""
@@ -67,7 +68,7 @@ def remove(model: PreTrainedModel, cut: Cut, key: Callable[[], str] = str) -> li
     _check_tokens(model, cut)
     readers = set()  # consumer layers that do not lose output rows, too
     for layer in cut.all_units.values():
-        for reader in layer.readers:
+        for reader in layer.readers if not layer.of_experts else ():
             module = model.get_submodule(reader)
             if any(isinstance(hook, Gate) for hook in module._forward_pre_hooks.values()):
                 raise ValueError(f"units: {reader} has a mask or gates. Remove them first with mask.remove().")
@@ -160,7 +161,8 @@ def _cut_tensors(model: PreTrainedModel, cut: Cut, shape: Shape, key: Callable[[
         for attribute, value in vars(module).items()
         if isinstance(value, tuple | list) and tuple(value) == tuple(weight.shape)
     ]
-    swaps = change_blockwise(model, changes, f"units {cut.units}", shape.tensors, key)
+    chosen = cut.units | {name: hashlib.sha256(lost.tobytes()).hexdigest() for name, lost in cut.by_expert.items()}
+    swaps = change_blockwise(model, changes, f"units {chosen}", shape.tensors, key)
     for module, attribute in sizes:
         setattr(module, attribute, type(getattr(module, attribute))(module.get_parameter("weight").shape))
     for name, buffer in buffers.items():
@@ -171,8 +173,9 @@ def _cut_tensors(model: PreTrainedModel, cut: Cut, shape: Shape, key: Callable[[
 
 
 def _selected(tensor: Tensor, kept: Mapping[int, Indices]) -> Tensor:
-    for dim, positions in kept.items():
-        tensor = tensor.index_select(dim, torch.from_numpy(positions).to(tensor.device))
+    for dim, positions in sorted(kept.items(), key=lambda cut: -cut[1].ndim):  # positions in experts before experts
+        index = torch.from_numpy(positions).to(tensor.device)
+        tensor = tensor.index_select(dim, index) if index.dim() == 1 else tensor.gather(dim, over_dims(index, tensor, dim))
     return tensor
 
 
@@ -237,7 +240,7 @@ def _masked_answer(model: PreTrainedModel, cut: Cut, readers: Iterable[str], ids
     try:
         if residual:
             remove(model, find_cut(model, cut.structure, cut.all_units, residual))
-        answer = _zeroed_answer(model, cut.all_units, masked, readers, ids)
+        answer = _zeroed_answer(model, cut, masked, readers, ids)
     finally:
         if back is not None:
             back()
@@ -250,35 +253,35 @@ def _masked_answer(model: PreTrainedModel, cut: Cut, readers: Iterable[str], ids
 @torch.no_grad()
 def _zeroed_answer(
     model: PreTrainedModel,
-    layers: Mapping[str, Units],
+    cut: Cut,
     removed: Mapping[str, list[int]],
     readers: Iterable[str],
     ids: Mapping[str, Tensor],
 ) -> list[Tensor]:
     """Returns the output while the consumer columns of some units are zero."""
-    store = store_of(model)
+    store, layers, by_expert = store_of(model), cut.all_units, cut.by_expert
     in_blocks = _parameter_ids(store.blocks.values())
-    columns = [read for read in consumer_columns(model, layers, removed) if id(read[0]) not in in_blocks]
-    values = [weight.index_select(dim, positions) for weight, dim, positions in columns]
+    columns = [read for read in consumer_columns(model, layers, removed, by_expert) if id(read[0]) not in in_blocks]
+    values = [weight.gather(dim, over_dims(positions, weight, dim)) for weight, dim, positions in columns]
 
     @torch.no_grad()  # no_grad is per thread, and blocks may load in another
     def zero(block: nn.Module) -> list[nn.Parameter]:
         """Zeroes the consumer columns in a loaded block and returns their parameters."""
         parameters = _parameter_ids([block])
-        reads = [read for read in consumer_columns(model, layers, removed) if id(read[0]) in parameters]
+        reads = [read for read in consumer_columns(model, layers, removed, by_expert) if id(read[0]) in parameters]
         for weight, dim, positions in reads:
-            weight.index_fill_(dim, positions, 0)
+            weight.scatter_(dim, over_dims(positions, weight, dim), 0)
         return [weight for weight, _, _ in reads]
 
     try:
         with store.altered(zero):
             for weight, dim, positions in columns:
-                weight.index_fill_(dim, positions, 0)
+                weight.scatter_(dim, over_dims(positions, weight, dim), 0)
             return run_outputs(model, ids, readers)
     finally:
         # reversed, because two units may share columns
         for (weight, dim, positions), old in reversed(list(zip(columns, values, strict=True))):
-            weight.index_copy_(dim, positions, old)
+            weight.scatter_(dim, over_dims(positions, weight, dim), old)
 
 
 def _parameter_ids(modules: Iterable[nn.Module]) -> set[int]:

@@ -292,7 +292,8 @@ def _are_left(before: Units, after: Units, cut: Cut, removed: Sequence[int]) -> 
     members = {(member.name, member.dim): member for member in after.members_by_unit()}
     for member in before.members_by_unit():
         unit_of, new_member = before.of_member(member), members.get((member.name, member.dim))
-        left = unit_of[cut.cuts.get((member.name, member.dim), np.arange(len(unit_of)))]
+        kept = cut.cuts.get((member.name, member.dim), np.arange(len(unit_of)))
+        left = unit_of[kept] if kept.ndim == 1 else unit_of[~np.isin(unit_of, removed)]
         if new_member is None or not np.array_equal(new_number[left], after.of_member(new_member)):
             return False
     return True

@@ -7,11 +7,13 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.arguments import percentage_hint
+from billhook.linalg import Indices
 from billhook.model import Costs, costs_of, named_token_ids
 from billhook.pruning.amount import (
     MULTIPLES,
@@ -88,8 +90,11 @@ class RatioSearch:
             free |= {name: layer for name, layer in layers.items() if name not in bound}
         return free
 
-    def cut(self, scores: Mapping[str, Tensor]) -> Cut:
-        """Finds the cut for some scores, and raises if it is out of reach or empty."""
+    def cut(self, scores: Mapping[str, Tensor], orders: Mapping[str, Indices] | None = None) -> Cut:
+        """Finds the cut for some scores, and raises if it is out of reach or empty.
+
+        `orders` are the channels of each expert by rank, `[experts, channels]`, of modules whose scores are those of ranks.
+        """
         if self._ratios is None or self.amount.ranking == "global":
             self._ratios = self._find_ratios(scores)
         cut = self._cut(scores, self._ratios)
@@ -99,7 +104,8 @@ class RatioSearch:
             step = max(self._steps.values(), default=1)
             kernel = "" if step == 1 else f" (the kernel of the experts requires multiples of {step})"
             raise ValueError(f"{ratios}{rounded} removes no unit from any module{kernel}. Raise the ratio.")
-        return cut
+        by_expert = {name: np.sort(order[:, cut.units[name]]) for name, order in (orders or {}).items() if name in cut.units}
+        return find_cut(self.model, self.structure, self.units, cut.units, by_expert=by_expert) if by_expert else cut
 
     def step(self, name: str) -> int:
         """Returns the multiple that the remaining channels of a module must have."""

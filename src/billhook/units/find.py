@@ -11,7 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from billhook.arguments import check_one_of, check_types
 from billhook.engine import cpu_by_default
 from billhook.linalg import Indices
-from billhook.model import find_transformer, is_adapter, is_convolution
+from billhook.model import find_transformer, is_adapter, is_convolution, stacks_of
 from billhook.tracing.axes import leaves
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Group, Member, common_module
@@ -191,8 +191,14 @@ def _units_of_group(model: nn.Module, structure: Structure, group: Group, kind: 
                     indices.append(index)
     if kind == "expert" or not all(starmap(np.array_equal, pairwise(indices))):
         readers.clear()
-    index = indices[0] if readers else np.zeros(0, dtype=np.int64)
-    return Units(kind, group.where, tuple(readers.values()), index, np.arange(group.size), (group.leaf,), (group.leaf,), members)
+    names = tuple(readers.values())
+    experts = {member.name.rpartition(".")[0] for member in members}
+    of_experts = kind == "channel" and len(experts) == 1 and bool(stacks_of(module := model.get_submodule(min(experts))))
+    if of_experts:
+        names = tuple(f"{min(experts)}.{number}.down_proj" for number in range(len(module.down_proj)))
+        indices = [group.index(member) for member in members if member.name.endswith(".down_proj")]
+    index = indices[0] if names else np.zeros(0, dtype=np.int64)
+    return Units(kind, group.where, names, index, np.arange(group.size), (group.leaf,), (group.leaf,), members, of_experts)
 
 
 def _reader(model: nn.Module, parameter: str) -> str:

@@ -19,6 +19,7 @@ from typing_extensions import Self
 
 from billhook.arguments import check_types
 from billhook.engine import fresh_autocast_cache, local, reshard, sharded_as
+from billhook.linalg import Indices
 from billhook.model import find_transformer, read_dim
 from billhook.tracing.trace import Inputs
 from billhook.units.blocks import skip
@@ -214,12 +215,18 @@ def zero_units(model: nn.Module, units: Chosen, kind: UnitKind = "head", per: Pe
 
 
 def consumer_columns(
-    model: nn.Module, layers: Mapping[str, Units], units: Mapping[str, Sequence[int]]
+    model: nn.Module,
+    layers: Mapping[str, Units],
+    units: Mapping[str, Sequence[int]],
+    by_expert: Mapping[str, Indices] | None = None,
 ) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
-    """Yields the parameters that consume units, with dimension and positions."""
+    """Yields the parameters that consume units, with dimension and positions, also of each expert."""
     for name, numbers in units.items():
         for member in layers[name].members_by_unit():
             if member.reads:
-                weight = model.get_parameter(member.name)
-                positions = np.flatnonzero(np.isin(layers[name].of_member(member), numbers))
+                weight, unit_of, lost = model.get_parameter(member.name), layers[name].of_member(member), (by_expert or {}).get(name)
+                if lost is None:
+                    positions = np.flatnonzero(np.isin(unit_of, numbers))
+                else:
+                    positions = np.stack([np.flatnonzero(np.isin(unit_of, of_expert)) for of_expert in lost])
                 yield weight, member.dim, torch.from_numpy(positions).to(weight.device)

@@ -43,6 +43,8 @@ class Units:
         leaves: The axis leaves that count units. For heads, KV heads and query heads in each.
         kv_leaves: The axis leaves that count KV heads. For other units, the same.
         members: The parameters with units along a dimension.
+        of_experts: Whether each expert of a mixture has channels of its own at these positions. The readers are then its matrices
+            within `expert_layers`.
 
     Example:
         >>> import billhook as bh
@@ -59,6 +61,7 @@ class Units:
     leaves: tuple[Axis, ...]
     kv_leaves: tuple[Axis, ...]
     members: tuple[Member, ...]
+    of_experts: bool = False
 
     def __post_init__(self) -> None:
         check_types(Units, vars(self))

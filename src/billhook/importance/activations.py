@@ -231,7 +231,7 @@ def gram_of(consumer: nn.Module, table: Tensor, exists: Tensor, width: int, at_o
                 )
 
     def product(inputs: Tensor) -> Tensor:
-        output: Tensor = consumer(inputs)
+        output: Tensor = consumer.forward(inputs)  # without hooks, which would observe it
         if isinstance(consumer, nn.Linear) and not isinstance(output, Tensor):  # a router that also returns its choice
             return nn.Linear.forward(consumer, inputs)
         return output

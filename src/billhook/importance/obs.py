@@ -42,32 +42,27 @@ def watch_blockwise(
         units: Units by module.
         runs: The batches.
         note: See `watch`.
-        leave: Called after each block, and at the end, with the names of all consumer layers that all runs have passed. It may
-            call these layers.
+        leave: Called after each block, and at the end, with the names of all consumer layers that all runs have passed. Hooks
+            are still on these layers.
         restart: Called with the reason before runs are repeated, to drop what was noted.
     """
     consumers = {
         consumer: module for module_units in units.values() for consumer, module in consumer_modules(model, module_units).items()
     }
     ahead = {block: set(block.modules()) for block in blocks_of(model)}
-    passed, leaving = set[str](), False
+    passed = set[str]()
 
     def see(run: int, name: str, consumer: str, inputs: Tensor, tokens: Tensor | None) -> None:
-        if leaving:
-            return
         if consumer in passed:
             raise _RepeatedCall(f"model: {consumer} is called again after its block")
         note(run, name, consumer, inputs, tokens)
 
     def pass_block(block: nn.Module) -> None:
-        nonlocal leaving
         if block not in ahead:  # all runs have passed it before
             return
         inside = ahead.pop(block).difference(*ahead.values())
         passed.update(consumer for consumer, module in consumers.items() if module in inside)
-        leaving = True
         leave(passed)
-        leaving = False
 
     try:
         watch(model, units, runs, see, pass_block)

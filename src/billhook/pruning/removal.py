@@ -148,11 +148,11 @@ def _cut_tensors(model: PreTrainedModel, cut: Cut, shape: Shape, key: Callable[[
     for (name, dim), positions in cut.cuts.items():
         kept_of.setdefault(name, {})[dim] = positions
     parameters = dict(model.named_parameters())
-    buffers = {name: _selected(model.get_buffer(name), kept_of[name]) for name in kept_of if name not in parameters}
+    buffers = {name: selected(model.get_buffer(name), kept_of[name]) for name in kept_of if name not in parameters}
     changes = {}
     for name in kept_of:
         if name in parameters:
-            select = partial(_selected, kept=kept_of[name])
+            select = partial(selected, kept=kept_of[name])
             changes[name] = Change(select, partial(_selected_state, kept=kept_of[name]), select)
     sizes = [
         (module, attribute)  # attributes with the size of the weight, as norms have
@@ -172,7 +172,8 @@ def _cut_tensors(model: PreTrainedModel, cut: Cut, shape: Shape, key: Callable[[
     return swaps
 
 
-def _selected(tensor: Tensor, kept: Mapping[int, Indices]) -> Tensor:
+def selected(tensor: Tensor, kept: Mapping[int, Indices]) -> Tensor:
+    """Returns the kept positions of a tensor, by dimension; see `Cuts`."""
     for dim, positions in sorted(kept.items(), key=lambda cut: -cut[1].ndim):  # positions in experts before experts
         index = torch.from_numpy(positions).to(tensor.device)
         tensor = tensor.index_select(dim, index) if index.dim() == 1 else tensor.gather(dim, over_dims(index, tensor, dim))
@@ -180,7 +181,7 @@ def _selected(tensor: Tensor, kept: Mapping[int, Indices]) -> Tensor:
 
 
 def _selected_state(_: str, state: Tensor, kept: Mapping[int, Indices]) -> Tensor:
-    return _selected(state, kept)
+    return selected(state, kept)
 
 
 def _drawn_ids(model: PreTrainedModel, cut: Cut) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

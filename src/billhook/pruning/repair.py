@@ -11,9 +11,10 @@ from torch import nn
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine import SINGLE_PROCESS, Comm, LazyTensors, Reduce, Run, cpu_by_default, run_with_loss
-from billhook.model import ModelPlan, Weights, check_stored, check_values, find_transformer, is_adapter, is_linear, size_of
+from billhook.model import ModelPlan, Weights, check_stored, check_values, find_transformer, is_adapter, is_linear, size_of, stacks_of
 from billhook.progress import OnProgress
 from billhook.pruning.block_plan import BlockPlan, block_writers, why_not_zeros, writers_behind, zero_weights
+from billhook.pruning.expert_repair import repair_experts
 from billhook.pruning.plan import UnitPlan
 from billhook.repairs.repair import RepairConfig, repair_linears
 from billhook.repairs.residuals import NoRepair, not_refitted_message, strip_argument
@@ -168,20 +169,26 @@ def repair_with(
     kept_inputs = {reader: torch.ones(size_of(subject.get_submodule(reader))[1], dtype=torch.bool) for reader in also}
     for name, removed in plan.units.items():
         layer = plan.all_units[name]
-        for reader in layer.readers if layer.kind in ("head", "channel") else ():
+        for reader in layer.readers if layer.kind in ("head", "channel") and not layer.of_experts else ():
             if is_linear(subject.get_submodule(_stored(subject, reader))) and (reader not in fixed or reader in also):
                 is_kept = torch.from_numpy(~np.isin(layer.index, removed))
                 kept_inputs[reader] = kept_inputs[reader] & is_kept if reader in kept_inputs else is_kept
-    if not kept_inputs:
+    has_experts = any(plan.all_units[name].of_experts or plan.kinds[name] == "expert" for name in plan.units)
+    modules = {name: module for name, module in subject.named_modules() if has_experts and stacks_of(module)}
+    if not kept_inputs and not modules:
         raise NoRepair("repair: no linear layer consumes the removed units, so none can compensate for them")
-    modules = dict[str, nn.Module]()
     for layer in plan.all_units.values():
-        modules |= zip(layer.readers, map(subject.get_submodule, layer.readers), strict=True)
+        modules |= {} if layer.of_experts else zip(layer.readers, map(subject.get_submodule, layer.readers), strict=True)
     keep = {}
     for reader, is_kept in kept_inputs.items():
         modules[reader], keep[_stored(subject, reader)] = subject.get_submodule(reader), is_kept
     runs = _runs(subject, modules, batches)
-    return repair_linears(subject, keep, runs, repair, comm, new_params or None, progress, not_repaired)
+    if not has_experts:
+        return repair_linears(subject, keep, runs, repair, comm, new_params or None, progress, not_repaired)
+    repair, weights = repair or RepairConfig(), new_params or LazyTensors({})
+    if keep:
+        weights |= repair_linears(subject, keep, runs, replace(repair, match=None), comm, new_params, progress, not_repaired)
+    return weights | repair_experts(subject, plan, runs, repair, comm, weights, progress)
 
 
 def _stored(model: nn.Module, reader: str) -> str:

@@ -25,7 +25,7 @@ from billhook.cli.streamed import (
 from billhook.engine import Batch
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import Importance
-from billhook.model import apply
+from billhook.model import apply, stacks_of
 from billhook.progress import progress_bar
 from billhook.pruning.amount import RATIOS, TARGETS, Amount, RoundTo
 from billhook.pruning.block_plan import BlockPlan
@@ -124,7 +124,7 @@ def prune_structure(
     calibrates = amount.blocks_only is not None or amount.within_blocks is not None
     work = OneShot(model, out, examples, refits=refits, calibrates=calibrates, streams=True, repair=repair, as_text=as_text)
     passes, batches_to_score = Passes(), batch_count(work.example_counts.values(), work.options.batch_size)
-    steps, expected_limits, kept, needed = list[str](), "", None, None
+    steps, expected_limits, kept, needed, experts = list[str](), "", None, None, False
     without_tokens = work.model
     if amount.blocks_only is not None:
         stacks, removed = count_blocks(work.model, amount.blocks_only)
@@ -158,9 +158,11 @@ def prune_structure(
         limits = within_blocks.ratios | ({amount.target: getattr(amount, amount.target)} if amount.target else {})
         sizes = ", ".join(f"{name}={value}" for name, value in limits.items())
         steps.append(f"remove units: {sizes} (importance: {importance}{f', {rounds} rounds' if rounds > 1 else ''})")
+        lose = any(layer.of_experts or layer.kind == "expert" for layer in removable.values())
+        experts = lose and not examples.stream and any(map(stacks_of, work.model.modules()))
         if needed is not None:
-            expected_limits = repair_limits(work, needed, meta_batches(work), required)
-            steps.append(expected_limits or work.repair_step(repair, "consumer layers"))
+            expected_limits = repair_limits(work, needed, meta_batches(work), required, experts)
+            steps.append(expected_limits or work.repair_step(repair, "experts" if experts else "consumer layers"))
     work.print_plan(*steps, passes=passes.known, exact=required, unknown=passes.unknown)
     needs_data = any(scorer.needs_data for scorer in (block_importance, importance) if scorer is not None)
     if dry_run and needs_data and work.must_generate:
@@ -171,7 +173,7 @@ def prune_structure(
         solved, sums = refit_bytes(work.model, repair, kept if amount.blocks_only is None else None)
         work.spill(max(statistics_bytes(work.model, importance), solved), sums, 2 * refits)
     if needed is not None and not dry_run:
-        actual_limits = repair_limits(work, needed, batches, required)
+        actual_limits = repair_limits(work, needed, batches, required, experts)
         if actual_limits and actual_limits != expected_limits:
             print(actual_limits)  # a text is shorter than requested
     before = None if dry_run else work.measure()

@@ -50,12 +50,15 @@ def remaining_inputs(search: RatioSearch, cut: Cut, most: bool) -> dict[str, int
             inputs = len(units.index) if most else 1
             if search.amount.ranking == "layer":
                 inputs = len(units.index) * cut.after[name][0] // cut.before[name][0]
-            consumers = [layer for layer in units.readers if is_linear(search.model.get_submodule(layer))]
+            layers = () if units.of_experts else units.readers
+            consumers = [layer for layer in layers if is_linear(search.model.get_submodule(layer))]
             remaining |= dict.fromkeys(consumers, inputs)
     return remaining
 
 
-def repair_limits(work: OneShot, needed: Mapping[str, int], batches: Sequence[Batch], required: bool) -> str:
+def repair_limits(
+    work: OneShot, needed: Mapping[str, int], batches: Sequence[Batch], required: bool, experts: bool = False
+) -> str:
     """Returns a plan line on linear layers that cannot be refitted, or an empty string.
 
     Args:
@@ -63,6 +66,7 @@ def repair_limits(work: OneShot, needed: Mapping[str, int], batches: Sequence[Ba
         needed: Minimum number of tokens for each linear layer to refit: the number of inputs that it keeps.
         batches: Calibration batches, or batches of the same size. Padded examples may have fewer tokens.
         required: If True, raises if no linear layer can be refitted.
+        experts: Whether experts are refitted, which need no number of tokens.
 
     Raises:
         NoRepair: If no linear layer can be refitted and that is required.
@@ -70,13 +74,13 @@ def repair_limits(work: OneShot, needed: Mapping[str, int], batches: Sequence[Ba
     tokens, problem = token_count(batches), ""
     rows = sum(len(batch["input_ids"]) for batch in batches if "input_ids" in batch)
     short = [] if work.of_images else [name for name, count in needed.items() if count > tokens]
-    if not needed:
+    if not needed and not experts:
         problem = "no linear layer reads the removed units."
     elif rows < 2 and not work.of_images:
         problem = (
             f"repair needs at least 2 examples, to choose the ridge penalty, got {rows}. Use more --examples, or a longer text."
         )
-    elif len(short) == len(needed):
+    elif len(short) == len(needed) and not experts:
         first, examples = min(needed, key=needed.__getitem__), work.options.examples
         size = "" if examples is None else f"--examples {examples} "
         problem = (

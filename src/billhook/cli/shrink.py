@@ -20,6 +20,7 @@ from billhook.cli.one_shot import Before, OneShot, degradation_text
 from billhook.cli.refit import meta_batches, repair_limits
 from billhook.cli.streamed import matching_of
 from billhook.engine import Batch
+from billhook.model import stacks_of
 from billhook.progress import progress_bar
 from billhook.repairs.matching import LEAST_STEPS
 from billhook.report.generation import generates
@@ -182,7 +183,8 @@ def shrink(
     repair_batches, _ = split_batches(meta_batches(work))
     limits, steps = "", [f"search for the best model within {budget.words}"]
     if search.repair is not None:
-        limits = repair_limits(work, tokens_needed(scope.search, scope.modules), repair_batches, search.repair != "auto")
+        needed, experts = tokens_needed(scope.search, scope.modules), any(map(stacks_of, work.model.modules()))
+        limits = repair_limits(work, needed, repair_batches, search.repair != "auto", experts)
         steps += [limits] * bool(limits)
         if (matching := matching_of(search.repair)) is not None:
             steps.append(work.matching_step(matching, LEAST_STEPS))

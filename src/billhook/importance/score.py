@@ -28,6 +28,7 @@ from billhook.engine import (
     with_progress,
 )
 from billhook.importance.routing import Routing
+from billhook.linalg import Indices
 from billhook.model import check_values, expert_layers, find_transformer
 from billhook.progress import OnProgress
 from billhook.units import PLURAL, Per, Units, check_belongs, unit_ids
@@ -62,7 +63,9 @@ class Sums:
         """Returns empty sums."""
         totals = {name: torch.zeros(module_units.count(per), dtype=torch.float64) for name, module_units in units.items()}
         experts = {
-            name: totals[name].repeat(len(module_units.readers), 1) for name, module_units in units.items() if module_units.of_experts
+            name: totals[name].repeat(len(module_units.readers), 1)
+            for name, module_units in units.items()
+            if module_units.of_experts
         }
         return cls(totals, {name: zeros.clone() for name, zeros in totals.items()}, experts=experts)
 
@@ -212,6 +215,16 @@ def sum_units(
             raise ValueError(f"batches: {type(importance).__name__} needs at least one batch with non-padding tokens.")
         sums.routing = {name: routing.over_ranks(comm) for name, routing in sums.routing.items()}
     return sums
+
+
+def rank_channels(sums: Sums, comm: Comm = SINGLE_PROCESS) -> dict[str, Indices]:
+    """Ranks the channels of each expert: int64, `[experts, channels]`, by module.
+
+    Experts have channels of their own at each position. Their sums are replaced by those of each rank, the lowest first.
+    """
+    ranked = {name: totals.sort(dim=1, stable=True) for name, totals in sums.experts.items() if totals.any()}
+    sums.totals |= {name: of_module.values.sum(0) for name, of_module in ranked.items()}
+    return comm.decide(lambda: {name: of_module.indices.numpy() for name, of_module in ranked.items()})
 
 
 def scores_of(importance: Importance, sums: Sums, normalize: bool = False, comm: Comm = SINGLE_PROCESS) -> dict[str, Tensor]:

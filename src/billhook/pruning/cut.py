@@ -61,6 +61,11 @@ def size_after(cuts: Cuts, name: str, size: Sequence[int]) -> tuple[int, ...]:
     return tuple(cuts[name, dim].shape[-1] if (name, dim) in cuts else length for dim, length in enumerate(size))
 
 
+def of_ranks(orders: Mapping[str, Indices], removed: Mapping[str, Sequence[int]]) -> dict[str, Indices]:
+    """Returns the channels of each expert at the removed ranks, as `Cut.by_expert`."""
+    return {name: np.sort(order[:, list(removed[name])]) for name, order in orders.items() if removed.get(name)}
+
+
 def find_cut(
     model: nn.Module,
     structure: Structure,

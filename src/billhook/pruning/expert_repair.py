@@ -1,9 +1,9 @@
 """Repairs mixtures of experts that lose experts or channels, block by block.
 
-A router sends each token to a few experts, and a mixture outputs y(x) = sum over e of g_e(x) W_e h_e(x), with the gate g_e, hidden
-activations h_e, and output matrix W_e of expert e. Without some units, a block is short of its dense output by r(x). Experts are
-refitted one after the other, each to what is still missing: W_e' = W_e + M, where M minimizes the sum over the tokens of
-|r(x) - g_e(x) M h_e(x)|^2 plus a ridge penalty. An expert with few tokens therefore stays near its old matrix.
+A router sends each token to a few experts, and a mixture outputs y(x) = sum over e of g_e(x) W_e h_e(x), with the gate g_e,
+hidden activations h_e, and output matrix W_e of expert e. Without some units, a block is short of its dense output by r(x).
+Experts are refitted one after the other, each to what is still missing: W_e' = W_e + M, where M minimizes the sum over the tokens
+of |r(x) - g_e(x) M h_e(x)|^2 plus a ridge penalty. An expert with few tokens therefore stays near its old matrix.
 
 Each batch runs twice, block by block: through the dense model, and through blocks without the units. Routers then choose among
 the experts that are left.
@@ -68,15 +68,15 @@ def repair_experts(
 ) -> LazyTensors:
     """Returns new parameters, by name, of blocks whose experts are refitted without the units of a cut.
 
-    Next to the model, memory holds one block without the units, the outputs of a block for all batches, and the hidden activations
-    of its experts.
+    Next to the model, memory holds one block without the units, and its outputs and the hidden activations of its experts for all
+    batches.
 
     Args:
         model: The dense model, in memory. It does not change.
         cut: Units to remove.
         runs: The batches, at least two over all ranks, of which some choose the ridge penalties.
-        repair: Repair settings. With `compensate`, experts also compensate for the errors of earlier layers, if a block adds their
-            output to the residual stream. With `match`, all parameters of each block are then tuned.
+        repair: Repair settings. With `compensate`, experts also compensate for the errors of earlier layers, if a block adds
+            their output to the residual stream. With `match`, all parameters of each block are then tuned.
         comm: The ranks, each with its own batches.
         values: New parameters of other layers, without adapters.
         progress: Callback with the number of completed blocks and the total.
@@ -87,7 +87,9 @@ def repair_experts(
     if not store_of(model).holds_all:
         raise NoRepair("repair: experts of a streamed or sharded model cannot be refitted. Load the model into memory.")
     if any(getattr(module, "has_post_expert_norm", False) for module in model.modules()):
-        raise NoRepair(f"repair: {type(model).__name__} has a norm after each expert, so its outputs are not linear in the weights.")
+        raise NoRepair(
+            f"repair: {type(model).__name__} has a norm after each expert, so its outputs are not linear in the weights."
+        )
     if repair.match is not None and any(count < 2 for count in comm.gather(len(runs))):
         raise too_few_batches(len(runs), comm)
     with evaluating_without_grad(model), attention_for_all_dtypes(model):
@@ -149,7 +151,7 @@ class _ExpertVisitor(Visitor):
             self._filled.add(name)
             for part, tensor in [*self.blocks[name].named_parameters(), *self.blocks[name].named_buffers()]:
                 full, (owner, _, attribute) = f"{name}.{part}", part.rpartition(".")
-                value = selected(self._values[full] if full in self._values else tensor.detach(), self._kept[full])
+                value = selected(self._values.get(full, tensor.detach()), self._kept[full])
                 holder = pruned.get_submodule(owner)
                 if attribute in holder._buffers:
                     holder._buffers[attribute] = value
@@ -196,7 +198,7 @@ class _ExpertVisitor(Visitor):
         for part, parameter in list(self._pruned.get_submodule(name).named_parameters()):
             full, (owner, _, attribute) = f"{name}.{part}", part.rpartition(".")
             old = self._model.get_parameter(full).detach()
-            if not torch.equal(selected(self._values[full] if full in self._values else old, self._kept[full]), parameter):
+            if not torch.equal(selected(self._values.get(full, old), self._kept[full]), parameter):
                 # the numbers of the kept entries, by the same selection
                 kept = selected(torch.arange(old.numel(), device=old.device).view(old.shape), self._kept[full])
                 self.new[full] = torch.zeros_like(old).flatten().scatter_(0, kept.flatten(), parameter.flatten()).view(old.shape)

@@ -14,7 +14,15 @@ from billhook.engine import SINGLE_PROCESS, Comm, Loss, Reduce, cpu_by_default, 
 from billhook.importance.activations import OutputNorm
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.reap import REAP, RoutingImportance, stacked_experts
-from billhook.importance.score import Importance, Sums, check_supports_streaming, score_units, scores_of, sum_units
+from billhook.importance.score import (
+    Importance,
+    Sums,
+    check_supports_streaming,
+    rank_channels,
+    score_units,
+    scores_of,
+    sum_units,
+)
 from billhook.importance.taylor import Taylor
 from billhook.linalg import Indices
 from billhook.model import apply_plan, check_replaceable, find_transformer, tokenizer_of
@@ -172,10 +180,7 @@ def plan_from_search(
         if others := {name: layer for name, layer in units.items() if name not in tokens}:
             importance = importance or default_importance(model, others)
             sums = sum_units(model, others, importance, batches, loss, amount.per, comm, progress)
-            # of each expert the channels of the lowest ranks go, at other places
-            ranked = {name: totals.sort(dim=1, stable=True) for name, totals in sums.experts.items() if totals.any()}
-            sums.totals |= {name: of_module.values.sum(0) for name, of_module in ranked.items()}
-            orders = comm.decide(lambda: {name: of_module.indices.numpy() for name, of_module in ranked.items()})
+            orders = rank_channels(sums, comm)
             scores |= scores_of(importance, sums, amount.normalize, comm)
     cut = search.cut(scores, orders)
     changes = importance.changes(sums.routing, cut.units, comm) if isinstance(importance, RoutingImportance) else ()

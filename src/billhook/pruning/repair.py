@@ -11,7 +11,17 @@ from torch import nn
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine import SINGLE_PROCESS, Comm, LazyTensors, Reduce, Run, cpu_by_default, run_with_loss
-from billhook.model import ModelPlan, Weights, check_stored, check_values, find_transformer, is_adapter, is_linear, size_of, stacks_of
+from billhook.model import (
+    ModelPlan,
+    Weights,
+    check_stored,
+    check_values,
+    find_transformer,
+    is_adapter,
+    is_linear,
+    size_of,
+    stacks_of,
+)
 from billhook.progress import OnProgress
 from billhook.pruning.block_plan import BlockPlan, block_writers, why_not_zeros, writers_behind, zero_weights
 from billhook.pruning.expert_repair import repair_experts

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -27,7 +26,7 @@ from billhook.pruning.amount import (
     unit_length,
 )
 from billhook.pruning.choice import choose, protected_modules
-from billhook.pruning.cut import Cut, coupled_modules, find_cut, size_after
+from billhook.pruning.cut import Cut, coupled_modules, find_cut, of_ranks, size_after
 from billhook.pruning.removal import try_removal
 from billhook.tracing.trace import trace
 from billhook.units import PLURAL, UnitKind, Units, of_kind, units_of, why_none
@@ -104,7 +103,7 @@ class RatioSearch:
             step = max(self._steps.values(), default=1)
             kernel = "" if step == 1 else f" (the kernel of the experts requires multiples of {step})"
             raise ValueError(f"{ratios}{rounded} removes no unit from any module{kernel}. Raise the ratio.")
-        by_expert = {name: np.sort(order[:, cut.units[name]]) for name, order in (orders or {}).items() if name in cut.units}
+        by_expert = of_ranks(orders or {}, cut.units)
         return find_cut(self.model, self.structure, self.units, cut.units, by_expert=by_expert) if by_expert else cut
 
     def step(self, name: str) -> int:
@@ -204,7 +203,8 @@ class RatioSearch:
         if len(names) > 1:
             without_heads = ratios | {"kv_heads": 0.0}
             ratio = lowest_ratio(names[-1:], without_heads)
-            if ratio is not None and ratio <= MAX_CHANNEL_RATIO:
+            # the channels of experts are most of a mixture
+            if ratio is not None and (ratio <= MAX_CHANNEL_RATIO or any(layer.of_experts for layer in self.units.values())):
                 return without_heads | {names[-1]: ratio}
         common = lowest_ratio(names, ratios)
         if common is None:

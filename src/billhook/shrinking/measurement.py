@@ -11,7 +11,9 @@ import numpy as np
 from torch import Tensor
 
 from billhook.engine import runs_of
-from billhook.importance.score import Importance, make_run, score
+from billhook.importance.score import Importance, make_run, rank_channels, scores_of, sum_units
+from billhook.linalg import Indices
+from billhook.model import expert_layers
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.divergence import Broadcast, Divergence
 from billhook.shrinking.modules import PrunableModule, units_by_name
@@ -30,6 +32,7 @@ class Measurement:
     Attributes:
         scope: The prunable modules and blocks.
         scores: Scores of the units by module, for attention modules those of KV heads.
+        orders: Channels of each expert by rank, of modules whose scores are those of ranks.
         divergence: Measures the model.
         cache: The variants.
         losses: By module, the loss at each level; by block, the last entry is the loss without it.
@@ -38,6 +41,7 @@ class Measurement:
 
     scope: SearchScope
     scores: Mapping[str, Tensor]
+    orders: Mapping[str, Indices]
     divergence: Divergence
     cache: VariantCache
     losses: dict[str, list[float]]
@@ -90,7 +94,9 @@ def measure(
     progress.enter("scoring")
     divergence = Divergence(model, runs_of(model, held_out), broadcast)
     units = units_by_name(modules, search.units)
-    scores = broadcast(score(model, units, importance, batches, per="kv_head"))
+    sums = sum_units(model, units, importance, batches, None, "kv_head")
+    orders = broadcast(rank_channels(sums))
+    scores = broadcast(scores_of(importance, sums))
     settings: list[object] = [str(repair and replace(repair, match=None)), search.amount.round_to, len(batches)]
     cache_folder = folder and folder / cache_key(model, settings, scores, [*batches, *held_out])
     writers = {block.name: scope.blocks.writers[block.number] for block in scope.blocks.removable}
@@ -98,8 +104,9 @@ def measure(
     if progress.report_cached is not None:
         progress.report_cached(len(cache.errors))
     progress.enter("refitting variants")
-    runs = [make_run(model, units, batch) for batch in batches]
-    fill_cache(cache, modules, units, scores, runs, repair, progress)
+    with expert_layers(model):
+        runs = [make_run(model, units, batch) for batch in batches]
+        fill_cache(cache, modules, units, scores, orders, runs, repair, progress)
     progress.enter("measuring losses")
     losses = {}
     for module in modules:
@@ -109,7 +116,7 @@ def measure(
     for block in scope.blocks.removable:
         progress.advance()
         losses[block.name] = [0.0, cache.lost(block.name, 0, divergence)]
-    return Measurement(scope, scores, divergence, cache, broadcast(losses), progress)
+    return Measurement(scope, scores, orders, divergence, cache, broadcast(losses), progress)
 
 
 def config_losses(cache: VariantCache, divergence: Divergence, module: PrunableModule) -> list[float]:

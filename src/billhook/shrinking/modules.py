@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from billhook.model import is_linear
-from billhook.pruning.amount import divides_among_devices
+from billhook.pruning.amount import divides_among_devices, kernel_multiple
 from billhook.pruning.choice import rank_units
 from billhook.pruning.cut import coupled_modules, find_cut, size_after
 from billhook.pruning.removal import try_removal
@@ -77,8 +77,9 @@ def find_modules(search: RatioSearch, target: str, uniform: bool = False) -> lis
     """
     model, free, modules, consumed = search.model, search.removable(), list[PrunableModule](), set[str]()
     for names in coupled_modules(free):
-        consumers = [free[name].readers for name in names]
-        if not all(consumers) or not all(is_linear(model.get_submodule(layer)) for layers in consumers for layer in layers):
+        layers = [free[name] for name in names]
+        consumers = [consumer for layer in layers if not layer.of_experts for consumer in layer.readers]
+        if not all(layer.readers for layer in layers) or not all(is_linear(model.get_submodule(name)) for name in consumers):
             continue
         cost = _unit_cost(search, names, target)
         module = _prunable_module(search, free[names[0]], names, cost, uniform)
@@ -131,8 +132,9 @@ def units_by_name(modules: Iterable[PrunableModule], units: Mapping[str, Units])
 
 def _unit_cost(search: RatioSearch, names: Sequence[str], target: str) -> int:
     """Returns the cost of a unit of coupled modules; 0 if it is not prunable."""
+    step = kernel_multiple(search.model, search.units[names[0]])
     try:
-        cut = find_cut(search.model, search.structure, search.units, dict.fromkeys(names, [0]), "kv_head")
+        cut = find_cut(search.model, search.structure, search.units, dict.fromkeys(names, range(step)), "kv_head")
     except ValueError:  # as under a norm that spans all heads
         return 0
     parameters, total = dict(search.model.named_parameters()), 0
@@ -140,7 +142,7 @@ def _unit_cost(search: RatioSearch, names: Sequence[str], target: str) -> int:
         parameter = parameters[name]
         left = math.prod(size_after(cut.cuts, name, parameter.shape))
         total += (parameter.numel() - left) * (parameter.element_size() if target == "bytes" else 1)
-    return total
+    return total // step
 
 
 def removed_units(

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from transformers import PreTrainedModel
 
 from billhook.arguments import percentage_hint
-from billhook.model import matrix_of
 from billhook.pruning.amount import Amount
 from billhook.pruning.target import RatioSearch
 from billhook.shrinking.blocks import Blocks, find_blocks
@@ -111,7 +110,7 @@ class SearchScope:
     def widest(self) -> int:
         """Number of inputs of the widest consumer layer."""
         units = units_by_name(self.modules, self.search.units).values()
-        return max(matrix_of(self.model.get_submodule(reader))[0].shape[1] for layer in units for reader in layer.readers)
+        return max(len(layer.index) for layer in units)
 
     def most_steps(self, generations: int, children: int) -> int:
         """Returns an upper bound on the number of search steps."""

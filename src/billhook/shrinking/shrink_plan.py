@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from billhook.engine import LazyTensors, store_of
+from billhook.linalg import Indices, over_dims
 from billhook.model import (
     ShapePlan,
     UpdateOptimizers,
@@ -26,7 +27,7 @@ from billhook.model import (
     without_inference_tensors,
 )
 from billhook.pruning.block_plan import BlockPlan, find_block_plan, without_blocks, writers_behind, zero_weights
-from billhook.pruning.cut import find_cut
+from billhook.pruning.cut import find_cut, of_ranks
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.removal import try_removal
 from billhook.pruning.repair import repair_with
@@ -36,7 +37,7 @@ from billhook.repairs.residuals import NoRepair, not_refitted_message, strip_arg
 from billhook.shrinking.measurement import Measurement
 from billhook.shrinking.modules import removed_units, uniform_groups
 from billhook.shrinking.scope import SearchScope
-from billhook.units import mask
+from billhook.units import consumer_columns, mask
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,8 @@ def plan_choice(
     for module in scope.modules:
         numbers |= removed_units(module, scope.search.units, measurement.scores, levels[module.name])
     removed_blocks = [block.number for block in blocks.removed(kept)]
-    planned, behind = plan_removal(scope, limit, numbers, removed_blocks), writers_behind(blocks.writers, removed_blocks)
+    planned = plan_removal(scope, limit, numbers, removed_blocks, of_ranks(measurement.orders, numbers))
+    behind = writers_behind(blocks.writers, removed_blocks)
     if repair is None or not (planned.units.units or behind):
         return planned
     not_refitted = list[str]()
@@ -110,7 +112,13 @@ def plan_choice(
     return replace(planned, weights=weights or None, not_refitted=not_refitted_message(not_refitted))
 
 
-def plan_removal(scope: SearchScope, limit: int, numbers: Mapping[str, list[int]], removed_blocks: Sequence[int]) -> ShrinkPlan:
+def plan_removal(
+    scope: SearchScope,
+    limit: int,
+    numbers: Mapping[str, list[int]],
+    removed_blocks: Sequence[int],
+    by_expert: Mapping[str, Indices] | None = None,
+) -> ShrinkPlan:
     """Plans the removal of units and blocks, as tried on the meta device.
 
     Args:
@@ -118,9 +126,10 @@ def plan_removal(scope: SearchScope, limit: int, numbers: Mapping[str, list[int]
         limit: Largest allowed cost; above it, a ValueError is raised.
         numbers: The units to remove, by module.
         removed_blocks: Numbers of the blocks to remove.
+        by_expert: Channels to remove from each expert, by module. See `Cut`.
     """
     search, target = scope.search, scope.target
-    cut = find_cut(search.model, search.structure, search.units, numbers)
+    cut = find_cut(search.model, search.structure, search.units, numbers, by_expert=by_expert)
     costs, blocks = search.costs(cut), None
     remaining = int(getattr(costs[1], target))
     if removed_blocks:
@@ -143,10 +152,15 @@ def plan_removal(scope: SearchScope, limit: int, numbers: Mapping[str, list[int]
 def simulated(model: PreTrainedModel, planned: ShrinkPlan) -> Iterator[None]:
     """Runs the model as if a plan had been applied, within a `with` block."""
     with ExitStack() as stack:
-        stack.enter_context(store_of(model).computing_with(LazyTensors.of(planned.weights or {})))
+        values, names = LazyTensors.of(planned.weights or {}), {parameter: name for name, parameter in model.named_parameters()}
         for cut in planned.plans:
-            if cut.units:
-                stack.enter_context(mask(model, cut))
+            by_expert = cut.by_expert if isinstance(cut, UnitPlan) else {}
+            if units := {name: numbers for name, numbers in cut.units.items() if name not in by_expert}:
+                stack.enter_context(mask(model, units, dict.fromkeys(cut.kinds.values())))
+            for weight, dim, positions in consumer_columns(model, planned.units.all_units, by_expert, by_expert):
+                value = values.get(names[weight], weight.detach())
+                values |= {names[weight]: value.scatter(dim, over_dims(positions, value, dim), 0)}
+        stack.enter_context(store_of(model).computing_with(values))
         yield
 
 

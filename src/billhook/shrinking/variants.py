@@ -34,9 +34,10 @@ from billhook.engine import (
 )
 from billhook.importance.obs import watch_blockwise
 from billhook.importance.score import make_run
-from billhook.linalg import float64_device
-from billhook.model import matrix_of, to_parameters
+from billhook.linalg import Indices, float64_device
+from billhook.model import ExpertLinear, holder_of, matrix_of, to_parameters
 from billhook.pruning.block_plan import zero_weights
+from billhook.pruning.cut import of_ranks
 from billhook.pruning.target import RatioSearch
 from billhook.repairs.least_squares import bias_shift, choose_ridge, error_without_refit, residual_error, solve_ridge
 from billhook.repairs.repair import RepairConfig
@@ -165,6 +166,7 @@ def fill_cache(
     modules: Sequence[PrunableModule],
     units: Mapping[str, Units],
     scores: Mapping[str, Tensor],
+    orders: Mapping[str, Indices],
     runs: Sequence[Run],
     repair: RepairConfig | None,
     progress: Progress,
@@ -179,6 +181,7 @@ def fill_cache(
         modules: The modules.
         units: Their units.
         scores: Scores of the units; the lowest are removed.
+        orders: Channels of each expert by rank, of modules whose scores are those of ranks. The model is within `expert_layers`.
         runs: Batches, at least two, some of which are held out.
         repair: Ridge penalties and held-out fraction of the refits; None keeps the old weights.
         progress: Counts the modules.
@@ -204,19 +207,31 @@ def fill_cache(
             if not set(linears) <= set(passed):
                 continue
             waiting.remove(module)
-            refits = {name: ConsumerRefit(model, name, moments.pop(name, ())) for name in linears}
+            layers = {name: model.get_submodule(name) for name in linears}
+            unreached = {name for name, layer in layers.items() if isinstance(layer, ExpertLinear) and name not in moments}
+            refits = {name: ConsumerRefit(model, name, moments.pop(name, ())) for name in linears if name not in unreached}
             grid = module.grid()  # ridge penalties are chosen at the middle level
-            middle = kept_inputs(module, units, removed_units(module, units, scores, grid[len(grid) // 2]))
-            for name, keep in middle.items():
-                refits[name].choose(keep, repair.ridges if repair else ())
+            middle = kept_inputs(module, units, removed_units(module, units, scores, grid[len(grid) // 2]), orders)
+            for name, refit in refits.items():
+                refit.choose(middle[name], repair.ridges if repair else ())
             total = max(sum(refit.total for refit in refits.values()), torch.finfo(torch.float64).tiny)
             for kept in missing[module]:
-                error, weights = 0.0, dict[str, dict[str, Tensor]]()
-                for name, keep in kept_inputs(module, units, removed_units(module, units, scores, kept)).items():
-                    of_layer, weights[name] = refits[name].refitted(keep)
-                    error += of_layer
-                cache.add(module.name, kept, error / total, by_parameter(weights))
-                del weights
+                error, weights, stacks = 0.0, dict[str, dict[str, Tensor]](), dict[str, Tensor]()
+                for name, keep in kept_inputs(module, units, removed_units(module, units, scores, kept), orders).items():
+                    layer = layers[name]
+                    if not isinstance(layer, ExpertLinear):
+                        of_layer, weights[name] = refits[name].refitted(keep)
+                        error += of_layer
+                        continue
+                    stack = stacks.setdefault(layer.stacked(name), getattr(*holder_of(layer)).detach().clone())
+                    if name in refits:
+                        of_layer, new = refits[name].refitted(keep)
+                        error += of_layer
+                        layer.of_stack(stack).copy_(new["weight"])
+                    else:
+                        layer.of_stack(stack)[:, ~keep] = 0
+                cache.add(module.name, kept, error / total, by_parameter(weights) | stacks)
+                del weights, stacks
             del refits  # before the Gram matrices of the next module exist
             progress.advance()
 
@@ -238,27 +253,42 @@ def check_token_count(search: RatioSearch, modules: Sequence[PrunableModule], ba
         batches: All batches for fitting.
     """
     model, needed, units = search.model, tokens_needed(search, modules), units_by_name(modules, search.units)
+    units = {name: layer for name, layer in units.items() if not layer.of_experts}
+    if not needed:
+        return
     with evaluating_without_grad(model):
         linears = {name: model.get_submodule(name) for name in needed}
         check_tokens(linears, needed, [make_run(model, units, batch) for batch in batches])
 
 
 def tokens_needed(search: RatioSearch, modules: Sequence[PrunableModule]) -> dict[str, int]:
-    """Returns the tokens that each consumer's refit needs: its inputs at the top level."""
+    """Returns the tokens that each consumer's refit needs: its inputs at the top level.
+
+    Experts are left out, as their refits stay near the old weights if they receive few tokens.
+    """
     needed = dict[str, int]()
     for module in modules:
+        if any(search.units[name].of_experts for name in module.names):
+            continue
         keeps = kept_inputs(module, search.units, any_removed(module, search.units, module.grid()[1]))
         needed |= {name: int(keep.sum()) for name, keep in keeps.items()}
     return needed
 
 
-def kept_inputs(module: PrunableModule, units: Mapping[str, Units], removed: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+def kept_inputs(
+    module: PrunableModule,
+    units: Mapping[str, Units],
+    removed: Mapping[str, Sequence[int]],
+    orders: Mapping[str, Indices] | None = None,
+) -> dict[str, Tensor]:
     """Returns a mask of the kept inputs of each consumer layer, bool, `[in_features]`."""
-    return {
-        reader: torch.from_numpy(~np.isin(units[name].index, list(removed.get(name, ()))))
-        for name in module.names
-        for reader in units[name].readers
-    }
+    kept = {}
+    for name in module.names:
+        by_expert = of_ranks(orders or {}, removed).get(name)
+        for number, reader in enumerate(units[name].readers):
+            lost = list(removed.get(name, ())) if by_expert is None else by_expert[number]
+            kept[reader] = torch.from_numpy(~np.isin(units[name].index, lost))
+    return kept
 
 
 class ConsumerRefit:
@@ -279,7 +309,7 @@ class ConsumerRefit:
         self.model, self.linear, self._ridge = model, model.get_submodule(name), math.inf
         self._parts = parts
         weight, bias = self._matrix()
-        self._centred = bias is not None
+        self._centred = bias is not None and not isinstance(self.linear, ExpertLinear)  # whose inputs are scaled by gates
         nothing = self._without(torch.zeros(weight.shape[1], dtype=torch.bool))
         self.total = float(error_without_refit(nothing, self._centred))
 
@@ -296,7 +326,7 @@ class ConsumerRefit:
         error = float(residual_error(self._change(fit), fit, held_out, self._centred))
         weight, bias = self._matrix()
         change = self._change(parts)
-        if bias is not None and self._ridge < math.inf:
+        if bias is not None and self._centred and self._ridge < math.inf:
             bias = bias.double() + bias_shift(change, parts)
         keep = keep.to(weight.device)
         new = torch.zeros_like(weight, dtype=torch.float64)

@@ -195,7 +195,7 @@ def _units_of_group(model: nn.Module, structure: Structure, group: Group, kind: 
     experts = {member.name.rpartition(".")[0] for member in members}
     of_experts = kind == "channel" and len(experts) == 1 and bool(stacks_of(module := model.get_submodule(min(experts))))
     if of_experts:
-        names = tuple(f"{min(experts)}.{number}.down_proj" for number in range(len(module.down_proj)))
+        names = tuple(f"{min(experts)}.{number}.down_proj" for number in range(len(module.get_parameter("down_proj"))))
         indices = [group.index(member) for member in members if member.name.endswith(".down_proj")]
     index = indices[0] if names else np.zeros(0, dtype=np.int64)
     return Units(kind, group.where, names, index, np.arange(group.size), (group.leaf,), (group.leaf,), members, of_experts)

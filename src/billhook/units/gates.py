@@ -190,7 +190,7 @@ def place_gates(
 
 def _open_gates(model: nn.Module, units: Units, per: Per = "head") -> Tensor:
     """Returns gates of 1. Raises for units without a consumer module."""
-    if not units.readers:
+    if not units.readers or units.of_experts:
         what = PLURAL[units.kind]
         raise ValueError(
             f"{what}: no single module consumes the {what} of {units.name or 'the model'}, so they cannot be masked."
@@ -217,14 +217,18 @@ def zero_units(model: nn.Module, units: Chosen, kind: UnitKind = "head", per: Pe
 def consumer_columns(
     model: nn.Module,
     layers: Mapping[str, Units],
-    units: Mapping[str, Sequence[int]],
+    units: Mapping[str, Sequence[int]] | Mapping[str, Indices],
     by_expert: Mapping[str, Indices] | None = None,
 ) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
     """Yields the parameters that consume units, with dimension and positions, also of each expert."""
     for name, numbers in units.items():
         for member in layers[name].members_by_unit():
             if member.reads:
-                weight, unit_of, lost = model.get_parameter(member.name), layers[name].of_member(member), (by_expert or {}).get(name)
+                weight, unit_of, lost = (
+                    model.get_parameter(member.name),
+                    layers[name].of_member(member),
+                    (by_expert or {}).get(name),
+                )
                 if lost is None:
                     positions = np.flatnonzero(np.isin(unit_of, numbers))
                 else:

@@ -156,15 +156,24 @@ def test_outputs_in_mixed_precision_are_summed_in_float32():
     torch.testing.assert_close(found[0], (moved / 12).sqrt(), rtol=1e-5, atol=0)
 
 
-def test_experts_channels_that_no_module_reads_are_refused():
+@torch.no_grad()
+def test_channels_of_experts_count_by_the_gates_of_their_tokens():
     model = build("mixtral")
-    units = bh.find_units(model, ["channel"])
-    with pytest.raises(
-        ValueError, match=r"importance=OutputNorm needs consumer layers, and the units of model.layers.0.mlp.experts \(chan"
-    ):
-        bh.score(model, units, bh.OutputNorm(), [{"input_ids": tokens()}], normalize=True)
-    found = bh.score(model, units, bh.Taylor(), [{"input_ids": tokens()}], normalize=True)
-    assert all(one.isfinite().all() and one.min() > 0 for one in found.values())
+    ids, padding = tokens(), torch.ones(tokens().shape, dtype=torch.int64)
+    padding[0, 3:] = 0
+    found = bh.score(model, bh.find_units(model, "channel"), bh.OutputNorm(), [{"input_ids": ids, "attention_mask": padding}])
+    block, given = model.model.layers[0].mlp, []
+    block.experts.register_forward_pre_hook(lambda _, args: given.append(args))
+    model(input_ids=ids, attention_mask=padding)
+    hidden, chosen, gates = given[0]
+    squares, count = torch.zeros(block.experts.down_proj.shape[2], dtype=torch.float64), 0
+    for token in padding.flatten().nonzero().flatten().tolist():
+        for expert, gate in zip(chosen[token].tolist(), gates[token].double(), strict=True):
+            up, down = block.experts.gate_up_proj[expert].double(), block.experts.down_proj[expert].double()
+            gated, linear = (up @ hidden[token].double()).chunk(2)
+            squares += (gate * torch.nn.functional.silu(gated) * linear * down).square().sum(0)
+            count += 1
+    torch.testing.assert_close(found["model.layers.0.mlp.experts"].double(), (squares / count).sqrt(), rtol=1e-5, atol=0)
 
 
 def test_heads_that_a_convolution_reads():

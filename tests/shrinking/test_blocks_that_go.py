@@ -142,7 +142,7 @@ def test_the_blocks_behind_make_up_for_one_that_goes(repair):
     fitted, held_out = split_batches(texts())
     candidates = SearchScope.find(model, Amount(params=model.num_parameters() - size_of_block(model)), uniform=False)
     kept = {layer.name: 0 if ".1." in layer.name else layer.count for layer in candidates.modules} | {f"{LAYERS}.1 block": 0}
-    measured = Measurement(candidates, {}, None, None, {}, Progress())
+    measured = Measurement(candidates, {}, {}, None, None, {}, Progress())
     planned, lost = plan_choice(measured, candidates.limit, kept, fitted, repair), []
     assert not planned.units.units
     assert {int(name.split(".")[2]) for name in planned.weights} == {2, 3}

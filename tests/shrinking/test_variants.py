@@ -31,7 +31,7 @@ class Made:
         self.scores = bh.score(model, self.units, bh.importance.WeightNorm(), per="kv_head")
         runs = [make_run(model, self.units, batch) for batch in batches]
         self.cache = VariantCache(model, folder, {})
-        fill_cache(self.cache, self.modules, self.units, self.scores, runs, repair, Progress())
+        fill_cache(self.cache, self.modules, self.units, self.scores, {}, runs, repair, Progress())
 
     def removed(self, layer, kept):
         return removed_units(layer, self.units, self.scores, kept)

@@ -1,7 +1,8 @@
-"""What pruning experts, and the weights of experts, costs a mixture on text of calibrated kinds and on text that nothing saw.
+"""What pruning experts, their channels, and their weights costs a mixture, on text of calibrated kinds and on unseen text.
 
 `python benchmarks/mixture.py MODEL --train a.txt b.txt --test wikitext=a.txt foldoc=b.txt unseen=c.txt` prints perplexities of
-`train_mixture.py`'s model: dense, without a quarter and half of the experts by every score, and with half of the weights zero.
+`train_mixture.py`'s model: without experts or channels right after the cut, after repair, and after 60 steps of routers or of all
+weights with the dense model as teacher; and with half of the weights zero.
 """
 
 import argparse
@@ -10,6 +11,7 @@ import math
 import warnings
 from pathlib import Path
 
+import lightning.pytorch as pl
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,6 +19,7 @@ import billhook as bh
 from billhook.importance.baselines import RandomUnits
 
 LENGTH, CALIBRATION, TEST = 256, 64, 128  # tokens of a window, and windows of each text
+STEPS, LR, ROUTER_LR = 60, 1e-4, 1e-3
 IMPORTANCES = [
     bh.importance.REAP(),
     bh.importance.RoutingFrequency(),
@@ -58,13 +61,34 @@ def main():
     def row(label, model):
         print(f"| {label} | " + " | ".join(f"{perplexity(model, rows):.2f}" for rows in tests.values()) + " |", flush=True)
 
+    def train(model, trainable, lr):
+        """60 steps on the calibration text, with the dense model as teacher."""
+        pl.seed_everything(0, verbose=False)
+        module = bh.TransformerModule(
+            copy.deepcopy(model), lr=lr, trainable=trainable, distillation=bh.training.Distillation(arguments.model, weight=1.0)
+        )
+        order = [calibration[number % len(calibration)] for number in torch.randperm(STEPS * 4)[:STEPS]]
+        loader = torch.utils.data.DataLoader([{**batch, "labels": batch["input_ids"]} for batch in order], batch_size=None)
+        settings = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+        pl.Trainer(max_steps=STEPS, accelerator="cpu", **settings).fit(module, loader)
+        return module.model.eval()
+
     print(f"| | {' | '.join(tests)} |\n|---|{'---:|' * len(tests)}")
     row("dense", dense)
-    for share in (0.25, 0.5):
-        for importance in IMPORTANCES:
-            model = copy.deepcopy(dense)
-            bh.apply(model, bh.plan(model, importance, calibration, experts=share))
-            row(f"{share:.0%} of experts by `{importance}`", model)
+    amounts = [({"channels": share}, importance) for share in (0.25, 0.5) for importance in (bh.OutputNorm(), bh.OBS())]
+    amounts += [({"experts": share}, importance) for share in (0.25, 0.5) for importance in IMPORTANCES]
+    for amount, importance in amounts:
+        ((kind, share),) = amount.items()
+        label = f"{share:.0%} of {kind} by `{importance}`"
+        plan = bh.plan(dense, importance, calibration, **amount)
+        models = [copy.deepcopy(dense) for _ in range(2)]
+        for model, weights in zip(models, (None, bh.repair(dense, plan, calibration)), strict=True):
+            bh.apply(model, plan, weights=weights)
+        row(label, models[0])
+        row(f"{label}, repaired", models[1])
+        if isinstance(importance, bh.OutputNorm | bh.importance.REAP):
+            row(f"{label}, repaired, {STEPS} steps of routers", train(models[1], "router", ROUTER_LR))
+            row(f"{label}, repaired, {STEPS} steps of all weights", train(models[1], "all", LR))
     for criterion in (bh.Magnitude(), bh.Wanda(), bh.SparseGPT()):
         for pattern in ("unstructured", "2:4"):
             model = copy.deepcopy(dense)

@@ -40,6 +40,16 @@ def smaller(tmp_path_factory):
     return small_llama(tmp_path_factory.mktemp("smaller"), hidden_size=64, num_hidden_layers=4, num_key_value_heads=8)
 
 
+@pytest.fixture(scope="module")
+def mixture(smaller, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("mixture")
+    sizes = {"vocab_size": 2048, "hidden_size": 64, "num_hidden_layers": 2, "moe_intermediate_size": 32, "num_experts": 4}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    transformers.Qwen3MoeForCausalLM(transformers.Qwen3MoeConfig(**sizes, **heads)).save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(smaller).save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.parametrize("name", ["TextDataModule", "ClassificationDataModule", "billhook.training.data.Seq2SeqDataModule"])
 @pytest.mark.parametrize("given", ["text.txt", "[text.txt, other.txt]"])
 def test_a_file_of_text_is_named_not_read(name, given, tmp_path, capsys):
@@ -49,11 +59,12 @@ def test_a_file_of_text_is_named_not_read(name, given, tmp_path, capsys):
     assert yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["data"] == yaml.safe_load(given)
 
 
-@pytest.mark.daily("shrink", "wanda_lora")
+@pytest.mark.daily("shrink", "wanda_lora", "experts")
 @pytest.mark.parametrize("fragment", FRAGMENTS, ids=lambda path: path.stem)
-def test_every_fragment_runs(fragment, quick, smaller, capsys):
+def test_every_fragment_runs(fragment, quick, smaller, mixture, capsys):
+    model = mixture if fragment.stem == "experts" else smaller
     line = f"fit --config {ROOT}/examples/base.yaml --config {fragment} --trainer.max_steps 2 --trainer.val_check_interval 1"
-    billhook(f"{line} --trainer.logger false --trainer.enable_checkpointing false {quick} --model.model {smaller}")
+    billhook(f"{line} --trainer.logger false --trainer.enable_checkpointing false {quick} --model.model {model}")
     used = {c["class_path"].rpartition(".")[2] for c in yaml.safe_load(fragment.read_text())["trainer"]["callbacks+"]}
     assert used <= set(callbacks_in("config.yaml"))
 

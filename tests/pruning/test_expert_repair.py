@@ -104,7 +104,7 @@ def test_repair_brings_blocks_nearer_and_leaves_the_model_as_it_is(name, amount)
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("amount", [{"channels": 0.5}, {"experts": 0.5}])
+@pytest.mark.parametrize("amount", [{"experts": 0.5}, {"experts": 0.5, "channels": 0.25}])
 def test_matching_lowers_the_error_of_a_block_further(amount):
     model, batches, errors = family("qwen3_moe"), [{"input_ids": tokens(16, 32)} for _ in range(6)], []
     plan = bh.plan(model, batches=batches, **amount)

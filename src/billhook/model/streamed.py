@@ -8,13 +8,14 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from billhook.arguments import check_types
 from billhook.assets import model_path
 from billhook.atomic_folder import check_target
 from billhook.engine import (
     Parts,
+    Quantization,
     Run,
     TensorFiles,
     check_device,
@@ -110,13 +111,24 @@ def outline(folder: str) -> PreTrainedModel:
 
 def _stream(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype, parts: Parts | None = None) -> FileStore:
     check_shards(name)
-    files = TensorFiles(name)
-    model = load_on_meta(kind, name, files.sizes(), dtype)
+    fields, files = PretrainedConfig.get_config_dict(name)[0].get("quantization_config"), TensorFiles(name)
+    quantization = None if fields is None else Quantization(name, fields)
+    sizes = files.sizes()
+    if quantization is not None:
+        sizes = {key: size[...] for key, size in quantization.dequantized(sizes).items()}
+    if bare := next((key for key, size in sizes.items() if size.dtype == torch.float8_e4m3fn), None):
+        raise ValueError(f"'{name}': {bare} is quantized and has no scales, so it cannot be streamed. Dequantize it first.")
+    model = load_on_meta(kind, name, sizes, dtype)
+    if quantization is not None:
+        quantization.dtype = model.dtype
     model.config._name_or_path = model.name_or_path = name
     if model.can_generate():
         with suppress(OSError):
             model.generation_config = GenerationConfig.from_pretrained(name)
-    return FileStore(model, files, parts)
+    store = FileStore(model, files, parts, quantization)
+    if not store.blocks and quantization is not None:
+        raise ValueError(f"'{name}': its files are quantized, and {kind.__name__} has no blocks to stream. Dequantize it first.")
+    return store
 
 
 def check_called_once(model: nn.Module, runs: Sequence[Run]) -> None:

@@ -160,7 +160,10 @@ def _cut_tensors(model: PreTrainedModel, cut: Cut, shape: Shape, key: Callable[[
         for attribute, value in vars(module).items()
         if isinstance(value, tuple | list) and tuple(value) == tuple(weight.shape)
     ]
-    swaps = change_blockwise(model, changes, f"units {cut.units}", shape.tensors, key)
+    if (selected := store_of(model).select(kept_of, shape.tensors)) is None:
+        swaps = change_blockwise(model, changes, f"units {cut.units}", shape.tensors, key)
+    else:
+        swaps = change_values(model, {name: change for name, change in changes.items() if name not in selected})
     for module, attribute in sizes:
         setattr(module, attribute, type(getattr(module, attribute))(module.get_parameter("weight").shape))
     for name, buffer in buffers.items():

@@ -10,7 +10,7 @@ from torch import nn
 
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, read_batches
-from billhook.engine import SINGLE_PROCESS, Comm, LazyTensors, Reduce, Run, cpu_by_default, run_with_loss
+from billhook.engine import SINGLE_PROCESS, Comm, LazyTensors, Reduce, Run, cpu_by_default, run_with_loss, store_of
 from billhook.model import ModelPlan, Weights, check_stored, check_values, find_transformer, is_adapter, is_linear, size_of
 from billhook.progress import OnProgress
 from billhook.pruning.block_plan import BlockPlan, block_writers, why_not_zeros, writers_behind, zero_weights
@@ -104,6 +104,10 @@ def _repaired(
     not_repaired: list[str],
 ) -> LazyTensors:
     """Refits consumer layers of units, or output layers of blocks behind removed ones."""
+    try:
+        store_of(model).check_writes_values()
+    except ValueError as error:
+        raise NoRepair(f"repair: {error}") from error
     if isinstance(plan, UnitPlan):
         return repair_with(model, plan, batches, repair, comm, progress=progress, not_repaired=not_repaired)
     if not isinstance(plan, BlockPlan):

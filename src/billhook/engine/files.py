@@ -1,5 +1,6 @@
 """The store of a streamed model, which loads each block from files."""
 
+import re
 import shutil
 import sys
 from collections import defaultdict
@@ -308,9 +309,9 @@ class FileStore(BlockStore):
         if self.quantization is not None and (dense := self.model.config.quantization_config.get(DENSE)):
             left = []
             for module in dense:
-                name = next((name for name in self.blocks if f"{module}.".startswith(f"{name}.")), None)
-                if name is None or name in new_names:
-                    left.append(module if name is None else new_names[name] + module.removeprefix(name))
+                name = next((name for name in self.blocks if f"{module}.".startswith(f"{name}.")), "")
+                if name in {"", *new_names}:
+                    left.append(new_names.get(name, "") + module.removeprefix(name))
             self.model.config.quantization_config = self.model.config.quantization_config | {DENSE: left}
         self.keys = keys
         # files of renamed blocks contain the old names
@@ -352,15 +353,12 @@ class FileStore(BlockStore):
         self._forget()
         renamed, removed = dict[str, str](), set[str]()
         for key, parameter in self._parameter_of().items():
-            parts = key.split(".")
-            digits = [place for place, part in enumerate(parts) if part.isdigit()]
-            is_expert = len(digits) > sum(map(str.isdigit, parameter.split(".")))  # one tensor of each expert
+            of_expert = re.fullmatch(r"(.*\.experts\.)(\d+)(\..*)", key)
             for dim, positions in kept.get(parameter, {}).items():
-                if not is_expert:
+                if of_expert is None:
                     self.files.select(key, dim, torch.from_numpy(positions))
-                elif (number := int(parts[digits[-1]])) in (left := positions.tolist()):
-                    parts[digits[-1]] = str(left.index(number))
-                    renamed[key] = ".".join(parts)
+                elif (number := int(of_expert[2])) in (left := positions.tolist()):
+                    renamed[key] = f"{of_expert[1]}{left.index(number)}{of_expert[3]}"
                 else:
                     removed.add(key)
         self.files.rename(renamed, removed)

@@ -1,7 +1,7 @@
 """Quantized checkpoints: FP8 with a scale for each block of a matrix, and MXFP4."""
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,16 +24,15 @@ class Quantization:
 
     Attributes:
         method: The quantization method.
-        dtype: Dtype of dequantized values.
 
     Raises:
         ValueError: If it is neither MXFP4 nor FP8 with a scale for each block and dynamic activations.
     """
 
     def __init__(self, name: str, fields: Mapping[str, Any]) -> None:
-        self.name, self.method, self._block = name, str(fields.get("quant_method")), fields.get("weight_block_size")
-        self.dtype, dynamic = torch.bfloat16, fields.get("activation_scheme", "dynamic") == "dynamic"
-        if self.method != "mxfp4" and not (self.method == "fp8" and self._block and dynamic):
+        self.name, self.method = name, str(fields.get("quant_method"))
+        self._block: Any = (1, 1) if self.method == "mxfp4" else fields.get("weight_block_size")
+        if self.method not in SUFFIXES or not self._block or fields.get("activation_scheme", "dynamic") != "dynamic":
             raise ValueError(
                 f"'{name}': a checkpoint with quant_method={self.method!r} cannot be streamed. Legal are 'mxfp4', and 'fp8' with "
                 "weight_block_size=[rows, columns] and activation_scheme='dynamic'. Dequantize the checkpoint first."
@@ -53,17 +52,31 @@ class Quantization:
         return {name: part[0] if len(part) == 1 else _Slice(self, name, *part) for name, part in parts.items()}
 
     def dequantize(self, name: str, values: Tensor, scales: Tensor) -> Tensor:
-        """Returns the dequantized tensor of values and scales."""
-        fp8 = self.method == "fp8"
-        if values.dim() > (2 if fp8 else 3):  # one expert at a time, because it becomes float32
+        """Returns a tensor in bfloat16, as the model has it, from its values and scales.
+
+        >>> fp8 = Quantization("", {"quant_method": "fp8", "weight_block_size": [2, 2]})
+        >>> fp8.dequantize("", torch.ones(3, 2), torch.tensor([[2.0], [4.0]]))[:, 0]
+        tensor([2., 2., 4.], dtype=torch.bfloat16)
+        >>> mxfp4 = Quantization("", {"quant_method": "mxfp4"})
+        >>> mxfp4.dequantize("", torch.tensor([[[0x21]]]), torch.tensor([[128]])).T  # 0.5 and 1.0, times 2
+        tensor([[1., 2.]], dtype=torch.bfloat16)
+        """
+        is_fp8 = self.method == "fp8"
+        if values.dim() > (2 if is_fp8 else 3):  # one expert at a time, because it becomes float32
             return torch.stack([self.dequantize(name, *expert) for expert in zip(values, scales, strict=True)])
-        grid = [-(-size // block) for size, block in zip(values.shape, self._block or (1, 1), strict=False)]
+        grid = [-(-size // block) for size, block in zip(values.shape, self._block, strict=False)]
         if list(scales.shape) != grid or scales.is_floating_point() != values.is_floating_point():
             raise ValueError(
                 f"'{self.name}': {name} has values {list(values.shape)} of {values.dtype} and scales {list(scales.shape)} of "
                 f"{scales.dtype}, which do not fit quant_method={self.method!r}. Dequantize the checkpoint first."
             )
-        return (dequantize_fp8(values, scales, self._block) if fp8 else dequantize_mxfp4(values, scales)).to(self.dtype)
+        if is_fp8:
+            for dim, block in enumerate(self._block):
+                scales = scales.float().repeat_interleave(block, dim)
+            return (values.float() * scales[: values.shape[0], : values.shape[1]]).bfloat16()
+        numbers = torch.tensor(E2M1, device=values.device)
+        numbers = torch.cat((numbers, -numbers))[torch.stack((values & 15, values >> 4), -1).int()]  # the low bits first
+        return torch.ldexp(numbers, scales.int()[..., None, None] - BIAS).flatten(1).T.bfloat16()
 
 
 @dataclass(frozen=True)
@@ -77,25 +90,3 @@ class _Slice:
 
     def __getitem__(self, _: object) -> Tensor:
         return self.quantization.dequantize(self.name, self.values[...], self.scales[...])
-
-
-def dequantize_fp8(values: Tensor, scales: Tensor, block: Sequence[int]) -> Tensor:
-    """Multiplies a matrix by the scales of its blocks, in float32.
-
-    >>> dequantize_fp8(torch.ones(3, 2), torch.tensor([[2.0], [4.0]]), [2, 2])[:, 0]
-    tensor([2., 2., 4.])
-    """
-    for dim, size in enumerate(block):
-        scales = scales.float().repeat_interleave(size, dim)
-    return values.float() * scales[: values.shape[0], : values.shape[1]]
-
-
-def dequantize_mxfp4(values: Tensor, scales: Tensor) -> Tensor:
-    """Unpacks four-bit values `[rows, groups, 16]`, times powers of two, to `[columns, rows]`.
-
-    >>> dequantize_mxfp4(torch.tensor([[[0x21]]]), torch.tensor([[128]])).T  # 0.5 and 1.0, times 2
-    tensor([[1., 2.]])
-    """
-    numbers = torch.tensor(E2M1, device=values.device)
-    numbers = torch.cat((numbers, -numbers))[torch.stack((values & 15, values >> 4), -1).int()]
-    return torch.ldexp(numbers, scales.int()[..., None, None] - BIAS).flatten(1).T

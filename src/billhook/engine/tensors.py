@@ -95,7 +95,7 @@ class TensorFiles:
         self._name, self._source = name, Source(name)
         self._files = _files(self._source)
         self._names = dict[str, str]()  # the names in the files of those that are called otherwise
-        self._kept = dict[str, tuple[int, Tensor]]()  # a dimension and the positions that are left in it
+        self._kept = dict[str, list[tuple[int, Tensor]]]()  # dimensions and the positions that are left in them
         self._paths = dict[str, Path]()
         self._seen = dict[Path, tuple[int, int]]()
 
@@ -146,8 +146,7 @@ class TensorFiles:
 
     def select(self, name: str, dim: int, positions: Tensor) -> None:
         """Leaves out all other positions of a tensor from now on."""
-        before = self._kept.get(name)
-        self._kept = self._kept | {name: (dim, positions if before is None else before[1][positions])}
+        self._kept = self._kept | {name: [*self._kept.get(name, ()), (dim, positions)]}
 
     def sizes(self) -> dict[str, Tensor]:
         """Returns all tensors on the meta device. Only headers are read."""
@@ -177,8 +176,8 @@ class TensorFiles:
                 for name in names:
                     entry = files[self._files[name]].get_slice(self._names.get(name, name))
                     slices[name] = entry if all(entry.get_shape()) else _empty(entry)  # safetensors cannot read empty tensors
-                    if name in self._kept:
-                        slices[name] = entry[...].index_select(*self._kept[name])
+                    for dim, positions in self._kept.get(name, ()):
+                        slices[name] = slices[name][...].index_select(dim, positions)
             yield slices
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:

@@ -42,7 +42,8 @@ def stream(
     Parameters outside of blocks, such as embeddings, stay in memory. `prune` and `convert_kv_heads` write each changed block to a
     folder next to `out`. `save` to `out` then assembles the checkpoint, verifies it block by block, and moves it into place. An
     interrupted process is resumed by making the same calls again. Outputs are bitwise identical to those in memory. Methods that
-    need gradients or all weights at once raise, or find tensors on the meta device.
+    need gradients or all weights at once raise, or find tensors on the meta device. From quantized files, only experts and blocks
+    can be removed. `save` writes the format of the files.
 
     Args:
         folder: A folder with safetensors files, a Hub name, or `"tiny"`. Hub files are downloaded when needed.
@@ -55,8 +56,9 @@ def stream(
         The model in eval mode. Parameters of blocks that are not loaded are on the meta device.
 
     Raises:
-        ValueError: If there are no safetensors files, if they are quantized or lack tensors, if `out` or `.OUT.parts` was not
-            written by billhook, or if transformers does not have the class in the config.
+        ValueError: If there are no safetensors files, if they lack tensors or are quantized in another format than FP8 with block
+            scales and MXFP4, if `out` or `.OUT.parts` was not written by billhook, or if transformers does not have the class in
+            the config.
 
     Example:
         >>> import billhook as bh
@@ -119,8 +121,6 @@ def _stream(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype, pa
     if bare := next((key for key, size in sizes.items() if size.dtype == torch.float8_e4m3fn), None):
         raise ValueError(f"'{name}': {bare} is quantized and has no scales, so it cannot be streamed. Dequantize it first.")
     model = load_on_meta(kind, name, sizes, dtype)
-    if quantization is not None:
-        quantization.dtype = model.dtype
     model.config._name_or_path = model.name_or_path = name
     if model.can_generate():
         with suppress(OSError):

@@ -59,7 +59,7 @@ def size_after(cuts: Cuts, name: str, size: Sequence[int]) -> tuple[int, ...]:
 
 def find_cut(model: nn.Module, structure: Structure, units: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> Cut:
     """Finds the tensor cuts for removing units; a KV head goes with its last query head."""
-    check_plain(model, "Remove units before the model is")
+    check_plain(model, "From FP8 and MXFP4 files, bh.stream removes experts. Remove other units before the model is")
     removed = {name: numbers for name, numbers in unit_ids(units, chosen, per).items() if numbers}
     _check_allowed(structure, [units[name] for name in removed])
     kinds: dict[str, UnitKind] = {}

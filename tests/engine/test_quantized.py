@@ -1,5 +1,6 @@
 """Experts and blocks leave quantized files in their format, byte for byte."""
 
+import itertools
 import json
 from unittest import mock
 
@@ -99,6 +100,38 @@ def test_kept_experts_are_stored_as_they_were(family, block, tmp_path):
     torch.testing.assert_close(logits(model), logits(dense), rtol=0.02, atol=0.02)
 
 
+def stack(folder):
+    """Stacks the experts of a file, as other files do."""
+    tensors = tensors_of(folder)
+    stacked = {name: tensor for name, tensor in tensors.items() if ".experts." not in name}
+    for layer, end in itertools.product(range(2), ("", "_scale_inv")):
+        experts = f"model.layers.{layer}.mlp.experts"
+        gate, up, down = (
+            torch.stack([tensors[f"{experts}.{number}.{part}_proj.weight{end}"] for number in range(8)])
+            for part in ("gate", "up", "down")
+        )
+        stacked |= {f"{experts}.gate_up_proj{end}": torch.cat((gate, up), 1), f"{experts}.down_proj{end}": down}
+    save_file(stacked, folder / "model.safetensors", {"format": "pt"})
+
+
+def test_stacked_experts_stay_stacked(tmp_path):
+    torch.manual_seed(0)
+    dense = quantized.write(tmp_path / "in", "qwen3_moe", (8, 8))
+    stack(tmp_path / "in")
+    model = bh.stream(tmp_path / "in", tmp_path / "out")
+    plan = bh.plan(model, batches=batches(), experts=0.25)
+    for either in (model, dense):
+        bh.apply(either, bh.ModelPlan.from_json(plan.to_json(), either))
+    bh.save(model, tmp_path / "out")
+    assert torch.equal(logits(model), logits(dense))
+    before, after = tensors_of(tmp_path / "in"), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys()
+    for name, tensor in after.items():
+        rows = original_of(name, {name.split(".")[2]: numbers for name, numbers in plan.units.items()})[1]
+        expected = before[name] if rows is None else before[name][rows]
+        assert torch.equal(tensor.view(torch.uint8), expected.view(torch.uint8)), name
+
+
 def second_block(model):
     """A plan without the second block."""
     scores = torch.ones(len(model.model.layers))
@@ -106,6 +139,7 @@ def second_block(model):
     return bh.plan(model, bh.importance.BlockInfluence(), scores={"model.layers": scores}, blocks=1)
 
 
+@pytest.mark.slow
 def test_experts_and_blocks_are_removed_one_after_the_other(tmp_path):
     torch.manual_seed(0)
     dense = quantized.write(tmp_path / "in", "qwen3_moe", (8, 8), num_hidden_layers=4)
@@ -128,6 +162,7 @@ def test_experts_and_blocks_are_removed_one_after_the_other(tmp_path):
     assert left == ["lm_head", "model.layers.0.mlp.gate", "model.layers.2.mlp.gate"]
 
 
+@pytest.mark.slow
 def test_the_command_writes_the_format_of_the_file(tmp_path, capsys):
     quantized.write(tmp_path / "in", "qwen3_moe", vocab_size=2048)
     options = [
@@ -214,6 +249,8 @@ def test_blocks_are_removed_without_a_repair(tmp_path):
     plan = second_block(model)
     with pytest.raises(ValueError, match=ONLY):
         bh.repair(model, plan, batches())
+    with pytest.raises(ValueError, match=ONLY):
+        bh.apply(model, plan, weights={"model.norm.weight": torch.zeros(32, dtype=torch.bfloat16)})
     weights, why = repair_if_requested(model, plan, batches(), "auto")
     assert weights is None
     assert "only experts and blocks can be removed" in why

@@ -29,8 +29,6 @@ from billhook.engine.walk import separable_blocks
 from billhook.linalg import Indices
 from billhook.progress import OnProgress
 
-DENSE = "modules_to_not_convert"  # field of a quantization config with the names of modules that are not quantized
-
 
 class FileStore(BlockStore):
     """The store of a streamed model: blocks are read from safetensors files on demand.
@@ -306,13 +304,13 @@ class FileStore(BlockStore):
                 renamed[key] = renumbered(key, name, new)
                 keys[new].append(renamed[key])
         self.files.rename(renamed, frozenset(removed))
-        if self.quantization is not None and (dense := self.model.config.quantization_config.get(DENSE)):
+        if self.quantization is not None and (dense := self.model.config.quantization_config.get("modules_to_not_convert")):
             left = []
             for module in dense:
                 name = next((name for name in self.blocks if f"{module}.".startswith(f"{name}.")), "")
                 if name in {"", *new_names}:
                     left.append(new_names.get(name, "") + module.removeprefix(name))
-            self.model.config.quantization_config = self.model.config.quantization_config | {DENSE: left}
+            self.model.config.quantization_config = self.model.config.quantization_config | {"modules_to_not_convert": left}
         self.keys = keys
         # files of renamed blocks contain the old names
         self.adopted = {name: path for name, path in self.adopted.items() if new_names.get(name) == name}

@@ -116,8 +116,7 @@ def _stream(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype, pa
     fields, files = PretrainedConfig.get_config_dict(name)[0].get("quantization_config"), TensorFiles(name)
     quantization = None if fields is None else Quantization(name, fields)
     sizes = files.sizes()
-    if quantization is not None:
-        sizes = {key: size[...] for key, size in quantization.dequantized(sizes).items()}
+    sizes = sizes if quantization is None else {key: size[...] for key, size in quantization.dequantized(sizes).items()}
     if bare := next((key for key, size in sizes.items() if size.dtype == torch.float8_e4m3fn), None):
         raise ValueError(f"'{name}': {bare} is quantized and has no scales, so it cannot be streamed. Dequantize it first.")
     model = load_on_meta(kind, name, sizes, dtype)

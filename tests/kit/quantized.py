@@ -75,7 +75,7 @@ def from_mxfp4(blocks, scales):
 
 def write(folder, family, block=(16, 16), **changes):
     """Writes a quantized mixture, and returns the model with the values that it stands for."""
-    config = transformers.AutoConfig.for_model(family, **SMALL | MIXTURES[family] | changes)
+    config = transformers.AutoConfig.for_model(family, **SMALL | MIXTURES[family] | {"initializer_range": 0.2} | changes)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):

@@ -107,7 +107,7 @@ def _repaired(
     try:
         store_of(model).check_writes_values()
     except ValueError as error:
-        raise NoRepair(f"repair: {error}") from error
+        raise NoRepair(f"{error}") from error
     if isinstance(plan, UnitPlan):
         return repair_with(model, plan, batches, repair, comm, progress=progress, not_repaired=not_repaired)
     if not isinstance(plan, BlockPlan):

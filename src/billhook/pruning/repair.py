@@ -104,14 +104,14 @@ def _repaired(
     not_repaired: list[str],
 ) -> LazyTensors:
     """Refits consumer layers of units, or output layers of blocks behind removed ones."""
-    try:
-        store_of(model).check_writes_values()
-    except ValueError as error:
-        raise NoRepair(f"{error}") from error
     if isinstance(plan, UnitPlan):
         return repair_with(model, plan, batches, repair, comm, progress=progress, not_repaired=not_repaired)
     if not isinstance(plan, BlockPlan):
         raise ValueError(f"plan: repair supports plans of units and of blocks, got a plan of {plan.kind}")
+    try:
+        store_of(model).check_writes_values()
+    except ValueError as error:
+        raise NoRepair(f"{error}") from error
     check_values(model, streamed=True)
     subject = find_transformer(model)
     units, removed, behind = units_of(subject, trace(subject), ["head", "channel"]), list[str](), list[str]()

@@ -228,5 +228,10 @@ class TestRefused:
         model = llama()
         weight = model.model.layers[1].mlp.up_proj.weight
         model.model.layers[1].mlp.up_proj.weight = nn.Parameter(weight.to(torch.int8), requires_grad=False)
-        refused(model, {MLPS[0]: [0]}, r"up_proj.weight is quantized \(torch.int8\). Remove units before", ["channel"])
+        refused(
+            model,
+            {MLPS[0]: [0]},
+            r"up_proj.weight is quantized \(torch.int8\). From FP8 and MXFP4 files, bh.stream removes",
+            ["channel"],
+        )
         refused(model, {ATTENTIONS[0]: [0, 1]}, r"up_proj.weight is quantized \(torch.int8\)", ["head"])

@@ -5,6 +5,7 @@ from billhook.cli.machine import model_progress
 from billhook.cli.one_shot import OneShot
 from billhook.cli.refit import check_examples, meta_batches, repair_limits
 from billhook.cli.streamed import refit_bytes
+from billhook.engine import store_of
 from billhook.kv_heads.convert import batches_needed, check_repair, find_attentions, heads_and_method, prepare_heads
 from billhook.kv_heads.methods import HINT, KVMethod, Mean, Name, method_of
 from billhook.kv_heads.plan import plan_kv_heads
@@ -57,6 +58,7 @@ def convert(
     least, needed_by = batches_needed(named, repair)
     calibrates = least > 0 or (named.turns and examples.data is not None)
     work = OneShot(model, out, examples, refits=calibrates, calibrates=calibrates, streams=True, repair=repair)
+    store_of(work.model).check_writes_values()
     heads, method = heads_and_method(work.model, num_key_value_heads, kv_cache_bytes, named, examples.data is not None)
     plan = plan_kv_heads(work.model, heads, method, layers, encoder)
     passes, statistics, known = 1, 0, None

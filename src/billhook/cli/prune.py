@@ -5,6 +5,7 @@ from billhook.cli.machine import model_progress
 from billhook.cli.one_shot import OneShot
 from billhook.cli.refit import check_examples, meta_batches, token_count
 from billhook.cli.streamed import reconstruction_bytes, statistics_bytes
+from billhook.engine import store_of
 from billhook.model import ExpertLinear, adjacent_inputs, expert_layers, is_convolution
 from billhook.sparsity.allocation import Allocation
 from billhook.sparsity.checks import check_folder, check_pruning, needs_data, solves_for_weights, too_few_tokens
@@ -54,6 +55,7 @@ def prune(
     allocation, match = options.allocation, options.match
     calibrates = needs_data(criterion) or options.needs_data
     work = OneShot(model, out, examples, offload, calibrates=calibrates, streams=True)
+    store_of(work.model).check_writes_values()
     if match is not None:
         check_examples(work, 2, "match")
     check_folder(activations, work.model)

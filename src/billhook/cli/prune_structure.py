@@ -22,7 +22,7 @@ from billhook.cli.streamed import (
     repair_passes,
     statistics_bytes,
 )
-from billhook.engine import Batch
+from billhook.engine import Batch, store_of
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.score import Importance
 from billhook.model import apply, stacks_of
@@ -123,6 +123,9 @@ def prune_structure(
     refits, required, as_text = repair is not None, repair != "auto", amount.tokens_only is not None
     calibrates = amount.blocks_only is not None or amount.within_blocks is not None
     work = OneShot(model, out, examples, refits=refits, calibrates=calibrates, streams=True, repair=repair, as_text=as_text)
+    check_kinds(work.model, amount.kinds)
+    if isinstance(repair, RepairConfig):
+        store_of(work.model).check_writes_values()
     passes, batches_to_score = Passes(), batch_count(work.example_counts.values(), work.options.batch_size)
     steps, expected_limits, kept, needed, experts = list[str](), "", None, None, False
     without_tokens = work.model
@@ -144,7 +147,6 @@ def prune_structure(
         steps.append(f"remove tokens that text needs least: tokens={amount.tokens} ({counted})")
     within_blocks = amount.within_blocks_of(work.model)
     if within_blocks is not None:
-        check_kinds(work.model, within_blocks.kinds)
         search = RatioSearch(without_tokens, within_blocks)
         cut = search.check()
         kept = remaining_inputs(search, cut, most=True) if rounds == 1 else None

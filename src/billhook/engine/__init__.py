@@ -33,6 +33,7 @@ from billhook.engine.passes import (
     spilled_outputs,
     watch_call_order,
 )
+from billhook.engine.quantized import Quantization
 from billhook.engine.sharded_files import (
     TENSORS,
     DeferredTensor,

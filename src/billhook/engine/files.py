@@ -1,5 +1,6 @@
 """The store of a streamed model, which loads each block from files."""
 
+import re
 import shutil
 import sys
 from collections import defaultdict
@@ -20,10 +21,12 @@ from billhook.engine.forwards import InferenceForward, LoadHook, OffloadedForwar
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.loader_internals import initialize_buffers, load_tensors, names_in_model, save_state, to_file_format
 from billhook.engine.parts import Parts, identity_of, tensor_in
+from billhook.engine.quantized import Quantization
 from billhook.engine.store import STORE, BlockStore
 from billhook.engine.tensors import TensorFiles, renumbered, share_parameters, write_index
 from billhook.engine.trees import Slot, parameter_slots
 from billhook.engine.walk import separable_blocks
+from billhook.linalg import Indices
 from billhook.progress import OnProgress
 
 
@@ -37,6 +40,7 @@ class FileStore(BlockStore):
         model: The model, on the meta device.
         files: The tensors of its checkpoint.
         parts: Writes changed blocks. None for a read-only model.
+        quantization: How the files are quantized. None if they are not.
 
     Attributes:
         blocks: The blocks that are loaded on demand, by name.
@@ -50,9 +54,11 @@ class FileStore(BlockStore):
     in_files = True
     snapshot_attributes = ("files", "keys", "adopted", "names", "blocks", "owner", "_renames", "_alterations")
 
-    def __init__(self, model: PreTrainedModel, files: TensorFiles, parts: Parts | None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, files: TensorFiles, parts: Parts | None, quantization: Quantization | None = None
+    ) -> None:
         super().__init__(model)
-        self.files, self.parts = files, parts
+        self.files, self.parts, self.quantization = files, parts, quantization
         self._copies: DeviceCopies | None = None
         self._ahead: Prefetcher[str, dict[str, Tensor]] | None = None  # on CUDA only
         self._in_step = False
@@ -75,7 +81,7 @@ class FileStore(BlockStore):
         Args:
             share_with: A model in memory. Bitwise identical parameters are shared with it instead of loaded.
         """
-        initialize_buffers(self.model, names_in_model(self.model, self.files).values())
+        initialize_buffers(self.model, self._parameter_of().values())
         stay = self.keys[""]
         self._load(stay if share_with is None else share_parameters(self.model, share_with, self.files, stay))
         # replaced forwards, not hooks: a hook cannot run the block without gradients
@@ -88,6 +94,13 @@ class FileStore(BlockStore):
             elif module._parameters:  # a module may be called without its block
                 module.register_forward_pre_hook(LoadHook(self.load, block))
 
+    def _parameter_of(self) -> dict[str, str]:
+        """Returns the parameter or buffer of each tensor in the files."""
+        if self.quantization is None:
+            return names_in_model(self.model, self.files)
+        stored = self.quantization.stored(set(self.files))
+        return {key: parameter for name, parameter in names_in_model(self.model, stored).items() for key in stored[name]}
+
     def _keys(self) -> dict[str, list[str]]:
         """Returns the names of tensors in the files by block name, with "" for none."""
         block_of = {}  # by parameter; buffers always stay in memory
@@ -95,7 +108,7 @@ class FileStore(BlockStore):
             if module in self.owner:
                 block_of[f"{self.names[module]}.{key}"] = self.names[self.owner[module]]
         keys: dict[str, list[str]] = {name: [] for name in ("", *self.blocks)}
-        for key, parameter in names_in_model(self.model, self.files).items():
+        for key, parameter in self._parameter_of().items():
             keys[block_of.get(parameter, "")].append(key)
         return keys
 
@@ -291,6 +304,13 @@ class FileStore(BlockStore):
                 renamed[key] = renumbered(key, name, new)
                 keys[new].append(renamed[key])
         self.files.rename(renamed, frozenset(removed))
+        if self.quantization is not None and (dense := self.model.config.quantization_config.get("modules_to_not_convert")):
+            left = []
+            for module in dense:
+                name = next((name for name in self.blocks if f"{module}.".startswith(f"{name}.")), "")
+                if name in {"", *new_names}:
+                    left.append(new_names.get(name, "") + module.removeprefix(name))
+            self.model.config.quantization_config = self.model.config.quantization_config | {"modules_to_not_convert": left}
         self.keys = keys
         # files of renamed blocks contain the old names
         self.adopted = {name: path for name, path in self.adopted.items() if new_names.get(name) == name}
@@ -315,10 +335,46 @@ class FileStore(BlockStore):
                 empty = torch.empty(sizes[name_in_model], dtype=parameter.dtype, device="meta")
                 self.model.get_submodule(module)._parameters[key] = nn.Parameter(empty, parameter.requires_grad)
 
+    def check_writes_values(self) -> None:
+        """Raises if the files are quantized. See `BlockStore.check_writes_values`."""
+        if self.quantization is not None:
+            raise ValueError(
+                f"model: its files are quantized ({self.quantization.method}), so only experts and blocks can be removed, "
+                "without a repair. Dequantize the checkpoint first to change its weights."
+            )
+
+    def select(self, kept: Mapping[str, Mapping[int, Indices]], sizes: Mapping[str, tuple[int, ...]]) -> set[str] | None:
+        """Leaves out positions of parameters in quantized files. See `BlockStore.select`."""
+        if self.quantization is None:
+            return None
+        self.release()
+        self._forget()
+        renamed, removed = dict[str, str](), set[str]()
+        for key, parameter in self._parameter_of().items():
+            of_expert = re.fullmatch(r"(.*\.experts\.)(\d+)(\..*)", key)
+            for dim, positions in kept.get(parameter, {}).items():
+                if of_expert is None:
+                    self.files.select(key, dim, torch.from_numpy(positions))
+                elif (number := int(of_expert[2])) in (left := positions.tolist()):
+                    renamed[key] = f"{of_expert[1]}{left.index(number)}{of_expert[3]}"
+                else:
+                    removed.add(key)
+        self.files.rename(renamed, removed)
+        self.keys = {name: [renamed.get(key, key) for key in keys if key not in removed] for name, keys in self.keys.items()}
+        for name in self.blocks:
+            self.resize(name, sizes)
+        return {name for name in kept if self.block_of(name) is not None}
+
     def write(self, folder: Path) -> None:
         """Writes the config, a file per block, and the index. See `BlockStore.write`."""
         self.release()
-        blocks, parameter_of = len(self.blocks), names_in_model(self.model, self.files)
+        blocks, parameter_of = len(self.blocks), self._parameter_of()
+        if self.quantization is not None:
+            save_state(self.model, folder, {})  # only the config
+            for number, keys in enumerate(self.keys.values()):
+                save_file(self.files.read(keys), folder / _file_name(number, blocks), {"format": "pt"})
+            write_index(folder)
+            return
         rest = {name: tensor for name, tensor in self.model.state_dict().items() if not tensor.is_meta}
         save_state(self.model, folder, rest, max_shard_size=sys.maxsize)
         (folder / SAFE_WEIGHTS_NAME).rename(folder / _file_name(0, blocks))
@@ -351,7 +407,7 @@ class FileStore(BlockStore):
             if parameter.is_meta:
                 slots_of[parameter].append(slot)
         with self.files.slices(keys) if prefetched is None else nullcontext(prefetched) as slices:
-            load_tensors(self.model, slices)
+            load_tensors(self.model, slices if self.quantization is None else self.quantization.dequantized(slices))
         for slots in slots_of.values():
             parameters = [module.get_parameter(key) for module, key in slots]
             arrived = [parameter for parameter in parameters if not parameter.is_meta]
@@ -365,6 +421,7 @@ class FileStore(BlockStore):
         Raises:
             ValueError: If there is no output folder.
         """
+        self.check_writes_values()
         if self.parts is None:
             raise ValueError("out=None: the streamed model is read-only. Pass an output folder: bh.stream(folder, out).")
         return self.parts

@@ -21,6 +21,7 @@ from billhook.engine.forwards import InferenceForward
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.loader_internals import save_state
 from billhook.engine.state import overridden, replaced
+from billhook.linalg import Indices
 
 STORE = "_billhook_store"  # attribute of a module for the store of its blocks
 Alter = Callable[[nn.Module], Iterable[nn.Parameter]]  # changes parameter values of a block, and returns these parameters
@@ -196,6 +197,19 @@ class BlockStore(ABC):
             instead: The end of the message: another fix, such as `", or remove blocks"`.
         """
         del why, instead
+
+    def check_writes_values(self) -> None:
+        """Raises if new values cannot be stored, because the files are quantized."""
+        return
+
+    def select(self, kept: Mapping[str, Mapping[int, Indices]], sizes: Mapping[str, tuple[int, ...]]) -> set[str] | None:
+        """Leaves out positions of parameters in quantized files. Returns the names of those in blocks, or None.
+
+        Args:
+            kept: The positions that are left, by parameter or buffer and by dimension.
+            sizes: Sizes of all parameters afterwards.
+        """
+        return None
 
     @contextmanager
     def step(self, key: str, more: Callable[[], str] = str) -> Iterator[None]:

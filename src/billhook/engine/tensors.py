@@ -72,6 +72,7 @@ class Source:
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
 }  # fmt: skip
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 FILE_PATTERN, LARGEST = "model{suffix}.safetensors", "50GB"
@@ -94,6 +95,7 @@ class TensorFiles:
         self._name, self._source = name, Source(name)
         self._files = _files(self._source)
         self._names = dict[str, str]()  # the names in the files of those that are called otherwise
+        self._kept = dict[str, list[tuple[int, Tensor]]]()  # dimensions and the positions that are left in them
         self._paths = dict[str, Path]()
         self._seen = dict[Path, tuple[int, int]]()
 
@@ -140,6 +142,11 @@ class TensorFiles:
             if in_file != new:
                 names_in_files[new] = in_file
         self._files, self._names = files, names_in_files
+        self._kept = {names.get(name, name): kept for name, kept in self._kept.items() if name not in removed}
+
+    def select(self, name: str, dim: int, positions: Tensor) -> None:
+        """Leaves out all other positions of a tensor from now on."""
+        self._kept = self._kept | {name: [*self._kept.get(name, ()), (dim, positions)]}
 
     def sizes(self) -> dict[str, Tensor]:
         """Returns all tensors on the meta device. Only headers are read."""
@@ -169,6 +176,8 @@ class TensorFiles:
                 for name in names:
                     entry = files[self._files[name]].get_slice(self._names.get(name, name))
                     slices[name] = entry if all(entry.get_shape()) else _empty(entry)  # safetensors cannot read empty tensors
+                    for dim, positions in self._kept.get(name, ()):
+                        slices[name] = slices[name][...].index_select(dim, positions)
             yield slices
 
     def read(self, names: Collection[str]) -> dict[str, Tensor]:

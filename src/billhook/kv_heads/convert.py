@@ -180,6 +180,7 @@ def convert_kv_heads(
     heads, method = heads_and_method(model, num_key_value_heads, kv_cache_bytes, method, batches is not None)
     check_repair(method, repair)
     check_changeable(model)
+    store_of(model).check_writes_values()
     trained_by = [optimizers] if isinstance(optimizers, Optimizer) else list(optimizers)
     check_replaceable(model, trained_by)
     plan = plan_kv_heads(model, heads, method, layers, encoder)

@@ -118,6 +118,8 @@ def with_weights(model: nn.Module, weights: Weights | None) -> Iterator[None]:
     """
     check_weights(model, weights)
     store, new = store_of(model), weights or {}
+    if new:
+        store.check_writes_values()
     outside = {name: model.get_parameter(name) for name in new if store.block_of(name) is None}
     with values_restored_on_error(outside.values()):
         for name, parameter in outside.items():

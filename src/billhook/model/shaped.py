@@ -83,12 +83,15 @@ def load_on_meta(
     """Loads a checkpoint in a class on meta, with the tensor sizes of its files."""
     config = cast(type[PretrainedConfig], kind.config_class).from_pretrained(name)
     entry, shape = vars(config).pop(KEY, None), None
+    quantization = vars(config).pop("quantization_config", None)  # with which transformers would build quantized layers
     if entry is not None:
         with _entry_errors(name):
             shape = _checked(kind, config, _from_entry(entry), {key: tuple(size.shape) for key, size in sizes.items()})
     options = {"state_dict": dict(sizes), "device_map": {"": "meta"}}
     model, gaps = load_and_compare(_with_tensors(kind, shape) if shape else kind, None, config=config, dtype=dtype, **options)
     refuse_gaps(model, gaps, name)
+    if quantization is not None:
+        model.config.quantization_config = quantization
     if shape is not None:
         setattr(model.config, KEY, to_entry(shape))
         _finish(model, kind, shape)

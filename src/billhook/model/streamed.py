@@ -8,13 +8,14 @@ from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedModel
 
 from billhook.arguments import check_types
 from billhook.assets import model_path
 from billhook.atomic_folder import check_target
 from billhook.engine import (
     Parts,
+    Quantization,
     Run,
     TensorFiles,
     check_device,
@@ -41,7 +42,8 @@ def stream(
     Parameters outside of blocks, such as embeddings, stay in memory. `prune` and `convert_kv_heads` write each changed block to a
     folder next to `out`. `save` to `out` then assembles the checkpoint, verifies it block by block, and moves it into place. An
     interrupted process is resumed by making the same calls again. Outputs are bitwise identical to those in memory. Methods that
-    need gradients or all weights at once raise, or find tensors on the meta device.
+    need gradients or all weights at once raise, or find tensors on the meta device. From quantized files, only experts and blocks
+    can be removed. `save` writes the format of the files.
 
     Args:
         folder: A folder with safetensors files, a Hub name, or `"tiny"`. Hub files are downloaded when needed.
@@ -54,8 +56,9 @@ def stream(
         The model in eval mode. Parameters of blocks that are not loaded are on the meta device.
 
     Raises:
-        ValueError: If there are no safetensors files, if they are quantized or lack tensors, if `out` or `.OUT.parts` was not
-            written by billhook, or if transformers does not have the class in the config.
+        ValueError: If there are no safetensors files, if they lack tensors or are quantized in another format than FP8 with block
+            scales and MXFP4, if `out` or `.OUT.parts` was not written by billhook, or if transformers does not have the class in
+            the config.
 
     Example:
         >>> import billhook as bh
@@ -110,13 +113,21 @@ def outline(folder: str) -> PreTrainedModel:
 
 def _stream(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype, parts: Parts | None = None) -> FileStore:
     check_shards(name)
-    files = TensorFiles(name)
-    model = load_on_meta(kind, name, files.sizes(), dtype)
+    fields, files = PretrainedConfig.get_config_dict(name)[0].get("quantization_config"), TensorFiles(name)
+    quantization = None if fields is None else Quantization(name, fields)
+    sizes = files.sizes()
+    sizes = sizes if quantization is None else {key: size[...] for key, size in quantization.dequantized(sizes).items()}
+    if bare := next((key for key, size in sizes.items() if size.dtype == torch.float8_e4m3fn), None):
+        raise ValueError(f"'{name}': {bare} is quantized and has no scales, so it cannot be streamed. Dequantize it first.")
+    model = load_on_meta(kind, name, sizes, dtype)
     model.config._name_or_path = model.name_or_path = name
     if model.can_generate():
         with suppress(OSError):
             model.generation_config = GenerationConfig.from_pretrained(name)
-    return FileStore(model, files, parts)
+    store = FileStore(model, files, parts, quantization)
+    if not store.blocks and quantization is not None:
+        raise ValueError(f"'{name}': its files are quantized, and {kind.__name__} has no blocks to stream. Dequantize it first.")
+    return store
 
 
 def check_called_once(model: nn.Module, runs: Sequence[Run]) -> None:

@@ -78,7 +78,7 @@ def find_cut(
 
     `by_expert` is that of `Cut`, for modules with ranks instead of units.
     """
-    check_plain(model, "Remove units before the model is")
+    check_plain(model, "From FP8 and MXFP4 files, bh.stream removes experts. Remove other units before the model is")
     removed = {name: numbers for name, numbers in unit_ids(units, chosen, per).items() if numbers}
     _check_allowed(structure, [units[name] for name in removed])
     kinds: dict[str, UnitKind] = {}

@@ -219,9 +219,11 @@ def _pattern(name: str) -> str:
 
 
 def check_kinds(model: nn.Module, kinds: Collection[UnitKind]) -> None:
-    """Raises if a streamed model would lose hidden dimensions with heads or channels.
+    """Raises if a streamed model would lose hidden dimensions with heads or channels, or quantized weights.
 
     The check of heads and channels needs a second copy of the model, without the hidden dimensions, which files do not hold.
     """
+    if set(kinds) - {"expert", "block"}:
+        store_of(model).check_writes_values()
     if "residual" in kinds and {"head", "channel"} & set(kinds):
         store_of(model).check_can_hold_all("residual is combined with heads or channels", ", or remove them one after the other")

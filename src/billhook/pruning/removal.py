@@ -161,8 +161,11 @@ def _cut_tensors(model: PreTrainedModel, cut: Cut, shape: Shape, key: Callable[[
         for attribute, value in vars(module).items()
         if isinstance(value, tuple | list) and tuple(value) == tuple(weight.shape)
     ]
-    chosen = cut.units | {name: hashlib.sha256(lost.tobytes()).hexdigest() for name, lost in cut.by_expert.items()}
-    swaps = change_blockwise(model, changes, f"units {chosen}", shape.tensors, key)
+    if (stored := store_of(model).select(kept_of, shape.tensors)) is None:
+        chosen = cut.units | {name: hashlib.sha256(lost.tobytes()).hexdigest() for name, lost in cut.by_expert.items()}
+        swaps = change_blockwise(model, changes, f"units {chosen}", shape.tensors, key)
+    else:
+        swaps = change_values(model, {name: change for name, change in changes.items() if name not in stored})
     for module, attribute in sizes:
         setattr(module, attribute, type(getattr(module, attribute))(module.get_parameter("weight").shape))
     for name, buffer in buffers.items():

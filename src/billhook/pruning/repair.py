@@ -10,7 +10,7 @@ from torch import nn
 
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, read_batches
-from billhook.engine import SINGLE_PROCESS, Comm, LazyTensors, Reduce, Run, cpu_by_default, run_with_loss
+from billhook.engine import SINGLE_PROCESS, Comm, LazyTensors, Reduce, Run, cpu_by_default, run_with_loss, store_of
 from billhook.model import (
     ModelPlan,
     Weights,
@@ -119,6 +119,10 @@ def _repaired(
         return repair_with(model, plan, batches, repair, comm, progress=progress, not_repaired=not_repaired)
     if not isinstance(plan, BlockPlan):
         raise ValueError(f"plan: repair supports plans of units and of blocks, got a plan of {plan.kind}")
+    try:
+        store_of(model).check_writes_values()
+    except ValueError as error:
+        raise NoRepair(f"{error}") from error
     check_values(model, streamed=True)
     subject = find_transformer(model)
     units, removed, behind = units_of(subject, trace(subject), ["head", "channel"]), list[str](), list[str]()

@@ -117,6 +117,7 @@ def prune(
     allocation, match = options.allocation, options.match
     amount, device, folder = check_amount(sparsity, pattern), check_device(offload), check_folder(activations, model)
     check_changeable(model)
+    store_of(model).check_writes_values()
     comm = Comm.of(reduce, model)  # communicates, so it comes after the checks that each rank makes alone
     if is_sharded(model):
         check_sharded(model, criterion, options, comm, offload)

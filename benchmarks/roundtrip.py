@@ -1,12 +1,13 @@
 """Does every operation on every architecture that transformers builds small, saves, reloads and compares.
 
 `python benchmarks/roundtrip.py --processes 2 --out docs/evidence/roundtrip.md` writes the table; model types restrict it, and
-`--sample 60` draws pairs of an architecture and an operation by a seed.
+`--sample 60` draws pairs of an architecture and an operation by a seed. `--experts --out docs/evidence/experts_roundtrip.md` asks only
+mixtures of experts, for what is done to experts.
 
 For each pair the operation is carried out, if billhook does not refuse it, and the model compared with an oracle that does not
 use billhook's surgery: a dense model with KV heads replaced by their means, with zeroed columns where heads or channels are read,
-with blocks that return their input, with the largest |W| * ||x|| of four kept. The model is saved, loaded
-(by plain `from_pretrained`, or `bh.load`) and compared; and again through a Lightning checkpoint and `billhook export`.
+with blocks that return their input, with routers that choose no removed expert, with the largest |W| * ||x|| kept. The model is saved, loaded
+(by plain `from_pretrained`, or `bh.load`) and compared, also in what it generates with and without a cache; and again through a Lightning checkpoint and `billhook export`.
 """
 
 import argparse
@@ -65,6 +66,9 @@ OPERATIONS = (
     "KV after heads",
     "channels after KV",
 )
+
+
+OF_EXPERTS = ("50%", "2:4", "experts", "expert channels")
 
 
 class Refused(Exception):
@@ -239,16 +243,20 @@ def tied(subject: Subject, dense: nn.Module, plan) -> list[Tensor] | None:
 
 
 def remove(amount: dict[str, float], kind: str, subject: Subject, model: nn.Module) -> Done:
-    """Removes the units with the smallest weights."""
+    """Removes the units with the smallest weights, or of each expert the channels with the smallest outputs."""
     dense = copy.deepcopy(model)
-    plan = refusing(subject, model, lambda: bh.plan(model, bh.importance.WeightNorm(), **amount))
-    if not plan.units:
+    importance = bh.OutputNorm() if kind == "expert channels" else bh.importance.WeightNorm()
+    torch.manual_seed(0)
+    plan = refusing(subject, model, lambda: bh.plan(model, importance, [subject.inputs], **amount))
+    if not plan.units or (kind == "expert channels" and not plan.by_expert):
         raise Refused("nothing to remove")
     try:
         refusing(subject, model, lambda: bh.apply(model, plan))
     except Refused as error:
         raise Late(f"planned, then refused: {error}") from error
-    return zeroed(subject, dense, plan) if kind in ("heads", "channels") else None
+    if kind == "experts":
+        return rerouted(subject, dense, plan)
+    return zeroed(subject, dense, plan) if kind in ("heads", "channels", "expert channels") else None
 
 
 @torch.no_grad()
@@ -258,21 +266,54 @@ def zeroed(subject: Subject, dense: nn.Module, plan) -> list[Tensor] | None:
     often = collections.Counter(reader for name, one in found.items() if plan.units.get(name) for reader in one.readers)
     if any(count > 1 for count in often.values()):
         return None  # units within units, as the width of heads
-    for name, one in found.items():
-        for reader in one.readers if plan.units.get(name) else ():
-            module = dense.get_submodule(reader)
-            weight, dim = module.weight, 0 if isinstance(module, Conv1D) else 1
-            groups = getattr(module, "groups", 1)
-            if groups > 1 or weight.shape[dim] % one.count():
+    with expert_layers(dense):
+        for name, one in found.items():
+            for number, reader in enumerate(one.readers if plan.units.get(name) else ()):
+                module = dense.get_submodule(reader)
+                weight, dim = module.weight, 0 if isinstance(module, Conv1D) else 1
+                groups = getattr(module, "groups", 1)
+                if groups > 1 or weight.shape[dim] % one.count():
+                    return None
+                width = weight.shape[dim] // one.count()
+                if width > 1 and weight.ndim > 2 and plan.kinds[name] == "channel":
+                    return None  # the convolution reads other channels next to them
+                for unit in plan.by_expert[name][number].tolist() if name in plan.by_expert else plan.units[name]:
+                    weight.narrow(dim, unit * width, width).zero_()
+            if plan.units.get(name) and not one.readers:
                 return None
-            width = weight.shape[dim] // one.count()
-            if width > 1 and weight.ndim > 2 and plan.kinds[name] == "channel":
-                return None  # the convolution reads other channels next to them
-            for unit in plan.units[name]:
-                weight.narrow(dim, unit * width, width).zero_()
-        if plan.units.get(name) and not one.readers:
-            return None
     return subject.answer(dense)
+
+
+@torch.no_grad()
+def rerouted(subject: Subject, dense: nn.Module, plan) -> list[Tensor] | None:
+    """Answers with routers that never choose a removed expert: its logit, and what `topk` compares, is minus infinity."""
+    removed: dict[int, Tensor] = {}
+    for name, one in bh.find_units(dense, "expert").items():
+        for member in one.members:
+            if member.dim == 0 and (weight := dense.get_parameter(member.name)).ndim == 2:
+                removed[id(weight)] = torch.isin(torch.from_numpy(one.of_member(member)), torch.tensor(plan.units.get(name, [])))
+    linear, topk, of_tensor, current = nn.functional.linear, torch.topk, Tensor.topk, torch.zeros(0, dtype=torch.bool)
+
+    def masked(values: Tensor) -> Tensor:
+        for size in (len(current), len(current) // (getattr(dense.config, "n_group", None) or 1)):
+            if size and values.shape[-1] == size:
+                return values.masked_fill(current[:size], -torch.inf)
+        return values
+
+    def linear_without(inputs, weight, bias=None):
+        nonlocal current
+        if id(weight) not in removed:
+            return linear(inputs, weight, bias)
+        current = removed[id(weight)]
+        return masked(linear(inputs, weight, bias))
+
+    nn.functional.linear = linear_without
+    torch.topk = lambda values, *args, **kwargs: topk(masked(values), *args, **kwargs)
+    Tensor.topk = lambda values, *args, **kwargs: of_tensor(masked(values), *args, **kwargs)
+    try:
+        return subject.answer(dense) if removed else None
+    finally:
+        nn.functional.linear, torch.topk, Tensor.topk = linear, topk, of_tensor
 
 
 def remove_block(subject: Subject, model: nn.Module) -> Done:
@@ -302,22 +343,32 @@ def skipped(module, args, kwargs, out):
     return type(out)([hidden, *out[1:]]) if isinstance(out, tuple | list) else hidden
 
 
-def prune(subject: Subject, model: nn.Module) -> Done:
-    """Keeps two of four weights by Wanda, on the inputs of the dense model."""
+def prune(pattern: str, subject: Subject, model: nn.Module) -> Done:
+    """Keeps half of the weights by Wanda, on the inputs of the dense model."""
     dense = copy.deepcopy(model)
     torch.manual_seed(0)  # some draw what they see
     plan = refusing(
         subject,
         model,
-        lambda: bh.prune(model, bh.Wanda(), [subject.inputs], pattern="2:4", options=bh.PruneOptions(sequential="none")),
+        lambda: bh.prune(
+            model,
+            bh.Wanda(),
+            [subject.inputs],
+            0.5 if pattern == "unstructured" else None,
+            pattern,
+            options=bh.PruneOptions(sequential="none"),
+        ),
     )
     assert isinstance(plan, WeightPlan)
-    return kept_of_four(subject, dense, model, plan)
+    return largest_kept(subject, dense, model, plan, 4 if pattern == "2:4" else None)
 
 
 @torch.no_grad()
-def kept_of_four(subject: Subject, dense: nn.Module, model: nn.Module, plan: WeightPlan) -> list[Tensor]:
-    """Answers with the weights kept that are not zero in the model, once they are known to be the best |W| * ||x||."""
+def largest_kept(subject: Subject, dense: nn.Module, model: nn.Module, plan: WeightPlan, group: int | None) -> list[Tensor]:
+    """Answers with the weights kept that are not zero in the model, once they are known to be the best |W| * ||x||.
+
+    That is half of each group of weights of an output, or half of all of them.
+    """
     sums: dict[str, Tensor] = {}
     handles = []
     with expert_layers(dense), expert_layers(model):
@@ -339,9 +390,10 @@ def kept_of_four(subject: Subject, dense: nn.Module, model: nn.Module, plan: Wei
             if name not in plan.by_magnitude:
                 scores *= sums[name].sqrt()
             lost = scores * as_matrix(module, zeros)  # where norms are 0, any two do
-            least = scores.reshape(scores.shape[0], -1, 4).sort().values[..., :2].sum(-1)
-            if not torch.allclose(lost.reshape(scores.shape[0], -1, 4).sum(-1), least, rtol=1e-5):
-                raise Wrong(f"{name}: others than the smallest |W| * ||x|| of four are zero")
+            of = group or scores.shape[1]
+            least = scores.reshape(scores.shape[0], -1, of).sort().values[..., : of // 2].sum(-1)
+            if not torch.allclose(lost.reshape(scores.shape[0], -1, of).sum(-1), least, rtol=1e-5):
+                raise Wrong(f"{name}: others than the smallest |W| * ||x|| of {of} are zero")
             module.weight.masked_fill_(zeros, 0)
     return subject.answer(dense)
 
@@ -395,8 +447,12 @@ def run_operation(operation: str, subject: Subject, model: nn.Module) -> Done:
             return remove({operation: 0.25}, operation, subject, model)
         case "blocks":
             return remove_block(subject, model)
+        case "expert channels":
+            return remove(channels, operation, subject, model)
         case "2:4":
-            return prune(subject, model)
+            return prune("2:4", subject, model)
+        case "50%":
+            return prune("unstructured", subject, model)
         case "KV after heads":
             return after(lambda *both: remove(heads, "heads", *both), lambda *both: convert("mean", *both), subject, model)
         case "channels after KV":
@@ -419,7 +475,23 @@ def save(subject: Subject, model: nn.Module, folder: Path) -> str:
         kind = getattr(transformers, model_class_of(folder / "saved"), type(model))
         loaded = kind.from_pretrained(folder / "saved")
     subject.same(prepared(loaded, model), expected, f"saved ({saved.way}) and loaded")
+    if (before := generated(subject, model)) and generated(subject, subject.dense, False) == generated(subject, subject.dense):
+        for cached in (True, False):
+            if generated(subject, loaded, cached) != before:
+                raise Wrong(f"saved and loaded: generates other tokens{' with a cache' * cached}")
     return saved.way
+
+
+def generated(subject: Subject, model: nn.Module, cached: bool = True) -> list[int]:
+    """Returns the most likely tokens after the first row of the inputs; empty for a model that does not generate from text."""
+    ids = subject.inputs.get("input_ids")
+    if ids is None or ids.ndim != 2 or not getattr(model, "can_generate", bool)():
+        return []
+    settings = {"max_new_tokens": 8, "do_sample": False, "use_cache": cached, "eos_token_id": None, "pad_token_id": 0}
+    try:
+        return model.generate(ids[:1], **settings).flatten().tolist()
+    except Exception:  # such as of one that needs an image, too
+        return []
 
 
 def model_class_of(folder: Path) -> str:
@@ -517,6 +589,14 @@ def quiet() -> None:
     torch.set_num_threads(1)
 
 
+def is_mixture(model_type: str) -> bool:
+    """Returns whether the config of a model type counts experts."""
+    try:
+        return has_experts(small_config(next(iter(architectures(model_type)))[2]))
+    except Exception:  # a config that cannot be made small
+        return False
+
+
 def jobs(
     types: list[str], operations: tuple[str, ...], sample: int | None, seed: int
 ) -> Iterator[tuple[str, str, tuple[str, ...]]]:
@@ -533,8 +613,10 @@ def jobs(
 def table(results: list[Result]) -> str:
     """Counts by operation."""
     lines = [f"| operation | {' | '.join(STATES)} | right by an oracle |", "|---|" + "---:|" * (len(STATES) + 1)]
-    for operation in OPERATIONS:
+    for operation in dict.fromkeys((*OPERATIONS, *OF_EXPERTS)):
         own = [result for result in results if result.operation == operation]
+        if not own:
+            continue
         states = collections.Counter(result.state for result in own)
         oracle = sum(result.oracle and result.state == "right" for result in own)
         lines.append(f"| {operation} | " + " | ".join(str(states[state]) for state in STATES) + f" | {oracle} |")
@@ -607,7 +689,8 @@ def main() -> int:
     """Sweeps, prints and writes."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="*", help="model types, all by default")
-    parser.add_argument("--operations", nargs="+", default=list(OPERATIONS), choices=OPERATIONS)
+    parser.add_argument("--operations", nargs="+", choices=(*OPERATIONS, *OF_EXPERTS))
+    parser.add_argument("--experts", action="store_true", help="mixtures of experts only, and what is done to these")
     parser.add_argument("--sample", type=int, help="so many pairs, drawn by the seed")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
@@ -617,7 +700,10 @@ def main() -> int:
     parser.add_argument("--again", action="store_true", help="ask again only what was a bug in that file")
     arguments = parser.parse_args()
     quiet()
-    work = list(jobs(arguments.names, tuple(arguments.operations), arguments.sample, arguments.seed))
+    operations = tuple(arguments.operations or (OF_EXPERTS if arguments.experts else OPERATIONS))
+    every = arguments.names or dict.fromkeys(own[1] for own in names())
+    types = [own for own in every if not arguments.experts or is_mixture(own)]
+    work = list(jobs(types, operations, arguments.sample, arguments.seed))
     results: list[Result] = []
     if arguments.again:
         held = [Result(**own) for own in json.loads(arguments.results.read_text())]
@@ -639,7 +725,7 @@ def main() -> int:
     if arguments.results:
         arguments.results.write_text(json.dumps([asdict(result) for result in results]))
     if arguments.out:
-        ordered = sorted(results, key=lambda r: (r.auto, r.model_type, OPERATIONS.index(r.operation or "untouched")))
+        ordered = sorted(results, key=lambda r: (r.auto, r.model_type, r.operation))
         arguments.out.write_text(page(ordered, f"python benchmarks/roundtrip.py {' '.join(sys.argv[1:])}"))
     return int(any(result.state in BUGS for result in results))
 

@@ -55,6 +55,33 @@ def test_where_others_are_gone(family, what, tmp_path, converter):
     assert runs(tmp_path / "model", converter)
 
 
+YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096}
+MIXTURES = {
+    "mixtral": {"num_local_experts": 8},
+    "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 96, "num_experts_per_tok": 2, "head_dim": 16, "norm_topk_prob": True},
+    "gpt_oss": {
+        "num_local_experts": 8, "head_dim": 64, "num_experts_per_tok": 2, "sliding_window": 16, "max_position_embeddings": 131072,
+        "rope_parameters": YARN | {"rope_theta": 150000.0, "truncate": True},  # as llama.cpp computes it
+    },
+}  # fmt: skip
+
+
+@pytest.mark.daily("mixtral-channels", "gpt_oss-experts")
+@pytest.mark.parametrize("what", ["experts", "channels", "weights"])
+@pytest.mark.parametrize("family", list(MIXTURES))
+def test_mixtures(family, what, tmp_path, converter):
+    model, batches = made(family, **MIXTURES[family]), [{"input_ids": families.tokens(4, 32)} for _ in range(2)]
+    if what == "weights":
+        bh.prune(model, bh.Wanda(), batches, sparsity=0.5)
+    else:
+        plan = bh.plan(model, batches=batches, **{what: 0.25})
+        bh.apply(model, plan, weights=bh.repair(model, plan, batches))
+    bh.save(model, tmp_path / "model")
+    result = serve_check(beside(tmp_path / "model"), converter=converter, tokens=32, quantized=())
+    assert result.difference < 1e-3
+    assert "attention windows" not in str(result)
+
+
 @pytest.mark.daily("llama*")
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_where_residual_channels_are_gone(family, tmp_path, converter):

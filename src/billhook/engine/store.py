@@ -203,7 +203,7 @@ class BlockStore(ABC):
         return
 
     def select(self, kept: Mapping[str, Mapping[int, Indices]], sizes: Mapping[str, tuple[int, ...]]) -> set[str] | None:
-        """Leaves out positions of parameters in quantized files. Returns the names of those in blocks, or None.
+        """Leaves out positions in quantized files; returns parameters in blocks, or None.
 
         Args:
             kept: The positions that are left, by parameter or buffer and by dimension.

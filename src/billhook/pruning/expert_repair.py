@@ -66,7 +66,7 @@ def repair_experts(
     values: LazyTensors,
     progress: OnProgress | None = None,
 ) -> LazyTensors:
-    """Returns new parameters, by name, of blocks whose experts are refitted without the units of a cut.
+    """Returns new parameters of blocks whose experts are refitted without some units.
 
     Next to the model, memory holds one block without the units, and its outputs and the hidden activations of its experts for all
     batches.
@@ -242,7 +242,7 @@ class _ExpertVisitor(Visitor):
                 mixture.get_parameter("down_proj_bias").detach()[number].copy_(new_bias)
 
     def _is_added(self, block: str, mixture: nn.Module, missing: dict[int, Tensor]) -> bool:
-        """Returns whether a block adds the mixture's outputs to its own, so that these can compensate for all errors."""
+        """Returns whether a block adds the mixture's outputs to its own, unchanged."""
         run = min(missing, default=None)
         differs = torch.zeros(1, device=self._comm.device)
         if run is not None:

@@ -28,7 +28,7 @@ Quantized = Literal["Q8_0", "Q4_K_M"]
 KINDS: tuple[Quantized, ...] = get_args(Quantized)
 TOLERANCE = 1e-3
 """Largest difference of logits that counts as rounding, relative to the largest logit."""
-PATTERNS = {"gemma2": 2, "gemma3_text": 6}
+PATTERNS = {"gemma2": 2, "gemma3_text": 6, "gpt_oss": 2}
 """Period of full-attention layers that llama.cpp assumes for a family, whatever the config says."""
 TEXT = "The farmer's hedge-laying tool was, in 1883, a billhook;  it cost £2.\n\n\tNaïve? He'd say I'm 12345 times so."
 """Text for comparing tokenizers: case, digits, repeated spaces, an apostrophe, and letters beyond ASCII."""

@@ -1,13 +1,14 @@
 """Does every operation on every architecture that transformers builds small, saves, reloads and compares.
 
 `python benchmarks/roundtrip.py --processes 2 --out docs/evidence/roundtrip.md` writes the table; model types restrict it, and
-`--sample 60` draws pairs of an architecture and an operation by a seed. `--experts --out docs/evidence/experts_roundtrip.md` asks only
-mixtures of experts, for what is done to experts.
+`--sample 60` draws pairs of an architecture and an operation by a seed. `--experts --out docs/evidence/experts_roundtrip.md`
+asks only mixtures, for what is done to experts.
 
 For each pair the operation is carried out, if billhook does not refuse it, and the model compared with an oracle that does not
 use billhook's surgery: a dense model with KV heads replaced by their means, with zeroed columns where heads or channels are read,
-with blocks that return their input, with routers that choose no removed expert, with the largest |W| * ||x|| kept. The model is saved, loaded
-(by plain `from_pretrained`, or `bh.load`) and compared, also in what it generates with and without a cache; and again through a Lightning checkpoint and `billhook export`.
+with blocks that return their input, with routers that choose no removed expert, with the largest |W| * ||x|| kept. The model is
+saved, loaded (by plain `from_pretrained`, or `bh.load`) and compared, also in what it generates with and without a cache; and
+again through a Lightning checkpoint and `billhook export`.
 """
 
 import argparse

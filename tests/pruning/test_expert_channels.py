@@ -68,6 +68,19 @@ def test_each_expert_loses_the_channels_of_its_lowest_scores(importance):
         assert sorted(scores.argsort()[: len(lost)].tolist()) == lost.tolist()
 
 
+@pytest.mark.parametrize("importance", [bh.OutputNorm(), bh.OBS()])
+def test_a_streamed_model_in_bfloat16_loses_the_same_channels(importance, tmp_path):
+    model = build("qwen3_moe", moe_intermediate_size=64).bfloat16()
+    bh.save(model, tmp_path / "model")
+    streamed = bh.stream(tmp_path / "model", tmp_path / "small")
+    plans = [bh.plan(each, importance, BATCHES, channels=0.25) for each in (model, streamed)]
+    bh.apply(model, plans[0])
+    bh.apply(streamed, plans[1])
+    bh.save(streamed, tmp_path / "small")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small").state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in model.state_dict().items())
+
+
 def test_optimizer_states_follow():
     model = build("mixtral")
     optimizer = torch.optim.AdamW(model.parameters())

@@ -153,3 +153,22 @@ def test_what_cannot_be_repaired_is_refused(tmp_path):
     streamed = bh.stream(str(tmp_path / "model"))
     with pytest.raises(NoRepair, match="experts of a streamed or sharded model cannot be refitted"):
         bh.repair(streamed, bh.plan(streamed, batches=BATCHES, experts=0.25), BATCHES)
+
+
+def test_nothing_changes_if_repair_fails(monkeypatch):
+    model = build("mixtral")
+    plan, modules, before = (
+        bh.plan(model, batches=BATCHES, experts=0.25),
+        list(model.named_modules()),
+        copy.deepcopy(model.state_dict()),
+    )
+
+    def fails(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("billhook.pruning.expert_repair.refit_linear", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        bh.repair(model, plan, BATCHES)
+    assert list(model.named_modules()) == modules
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks for _, module in modules)

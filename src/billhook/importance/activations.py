@@ -220,7 +220,8 @@ def gram_of(consumer: nn.Module, table: Tensor, exists: Tensor, width: int, at_o
     Raises:
         ValueError: If it is a convolution with several kernel positions.
     """
-    dtype_source = next((parameter for parameter in consumer.parameters() if parameter.is_floating_point()), torch.zeros(()))
+    parameters = [consumer.weight] if isinstance(consumer, ExpertLinear) else consumer.parameters()
+    dtype_source = next((parameter for parameter in parameters if parameter.is_floating_point()), torch.zeros(()))
     if dims := -1 - read_dim(consumer):
         for part in consumer.modules():
             # private: the base class of all convolutions, including transposed ones

@@ -33,12 +33,11 @@ from billhook.engine import (
     copy_cache,
     evaluating_without_grad,
     overridden,
-    store_of,
 )
 from billhook.linalg import Indices
 from billhook.model import ExpertLinear, attention_for_all_dtypes, expert_layers, stacks_of
 from billhook.progress import OnProgress
-from billhook.pruning.cut import Cut
+from billhook.pruning.cut import Cut, find_cut
 from billhook.pruning.removal import selected, try_removal
 from billhook.repairs.least_squares import refit_linear
 from billhook.repairs.matching import (
@@ -82,10 +81,8 @@ def repair_experts(
         progress: Callback with the number of completed blocks and the total.
 
     Raises:
-        NoRepair: If the model is streamed or sharded, has no blocks or calls them twice, or its experts have a norm.
+        NoRepair: If the model has no blocks or calls them twice, or its experts have a norm.
     """
-    if not store_of(model).holds_all:
-        raise NoRepair("repair: experts of a streamed or sharded model cannot be refitted. Load the model into memory.")
     if any(getattr(module, "has_post_expert_norm", False) for module in model.modules()):
         raise NoRepair(
             f"repair: {type(model).__name__} has a norm after each expert, so its outputs are not linear in the weights."
@@ -113,6 +110,9 @@ class _ExpertVisitor(Visitor):
         values: LazyTensors,
         progress: OnProgress | None,
     ) -> None:
+        if widths := [name for name in cut.units if cut.kinds[name] in ("residual", "token")]:  # blocks could not be compared
+            units = {name: numbers for name, numbers in cut.units.items() if name not in widths}
+            cut = find_cut(model, cut.structure, cut.all_units, units, by_expert=cut.by_expert)
         self._model, self._pruned = model, try_removal(model, cut)  # on the meta device; a block has values while runs are in it
         self._runs, self._repair, self._comm, self._values, self._progress = runs, repair, comm, values, progress
         self._parts = repair.parts(len(runs), comm)
@@ -250,6 +250,7 @@ class _ExpertVisitor(Visitor):
             scale = as_float(output).norm() / missing[run].norm().clamp(min=1e-20)  # so that rounding does not hide it
             extra = (missing[run] * scale).to(output.dtype)
             hook = mixture.register_forward_hook(lambda _, __, outputs: outputs + extra.view(outputs.shape))
+            kwargs = {name: copy_cache(value) for name, value in kwargs.items()}
             changed = hidden_state(self._pruned.get_submodule(block)(*map(copy_cache, args), **kwargs))
             hook.remove()
             assert changed is not None, "it has come out before"

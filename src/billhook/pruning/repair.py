@@ -187,17 +187,20 @@ def repair_with(
             if is_linear(subject.get_submodule(_stored(subject, reader))) and (reader not in fixed or reader in also):
                 is_kept = torch.from_numpy(~np.isin(layer.index, removed))
                 kept_inputs[reader] = kept_inputs[reader] & is_kept if reader in kept_inputs else is_kept
-    has_experts = any(plan.all_units[name].of_experts or plan.kinds[name] == "expert" for name in plan.units)
-    modules = {name: module for name, module in subject.named_modules() if has_experts and stacks_of(module)}
-    if not kept_inputs and not modules:
+    lose = any(plan.all_units[name].of_experts or plan.kinds[name] == "expert" for name in plan.units)
+    modules = mixtures = {name: module for name, module in subject.named_modules() if lose and stacks_of(module)}
+    if not kept_inputs and not mixtures:
         raise NoRepair("repair: no linear layer consumes the removed units, so none can compensate for them")
+    if mixtures and not store_of(subject).holds_all:
+        raise NoRepair("repair: experts of a streamed or sharded model cannot be refitted. Load the model into memory.")
     for layer in plan.all_units.values():
-        modules |= {} if layer.of_experts else zip(layer.readers, map(subject.get_submodule, layer.readers), strict=True)
+        readers = () if layer.of_experts else layer.readers
+        modules = modules | dict(zip(readers, map(subject.get_submodule, readers), strict=True))
     keep = {}
     for reader, is_kept in kept_inputs.items():
         modules[reader], keep[_stored(subject, reader)] = subject.get_submodule(reader), is_kept
     runs = _runs(subject, modules, batches)
-    if not has_experts:
+    if not mixtures:
         return repair_linears(subject, keep, runs, repair, comm, new_params or None, progress, not_repaired)
     repair, weights = repair or RepairConfig(), new_params or LazyTensors({})
     if keep:

@@ -80,7 +80,7 @@ def test_matrices_are_those_of_least_squares_one_after_the_other(what):
 
 
 @torch.no_grad()
-@pytest.mark.daily("mixtral", "gpt_oss")
+@pytest.mark.daily("mixtral-amount0", "qwen3_moe-amount1", "gpt_oss-amount2")
 @pytest.mark.parametrize("amount", [{"channels": 0.25}, {"experts": 0.25}, {"experts": 0.25, "channels": 0.25, "kv_heads": 0.5}])
 @pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "gpt_oss", "glm4_moe"])
 def test_repair_brings_blocks_nearer_and_leaves_the_model_as_it_is(name, amount):

@@ -58,10 +58,10 @@ def test_where_others_are_gone(family, what, tmp_path, converter):
 YARN = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096}
 MIXTURES = {
     "mixtral": {"num_local_experts": 8},
-    "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 96, "num_experts_per_tok": 2, "head_dim": 16, "norm_topk_prob": True},
+    "qwen3_moe": {"num_experts": 8, "moe_intermediate_size": 96, "head_dim": 16, "norm_topk_prob": True},
     "gpt_oss": {
         "num_local_experts": 8, "head_dim": 64, "num_experts_per_tok": 2, "sliding_window": 16, "max_position_embeddings": 131072,
-        "rope_parameters": YARN | {"rope_theta": 150000.0, "truncate": True},  # as llama.cpp computes it
+        "rope_parameters": YARN | {"rope_theta": 150000.0, "truncate": True},  # as llama.cpp does
     },
 }  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import nn
@@ -44,7 +44,7 @@ class Cut:
     parameters: tuple[int, int]
     structure: Structure
     all_units: dict[str, Units]
-    by_expert: dict[str, Indices]
+    by_expert: dict[str, Indices] = field(default_factory=dict)
 
     @property
     def tokens(self) -> tuple[Indices, int] | None:

@@ -380,7 +380,7 @@ def largest_kept(subject: Subject, dense: nn.Module, model: nn.Module, plan: Wei
 
             read = dense.get_submodule(name)
             weight = read.weight
-            sharing = [module for module in dense.modules() if module is read or getattr(module, "weight", None) is weight]
+            sharing = [part for part in dense.modules() if part is read or is_view_of(getattr(part, "weight", None), weight)]
             handles += [module.register_forward_hook(add) for module in sharing]
         subject.answer(dense)
         for handle in handles:
@@ -397,6 +397,11 @@ def largest_kept(subject: Subject, dense: nn.Module, model: nn.Module, plan: Wei
                 raise Wrong(f"{name}: others than the smallest |W| * ||x|| of {of} are zero")
             module.weight.masked_fill_(zeros, 0)
     return subject.answer(dense)
+
+
+def is_view_of(tensor: object, weight: Tensor) -> bool:
+    """Returns whether two tensors are the same memory, as the weights of tied layers and of tied experts."""
+    return isinstance(tensor, Tensor) and tensor.shape == weight.shape and tensor.data_ptr() == weight.data_ptr()
 
 
 def as_matrix(module: nn.Module, weight: Tensor) -> Tensor:

@@ -172,3 +172,14 @@ def test_nothing_changes_if_repair_fails(monkeypatch):
     assert list(model.named_modules()) == modules
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any("forward" in vars(module) or module._forward_hooks or module._forward_pre_hooks for _, module in modules)
+
+
+@torch.no_grad()
+def test_zeros_of_sparse_experts_stay():
+    model = build("mixtral")
+    bh.prune(model, bh.Magnitude(), sparsity=0.5)
+    plan = bh.plan(model, batches=BATCHES, experts=0.25)
+    weights = bh.repair(model, plan, BATCHES)
+    for name, value in weights.items():
+        assert not value[model.get_parameter(name) == 0].any()
+        assert not torch.equal(value[value != 0], model.get_parameter(name)[value != 0])

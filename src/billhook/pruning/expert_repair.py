@@ -35,7 +35,7 @@ from billhook.engine import (
     overridden,
 )
 from billhook.linalg import Indices
-from billhook.model import ExpertLinear, attention_for_all_dtypes, expert_layers, stacks_of
+from billhook.model import ExpertLinear, attention_for_all_dtypes, expert_layers, is_pruned, stacks_of
 from billhook.progress import OnProgress
 from billhook.pruning.cut import Cut, find_cut
 from billhook.pruning.removal import selected, try_removal
@@ -81,8 +81,13 @@ def repair_experts(
         progress: Callback with the number of completed blocks and the total.
 
     Raises:
-        NoRepair: If the model has no blocks or calls them twice, or its experts have a norm.
+        NoRepair: If the model has no blocks or calls them twice, or its experts have a norm or are tied.
     """
+    stacks = [module.get_parameter("down_proj") for module in model.modules() if stacks_of(module)]
+    if len(set(stacks)) < len(stacks):
+        raise NoRepair(
+            f"repair: {type(model).__name__} uses the same experts in several blocks, so they cannot be refitted for each."
+        )
     if any(getattr(module, "has_post_expert_norm", False) for module in model.modules()):
         raise NoRepair(
             f"repair: {type(model).__name__} has a norm after each expert, so its outputs are not linear in the weights."
@@ -181,9 +186,9 @@ class _ExpertVisitor(Visitor):
         name = next(iter(site.linears))
         self._done.add(name)
         self._observes = False
-        for mixture in self._pruned.get_submodule(name).modules():
-            if stacks_of(mixture):
-                self._refit(name, mixture)
+        mixtures = [module for module in self._pruned.get_submodule(name).modules() if stacks_of(module)]
+        for mixture in mixtures:
+            self._refit(name, mixture, self._repair.compensate and len(mixtures) == 1)
         if (matching := self._repair.match) is not None:
             self._tune(self._pruned.get_submodule(name), replace(matching, lr=matching.lr or REPAIRED_LR))
         self._mixtures.clear()
@@ -206,13 +211,14 @@ class _ExpertVisitor(Visitor):
                 parameter.to("meta"), requires_grad=False
             )
 
-    def _refit(self, block: str, mixture: nn.Module) -> None:
+    def _refit(self, block: str, mixture: nn.Module, compensate: bool) -> None:
         """Refits the output matrices of a mixture, one expert after the other."""
         name = next(name for name, module in self._pruned.named_modules() if module is mixture)
-        missing, first = dict[int, Tensor](), len(self._runs)
+        missing, first, outputs = dict[int, Tensor](), len(self._runs), self._mixtures[name]
         for run in range(first):
-            missing[run] = (as_float(self._mixtures[name][run + first]) - as_float(self._mixtures[name][run])).flatten(0, -2)
-        if self._repair.compensate and self._is_added(block, mixture, missing):
+            if run in outputs and run + first in outputs:
+                missing[run] = (as_float(outputs[run + first]) - as_float(outputs[run])).flatten(0, -2)
+        if compensate and self._is_added(block, mixture, missing):
             for run, residual in missing.items():
                 goal, output = (as_float(self._outputs[number][1]) for number in (run + first, run))
                 missing[run] = (goal - output).view(residual.shape)
@@ -231,7 +237,9 @@ class _ExpertVisitor(Visitor):
             self._comm.sum_(*(sums for part in parts for sums in part.tensors()))
             if not all(torch.stack([part.tokens for part in parts]).tolist()):
                 continue
-            new, new_bias = refit_linear(weight, bias, parts, self._repair.ridges, self._comm)
+            support = weight != 0
+            is_sparse = is_pruned(int((~support).sum()), support.numel())  # else single zeros need not stay
+            new, new_bias = refit_linear(weight, bias, parts, self._repair.ridges, self._comm, support if is_sparse else None)
             change = as_float(new) - as_float(weight)
             shift = 0 if bias is None or new_bias is None else as_float(new_bias.to(bias)) - as_float(bias)
             for run, tokens, gates, hidden in calls:
@@ -262,6 +270,8 @@ class _ExpertVisitor(Visitor):
         """Tunes all parameters of a block to reproduce the dense block's outputs."""
         samples = list[BlockSample]()
         for run, batch in enumerate(self._runs):
+            if run not in self._outputs or run + len(self._runs) not in self._outputs:
+                continue
             (inputs, _), (_, goal) = self._outputs[run], self._outputs[run + len(self._runs)]
             masks = (mask.to(goal.device) for mask in batch.tokens.values() if mask.shape == goal.shape[:-1])
             samples.append(BlockSample(inputs, goal, next(masks, None), batch.source))

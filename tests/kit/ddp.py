@@ -67,6 +67,17 @@ def structured_pruning():
     )
 
 
+def experts():
+    """A mixture loses experts, then channels of experts, and is repaired."""
+    options = {"repair": RepairConfig(), "measure_batches": 0, "calibration": [(ids,) for ids in draw(8, 4, 12, seed=1)]}
+    amounts = bh.Amount(experts=0.25), bh.Amount(channels=0.25)
+    return Fit(
+        partial(FitOfTuples, family="qwen3_moe"),
+        lambda: [StructuredPruning(amount, at=2 * number + 2, **options) for number, amount in enumerate(amounts)],
+        lambda both: [one.events for one in both],
+    )
+
+
 def shrinking():
     """On batches of the user's own, of which every process reads all."""
     options = {"at": 2, "calibration": [(one,) for one in draw(5, 4, 12, seed=1)], "generations": 2, "candidates": 3}
@@ -100,6 +111,7 @@ FITS = {
     "weights, matched": weight_pruning(8, bh.criteria.BlockMatching()),  # as many examples as make batches of equal parts
     "heads in rounds": head_pruning(),
     "structure": structured_pruning(),
+    "experts": experts(),
     "shrink": shrinking(),
     "KV heads in stages": with_own_batches([1, 3], heads=[2, 1], method="svd"),
     "degradation": degraded(),

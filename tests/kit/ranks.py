@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from billhook.engine.comm import Comm
-from kit.families import llama
+from kit.families import build
 from kit.fits import data, trainer
 
 
@@ -65,10 +65,10 @@ class Ranks:
 class FitOfTuples(pl.LightningModule):
     """A user's own module, on batches that are tuples; one process reads examples that two would read again, or leave out."""
 
-    def __init__(self, kv_heads=4, examples=24, drop_last=False):
+    def __init__(self, kv_heads=4, examples=24, drop_last=False, family="llama"):
         super().__init__()
         torch.manual_seed(0)
-        self.net = llama(num_key_value_heads=kv_heads).train()
+        self.net = build(family, num_key_value_heads=kv_heads).train()
         self.examples, self.drop_last = examples, drop_last
 
     def train_dataloader(self):

@@ -20,7 +20,7 @@ from billhook.fit.ranks import check_close, check_identical, fail_together, from
 from billhook.fit.shape_event import ShapeCallback
 from billhook.fit.targets import At, check_at
 from billhook.importance.obs import OBS
-from billhook.model import is_linear, signature
+from billhook.model import expert_layers, is_linear, signature
 from billhook.pruning.planning import plan_units
 from billhook.shrinking.divergence import search_batches, split_batches
 from billhook.shrinking.measurement import Measurement, measure
@@ -180,5 +180,6 @@ class Shrinking(ShapeCallback):
 
 def _runs(fit: Fit, model: PreTrainedModel, batches: Sequence[Any]) -> list[Run]:
     """Returns runs with the training loss and each linear layer's non-padding tokens."""
-    linear_layers = {name: module for name, module in model.named_modules() if is_linear(module)}
-    return [run_with_loss(model, linear_layers, batch, fit.loss(number)) for number, batch in enumerate(batches)]
+    with expert_layers(model):
+        linear_layers = {name: module for name, module in model.named_modules() if is_linear(module)}
+        return [run_with_loss(model, linear_layers, batch, fit.loss(number)) for number, batch in enumerate(batches)]

@@ -252,7 +252,8 @@ def make_run(model: nn.Module, units: Mapping[str, Units], batch: Any, loss: Los
     names = list[str]()
     for module_units in units.values():
         names += [module_units.name] if module_units.kind in ("block", "expert") else module_units.readers
-    return run_with_loss(model, {name: model.get_submodule(name) for name in names}, batch, loss)
+    with expert_layers(model) if any(layer.of_experts for layer in units.values()) else nullcontext():
+        return run_with_loss(model, {name: model.get_submodule(name) for name in names}, batch, loss)
 
 
 @contextmanager

@@ -50,7 +50,7 @@ from billhook.repairs.matching import (
     too_few_batches,
 )
 from billhook.repairs.repair import RepairConfig
-from billhook.repairs.residuals import NoRepair, ResidualStatistics, as_float, non_padding
+from billhook.repairs.residuals import NoRepair, ResidualStatistics, as_float
 
 Routed = tuple[int, Tensor, Tensor, Tensor]
 """A call of an expert: run, tokens, gates, `[tokens]`, and hidden activations, `[tokens, in_features]`."""
@@ -190,7 +190,7 @@ class _ExpertVisitor(Visitor):
         for mixture in mixtures:
             self._refit(name, mixture, self._repair.compensate and len(mixtures) == 1)
         if (matching := self._repair.match) is not None:
-            self._tune(self._pruned.get_submodule(name), replace(matching, lr=matching.lr or REPAIRED_LR))
+            self._tune(name, replace(matching, lr=matching.lr or REPAIRED_LR))
         self._mixtures.clear()
         self._routed.clear()
         self._outputs.clear()
@@ -230,7 +230,7 @@ class _ExpertVisitor(Visitor):
             calls = self._routed[f"{name}.{number}.down_proj"]
             for run, tokens, gates, hidden in calls:
                 # |r - g M h|^2 = g^2 |r / g - M h|^2
-                gates, keep = as_float(gates), non_padding(self._runs[run], name, missing[run])
+                gates, keep = as_float(gates), self._non_padding(run, block, missing[run])
                 residual = missing[run][tokens] / torch.where(gates == 0, 1, gates)[:, None]
                 weights = gates.square() if keep is None else gates.square() * keep[tokens]
                 parts[self._parts[run]].add(hidden, residual, weights=weights)
@@ -266,15 +266,22 @@ class _ExpertVisitor(Visitor):
             differs += difference.norm() > 0.05 * as_float(extra).norm()
         return not self._comm(differs).item()
 
-    def _tune(self, block: nn.Module, matching: BlockMatching) -> None:
+    def _non_padding(self, run: int, block: str, outputs: Tensor) -> Tensor | None:
+        """Returns the mask of non-padding tokens, `[tokens]`, of outputs of a block; None if all count."""
+        masks = self._runs[run].tokens
+        own_first = sorted(masks, key=lambda layer: not layer.startswith(f"{block}."))
+        fitting = (masks[layer] for layer in own_first if masks[layer].numel() == outputs.shape[:-1].numel())
+        return None if (mask := next(fitting, None)) is None else mask.flatten().to(outputs.device)
+
+    def _tune(self, name: str, matching: BlockMatching) -> None:
         """Tunes all parameters of a block to reproduce the dense block's outputs."""
-        samples = list[BlockSample]()
+        block, samples = self._pruned.get_submodule(name), list[BlockSample]()
         for run, batch in enumerate(self._runs):
             if run not in self._outputs or run + len(self._runs) not in self._outputs:
                 continue
             (inputs, _), (_, goal) = self._outputs[run], self._outputs[run + len(self._runs)]
-            masks = (mask.to(goal.device) for mask in batch.tokens.values() if mask.shape == goal.shape[:-1])
-            samples.append(BlockSample(inputs, goal, next(masks, None), batch.source))
+            keep = self._non_padding(run, name, goal)
+            samples.append(BlockSample(inputs, goal, None if keep is None else keep.view(goal.shape[:-1]), batch.source))
         parameters = {name: parameter.detach() for name, parameter in block.named_parameters() if parameter.is_floating_point()}
         keeps = {name: value != 0 for name, value in parameters.items()}
         with torch.inference_mode(False):  # tensors made in inference mode cannot have gradients

@@ -104,8 +104,8 @@ def measure(
     if progress.report_cached is not None:
         progress.report_cached(len(cache.errors))
     progress.enter("refitting variants")
+    runs = [make_run(model, units, batch) for batch in batches]
     with expert_layers(model):
-        runs = [make_run(model, units, batch) for batch in batches]
         fill_cache(cache, modules, units, scores, orders, runs, repair, progress)
     progress.enter("measuring losses")
     losses = {}

@@ -172,6 +172,10 @@ SHAPES = {
         lambda: bh.KVHeadConversion(2, at=2, measure_batches=1),
         lambda: Own(policy=MixedPrecisionPolicy(torch.bfloat16), offload_policy=CPUOffloadPolicy(pin_memory=False)),
     ),
+    "experts": shapes(lambda: bh.StructuredPruning(bh.Amount(experts=0.25), at=2, repair=None, **SOME), lambda: Own(mixtral)),
+    "channels of experts": shapes(
+        lambda: bh.StructuredPruning(bh.Amount(channels=0.25), at=2, repair=None, **SOME), lambda: Own(mixtral)
+    ),
     "as one": shapes(lambda: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, **SOME), lambda: Own(blocks=False)),
 }
 

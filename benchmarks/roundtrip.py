@@ -668,7 +668,7 @@ def page(results: list[Result], command: str) -> str:
 
 
 KINDS = {
-    "the model has no such unit, or none that may be removed": r"^(after the first: )?\w+=N: the model has none|no linear layers"
+    "the model has no such unit, or none that may be removed": r"the model has no prunable units|no linear layers"
     r"|has no blocks|has no attention|one block only|one KV head already|in its encoder only",
     "the model does not run on meta tensors with guessed inputs": r"does not run on meta tensors",
     "a parameter that the run never used may have the same units": r"which the run never used",

@@ -46,6 +46,7 @@ from billhook.repairs.matching import (
     BlockMatching,
     BlockSample,
     BlockTuning,
+    block_mask,
     hidden_state,
     too_few_batches,
 )
@@ -230,9 +231,11 @@ class _ExpertVisitor(Visitor):
             calls = self._routed[f"{name}.{number}.down_proj"]
             for run, tokens, gates, hidden in calls:
                 # |r - g M h|^2 = g^2 |r / g - M h|^2
-                gates, keep = as_float(gates), self._non_padding(run, block, missing[run])
+                gates, keep = as_float(gates), block_mask(self._runs[run], block, self._outputs[run][1])
                 residual = missing[run][tokens] / torch.where(gates == 0, 1, gates)[:, None]
-                weights = gates.square() if keep is None else gates.square() * keep[tokens]
+                weights = gates.square()
+                if keep is not None and keep.numel() == len(missing[run]):
+                    weights = weights * keep.flatten()[tokens]
                 parts[self._parts[run]].add(hidden, residual, weights=weights)
             self._comm.sum_(*(sums for part in parts for sums in part.tensors()))
             if not all(torch.stack([part.tokens for part in parts]).tolist()):
@@ -266,13 +269,6 @@ class _ExpertVisitor(Visitor):
             differs += difference.norm() > 0.05 * as_float(extra).norm()
         return not self._comm(differs).item()
 
-    def _non_padding(self, run: int, block: str, outputs: Tensor) -> Tensor | None:
-        """Returns the mask of non-padding tokens, `[tokens]`, of outputs of a block; None if all count."""
-        masks = self._runs[run].tokens
-        own_first = sorted(masks, key=lambda layer: not layer.startswith(f"{block}."))
-        fitting = (masks[layer] for layer in own_first if masks[layer].numel() == outputs.shape[:-1].numel())
-        return None if (mask := next(fitting, None)) is None else mask.flatten().to(outputs.device)
-
     def _tune(self, name: str, matching: BlockMatching) -> None:
         """Tunes all parameters of a block to reproduce the dense block's outputs."""
         block, samples = self._pruned.get_submodule(name), list[BlockSample]()
@@ -280,8 +276,7 @@ class _ExpertVisitor(Visitor):
             if run not in self._outputs or run + len(self._runs) not in self._outputs:
                 continue
             (inputs, _), (_, goal) = self._outputs[run], self._outputs[run + len(self._runs)]
-            keep = self._non_padding(run, name, goal)
-            samples.append(BlockSample(inputs, goal, None if keep is None else keep.view(goal.shape[:-1]), batch.source))
+            samples.append(BlockSample(inputs, goal, block_mask(batch, name, goal), batch.source))
         parameters = {name: parameter.detach() for name, parameter in block.named_parameters() if parameter.is_floating_point()}
         keeps = {name: value != 0 for name, value in parameters.items()}
         with torch.inference_mode(False):  # tensors made in inference mode cannot have gradients

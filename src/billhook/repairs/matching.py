@@ -260,6 +260,13 @@ def hidden_state(output: object) -> Tensor | None:
     return next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()), None)
 
 
+def block_mask(run: Run, block: str, output: Tensor) -> Tensor | None:
+    """Returns the mask of non-padding tokens of a block's output, `[batch, length]`; None if all count."""
+    own_first = sorted(run.tokens, key=lambda layer: not layer.startswith(f"{block}."))
+    fitting = (run.tokens[layer].to(output.device) for layer in own_first if run.tokens[layer].shape == output.shape[:-1])
+    return next(fitting, None)
+
+
 def _as_float32(tensor: Tensor) -> Tensor:
     """Returns floating-point tensors in float32, as normal tensors that can have gradients."""
     tensor = tensor.clone() if tensor.is_inference() else tensor
@@ -377,10 +384,7 @@ class _BlockMatcher(Visitor):
         """Tunes the block that all runs have left."""
         samples, name, differ = list[BlockSample](), next(iter(site.linears)), False
         for run, inputs, output, goal in self._outputs.take(len(self._runs)):
-            masks = self._runs[run].tokens
-            own_first = sorted(masks, key=lambda linear: not linear.startswith(f"{name}."))
-            fitting = (masks[linear].to(goal.device) for linear in own_first if masks[linear].shape == goal.shape[:-1])
-            samples.append(BlockSample(inputs, goal, next(fitting, None), self._runs[run].source))
+            samples.append(BlockSample(inputs, goal, block_mask(self._runs[run], name, goal), self._runs[run].source))
             differ |= not torch.equal(output, goal)
         # each rank needs samples to tune on and samples to hold out
         too_few, changed = self._comm(torch.tensor([float(len(samples) < 2), float(differ)], device=self._comm.device)).tolist()

@@ -224,13 +224,9 @@ def consumer_columns(
     for name, numbers in units.items():
         for member in layers[name].members_by_unit():
             if member.reads:
-                weight, unit_of, lost = (
-                    model.get_parameter(member.name),
-                    layers[name].of_member(member),
-                    (by_expert or {}).get(name),
-                )
-                if lost is None:
-                    positions = np.flatnonzero(np.isin(unit_of, numbers))
+                weight, unit_of = model.get_parameter(member.name), layers[name].of_member(member)
+                if by_expert and name in by_expert:
+                    positions = np.stack([np.flatnonzero(np.isin(unit_of, lost)) for lost in by_expert[name]])
                 else:
-                    positions = np.stack([np.flatnonzero(np.isin(unit_of, of_expert)) for of_expert in lost])
+                    positions = np.flatnonzero(np.isin(unit_of, numbers))
                 yield weight, member.dim, torch.from_numpy(positions).to(weight.device)

@@ -69,7 +69,7 @@ def attach(model: PreTrainedModel, lora: LoRA | LoraConfig, classifies: bool = F
     head = {name: module for name, module in head.items() if module is not model.base_model}  # such as a classification head
     config: Any = lora
     if isinstance(lora, LoRA):
-        skipped = list[str]()
+        skipped = []
         for name, module_outside in head.items():
             skipped += [f"{name}.{inner}".rstrip(".") for inner, module in module_outside.named_modules() if is_linear(module)]
         config = LoraConfig(

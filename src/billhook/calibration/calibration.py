@@ -196,7 +196,7 @@ class Calibration:
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: Path | None, held_out: int | None = None
     ) -> list[Batch]:
         subject = find_transformer(model)
-        length, batches = example_length(subject, self.length), list[Batch]()
+        length, batches = example_length(subject, self.length), []
         for name, wanted in self.examples(length).items():
             if name == GENERATED:
                 examples, seed = (wanted, self.seed) if held_out is None else (held_out, self.seed + 1)

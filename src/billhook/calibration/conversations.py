@@ -201,7 +201,7 @@ def encode(
                 yield _chat(chat, parse_tools(row_tools), tokenizer, responses)
     else:
         texts = check_texts([text for (text,), _ in complete], columns[0])
-        end, batch, size = _end(tokenizer) if documents else [], list[str](), 0
+        end, batch, size = _end(tokenizer) if documents else [], [], 0
         texts = [text for text in (texts if documents else ["".join(texts)]) if text and not text.isspace()]
         for number, text in enumerate(texts, 1):
             batch.append(text)
@@ -237,7 +237,7 @@ def _chat(chat: Chat, tools: Tools | None, tokenizer: PreTrainedTokenizerBase, r
     if GENERATION_TAG.search(tokenizer.get_chat_template(tools=tools)):
         encoded: Any = tokenizer.apply_chat_template(chat, tools, return_dict=True, return_assistant_tokens_mask=True)  # type: ignore[arg-type]
         return Encoded(list(encoded["input_ids"]), [bool(mask) for mask in encoded["assistant_masks"]])
-    spans = list[tuple[int, int]]()
+    spans = []
     for number, message in enumerate(chat):
         if message["role"] != "assistant":
             continue

@@ -101,7 +101,7 @@ def generated(
     check_values(subject)
     check_can_generate(subject)
     length = example_length(subject, length)
-    skipped, starts = 0, list[list[int]]()
+    skipped, starts = 0, []
     if prompts is None:  # extra tokens, of which the last is never an input
         most = getattr(text_config(subject.config), "max_position_embeddings", None)
         skipped = max(1, length // SKIPPED)

@@ -199,7 +199,7 @@ def _where(text: Mapping[str, Any]) -> str:
 
 def _quality(record: Mapping[str, Any]) -> list[str]:
     """Returns a table of the degradation on texts, or of accuracy."""
-    accuracy, rows = record.get("accuracy"), list[list[object]]()
+    accuracy, rows = record.get("accuracy"), []
     if isinstance(accuracy, Mapping) and {"before", "after"} <= accuracy.keys() and accuracy["after"] is not None:
         return [table(["", "before", "after"], [["accuracy", accuracy["before"], accuracy["after"]]])]
     degradation, when = listed(record, "degradation", LOSSES), ""

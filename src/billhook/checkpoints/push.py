@@ -93,7 +93,7 @@ def _describe(error: BaseException) -> str:
 
 
 def _check_paths(folder: Path) -> None:
-    texts: dict[str, object] = {}
+    texts = {}
     for file in (RECORD, "config.json", CARD):
         if (folder / file).is_file():
             text = (folder / file).read_text(encoding="utf-8", errors="replace")

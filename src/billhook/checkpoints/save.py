@@ -220,7 +220,7 @@ def _write_weights(model: PreTrainedModel, draft: Path) -> None:
     try:
         store_of(model).write(draft)
     except RuntimeError as error:
-        names = defaultdict[int, list[str]](list)  # of each parameter that the class does not tie
+        names = defaultdict(list)  # of each parameter that the class does not tie
         for name, parameter in model.named_parameters(remove_duplicate=False):
             if name not in model.all_tied_weights_keys:
                 names[id(parameter)].append(name)

@@ -156,7 +156,7 @@ def _bench_llama_cpp(
         check_int(name, value, least)
     for context in contexts:
         check_int("contexts", context)
-    names, lines, record = _last_parts(models), list[list[str]](), list[dict[str, object]]()
+    names, lines, record = _last_parts(models), [], []
     head = ["kind", "context", "model", "GB", "prefill tokens/s", "decoding tokens/s"]
     sizes_of_tokens = bytes_per_token(models)
     head += ["prefill bytes/s", "decoding bytes/s"] if sizes_of_tokens else []
@@ -285,7 +285,7 @@ def _notes(
             note += f": {cached[0] / size:.2f}x smaller"
             note += f", {first / heads:.2f}x fewer heads" if first and heads else ""
         lines.append(note)
-    no_decoding, mixtures = list[str](), list[str]()
+    no_decoding, mixtures = [], []
     for name, model in zip(names, models, strict=True):
         if not generates(model):
             no_decoding.append(name)

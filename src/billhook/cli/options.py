@@ -229,7 +229,7 @@ def _to_jsonargparse(words: Sequence[str], kinds: dict[str, Any], positional: in
             runs.append([word])
         else:
             runs[-1].append(word)
-    complete, made = len(runs[0]) > positional, list[str]()
+    complete, made = len(runs[0]) > positional, []
     for number, (name, *values) in enumerate(runs):
         kind = kinds.get(name)
         option = "" if number == 0 and (positional or not first) else name if name.startswith("-") else f"--{name}="
@@ -260,7 +260,7 @@ def _as_yaml(value: str, element: object) -> str:
 
 def description() -> str:
     """Returns the text of `billhook --help`: all commands with their summaries."""
-    commands = list[str]()
+    commands = []
     for name, module in COMMANDS.items():  # from the source, because imports take seconds
         tree = ast.parse(Path(__file__).with_name(f"{module}.py").read_text(encoding="utf-8"))
         command = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name.replace("-", "_"))

@@ -95,7 +95,7 @@ def wrap_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         return
     load, save, start, epoch = (getattr(pl_module, name) for name in _HOOKS)
     load_in_shape(trainer, pl_module)
-    resume, gradients = ResumeState(), dict[str, Tensor]()
+    resume, gradients = ResumeState(), {}
     try:
         shape = shape_of(find_transformer(pl_module))
     except ValueError:  # the model does not exist yet
@@ -195,7 +195,7 @@ def _load(
         if trainer.state.fn != TrainerFn.FITTING:
             trainer.strategy.optimizers = []  # an earlier run's optimizers have other parameters
         names = {parameter: name for name, parameter in pl_module.named_parameters()}
-        groups = list[tuple[dict[str, Any], list[str]]]()  # each with the names of its parameters
+        groups = []  # each with the names of its parameters
         for optimizer in trainer.optimizers:
             for group in optimizer.param_groups:
                 groups.append((group, [names[parameter] for parameter in group["params"] if parameter in names]))

@@ -286,7 +286,7 @@ def log_event(fit: Fit, event: Event) -> None:
 def describe_callback(callback: object) -> dict[str, Any]:
     """Returns the class name of a callback as `callback`, and its settings as plain data."""
     unrecorded = UNRECORDED | ({"calibration"} if getattr(callback, "needs_data", None) is False else set())
-    parameters, settings = inspect.signature(type(callback).__init__).parameters, dict[str, Any]()
+    parameters, settings = inspect.signature(type(callback).__init__).parameters, {}
     follows_schedule = False
     for name in parameters:
         value = getattr(callback, name, None)

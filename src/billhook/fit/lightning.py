@@ -231,7 +231,7 @@ class LightningFit(Fit):
         calls the model. If it never calls the model as a whole, the step itself is the run. Under manual optimization, the step
         would update weights, so all batches must be dictionaries for the model.
         """
-        names, runs = list(inspect.signature(model.forward).parameters), list[Run]()
+        names, runs = list(inspect.signature(model.forward).parameters), []
         for number, batch in enumerate(batches):
             step = bind_arguments(self.module.training_step, batch, number)
             if self.updates_in_step:

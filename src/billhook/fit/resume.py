@@ -109,7 +109,7 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
 
 def _mapped(path: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     """Memory-maps a checkpoint file and sets `map_location`; None if it cannot."""
-    requested, locations = options.get("map_location"), dict[int, str]()
+    requested, locations = options.get("map_location"), {}
     if not is_zipfile(path) or not (requested is None or isinstance(requested, str | torch.device)):
         return None
 
@@ -164,7 +164,7 @@ def prepare_for_weights(module: nn.Module, trainer: pl.Trainer | None, checkpoin
     Consumer weights of masked heads are zeroed after loading, if no callback masks them. Warns if training continues without the
     callback that enforced masks.
     """
-    lost, masked = dict[str, str](), checkpoint.get(MASKED)  # kind of masks by callback, if the run lacks it
+    lost, masked = {}, checkpoint.get(MASKED)  # kind of masks by callback, if the run lacks it
     for key, state in unclaimed_states(callbacks_of(trainer), checkpoint.get("callbacks") or {}).items():
         if isinstance(state, dict) and (state.get("heads") or state.get("masks")):
             lost[key] = "heads" if state.get("heads") else "weights"

@@ -106,7 +106,7 @@ class Attentions:
         """Returns the methods that suit the modules; raises for none, or repairs with adapters."""
         if repair is not None and (layers := adapter_layers(self.model)):
             raise ValueError(f"repair refits weights, and {next(iter(layers))} has adapters: leave it out, or {MERGE_HINT}")
-        allowed, refusal = list[Reconstructing](), None
+        allowed, refusal = [], None
         for method in methods:
             try:
                 self.check(method)
@@ -177,7 +177,7 @@ class Attentions:
 
     def _by_block(self, grouping: Grouping, runs: Sequence[Run], use: Use[T], finished: Sequence[nn.Module] = ()) -> list[T]:
         """Passes the moments of data, or of weights without data, to `use` by unfinished block."""
-        inside = defaultdict[nn.Module | None, list[str]](list)
+        inside = defaultdict(list)
         for name in self.projections:
             inside[self.store.owner.get(self.model.get_submodule(name))].append(name)
         left = {block: names for block, names in inside.items() if block not in finished}

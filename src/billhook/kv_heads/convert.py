@@ -51,7 +51,7 @@ def best_method(
         raise ValueError(f"batches: 'auto' needs at least 2, because some are held out; got {len(runs)} here")
     seen = [run for number, run in enumerate(runs) if number not in numbers]
     held_out = [run for number, run in enumerate(runs) if number in numbers]
-    distances: dict[Reconstructing, float] = {}
+    distances = {}
     for grouping, alike in groupby(attentions.allowed(methods, repair), lambda method: method.grouping):
         if grouping == "similar" and not attentions.may_group:
             continue
@@ -86,7 +86,7 @@ def equal_heads(
     if number < least:
         why = "because some are held out" if least > 1 else "to compute statistics of the heads"
         raise ValueError(f"batches: {what} needs at least {least}, {why}; got {number:g}")
-    how, notes = str(method), list[str]()
+    how, notes = str(method), []
     if len(method.candidates) > 1:
         chosen, losses = best_method(attentions, [chosen, *others], runs, repair)
         how = f"{method}: {chosen}"

@@ -108,7 +108,7 @@ def distances(model: nn.Module, news: Sequence[EqualHeads], runs: Sequence[Run],
             del outputs[number - index]
 
     with evaluating_without_grad(model), in_block_order(model, visits, comm) as on_demand, ExitStack() as stack:
-        owner, values = store_of(model).owner if on_demand else {}, dict[tuple[int, str], dict[str, Tensor]]()
+        owner, values = store_of(model).owner if on_demand else {}, {}
 
         def enter(block: nn.Module | None) -> None:
             """Reads the new values of a block on all ranks, and drops the previous block's."""

@@ -165,7 +165,7 @@ class Slots:
     @property
     def mixings(self) -> list[tuple[Mixing, Mixing]]:
         """Positions of each band, in an old head and in the new head."""
-        mixings, first = list[tuple[Mixing, Mixing]](), 0
+        mixings, first = [], 0
         for band, count in sorted(zip(self.bands, self.counts, strict=True), key=lambda pair: -pair[0].frequency):
             new = self.rotation.mixing(range(first, first + count), band.frequency)
             mixings.append((self.rotation.mixing(band.pairs, band.frequency), new))

@@ -96,14 +96,14 @@ def find_kv(model: PreTrainedModel) -> dict[str, KVAttention]:
     for attention in structure.attention:
         units, *_ = find_heads(model, replace(structure, attention=(attention,))).values()
         by_readers[units.readers].append(attention)
-    parameters, attentions = dict(model.named_parameters()), dict[str, KVAttention]()
+    parameters, attentions = dict(model.named_parameters()), {}
     for attention_name, units in heads.items():
         parts: dict[tuple[str, int], list[tuple[int, Part]]] = defaultdict(list)
         for attention in by_readers[units.readers]:
             for bit, projected in ((QUERY, attention.q), (KEY, attention.k), (VALUE, attention.v)):
                 for part in projected:
                     parts[part.name, part.dim].append((bit, part))
-        kv_heads, rows = units.count("kv_head"), dict[str, Rows]()
+        kv_heads, rows = units.count("kv_head"), {}
         for (name, dim), made in parts.items():
             if not any(bit & KV for bit, _ in made):
                 continue
@@ -218,7 +218,7 @@ def read_heads(model: nn.Module, rows: HeadRows) -> Tensor:
 
 def written(model: nn.Module, projections: Projections, tensors: HeadTensors) -> dict[str, dict[str, Tensor]]:
     """Returns the new parameters by linear layer, in their sizes and dtypes."""
-    linears: dict[str, tuple[Tensor, Tensor | None]] = {}
+    linears = {}
     for kind, rows in projections.kinds.items():
         if rows.linear not in linears:  # queries, keys and values may be made by one
             weight, bias = matrix_of(model.get_submodule(rows.linear))
@@ -271,7 +271,7 @@ def _projections(model: nn.Module, units: Units, attention: Attention) -> Projec
             raise ValueError(f"{units.name}: its {what} are made by {by}, not by one linear (with LoRA attached, merge it first)")
     if len(units.readers) != 1:
         raise ValueError(f"{units.name}: its heads are read by {len(units.readers)} modules, not by one linear")
-    rows = dict[str, HeadRows]()
+    rows = {}
     for what, (part,) in made.items():
         member = next((member for member in units.members if member.name == part.name and not member.reads), None)
         if member is None:

@@ -425,7 +425,7 @@ class RandomHeads(KVMethod):
     def changes(self, model: PreTrainedModel, parameters: Mapping[str, Pooled]) -> dict[str, Change]:
         """Returns draws for linear layers, and means for other parameters."""
         generator = torch.Generator().manual_seed(self.seed)
-        config, changes = model.config.get_text_config(decoder=True), dict[str, Change]()
+        config, changes = model.config.get_text_config(decoder=True), {}
         for name, pooled in parameters.items():
             if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear):
                 size = pooled.size(model.get_parameter(name).shape)

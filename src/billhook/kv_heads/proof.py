@@ -130,7 +130,7 @@ def find_difference(dense: PreTrainedModel, shrunk: Shrunk, groups: int, impleme
     parameters = {id(parameter): parameter for parameter in dense.parameters()}  # which both copies share
     reference, converted = copy.deepcopy(dense, dict(parameters)), copy.deepcopy(dense, parameters)
     cuts, shape = shrunk
-    pooled, spread = dict[str, Change](), dict[str, Change]()
+    pooled, spread = {}, {}
     for name, cut in cuts.items():
         pooled[name] = Change(cut.pool, None)
         spread[name] = Change(lambda old, cut=cut: cut.spread(cut.pool(old)), None)  # type: ignore[misc]
@@ -201,7 +201,7 @@ def _outcome(model: PreTrainedModel, inputs: Inputs) -> list[Tensor]:
 def _continued(model: PreTrainedModel, inputs: Inputs, cache: str) -> list[Tensor]:
     """Returns the outputs for new tokens after a cached prefix."""
     output = model(**inputs | {"use_cache": True}, return_dict=True)
-    ids, states, encoder = "input_ids", list[Tensor](), {}
+    ids, states, encoder = "input_ids", [], {}
     if "decoder_input_ids" in inputs:
         ids, encoder = "decoder_input_ids", {"encoder_outputs": (output.encoder_last_hidden_state,)}
     for count in (1, 2):
@@ -213,7 +213,7 @@ def _continued(model: PreTrainedModel, inputs: Inputs, cache: str) -> list[Tenso
 
 def _cut(model: PreTrainedModel, attentions: Mapping[str, KVAttention], chosen: Collection[str], heads: int) -> Shrunk | None:
     """Shrinks keys and values, and sets GROUPS; None without linear layers of their own."""
-    cuts, attributes = dict[str, Pooled](), dict[str, int]()
+    cuts, attributes = {}, {}
     for name in chosen:
         attention = attentions[name]
         for weight, rows in attention.rows.items():
@@ -224,7 +224,7 @@ def _cut(model: PreTrainedModel, attentions: Mapping[str, KVAttention], chosen: 
             positions = {key: position for position, key in enumerate(dict.fromkeys(keys))}
             cuts[weight] = Pooled(rows.dim, tuple(positions[key] for key in keys))
         attributes[f"{attention.module}.{GROUPS}"] = attention.queries // heads
-    shrinking, tensors = {model.get_parameter(name): cut for name, cut in cuts.items()}, dict[str, tuple[int, ...]]()
+    shrinking, tensors = {model.get_parameter(name): cut for name, cut in cuts.items()}, {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (cut := shrinking.get(parameter)) is None:
             continue

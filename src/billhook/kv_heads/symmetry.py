@@ -133,11 +133,11 @@ def find_symmetries(
 
 def _symmetries(model: nn.Module, projections: Projections, call: Call, keys: Sequence[Symmetry] | None) -> Symmetries:
     (count, width), (_, value_width) = projections.k.index.shape, projections.v.index.shape
-    generator, drawn = torch.Generator().manual_seed(0), dict[str, Tensor]()
+    generator, drawn = torch.Generator().manual_seed(0), {}
     for kind, heads in vars(read(model, projections)).items():  # of their sizes, and with scores of unit size
         inputs = heads.shape[2] * (len(heads) if kind == "o" else 1)
         drawn[kind] = torch.randn(heads.shape, generator=generator, dtype=heads.dtype).to(heads.device) / math.sqrt(inputs)
-    before, attended, modules = HeadTensors(**drawn), list[Tensor](), set(model.get_submodule(projections.name).modules())
+    before, attended, modules = HeadTensors(**drawn), [], set(model.get_submodule(projections.name).modules())
 
     def attend(
         function: Callable[..., Any], caller: nn.Module, query: Tensor, key: Tensor, *rest: Tensor | None, **options: object
@@ -185,7 +185,7 @@ def _drawn(symmetry: Symmetry, heads: int, width: int, generator: torch.Generato
 
 def _output(model: nn.Module, projections: Projections, call: Call, heads: HeadTensors) -> tuple[Tensor, list[Tensor]]:
     """Runs a module with these heads on noise; returns `[calls * tokens, hidden]`, and heads."""
-    outputs, read_heads = list[Tensor](), list[Tensor]()
+    outputs, read_heads = [], []
     module, reader = model.get_submodule(projections.name), model.get_submodule(projections.o.linear)
 
     def record(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

@@ -160,7 +160,7 @@ def run_outputs(model: PreTrainedModel, ids: Mapping[str, Tensor] = {}, layers: 
 
     Inputs are random, except for these token ids.
     """
-    outputs: list[Any] = []
+    outputs = []
     with ExitStack() as hooks, full_precision(), evaluating(model):
         for layer in sorted(layers):
             hooks.callback(model.get_submodule(layer).register_forward_hook(lambda *call: outputs.append(call[-1])).remove)
@@ -171,7 +171,7 @@ def run_outputs(model: PreTrainedModel, ids: Mapping[str, Tensor] = {}, layers: 
 @torch.no_grad()
 def cached_outputs(model: PreTrainedModel) -> tuple[list[Tensor], Exception | None]:
     """Returns outputs with a KV cache, then for another token, and the error if any."""
-    inputs, numbers = small_inputs(model), list[Tensor]()
+    inputs, numbers = small_inputs(model), []
     inputs |= dict.fromkeys({"use_cache"} & inputs.keys(), True)
     configs: list[Any] = [config for config in configs_of(model) if getattr(config, "use_cache", False)]  # `resting` unsets it
     try:

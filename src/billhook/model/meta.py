@@ -88,7 +88,7 @@ class HookStandIn:
 
 def stand_ins(model: nn.Module) -> dict[int, Any]:
     """Returns the hook dictionaries for a meta copy, by id of the originals."""
-    replacements: dict[int, Any] = {}
+    replacements = {}
     for module in model.modules():
         for kind, hooks in vars(module).items():
             if not kind.endswith("_hooks") or not isinstance(hooks, dict):

@@ -43,7 +43,7 @@ def keep_blocks(stack: nn.ModuleList, numbers: Sequence[int]) -> None:
     blocks, removed = dict(zip(block_numbers(stack), stack, strict=True)), dict(_removed_from(stack))
     tensor = next(stack.parameters(), None)
     device = torch.device("cpu") if tensor is None else tensor.device
-    back = dict[int, nn.Module]()
+    back = {}
     for number in numbers:
         if number not in blocks:
             if (block := removed.pop(number)) is None:
@@ -271,7 +271,7 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
                 f"the checkpoint contains a different model: it lacks {_some(missing)} of {type(model).__name__}, "
                 f"and has {_some(extra)}, which {type(model).__name__} lacks"
             )
-    renewed: dict[int, Tensor] = {}  # tied parameters stay tied
+    renewed = {}  # tied parameters stay tied
     for name, old in model.state_dict(keep_vars=True).items():
         if tuple(old.shape) != shape.tensors[name]:
             if id(old) not in renewed:

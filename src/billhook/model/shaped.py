@@ -194,7 +194,7 @@ def _check(meta_model: PreTrainedModel, stated: Shape, files: Sizes | None) -> N
             if name not in known:
                 raise ValueError(f"{name[:200]} is named, and {kind} has nothing of that name")
     complete, in_files = built.tensors | stated.tensors, files or {}
-    tied, unnamed = defaultdict[int, list[str]](list), dict[int, int]()
+    tied, unnamed = defaultdict(list), {}
     sizes = defaultdict[int, set[tuple[int, ...]]](set)  # of a tensor, under all of its names
     for name, tensor in state.items():
         tied[id(tensor)].append(name)

@@ -31,7 +31,7 @@ def speed(rows: Sequence[Timing], names: Sequence[str]) -> Plot:
         sizes, by_model = sorted({row.batch_size for row in rows_of_phase}), dict[tuple[int, int], list[Timing]]()
         for row in rows_of_phase:
             by_model.setdefault((row.model, row.batch_size), []).append(row)
-        curves = list[tuple[list[Timing], dict[str, Any]]]()  # each with its line style
+        curves = []  # each with its line style
         for (model, size), curve in sorted(by_model.items()):
             marker = MARKERS[sizes.index(size) % len(MARKERS)]
             curves.append((curve, {"color": COLORS[model % len(COLORS)], "marker": marker, "markersize": 4}))

@@ -93,7 +93,7 @@ def encode(
     encoded = []
     for question in questions:
         context = question.context.rstrip()
-        gap, before, rows = question.context[len(context) :] + " ", ids_of(context), list[EncodedChoice]()
+        gap, before, rows = question.context[len(context) :] + " ", ids_of(context), []
         for number, choice in enumerate(question.choices):
             ids = ids_of(context + gap + choice)
             shared = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids)))

@@ -141,7 +141,7 @@ def bits_per_byte(
         texts: The texts.
         progress: Callback with the number of finished examples and the total.
     """
-    examples, losses = [text.encoded(tokenizer) for text in texts], dict[int, float]()
+    examples, losses = [text.encoded(tokenizer) for text in texts], {}
 
     def read(number: int) -> None:
         example = examples[number]

@@ -106,7 +106,7 @@ def _parts_and_width(model: PreTrainedModel) -> tuple[Any, int]:
 
 def _layer(layer: Any, width: int) -> tuple[int, int, int, dict[str, Tensor]]:  # noqa: ANN401 - a layer of any family
     """Returns heads, KV heads, width, and tensors by GGUF name, in llama.cpp's rotary order."""
-    attention, mlp, tensors = layer.self_attn, layer.mlp, dict[str, Tensor]()
+    attention, mlp, tensors = layer.self_attn, layer.mlp, {}
     modules = {"attn_output": attention.o_proj, "ffn_down": mlp.down_proj}
     modules |= {"attn_norm": layer.input_layernorm, "ffn_norm": layer.post_attention_layernorm}
     if hasattr(attention, "qkv_proj"):  # Phi-3's

@@ -138,8 +138,8 @@ def measure_engine(
         threads: Number of threads per file.
         progress: Called after each measurement.
     """
-    prefill, decoding = defaultdict[int, list[float]](list), defaultdict[int, list[float]](list)  # by file number
-    engines, sizes = list[LlamaCpp](), list[int]()
+    prefill, decoding = defaultdict(list), defaultdict(list)  # by file number
+    engines, sizes = [], []
     with ExitStack() as stack:
         for file in files:
             engines.append(stack.enter_context(LlamaCpp(threads)))

@@ -64,7 +64,7 @@ def segments(axis: Axis) -> list[Axis]:
     axis = find(axis)
     if axis.op != "sum":
         return [axis]
-    flat_segments, stack = list[Axis](), [axis]
+    flat_segments, stack = [], [axis]
     while stack:  # no recursion: an axis unified with itself, shifted, nests thousands deep
         part = find(stack.pop())
         if part.op == "sum":
@@ -113,7 +113,7 @@ def cut(axis: Axis, at: int) -> tuple[list[Axis], list[Axis]]:
 
     A product can only be cut between two indices of its first factor.
     """
-    before: list[Axis] = []
+    before = []
     after = segments(axis)
     while after and at >= after[0].size:
         at -= after[0].size

@@ -234,7 +234,7 @@ def _written(op: Op, args: Any, kwargs: Any) -> list[Tensor]:  # noqa: ANN401
 
 def _value(tape: Tape, func: OpOverload, name: str, out: Tensor, args: Any, kwargs: Any) -> Tensor | None:  # noqa: ANN401
     """Computes a small result if all of its inputs are known."""
-    known: list[bool] = []
+    known = []
 
     def value_of(x: Any) -> Any:  # noqa: ANN401
         if isinstance(x, Tensor):

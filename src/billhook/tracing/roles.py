@@ -151,7 +151,7 @@ def _whole_dimension(member: Member) -> Part:
 
 
 def _parts(tape: Tape, sources: Sources) -> tuple[Part, ...]:
-    parts = list[Part]()
+    parts = []
     for (name, dim), rows in sources.items():
         if dim < 0:
             continue

@@ -80,7 +80,7 @@ class Vocabulary:
         """
         used_texts = (self._texts.get(number, "") for number in used)
         scripts = {_script(character) for text in used_texts for character in text if character.isalpha()}
-        placed, others = {*named, *self.added.values(), *self._special, *self._spelling(scripts)}, list[int]()
+        placed, others = {*named, *self.added.values(), *self._special, *self._spelling(scripts)}, []
         for prompt in (True, False) if getattr(self.tokenizer, "chat_template", None) else ():
             for messages in (CHAT, CHAT[1:]):  # some templates have no system message
                 try:

@@ -68,7 +68,19 @@ def push(folder: str | Path, name: str, private: bool = False, revision: str | N
         raise ValueError(f"folder='{folder}' has no valid {RECORD}. {legal}") from None
     if missing:
         raise ValueError(f"folder='{folder}': {missing[0]} is missing. {legal}")
-    _check_paths(Path(folder))
+    for file in (RECORD, "config.json", CARD):
+        if not Path(folder, file).is_file():
+            continue
+        text = Path(folder, file).read_text(encoding="utf-8", errors="replace")
+        content = text if file == CARD else json.loads(text)
+        if file == "config.json":
+            content = content.get("_name_or_path") if isinstance(content, dict) else None
+        if paths := list(dict.fromkeys(absolute_paths(content))):
+            more = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
+            raise ValueError(
+                f"folder='{folder}': {file} contains the absolute path '{paths[0][:200]}'{more}, which would be published. "
+                "Remove it, or load the model, save it again with bh.save, and push that folder."
+            )
     try:
         api = HfApi(library_name="billhook")
         api.create_repo(name, private=private or None, exist_ok=True)
@@ -90,20 +102,3 @@ def _describe(error: BaseException) -> str:
     message = " ".join(str(error).split()).rstrip(".") or type(error).__name__
     cause = error.__cause__
     return message if cause is None or str(cause) in str(error) else f"{message}: {_describe(cause)}"
-
-
-def _check_paths(folder: Path) -> None:
-    texts = {}
-    for file in (RECORD, "config.json", CARD):
-        if (folder / file).is_file():
-            text = (folder / file).read_text(encoding="utf-8", errors="replace")
-            texts[file] = text if file == CARD else json.loads(text)
-    config = texts.get("config.json")
-    texts["config.json"] = config.get("_name_or_path") if isinstance(config, dict) else None
-    for file, content in texts.items():
-        if paths := list(dict.fromkeys(absolute_paths(content))):
-            more = f" and {len(paths) - 1:,} more" if len(paths) > 1 else ""
-            raise ValueError(
-                f"folder='{folder}': {file} contains the absolute path '{paths[0][:200]}'{more}, which would be published. "
-                "Remove it, or load the model, save it again with bh.save, and push that folder."
-            )

@@ -19,7 +19,7 @@ from billhook.cli.examples import IMAGE_COLUMN
 from billhook.cli.machine import check_file, device_of, file_progress, model_progress, write_json
 from billhook.display import render_table
 from billhook.model import check_tokenizer, load_tokenizer, model_class, read_config, text_config
-from billhook.model.streamed import stream as open_streamed
+from billhook.model import stream as open_streamed
 from billhook.progress import progress_bar
 from billhook.report.choices import read_questions
 from billhook.report.predictions import ExampleText, bits_per_byte

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from billhook.checkpoints.export import TRAINED
@@ -57,55 +56,57 @@ class FitCallback(Callback):
             "Callbacks from billhook.integrations.transformers."
         )
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Calls `prepare`."""
         if stage == "fit":
             self.prepare(LightningFit(trainer, pl_module))
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calls `resolve`."""
         self.resolve(LightningFit(trainer, pl_module))
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calls `begin_training`."""
         self.begin_training(LightningFit(trainer, pl_module))
 
-    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: object, batch_idx: int) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: object, batch_idx: int) -> None:
         """Calls `before_batch`."""
         self.before_batch(LightningFit(trainer, pl_module), batch)
 
-    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: object) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
         """Calls `after_batch`."""
         self.after_batch(LightningFit(trainer, pl_module))
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calls `after_validation` in training."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self.after_validation(LightningFit(trainer, pl_module))
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calls `before_evaluation` outside of training."""
         if trainer.state.fn != TrainerFn.FITTING:
             self.before_evaluation(LightningFit(trainer, pl_module))
 
     on_test_start = on_predict_start = on_validation_start
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calls `end_training`."""
         self.end_training(LightningFit(trainer, pl_module))
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Calls `close`."""
         self.close(LightningFit(trainer, pl_module))
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Calls `release`."""
-        self.release(LightningFit(trainer, pl_module), completed=stage == "fit")
-        drop_pending(pl_module)
+        self._end(trainer, pl_module, completed=stage == "fit")
 
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Calls `release`, because Lightning does not call `teardown` after an error."""
-        self.release(LightningFit(trainer, pl_module), completed=False)
+        self._end(trainer, pl_module, completed=False)
+
+    def _end(self, trainer: Trainer, pl_module: LightningModule, completed: bool) -> None:
+        self.release(LightningFit(trainer, pl_module), completed)
         drop_pending(pl_module)
 
 
@@ -119,32 +120,23 @@ class ShapeSavingCallback(FitCallback):
         """Returns further entries of a checkpoint, for readers that do not know this callback."""
         return {}
 
-    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Calls `prepare`, and wraps checkpoint hooks."""
         self._resume = None
         super().setup(trainer, pl_module, stage)
         wrap_hooks(trainer, pl_module)  # once: `prepare` has done it for a fit
 
-    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Adds the training record and, after training or an error, the shape."""
         add_resume_state(trainer, pl_module, checkpoint, self._resume)
         checkpoint[TRAINED] = self._validated | LightningFit(trainer, pl_module).record()
         checkpoint |= self.checkpoint_entries()
 
-    def on_load_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Restores the last validation metrics, until the next validation."""
         noted = checkpoint.get(TRAINED, {})
         self._validated = {"metrics": noted["metrics"]} if "metrics" in noted else {}
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Calls `release`, and removes all hooks."""
-        super().teardown(trainer, pl_module, stage)
-        self._unwrap(trainer, pl_module)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Calls `release`, and removes all hooks."""
-        super().on_exception(trainer, pl_module, exception)
-        self._unwrap(trainer, pl_module)
-
-    def _unwrap(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _end(self, trainer: Trainer, pl_module: LightningModule, completed: bool) -> None:
+        super()._end(trainer, pl_module, completed)
         self._resume = unwrap_hooks(trainer, pl_module) or self._resume

@@ -6,11 +6,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.trainer.states import TrainerFn, TrainerStatus
-from torch import Tensor
 
 from billhook.adapters.checkpoint import save_adapters
 from billhook.engine import is_sharded_checkpoint, random_state, read_non_tensors, reshard, set_random_state
@@ -39,7 +38,7 @@ class ResumeState:
         self.end: State | None = None  # for a checkpoint that is saved after training
         self._begun: State | None = None
 
-    def state(self, trainer: pl.Trainer) -> list[State]:
+    def state(self, trainer: Trainer) -> list[State]:
         """Returns the states of all processes, or of this process after an error."""
         mine = {"now": self.end or random_state(trainer.strategy.root_device), "begun": self._begun}
         if trainer.world_size == 1 or trainer.state.status == TrainerStatus.INTERRUPTED:
@@ -48,7 +47,7 @@ class ResumeState:
         torch.distributed.all_gather_object(states, mine)
         return states
 
-    def begin_training(self, trainer: pl.Trainer) -> None:
+    def begin_training(self, trainer: Trainer) -> None:
         """Restores the loaded states if the number of processes is the same."""
         loaded, self.loaded, self._begun = self.loaded, [], None
         if len(loaded) != trainer.world_size:
@@ -71,7 +70,7 @@ class ResumeState:
         if not over or self._begun is None:
             set_random_state(state["now"], trainer.strategy.root_device)
 
-    def begin_epoch(self, trainer: pl.Trainer) -> None:
+    def begin_epoch(self, trainer: Trainer) -> None:
         """Stores the random state from which the epoch's order will be drawn."""
         resuming = trainer.fit_loop.is_resuming
         if self._begun is not None and resuming:
@@ -82,14 +81,14 @@ class ResumeState:
         self._begun = {"again": again, "random": random_state(trainer.strategy.root_device)} if known else None
 
 
-def _can_draw_again(trainer: pl.Trainer) -> bool:
+def _can_draw_again(trainer: Trainer) -> bool:
     """Returns whether the order can be drawn again: no stateful loaders and no read-ahead."""
     loaders = training_loaders(trainer)
     knows_end = data_fetcher(trainer).length is not None
     return bool(loaders) and knows_end and not any(hasattr(loader, "load_state_dict") for loader in loaders)
 
 
-def wrap_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+def wrap_hooks(trainer: Trainer, pl_module: LightningModule) -> None:
     """Wraps a module's checkpoint and training hooks, once for all callbacks."""
     if _WRAPPED in pl_module.__dict__:
         return
@@ -134,7 +133,7 @@ def wrap_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
     pl_module.__dict__[_WRAPPED] = resume
 
 
-def unwrap_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ResumeState | None:
+def unwrap_hooks(trainer: Trainer, pl_module: LightningModule) -> ResumeState | None:
     """Restores a module's hooks and returns their resume state, to the first caller only."""
     resume: ResumeState | None = pl_module.__dict__.pop(_WRAPPED, None)
     if resume is not None:
@@ -146,7 +145,7 @@ def unwrap_hooks(trainer: pl.Trainer, pl_module: pl.LightningModule) -> ResumeSt
 
 
 def add_resume_state(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any], released: ResumeState | None = None
+    trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any], released: ResumeState | None = None
 ) -> None:
     """Adds shape, adapters, random state, and gradients to a checkpoint."""
     save_shape(pl_module, checkpoint)
@@ -162,21 +161,21 @@ def add_resume_state(
                 checkpoint[GRADIENTS] = gradients
 
 
-def load_in_shape(trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+def load_in_shape(trainer: Trainer, pl_module: LightningModule) -> None:
     """Makes FSDP2's strategy restore shapes when loading; other strategies use a hook."""
     strategy = trainer.strategy
     if isinstance(strategy, ModelParallelStrategy) and _LOAD not in vars(strategy):
         vars(strategy)[_LOAD] = partial(_load, trainer, pl_module, strategy.load_checkpoint)
 
 
-def load_as_before(trainer: pl.Trainer) -> None:
+def load_as_before(trainer: Trainer) -> None:
     """Restores the strategy's own method."""
     vars(trainer.strategy).pop(_LOAD, None)
 
 
 def _load(
-    trainer: pl.Trainer,
-    pl_module: pl.LightningModule,
+    trainer: Trainer,
+    pl_module: LightningModule,
     load: Callable[..., dict[str, Any]],
     checkpoint_path: str | Path,
     weights_only: bool | None = None,

@@ -8,8 +8,8 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any, TypeVar, cast
 
-import lightning.pytorch as pl
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, ModelParallelStrategy, SingleDeviceStrategy
 from torch import Tensor, nn
@@ -45,9 +45,9 @@ T = TypeVar("T")
 class LightningFit(Fit):
     """A run of Lightning's trainer."""
 
-    module: pl.LightningModule
+    module: LightningModule
 
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
         self.trainer, self.module = trainer, module
 
     @property
@@ -354,7 +354,7 @@ def bind_arguments(method: Callable[..., object], *arguments: object) -> Callabl
     return partial(method, *(arguments if takes_any else arguments[: len(parameters)]))
 
 
-def forward_arguments(pl_module: pl.LightningModule, batch: Any) -> dict[str, Any]:  # noqa: ANN401
+def forward_arguments(pl_module: LightningModule, batch: Any) -> dict[str, Any]:  # noqa: ANN401
     """Returns a batch as a dictionary; raises `ValueError` if it is not a mapping."""
     if not isinstance(batch, Mapping):
         raise ValueError(

@@ -5,7 +5,7 @@ from contextlib import suppress
 from functools import partial
 from types import FunctionType, MethodType, ModuleType
 
-import lightning.pytorch as pl
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
@@ -18,7 +18,7 @@ DEPTH = 4  # search depth in a loader's `collate_fn` and dataset
 SHORT = 16  # maximum length of a list to search
 
 
-def find_preprocessors(trainer: pl.Trainer, pl_module: pl.LightningModule) -> list[Preprocessor]:
+def find_preprocessors(trainer: Trainer, pl_module: LightningModule) -> list[Preprocessor]:
     """Returns the tokenizer or processor that created the batches, or else the base model's.
 
     Searches the data module, the module, and the loaders' `collate_fn` and dataset, in this order.
@@ -67,6 +67,6 @@ def _references(owner: object) -> Iterable[object]:
     if isinstance(owner, dict | list | tuple):
         return [] if len(owner) > SHORT else list(owner.values() if isinstance(owner, dict) else owner)
     of_torch = isinstance(owner, type | ModuleType | Tensor) or (
-        isinstance(owner, nn.Module) and not isinstance(owner, pl.LightningModule)
+        isinstance(owner, nn.Module) and not isinstance(owner, LightningModule)
     )
     return [] if of_torch else list(getattr(owner, "__dict__", {}).values())

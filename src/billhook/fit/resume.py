@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 from zipfile import is_zipfile
 
-import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning_utilities.core.rank_zero import rank_zero_warn
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from billhook.units import zero_units
 
 LARGE = "optimizer_states", "callbacks", "current_model_state"
 """Large checkpoint entries besides weights, which Lightning does not need to create a module."""
-ModuleT = TypeVar("ModuleT", bound=pl.LightningModule)
+ModuleT = TypeVar("ModuleT", bound=LightningModule)
 
 
 class ShapeInCheckpoint:
@@ -33,7 +32,7 @@ class ShapeInCheckpoint:
     `load_from_checkpoint` does it, too.
 
     >>> import billhook as bh, lightning.pytorch as pl
-    >>> class Module(bh.training.ShapeInCheckpoint, pl.LightningModule):
+    >>> class Module(bh.training.ShapeInCheckpoint, LightningModule):
     ...     '''Trains a Hugging Face model.'''
     """
 
@@ -134,7 +133,7 @@ def _mapped(path: Path, options: dict[str, Any]) -> dict[str, Any] | None:
     return checkpoint | {TENSORS: checkpoint[TENSORS] | unread}
 
 
-def callbacks_of(trainer: pl.Trainer | None) -> Sequence[Callback]:
+def callbacks_of(trainer: Trainer | None) -> Sequence[Callback]:
     """Returns the callbacks of a trainer, if any."""
     return () if trainer is None else trainer.callbacks  # type: ignore[attr-defined]
 
@@ -158,7 +157,7 @@ def check_callbacks(callbacks: Sequence[Callback], states: Mapping[str, Any]) ->
             )
 
 
-def prepare_for_weights(module: nn.Module, trainer: pl.Trainer | None, checkpoint: dict[str, Any]) -> None:
+def prepare_for_weights(module: nn.Module, trainer: Trainer | None, checkpoint: dict[str, Any]) -> None:
     """Prepares masked heads and the data position before weights are loaded.
 
     Consumer weights of masked heads are zeroed after loading, if no callback masks them. Warns if training continues without the

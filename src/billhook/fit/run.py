@@ -6,8 +6,8 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.data import extract_batch_size
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -21,7 +21,7 @@ from billhook.fit.ranks import check_identical
 from billhook.linalg import widest_float
 
 
-def training_steps(trainer: pl.Trainer) -> int | None:
+def training_steps(trainer: Trainer) -> int | None:
     """Returns the total number of optimizer steps; None if it is unknown."""
     if not trainer.lightning_module.automatic_optimization and trainer.max_epochs != -1:
         return None  # the module may take any number of steps per batch
@@ -44,7 +44,7 @@ _WAITING = "_billhook_waiting"
 _HOOK = "configure_model"
 
 
-def once_model_exists(pl_module: pl.LightningModule, step: Callable[[], None]) -> None:
+def once_model_exists(pl_module: LightningModule, step: Callable[[], None]) -> None:
     """Calls `step` now if the model exists, or else right after `configure_model`.
 
     That is after the module's `setup`, and before checkpoints are loaded, strategies wrap the model, and optimizers are created.
@@ -58,13 +58,13 @@ def once_model_exists(pl_module: pl.LightningModule, step: Callable[[], None]) -
     attributes[_WAITING].append(step)
 
 
-def drop_pending(pl_module: pl.LightningModule) -> None:
+def drop_pending(pl_module: LightningModule) -> None:
     """Drops pending calls and restores the module's hook."""
     if vars(pl_module).pop(_WAITING, None) is not None:
         del vars(pl_module)[_HOOK]
 
 
-def _configure(pl_module: pl.LightningModule, configure: Callable[[], None]) -> None:
+def _configure(pl_module: LightningModule, configure: Callable[[], None]) -> None:
     configure()
     steps = vars(pl_module)[_WAITING]
     drop_pending(pl_module)
@@ -133,7 +133,7 @@ class LoggedMetrics:
 
 
 @contextmanager
-def validating(trainer: pl.Trainer, pl_module: pl.LightningModule, logged: LoggedMetrics) -> Iterator[None]:
+def validating(trainer: Trainer, pl_module: LightningModule, logged: LoggedMetrics) -> Iterator[None]:
     """Replaces `log` in the validation stage; restores stage, modes, and random state."""
     stage, modes = trainer.state.stage, {name: m.training for name, m in pl_module.named_modules()}
     trainer.state.stage = RunningStage.VALIDATING  # modules and loaders read it

@@ -26,8 +26,16 @@ from billhook.kv_heads.config import kv_heads_of
 from billhook.kv_heads.distance import EqualHeads
 from billhook.kv_heads.methods import KVMethod, Name, Reconstructing, method_of
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
-from billhook.model import Weights, apply, changed_names, check_changeable, check_replaceable, check_values, find_transformer
-from billhook.model.config_fields import field as config_field
+from billhook.model import (
+    Weights,
+    apply,
+    changed_names,
+    check_changeable,
+    check_replaceable,
+    check_values,
+    field,
+    find_transformer,
+)
 from billhook.progress import OnProgress
 from billhook.repairs.repair import RepairConfig
 from billhook.repairs.residuals import not_refitted_message
@@ -206,7 +214,7 @@ def heads_and_method(
         return heads, named
     check_fraction("kv_cache_bytes", kv_cache_bytes, "(0, 1)")
     config, before, share = find_transformer(model).config, kv_heads_of(model), float(kv_cache_bytes or 0)
-    queries = config_field(config.get_text_config(decoder=True), "num_attention_heads") or before
+    queries = field(config.get_text_config(decoder=True), "num_attention_heads") or before
     fitting_heads = [n for n in range(1, before) if before % n == queries % n == 0 and n <= share * before]
     if fitting_heads:
         return fitting_heads[-1], named

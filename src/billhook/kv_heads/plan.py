@@ -41,7 +41,7 @@ from billhook.model import (
     to_meta,
     update_optimizers,
 )
-from billhook.model.config_fields import field as config_field
+from billhook.model import field as config_field
 from billhook.tracing.show import name_pattern
 
 T = TypeVar("T")

@@ -115,10 +115,14 @@ class Timing:
         return None if self.ideal is None else self.speed_up / self.ideal
 
     @property
+    def work(self) -> int | None:
+        """Operations of the prefill, or bytes read by a step."""
+        return self.flops if self.phase == "prefill" else self.weight_bytes + self.cache_bytes
+
+    @property
     def rate(self) -> float | None:
         """Bytes read by a step, or operations of the prefill, per second in the median round."""
-        work = self.flops if self.phase == "prefill" else self.weight_bytes + self.cache_bytes
-        return None if work is None else work / self.median
+        return None if self.work is None else self.work / self.median
 
     def to_dict(self) -> dict[str, Any]:
         """Returns JSON-compatible data, including the properties."""
@@ -303,11 +307,7 @@ def _rows(runs: Sequence[Generation], phase: Phase, measured: Sequence[Sequence[
             ideal=None, peak_bytes=max(peaks, default=None),
         )  # fmt: skip
         first = rows[0] if rows else row
-        if phase == "prefill":
-            ideal = first.flops / row.flops if first.flops and row.flops else None
-        else:
-            ideal = (first.weight_bytes + first.cache_bytes) / (row.weight_bytes + row.cache_bytes)
-        rows.append(replace(row, ideal=ideal))
+        rows.append(replace(row, ideal=first.work / row.work if first.work and row.work else None))
     return rows
 
 

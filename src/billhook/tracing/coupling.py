@@ -17,6 +17,8 @@ from billhook.tracing.groups import Group, Kind, find_groups, measure_units
 from billhook.tracing.roles import Attention, FeedForward, find_attention, find_feed_forward
 from billhook.tracing.tape import Tape, note
 
+Shapes = dict[str, tuple[int, ...]]
+
 
 @dataclass(eq=False, repr=False)
 class Structure(Printable):
@@ -45,7 +47,7 @@ class Structure(Printable):
     groups: tuple[Group, ...]
     attention: tuple[Attention, ...]
     feed_forward: tuple[FeedForward, ...]
-    shapes: dict[str, tuple[int, ...]]
+    shapes: Shapes
     tied: dict[str, str]
     untouched: tuple[str, ...]
     opaque: dict[str, int]
@@ -112,7 +114,7 @@ class Structure(Printable):
         return [*table, "", show.labeled_notes(notes)] if notes else table
 
 
-def build_structure(model: nn.Module, tape: Tape, outside: Mapping[str, tuple[int, ...]]) -> Structure:
+def build_structure(model: nn.Module, tape: Tape, outside: Shapes) -> Structure:
     """Builds the structure of a traced model.
 
     `outside` has shapes of parameters outside the model that may belong to its groups.
@@ -247,9 +249,7 @@ def find_contexts(groups: Sequence[Group], axes: Mapping[str, Sequence[Axis]]) -
         group.context = tuple(sorted(numbers[leaf] for leaf in shared or () if leaf in numbers and leaf is not group.leaf))
 
 
-def exclude_unseen(
-    groups: Sequence[Group], untouched: Mapping[str, tuple[int, ...]], outside: Mapping[str, tuple[int, ...]]
-) -> None:
+def exclude_unseen(groups: Sequence[Group], untouched: Shapes, outside: Shapes) -> None:
     """Marks groups to which an untraced parameter of the same size may belong."""
     for group in groups:
         unused = next((name for name, shape in untouched.items() if group.size in shape), None)

@@ -115,11 +115,6 @@ class Recorder(CachedShapes):  # type: ignore[no-untyped-call]
             before_reshape._billhook = note(args[0])
         out, args, kwargs = self._do(func, op, args, kwargs)
         args = args if before_reshape is None else (before_reshape, *args[1:])
-        if not op.writes:
-            self._note(op, out, args, kwargs)
-            if isinstance(out, Tensor) and (value := _value(self.tape, func, name, out, args, kwargs)) is not None:
-                note(out).value = value
-            return out
         written = [(x, axes_of(x), self.tape.value(x)) for x in _written(op, args, kwargs)]
         self._note(op, out, args, kwargs)
         value = _value(self.tape, func, name, out, args, kwargs) if isinstance(out, Tensor) else None
@@ -173,7 +168,7 @@ class Recorder(CachedShapes):  # type: ignore[no-untyped-call]
         """Marks everything that an untraceable operation touches as not prunable."""
         inputs = tensors((args, kwargs))
         reason = f"{reason}, in {running_module(self.model)}"
-        self.tape.misses[reason] = self.tape.misses.get(reason, 0) + 1
+        self.tape.misses[reason] += 1
         for tensor in [*inputs, *tensors(out)]:
             apply_pending(note(tensor))
             for axis in axes_of(tensor):
@@ -203,7 +198,7 @@ class Recorder(CachedShapes):  # type: ignore[no-untyped-call]
 
     def _assume(self, assumption: str) -> None:
         assumption = f"{assumption}, in {running_module(self.model)}"
-        self.tape.assumed[assumption] = self.tape.assumed.get(assumption, 0) + 1
+        self.tape.assumed[assumption] += 1
 
 
 class _Attention(TorchFunctionMode):

@@ -3,6 +3,7 @@
 import os
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
@@ -120,8 +121,8 @@ class Tape:
     products: list[ActivationProduct] = field(default_factory=list)
     reads: dict[tuple[str, int], int] = field(default_factory=dict)
     writes: dict[tuple[str, int], int] = field(default_factory=dict)
-    misses: dict[str, int] = field(default_factory=dict)
-    assumed: dict[str, int] = field(default_factory=dict)
+    misses: Counter[str] = field(default_factory=Counter)
+    assumed: Counter[str] = field(default_factory=Counter)
     overwritten: dict[int, Tensor] = field(default_factory=dict)
 
     def value(self, x: Tensor) -> Tensor | None:

@@ -29,12 +29,11 @@ from billhook.model import (
     to_meta,
 )
 from billhook.tracing.axes import Axis, mark
-from billhook.tracing.coupling import Structure, build_structure
+from billhook.tracing.coupling import Shapes, Structure, build_structure
 from billhook.tracing.mode import recording
 from billhook.tracing.tape import Note, Rows, Tape, apply_pending, axes_of, join, line_of, mark_units, memory_of, note, tensors
 
 Inputs = Mapping[str, Any] | Sequence[Any] | Tensor
-Shapes = dict[str, tuple[int, ...]]
 
 _patch_lock = threading.RLock()  # a run patches a method of torch's tensors, for all threads
 
@@ -105,7 +104,7 @@ def _run(meta_model: nn.Module, outside: Shapes, example_inputs: Inputs | None, 
         fresh.sources, fresh.used = {(name, -1): Rows(None)}, False
     for hook in stand_ins_in(meta_model):
         notes = tape.assumed if hook.harmless else tape.misses
-        notes[hook.says] = notes.get(hook.says, 0) + 1
+        notes[hook.says] += 1
         hook.note = partial(_opaque, hook.says)
     config = getattr(meta_model, "config", None)
     if getattr(config, "quantization_config", None) is not None and not hasattr(meta_model, "hf_quantizer"):
@@ -119,7 +118,13 @@ def _run(meta_model: nn.Module, outside: Shapes, example_inputs: Inputs | None, 
         kind = _EntriesDiffer if everything and any(what.startswith("nonzero") for what in tape.assumed) else ValueError
         names = ", ".join(map(str, kwargs)) or f"{len(args)} of them"
         guessed, stated = f"guessed inputs ({names}; example_inputs would replace them)", f"these example_inputs ({names})"
-        raise kind(_refusal(meta_model, tape, error, guessed if example_inputs is None else stated)) from error
+        first, *_ = [*str(error).strip().splitlines(), ""]
+        op = f", op {tape.op}" if tape.op else ""
+        assumed = f" (before that, {next(iter(tape.assumed))})" if tape.assumed else ""
+        raise kind(
+            f"{type(meta_model).__name__} does not run on meta tensors with {guessed if example_inputs is None else stated}: at "
+            f"{line_of(error) or '?'}{op}: {type(error).__name__}: {first}{assumed}"
+        ) from error
     _close(output, vocab)
     return build_structure(meta_model, tape, outside)
 
@@ -224,13 +229,3 @@ def _close(output: Any, vocab: Axis | None) -> None:  # noqa: ANN401 - whatever 
     for tensor in tensors([x for key, x in fields.items() if key not in answers] if fields else output):
         apply_pending(note(tensor))
         mark_units(note(tensor).axes, "output", "the model's output has it, so that whatever reads the output must follow")
-
-
-def _refusal(meta_model: nn.Module, tape: Tape, error: Exception, inputs: str) -> str:
-    first = str(error).strip().splitlines()
-    op = f", op {tape.op}" if tape.op else ""
-    assumed = f" (before that, {next(iter(tape.assumed))})" if tape.assumed else ""
-    return (
-        f"{type(meta_model).__name__} does not run on meta tensors with {inputs}: at {line_of(error) or '?'}{op}: "
-        f"{type(error).__name__}: {first[0] if first else ''}{assumed}"
-    )

@@ -1,7 +1,7 @@
 """Rules of elementwise operations, factories, reductions, norms, and scans."""
 
+import operator
 from collections.abc import Callable, Sequence
-from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -32,9 +32,7 @@ NONLINEAR = {
 }  # fmt: skip
 KEEPS_INDICES = {"_to_copy", "clone", "copy", "detach", "alias", "lift", "contiguous", "where", "masked_fill"}
 CLAMPS = {"clamp", "clamp_min", "clamp_max"}
-COMPARISONS = {
-    "lt": float.__lt__, "le": float.__le__, "gt": float.__gt__, "ge": float.__ge__, "eq": float.__eq__, "ne": float.__ne__,
-}  # fmt: skip
+COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne"}  # as in the module `operator`
 UNTAGGED = {"floor_divide", "remainder", "fmod", "hardswish", "hardsigmoid", "hardtanh", "_prelu_kernel", "log_sigmoid_forward",
           "polar", "complex", "native_dropout", "bernoulli_", "uniform_", "normal_", "addcmul", "addcdiv", "lerp", "angle",
           "real", "imag", "logaddexp", "copysign", "relu6", "threshold", "elu", "silu", "mish"}  # fmt: skip
@@ -68,7 +66,7 @@ def _points(op: str, out: Tensor, inputs: list[Tensor], args: tuple[Any, ...]) -
         return None
     first, *others = pointing
     is_integer = not out.dtype.is_floating_point and out.dtype != torch.bool
-    same_size = len(set(map(attrgetter("size"), pointing))) == 1
+    same_size = len(set(map(operator.attrgetter("size"), pointing))) == 1
     if op in CLAMPS and is_integer and _harmless(op, first.size, *args[1:]):
         return first
     if op in KEEPS_INDICES and is_integer and same_size and not any(_may_point(x, first.size) for x in (*inputs, *args)):
@@ -99,7 +97,8 @@ def _same_for_all(op: str, size: int, number: float) -> bool:
     """Returns whether a comparison with a number is the same for every index."""
     if op in ("eq", "ne"):
         return not 0 <= number < size
-    return COMPARISONS[op](0.0, float(number)) == COMPARISONS[op](float(size - 1), float(number))
+    compare = getattr(operator, op)
+    return bool(compare(0, number) == compare(size - 1, number))
 
 
 def _harmless(op: str, size: int, *bounds: Any) -> bool:  # noqa: ANN401 - a number, a tensor or None

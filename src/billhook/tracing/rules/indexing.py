@@ -112,12 +112,12 @@ def index_put(tape: Tape, out: Tensor, x: Tensor, indices: Sequence[Tensor | Non
         size = np.broadcast_shapes(*map(attrgetter("shape"), picks))
         kept = [n for d, n in enumerate(x.shape) if d not in at]
         first = at[0] if list(at) == list(range(at[0], at[-1] + 1)) else 0
-        target = x.new_empty([*kept[:first], *size, *kept[first:]])
-        index(tape, target, x, indices)
-        broadcast(target.shape, [target, values])
-    elif values.dim():
+        shape = [*kept[:first], *size, *kept[first:]]
+    else:
         d, mask = at[0], picks[0]
-        target = x.new_empty([*x.shape[:d], mask.numel(), *x.shape[d + mask.dim() :]])
+        shape = [*x.shape[:d], mask.numel(), *x.shape[d + mask.dim() :]]
+    if picks[0].dtype not in MASKS or values.dim():
+        target = x.new_empty(shape)
         index(tape, target, x, indices)
         broadcast(target.shape, [target, values])
     else:

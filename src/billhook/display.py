@@ -64,6 +64,11 @@ def render_table(head: Sequence[str], rows: Iterable[Sequence[object]], aligns: 
     return render(text_table(rows, head, aligns), width=UNLIMITED)
 
 
+def some(names: Sequence[str], most: int = 6) -> str:
+    """Returns the first names, and how many others there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 class Printable(JupyterMixin, ABC):
     """Base class for objects displayed as lines and tables, by `print`, notebooks, and rich."""
 

@@ -149,7 +149,13 @@ def save(
     arguments = locals()
     plain = _to_plain(record or {})
     check_types(save, arguments)
-    _check_no_prompts(model)
+    for part in model.modules():
+        config = getattr(part, "active_peft_config", None)  # of a PeftModel
+        if getattr(config, "is_prompt_learning", False):
+            raise ValueError(
+                f"model: {type(config).__name__} adds prompts to the inputs, which a model checkpoint cannot contain. Save them "
+                "with PEFT, or save the model without them (get_base_model())."
+            )
     model = find_transformer(model)
     check_names(model)
     check_dense(model)
@@ -231,16 +237,6 @@ def _write_weights(model: PreTrainedModel, draft: Path) -> None:
             f"model: {' and '.join(shared)} share a tensor that {type(model).__name__} does not tie. Copy it, for example with "
             "copy.deepcopy of a layer that is used twice."
         ) from error
-
-
-def _check_no_prompts(module: nn.Module) -> None:
-    for part in module.modules():
-        config = getattr(part, "active_peft_config", None)  # of a PeftModel
-        if getattr(config, "is_prompt_learning", False):
-            raise ValueError(
-                f"model: {type(config).__name__} adds prompts to the inputs, which a model checkpoint cannot contain. Save them "
-                "with PEFT, or save the model without them (get_base_model())."
-            )
 
 
 def check_names(model: PreTrainedModel) -> None:

@@ -164,7 +164,15 @@ def _bench_llama_cpp(
     total = len(KINDS) * len(contexts) * len(models) * (warmup + rounds)
     done = itertools.count(1)
     with tempfile.TemporaryDirectory() as folder, progress_bar("measuring", "runs", steady=False) as report:
-        for kind, converted in zip(KINDS, _converted(models, Path(folder)), strict=True):
+        plain, quantized = ([Path(folder, f"{number}-{kind}.gguf") for number in range(len(models))] for kind in KINDS)
+        try:
+            with Converter() as converter, LlamaCpp() as engine:
+                for model, file, smaller in zip(models, plain, quantized, strict=True):
+                    write_gguf(model_path(model), file, converter, "f16", ids_only=True)
+                    engine.quantize(file, smaller, "Q4_K_M")
+        except WorkerError as error:
+            raise ValueError(f"models: '{model}' cannot be converted to GGUF: {error}") from error
+        for kind, converted in zip(KINDS, (plain, quantized), strict=True):
             for context in contexts:
                 speeds = measure_engine(
                     converted, context, new_tokens, rounds, warmup, threads, lambda: report(next(done), total)
@@ -183,19 +191,6 @@ def _bench_llama_cpp(
     if json is not None:
         about = {"versions": versions("llama-cpp-py-sync"), "machine": where, "rounds": rounds, "warmup": warmup}
         write_json(json, about | {"rows": record})
-
-
-def _converted(models: Sequence[str], folder: Path) -> list[list[Path]]:
-    """Writes the GGUF files of all models, and returns them by data type."""
-    plain, quantized = ([folder / f"{number}-{kind}.gguf" for number in range(len(models))] for kind in KINDS)
-    try:
-        with Converter() as converter, LlamaCpp() as engine:
-            for model, file, smaller in zip(models, plain, quantized, strict=True):
-                write_gguf(model_path(model), file, converter, "f16", ids_only=True)
-                engine.quantize(file, smaller, "Q4_K_M")
-    except WorkerError as error:
-        raise ValueError(f"models: '{model}' cannot be converted to GGUF: {error}") from error
-    return [plain, quantized]
 
 
 def _random_models(models: Sequence[str], meta_models: Sequence[PreTrainedModel], dtype: str, seed: int) -> list[PreTrainedModel]:

@@ -172,7 +172,16 @@ def evaluate(
         tasks, length = _tasks(tasks or []), _length(models, length)
         settings |= {"text": text, "tasks": tasks, "length": length, "examples": examples}
         works = _prepare(models, data or [], text, tasks, limit, length, examples, batch_size, column)
-    results = [_result(name, work, computes_on, dtype, stream) for name, work in zip(models, works, strict=True)]
+    results = list[tuple[list[Figure], dict[str, Any]]]()
+    for name, work in zip(models, works, strict=True):
+        began = time.perf_counter()
+        with file_progress(f"loading {name}"):
+            model = open_streamed(name, None, dtype, computes_on) if stream else load(name, dtype)
+        if not stream:
+            model.to(computes_on)  # type: ignore[arg-type]
+        figures, about = work(model)
+        results.append((figures, {"model": name, "dtype": str(model.dtype), "seconds": time.perf_counter() - began} | about))
+        del model  # before the next one is loaded
     all_figures, details = zip(*results, strict=True)
     if of_images and len(models) > 1:
         for figures, about in results:
@@ -186,17 +195,6 @@ def evaluate(
         of_models = [about | {"figures": _plain(figures, all_figures[0])} for figures, about in results]
         used = versions("tokenizers", *(["lm_eval"] if settings.get("tasks") else []))
         write_json(json, {"versions": used, "settings": settings, "models": of_models})
-
-
-def _result(name: str, work: images.Work, device: torch.device, dtype: str, stream: bool) -> tuple[list[Figure], dict[str, Any]]:
-    """Loads and evaluates a model; returns its results, and details for the JSON file."""
-    began = time.perf_counter()
-    with file_progress(f"loading {name}"):
-        model = open_streamed(name, None, dtype, device) if stream else load(name, dtype)
-    if not stream:
-        model.to(device)  # type: ignore[arg-type]
-    figures, about = work(model)
-    return figures, {"model": name, "dtype": str(model.dtype), "seconds": time.perf_counter() - began} | about
 
 
 def _length(models: Sequence[str], length: int | None) -> int:

@@ -188,7 +188,15 @@ def plan_kv_heads(
     model = find_transformer(model)
     check_plain(model, "Convert the model before it is")
     if adapter_layers(model):
-        check_adapters(model, method)
+        if not method.pools_adapters:
+            raise ValueError(f"method='{method.name}' does not pool adapters like weights: {MERGE_HINT}")
+        from peft.tuners.lora import LoraLayer
+
+        for name, layer in adapter_layers(model).items():
+            parts = {part.partition(".")[0] for part, _ in layer.named_parameters()} - {"base_layer"}
+            if not isinstance(layer, LoraLayer) or parts - {"lora_A", "lora_B"}:
+                listed = ", ".join(sorted(parts))
+                raise ValueError(f"model: {name} has adapters that are not plain LoRA ({listed}): {MERGE_HINT}")
         plan = plan_kv_heads(without_adapters(model), heads, method, layers, encoder)
         parameters, shape = with_adapters(model, plan.parameters, plan.shape)
         return replace(plan, model=type(model).__name__, parameters=parameters, shape=shape)
@@ -212,18 +220,6 @@ def plan_kv_heads(
     cached, cached_then = kv_cache_bytes(model), kv_cache_bytes(meta_model)
     saves = cached is None or cached_then is None or cached_then < cached
     return KVHeadPlan(type(model).__name__, before, heads, method, parameters, shape, saves, tuple(chosen))
-
-
-def check_adapters(model: nn.Module, method: KVMethod) -> None:
-    """Raises a ValueError for adapters that cannot be pooled."""
-    if not method.pools_adapters:
-        raise ValueError(f"method='{method.name}' does not pool adapters like weights: {MERGE_HINT}")
-    from peft.tuners.lora import LoraLayer
-
-    for name, layer in adapter_layers(model).items():
-        parts = {part.partition(".")[0] for part, _ in layer.named_parameters()} - {"base_layer"}
-        if not isinstance(layer, LoraLayer) or parts - {"lora_A", "lora_B"}:
-            raise ValueError(f"model: {name} has adapters that are not plain LoRA ({', '.join(sorted(parts))}): {MERGE_HINT}")
 
 
 def with_adapters(model: PreTrainedModel, parameters: Mapping[str, Pooled], shape: Shape) -> Shrunk:

@@ -42,11 +42,19 @@ def to_meta(model: Module) -> Module:
     if is_sharded(model):
         with sizes_only(model):
             return to_meta(model)
-    memo = stand_ins(model) | {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
+    memo: dict[int, Any] = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     for module in model.modules():  # tensors that hooks or code have computed from parameters
         memo |= {id(t): t.detach().clone() for t in vars(module).values() if isinstance(t, Tensor) and t.grad_fn is not None}
+        for kind, hooks in vars(module).items():
+            if not kind.endswith("_hooks") or not isinstance(hooks, dict):
+                continue
+            memo[id(hooks)] = new = type(hooks)()
+            before = kind == "_forward_pre_hooks"
+            for key, hook in hooks.items() if before or kind == "_forward_hooks" else ():
+                if not getattr(hook, "keeps_shapes", False):
+                    new[key] = hook if _function(hook).__module__.startswith(PARTS) else HookStandIn(hook, module, before)
     return _copied(model, memo)
 
 
@@ -84,21 +92,6 @@ class HookStandIn:
         """Reports values that the hook could have replaced."""
         if self.note is not None and not self.harmless:
             self.note(args if self.before else args[-1])
-
-
-def stand_ins(model: nn.Module) -> dict[int, Any]:
-    """Returns the hook dictionaries for a meta copy, by id of the originals."""
-    replacements = {}
-    for module in model.modules():
-        for kind, hooks in vars(module).items():
-            if not kind.endswith("_hooks") or not isinstance(hooks, dict):
-                continue
-            replacements[id(hooks)] = new = type(hooks)()
-            before = kind == "_forward_pre_hooks"
-            for key, hook in hooks.items() if before or kind == "_forward_hooks" else ():
-                if not getattr(hook, "keeps_shapes", False):
-                    new[key] = hook if _function(hook).__module__.startswith(PARTS) else HookStandIn(hook, module, before)
-    return replacements
 
 
 def stand_ins_in(meta_model: nn.Module) -> list[HookStandIn]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import Self
 
+from billhook.display import some
 from billhook.model.cache import cached
 from billhook.model.config_fields import Fields, build_class_on_meta, fields_of, read_back, set_fields
 from billhook.model.constants import OF_INPUTS, Numbers, derived_constants, set_constants
@@ -262,14 +263,25 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
         ValueError: If the shape belongs to a model with other tensors.
     """
     with restored_on_error(model):
-        for stack, numbers in list(_blocks_then(model, shape)):
-            keep_blocks(stack, numbers)
+        for name, stack in list(model.named_modules()):
+            if not isinstance(stack, nn.ModuleList):
+                continue
+            current, first, prefix = block_numbers(stack), original_count(stack), f"{name}."
+            blocks = {tensor.removeprefix(prefix).partition(".")[0] for tensor in shape.tensors if tensor.startswith(prefix)}
+            stated, required = shape.blocks.get(name, (first, range(first) if len(blocks) == first else current))
+            if stated != first:
+                raise ValueError(
+                    f"the checkpoint contains a different model: {name} had {stated} blocks originally, but {first} in "
+                    f"{type(model).__name__}"
+                )
+            if list(required) != current:
+                keep_blocks(stack, list(required))
         names = model.state_dict().keys()
         if names != shape.tensors.keys():
             missing, extra = sorted(names - shape.tensors.keys()), sorted(shape.tensors.keys() - names)
             raise ValueError(
-                f"the checkpoint contains a different model: it lacks {_some(missing)} of {type(model).__name__}, "
-                f"and has {_some(extra)}, which {type(model).__name__} lacks"
+                f"the checkpoint contains a different model: it lacks {some(missing, 3) or 'nothing'} of {type(model).__name__}, "
+                f"and has {some(extra, 3) or 'nothing'}, which {type(model).__name__} lacks"
             )
     renewed = {}  # tied parameters stay tied
     for name, old in model.state_dict(keep_vars=True).items():
@@ -327,25 +339,3 @@ def _fields(model: nn.Module) -> Fields:
     fields = fields_of(config).items() if isinstance(config, PretrainedConfig) else ()
     plain = {name: value for name, value in fields if _is_whole(name, value) or _is_plain_list(name, value)}
     return {name: value for name, value in plain.items() if name.rpartition(".")[2] != "architectures"}
-
-
-def _blocks_then(model: nn.Module, shape: Shape) -> Iterator[tuple[nn.ModuleList, list[int]]]:
-    """Yields stacks whose blocks differ from a shape, and the required numbers."""
-    for name, stack in list(model.named_modules()):
-        if not isinstance(stack, nn.ModuleList):
-            continue
-        current, first, prefix = block_numbers(stack), original_count(stack), f"{name}."
-        blocks = {tensor.removeprefix(prefix).partition(".")[0] for tensor in shape.tensors if tensor.startswith(prefix)}
-        before, required = shape.blocks.get(name, (first, range(first) if len(blocks) == first else current))
-        if before != first:
-            raise ValueError(
-                f"the checkpoint contains a different model: {name} had {before} blocks originally, but {first} in "
-                f"{type(model).__name__}"
-            )
-        if list(required) != current:
-            yield stack, list(required)
-
-
-def _some(names: list[str]) -> str:
-    shown = ", ".join(names[:3]) or "nothing"
-    return shown + (f" and {len(names) - 3} more" if len(names) > 3 else "")

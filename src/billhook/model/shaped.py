@@ -2,7 +2,7 @@
 
 import json
 from collections import defaultdict
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from math import prod
@@ -209,14 +209,14 @@ def _check(meta_model: PreTrainedModel, stated: Shape, files: Sizes | None) -> N
             raise ValueError(f"{name} is said to be {size}, which no memory holds")
         if in_files.keys().isdisjoint(tied[identity]):
             unnamed[identity] = prod(size)
-    if files is not None and sum(unnamed.values()) > _num_values(size for name, size in files.items() if name not in state):
+    if files is not None and sum(unnamed.values()) > sum(prod(size) for name, size in files.items() if name not in state):
         raise ValueError(f"{tied[next(iter(unnamed))][0]} is not in the files, nor anything that holds as many numbers")
     _check_attributes(stated, built)
     set_shape(meta_model, Shape(stated.tensors, {}, {}).over(built))
     if files is None:
         return
     requested = sum(map(Tensor.numel, chain(meta_model.parameters(), meta_model.buffers())))
-    if requested > 10**8 + 10 * _num_values(files.values()):
+    if requested > 10**8 + 10 * sum(map(prod, files.values())):
         raise ValueError(f"the config asks for {requested} numbers, far more than the files hold")
 
 
@@ -244,10 +244,6 @@ def _check_attributes(stated: Shape, built: Shape) -> None:
         least = first if usual is None or usual > 0 else usual
         if not least <= value <= most:
             raise ValueError(f"shape.attributes: {name[:200]} is {value}, and must be a whole number from {least:,} to {most:,}")
-
-
-def _num_values(sizes: Iterable[tuple[int, ...]]) -> int:
-    return sum(map(prod, sizes))
 
 
 def _file_sizes(name: str) -> Sizes:

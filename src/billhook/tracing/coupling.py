@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import RenderableType
 from torch import nn
 
-from billhook.display import Printable, render, text_table
+from billhook.display import Printable, render, some, text_table
 from billhook.tracing import show
 from billhook.tracing.axes import Axis, crossed, find, layout, leaves, mark, multiplied_with
 from billhook.tracing.groups import Group, Kind, find_groups, measure_units
@@ -102,7 +102,7 @@ class Structure(Printable):
             notes = [*((label, f"{line} ({times}x)") for (label, line), times in lines.items()), *notes]
             notes += [("tied", f"{alias} is {name}") for alias, name in self.tied.items()]
             if self.untouched:
-                notes.append(("never used", show.some(self.untouched)))
+                notes.append(("never used", some(self.untouched)))
             for label, counts in (("opaque", self.opaque), ("assumed", self.assumed)):
                 notes += [(label, f"{reason} ({times}x)") for reason, times in counts.items()]
         entries = sum(math.prod(shape) for shape in self.shapes.values())

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import RenderableType
 
-from billhook.display import text_table
+from billhook.display import some, text_table
 from billhook.tracing.axes import Axis, factors, find, segments
 from billhook.tracing.groups import KINDS, Group, Kind
 from billhook.tracing.roles import Part, consecutive_ranges
@@ -117,11 +117,6 @@ def role_line(roles: dict[str, tuple[Part, ...]]) -> str:
 
 def _plain(part: Part) -> str:
     return name_pattern(part.name).removesuffix(".weight")
-
-
-def some(names: Sequence[str], most: int = 6) -> str:
-    """Returns the first names, and how many others there are."""
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def group_to_json(group: Group) -> dict[str, Any]:

@@ -8,13 +8,13 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.adapters.masked import check_plain_lora, find_adapters, mask_nonzero
-from billhook.model import KEY, active_in, is_linear, size_of
+from billhook.model import KEY, Checkpoint, active_in, is_linear, size_of
 
 ADAPTERS = "billhook_adapters"  # key of Lightning checkpoints for the scaling of their adapters
 ADAPTER = "default"  # PEFT's name for an unnamed adapter
 
 
-def save_adapters(model: PreTrainedModel, checkpoint: dict[str, Any]) -> None:
+def save_adapters(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Records the scaling of adapters in a Lightning checkpoint, so that it can be exported.
 
     Records nothing unless every adapter is one plain LoRA on a linear layer.
@@ -40,7 +40,7 @@ def save_adapters(model: PreTrainedModel, checkpoint: dict[str, Any]) -> None:
     checkpoint[ADAPTERS] = recorded
 
 
-def base_checkpoint(checkpoint: dict[str, Any], name: str) -> dict[str, Any]:
+def base_checkpoint(checkpoint: Checkpoint, name: str) -> Checkpoint:
     """Returns the Lightning checkpoint of the base model; unchanged without adapters."""
     recorded = checkpoint.get(ADAPTERS)
     if recorded is None:
@@ -60,7 +60,7 @@ def _of_base(entries: Mapping[str, Any]) -> dict[str, Any]:
     return {name.replace(".base_layer.", "."): value for name, value in entries.items() if ".lora_" not in name}
 
 
-def restore_adapters(model: PreTrainedModel, checkpoint: Mapping[str, Any], name: str) -> None:
+def restore_adapters(model: PreTrainedModel, checkpoint: Checkpoint, name: str) -> None:
     """Puts the adapters of a Lightning checkpoint on its base model, if it records them."""
     if not (recorded := checkpoint.get(ADAPTERS)):
         return

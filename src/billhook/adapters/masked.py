@@ -15,6 +15,10 @@ from billhook.model import base_of, is_adapter, is_pruned, prunable
 WRAPPED = "base_model.model."  # PEFT's name prefix for the model that it wraps
 
 
+Layers = dict[str, Any]
+"""PEFT's layers, which have no types, by name."""
+
+
 def mask_adapters(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> None:
     """Restricts LoRA to nonzero weights, so that zeros survive merging.
 
@@ -90,7 +94,7 @@ def unmask_adapters(model: nn.Module, names: Iterable[str] | None = None) -> Non
             layers[name].__class__ = LoraLinear
 
 
-def find_adapters(model: nn.Module) -> dict[str, Any]:
+def find_adapters(model: nn.Module) -> Layers:
     """Returns PEFT's layers on linear layers and convolutions, by layer name."""
     owners: dict[int, Any] = {}
     for module in model.modules():
@@ -100,7 +104,7 @@ def find_adapters(model: nn.Module) -> dict[str, Any]:
     return {name: owners[id(linear)] for name, linear in linears.items() if id(linear) in owners}
 
 
-def require_adapters(model: nn.Module) -> dict[str, Any]:
+def require_adapters(model: nn.Module) -> Layers:
     """Returns PEFT's layers on linear layers, and raises if there are none."""
     layers = find_adapters(model)
     if not layers:
@@ -135,7 +139,7 @@ def masked_by_zeros(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
                 del layer.mask
 
 
-def require_plain_adapters(model: nn.Module, linears: Iterable[str], argument: str) -> dict[str, Any]:
+def require_plain_adapters(model: nn.Module, linears: Iterable[str], argument: str) -> Layers:
     """Returns the plain LoRA adapters of some layers, and raises if there are none."""
     try:
         layers = require_adapters(model)
@@ -148,7 +152,7 @@ def require_plain_adapters(model: nn.Module, linears: Iterable[str], argument: s
     return pruned
 
 
-def check_plain_lora(layers: Mapping[str, Any], argument: str) -> None:
+def check_plain_lora(layers: Layers, argument: str) -> None:
     """Raises for adapters that are merged or whose product is not scale B A."""
     if not layers:
         return
@@ -170,7 +174,7 @@ def check_plain_lora(layers: Mapping[str, Any], argument: str) -> None:
             raise ValueError(f"{argument}: the adapters of {name} are merged. Unmerge them first.")
 
 
-def find_masks(layers: Mapping[str, Any], masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+def find_masks(layers: Layers, masks: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
     """Returns masks by layer; by default the nonzero weights of sparse layers."""
     weights = {name: layer.get_base_layer().weight.detach() for name, layer in layers.items()}
     kept = {}

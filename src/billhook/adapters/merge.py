@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.adapters.masked import find_adapters, find_masks, require_adapters
+from billhook.adapters.masked import Layers, find_adapters, find_masks, require_adapters
 from billhook.arguments import check_types
 from billhook.display import Printable
 from billhook.engine import fresh_autocast_cache, store_of
@@ -20,7 +20,7 @@ from billhook.model import base_of, is_adapter, is_pruned, is_trained_copy, snap
 MERGE_HINT = "convert the model first and attach adapters then (get_peft_model), or merge the adapters first (bh.training.merge)"
 
 
-def adapter_layers(model: nn.Module) -> dict[str, Any]:
+def adapter_layers(model: nn.Module) -> Layers:
     """Returns the layers with PEFT adapters, by name."""
     return {name: module for name, module in model.named_modules() if is_adapter(module)}
 

@@ -13,8 +13,11 @@ from transformers import PretrainedConfig
 
 from billhook.checkpoints.origin import hub_name
 
+Record = Mapping[str, Any]
+"""The record of a checkpoint, or a part of it."""
 
-def listed(record: Mapping[str, Any], name: str, keys: Collection[str]) -> list[Mapping[str, Any]]:
+
+def listed(record: Record, name: str, keys: Collection[str]) -> list[Record]:
     """Returns the entries of a list in an untrusted record that have the given keys."""
     value = record.get(name)
     entries = value if isinstance(value, list) else []
@@ -60,7 +63,7 @@ MAX_SETTING = 150
 """Maximum number of characters of one setting; longer ones, such as plans, are left to the record."""
 
 
-def settings(record: Mapping[str, Any]) -> list[tuple[str, str]]:
+def settings(record: Record) -> list[tuple[str, str]]:
     """Returns names and settings of callbacks that changed the model, and other short entries."""
     pairs = []
     for event in listed(record, "events", ("by",)):
@@ -105,7 +108,7 @@ LEGEND = (
 BITS_LEGEND = "The tokenizer has fewer tokens, so losses per token are not comparable. `tokens` counts those of the same text."
 
 
-def card(record: Mapping[str, Any], loading: str, config: PretrainedConfig) -> str:
+def card(record: Record, loading: str, config: PretrainedConfig) -> str:
     """Returns a model card, with the Hub's metadata.
 
     Args:
@@ -148,18 +151,18 @@ def card(record: Mapping[str, Any], loading: str, config: PretrainedConfig) -> s
     return "\n\n".join(parts) + "\n"
 
 
-def _sizes(record: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def _sizes(record: Record) -> tuple[Record, Record]:
     """Returns sizes before the first event and after the last."""
     events = _measured(record)
     return (events[0]["before"], events[-1]["after"]) if events else ({}, {})
 
 
-def _measured(record: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _measured(record: Record) -> list[Record]:
     events = listed(record, "events", ("what", "before", "after"))
     return [event for event in events if isinstance(event["before"], Mapping) and isinstance(event["after"], Mapping)]
 
 
-def _changes(record: Mapping[str, Any]) -> list[str]:
+def _changes(record: Record) -> list[str]:
     """Returns the list of events, the settings, and the sizes."""
     lines = []
     for event in _measured(record):
@@ -188,16 +191,16 @@ def _changes(record: Mapping[str, Any]) -> list[str]:
     return parts + [table(["", *columns], rows)] * bool(rows)
 
 
-def _mapping(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def _mapping(record: Record, name: str) -> Record:
     part = record.get(name)
     return part if isinstance(part, Mapping) else {}
 
 
-def _where(text: Mapping[str, Any]) -> str:
+def _where(text: Record) -> str:
     return "calibrated on" if text["inside"] else "not calibrated on"
 
 
-def _quality(record: Mapping[str, Any]) -> list[str]:
+def _quality(record: Record) -> list[str]:
     """Returns a table of the degradation on texts, or of accuracy."""
     accuracy, rows = record.get("accuracy"), []
     if isinstance(accuracy, Mapping) and {"before", "after"} <= accuracy.keys() and accuracy["after"] is not None:

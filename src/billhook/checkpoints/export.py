@@ -24,6 +24,7 @@ from billhook.checkpoints.verify import logits_of, make_probe
 from billhook.engine import is_sharded_checkpoint, read_sharded
 from billhook.model import (
     KEY,
+    Checkpoint,
     Shape,
     build_class,
     build_class_on_meta,
@@ -46,7 +47,7 @@ TRAINED = "billhook_trained"
 """Key of Lightning checkpoints for the training settings and metrics."""
 
 
-def history(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+def history(checkpoint: Checkpoint) -> dict[str, Any]:
     """Returns the record of a training run: settings, events in order, and degradation.
 
     Malformed entries are skipped, because the file may come from anywhere.
@@ -135,7 +136,7 @@ def export(ckpt: str | Path, out: str | Path, tokenizer: str | None = None) -> S
     return save(model, out, _find_tokenizer(tokenizer, name, model), record)
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path) -> Checkpoint:
     """Reads a Lightning checkpoint without running code; its tensors are memory-mapped."""
     sharded = is_sharded_checkpoint(Path(path))
     if not (sharded or Path(path).is_file()):
@@ -156,10 +157,10 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             raise ValueError(f"'{path}' has a malformed entry '{KEY}': {name} is missing or wrong")
     if not all(type(value) is float for value in record["constants"].values()):
         raise ValueError(f"'{path}' has a malformed entry '{KEY}': its constants are not numbers")
-    return cast(dict[str, Any], checkpoint)
+    return cast(Checkpoint, checkpoint)
 
 
-def build_model(checkpoint: dict[str, Any], name: str) -> PreTrainedModel:
+def build_model(checkpoint: Checkpoint, name: str) -> PreTrainedModel:
     """Builds the Hugging Face model in a Lightning checkpoint.
 
     It is built on the meta device first, and allocated only if its sizes match the tensors in the checkpoint. If its class builds

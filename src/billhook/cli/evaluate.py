@@ -54,7 +54,7 @@ class _Work:
     batch_size: int
     limit: int | None
 
-    def __call__(self, model: PreTrainedModel) -> tuple[list[Figure], dict[str, Any]]:
+    def __call__(self, model: PreTrainedModel) -> images.Result:
         """Returns the results of a model, and the likelihoods of each file's choices."""
         check_tokenizer(model, self.tokenizer)
         tasks = self._harness(model) if self.tasks else []
@@ -172,7 +172,7 @@ def evaluate(
         tasks, length = _tasks(tasks or []), _length(models, length)
         settings |= {"text": text, "tasks": tasks, "length": length, "examples": examples}
         works = _prepare(models, data or [], text, tasks, limit, length, examples, batch_size, column)
-    results = list[tuple[list[Figure], dict[str, Any]]]()
+    results = list[images.Result]()
     for name, work in zip(models, works, strict=True):
         began = time.perf_counter()
         with file_progress(f"loading {name}"):

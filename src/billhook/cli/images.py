@@ -18,8 +18,10 @@ from billhook.training.evaluation import Figure, mean
 from billhook.training.images import ImageDataModule
 from billhook.training.metrics import TOP
 
-Work = Callable[[PreTrainedModel], tuple[list[Figure], dict[str, Any]]]
-"""Evaluates a model; returns its results, and details for the JSON file."""
+Result = tuple[list[Figure], dict[str, Any]]
+"""Results of a model, and details for the JSON file."""
+Work = Callable[[PreTrainedModel], Result]
+"""Evaluates a model."""
 
 
 def classifies(name: str) -> bool:
@@ -90,7 +92,7 @@ def prepare(
     return works
 
 
-def measure(model: PreTrainedModel, who: str, sets: Sequence[Images], batch_size: int) -> tuple[list[Figure], dict[str, Any]]:
+def measure(model: PreTrainedModel, who: str, sets: Sequence[Images], batch_size: int) -> Result:
     """Returns `acc` and `acc_top5` on all images, and the prediction for each image."""
     figures, answers = list[Figure](), dict[str, Any]()
     for images in sets:

@@ -10,6 +10,7 @@ from billhook.fit.checkpoint_hooks import ResumeState, add_resume_state, unwrap_
 from billhook.fit.fit import Fit
 from billhook.fit.lightning import LightningFit
 from billhook.fit.run import drop_pending
+from billhook.model import Checkpoint
 
 
 class FitCallback(Callback):
@@ -126,13 +127,13 @@ class ShapeSavingCallback(FitCallback):
         super().setup(trainer, pl_module, stage)
         wrap_hooks(trainer, pl_module)  # once: `prepare` has done it for a fit
 
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Checkpoint) -> None:
         """Adds the training record and, after training or an error, the shape."""
         add_resume_state(trainer, pl_module, checkpoint, self._resume)
         checkpoint[TRAINED] = self._validated | LightningFit(trainer, pl_module).record()
         checkpoint |= self.checkpoint_entries()
 
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: Checkpoint) -> None:
         """Restores the last validation metrics, until the next validation."""
         noted = checkpoint.get(TRAINED, {})
         self._validated = {"metrics": noted["metrics"]} if "metrics" in noted else {}

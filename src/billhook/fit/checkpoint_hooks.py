@@ -16,7 +16,7 @@ from billhook.engine import is_sharded_checkpoint, random_state, read_non_tensor
 from billhook.engine.shards import gathered
 from billhook.fit.lightning_internals import batch_progress, data_fetcher, is_accumulating, training_loaders
 from billhook.fit.resume import ShapeInCheckpoint, callbacks_of, check_callbacks, prepare_for_weights
-from billhook.model import KEY, find_transformer, load_shape, save_shape, shape_of
+from billhook.model import KEY, Checkpoint, find_transformer, load_shape, save_shape, shape_of
 
 RANDOM, GRADIENTS = "billhook_random", "billhook_gradients"
 """Checkpoint keys of the random state of each process and the gradients of an unfinished step."""
@@ -100,7 +100,7 @@ def wrap_hooks(trainer: Trainer, pl_module: LightningModule) -> None:
     except ValueError:  # the model does not exist yet
         shape = None
 
-    def on_load_checkpoint(checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(checkpoint: Checkpoint) -> None:
         trainer = pl_module.trainer
         if trainer.state.fn == TrainerFn.FITTING:
             check_callbacks(callbacks_of(trainer), checkpoint.get("callbacks") or {})
@@ -111,7 +111,7 @@ def wrap_hooks(trainer: Trainer, pl_module: LightningModule) -> None:
             prepare_for_weights(pl_module, trainer, checkpoint)
         load(checkpoint)
 
-    def on_save_checkpoint(checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(checkpoint: Checkpoint) -> None:
         add_resume_state(pl_module.trainer, pl_module, checkpoint)
         save(checkpoint)
 
@@ -145,7 +145,7 @@ def unwrap_hooks(trainer: Trainer, pl_module: LightningModule) -> ResumeState | 
 
 
 def add_resume_state(
-    trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any], released: ResumeState | None = None
+    trainer: Trainer, pl_module: LightningModule, checkpoint: Checkpoint, released: ResumeState | None = None
 ) -> None:
     """Adds shape, adapters, random state, and gradients to a checkpoint."""
     save_shape(pl_module, checkpoint)
@@ -176,10 +176,10 @@ def load_as_before(trainer: Trainer) -> None:
 def _load(
     trainer: Trainer,
     pl_module: LightningModule,
-    load: Callable[..., dict[str, Any]],
+    load: Callable[..., Checkpoint],
     checkpoint_path: str | Path,
     weights_only: bool | None = None,
-) -> dict[str, Any]:
+) -> Checkpoint:
     """Restores the shape of model and optimizers, then loads a checkpoint."""
     path = Path(trainer.strategy.broadcast(checkpoint_path))
     record: Any = None

@@ -17,7 +17,7 @@ from billhook.adapters.checkpoint import save_adapters
 from billhook.arguments import check_types
 from billhook.checkpoints.export import MASKED
 from billhook.engine import TENSORS, DeferredTensor, is_sharded_checkpoint, read_sharded
-from billhook.model import find_transformer, load_shape, save_shape
+from billhook.model import Checkpoint, find_transformer, load_shape, save_shape
 from billhook.units import zero_units
 
 LARGE = "optimizer_states", "callbacks", "current_model_state"
@@ -36,14 +36,14 @@ class ShapeInCheckpoint:
     ...     '''Trains a Hugging Face model.'''
     """
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_save_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Adds the shape and the scaling of LoRA."""
         assert isinstance(self, nn.Module)
         save_shape(self, checkpoint)
         save_adapters(find_transformer(self), checkpoint)
         super().on_save_checkpoint(checkpoint)  # type: ignore[misc]
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+    def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
         """Restores shape and masked heads before weights are loaded."""
         assert isinstance(self, nn.Module)
         load_shape(self, checkpoint)
@@ -89,7 +89,7 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
 
         # Lightning moves loaded tensors to a device at once: it moves empty tensors, whose device the real ones then follow
         class Later(ShapeInCheckpoint):
-            def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+            def on_load_checkpoint(self, checkpoint: Checkpoint) -> None:
                 unread = {
                     name: state[name].on(tensor.device)
                     for name, tensor in checkpoint[TENSORS].items()
@@ -106,7 +106,7 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
     return module
 
 
-def _mapped(path: Path, options: dict[str, Any]) -> dict[str, Any] | None:
+def _mapped(path: Path, options: dict[str, Any]) -> Checkpoint | None:
     """Memory-maps a checkpoint file and sets `map_location`; None if it cannot."""
     requested, locations = options.get("map_location"), {}
     if not is_zipfile(path) or not (requested is None or isinstance(requested, str | torch.device)):
@@ -157,7 +157,7 @@ def check_callbacks(callbacks: Sequence[Callback], states: Mapping[str, Any]) ->
             )
 
 
-def prepare_for_weights(module: nn.Module, trainer: Trainer | None, checkpoint: dict[str, Any]) -> None:
+def prepare_for_weights(module: nn.Module, trainer: Trainer | None, checkpoint: Checkpoint) -> None:
     """Prepares masked heads and the data position before weights are loaded.
 
     Consumer weights of masked heads are zeroed after loading, if no callback masks them. Warns if training continues without the

@@ -1,12 +1,12 @@
 """Numbers of KV heads, attention modules to convert, and conversion through the config."""
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from billhook.kv_heads.layout import KVAttention, find_kv
+from billhook.kv_heads.layout import KVAttentions, find_kv
 from billhook.kv_heads.pooling import Pooled, Shrunk
 from billhook.model import (
     FLAG,
@@ -29,7 +29,7 @@ FIELDS = (FIELD, "num_kv_heads")
 
 
 def cut_by_config(
-    model: PreTrainedModel, attentions: Mapping[str, KVAttention], chosen: Collection[str], heads: int, encoder: bool, every: bool
+    model: PreTrainedModel, attentions: KVAttentions, chosen: Collection[str], heads: int, encoder: bool, every: bool
 ) -> tuple[list[str], Shrunk] | None:
     """Returns the attention modules that follow a changed config, and the new shapes.
 
@@ -93,7 +93,7 @@ def _query_heads(config: PretrainedConfig) -> list[object]:
     return [getattr(part, "num_attention_heads", None) for part in parts]
 
 
-def _owner(name: str, attentions: Mapping[str, KVAttention]) -> str | None:
+def _owner(name: str, attentions: KVAttentions) -> str | None:
     """Returns the attention module that a parameter belongs to."""
     for owner, attention in attentions.items():
         if name in attention.rows:
@@ -116,7 +116,7 @@ def is_as_built(model: PreTrainedModel, built: Shape, but: Collection[str]) -> b
 
 
 def _matched(
-    model: PreTrainedModel, attentions: Mapping[str, KVAttention], following: Collection[str], heads: int, shape: Shape
+    model: PreTrainedModel, attentions: KVAttentions, following: Collection[str], heads: int, shape: Shape
 ) -> dict[str, Pooled]:
     """Returns the new position of each row of the shrinking parameters."""
     meta_model = to_meta(model)
@@ -222,7 +222,7 @@ def in_scope(model: PreTrainedModel, names: Collection[str], encoder: bool) -> l
 
 
 def choose(
-    model: PreTrainedModel, attentions: Mapping[str, KVAttention], heads: int, layers: Collection[int | str] | None, encoder: bool
+    model: PreTrainedModel, attentions: KVAttentions, heads: int, layers: Collection[int | str] | None, encoder: bool
 ) -> list[str]:
     """Returns the modules with more than `heads` KV heads; a ValueError if there are none."""
     names = list(attentions)
@@ -243,7 +243,7 @@ def choose(
     return more
 
 
-def check_each(attentions: Mapping[str, KVAttention], names: Collection[str], heads: int) -> None:
+def check_each(attentions: KVAttentions, names: Collection[str], heads: int) -> None:
     """Raises a ValueError if any of the attention modules cannot have this number of KV heads."""
     for name in names:
         check_kv_heads(heads, attentions[name].heads, attentions[name].queries)

@@ -82,6 +82,9 @@ class KVAttention:
         return Rows(dim, np.full(size, BESIDE), head)
 
 
+KVAttentions = Mapping[str, KVAttention]
+
+
 def find_kv(model: PreTrainedModel) -> dict[str, KVAttention]:
     """Finds the attention modules of a model, from a trace on the meta device."""
     check_one_device(model)  # says so itself: the model would be supported on one device

@@ -6,7 +6,7 @@ Code that views keys as `(batch, -1, heads, width)` runs at some lengths althoug
 import copy
 import inspect
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from billhook.engine import full_precision
 from billhook.kv_heads.config import check_kv_heads, choose, inside_encoder, is_as_built
-from billhook.kv_heads.layout import KVAttention, find_kv
+from billhook.kv_heads.layout import KVAttentions, find_kv
 from billhook.kv_heads.pooling import Pooled, Shrunk
 from billhook.model import (
     FLAG,
@@ -43,7 +43,7 @@ TOLERANCE = 1e-3
 Inputs = dict[str, Any]
 
 
-def cut_by_groups(model: PreTrainedModel, attentions: Mapping[str, KVAttention], chosen: Collection[str], heads: int) -> Shrunk:
+def cut_by_groups(model: PreTrainedModel, attentions: KVAttentions, chosen: Collection[str], heads: int) -> Shrunk:
     """Returns the new shapes of a model whose code reads any number of KV heads.
 
     Raises:
@@ -211,7 +211,7 @@ def _continued(model: PreTrainedModel, inputs: Inputs, cache: str) -> list[Tenso
     return states
 
 
-def _cut(model: PreTrainedModel, attentions: Mapping[str, KVAttention], chosen: Collection[str], heads: int) -> Shrunk | None:
+def _cut(model: PreTrainedModel, attentions: KVAttentions, chosen: Collection[str], heads: int) -> Shrunk | None:
     """Shrinks keys and values, and sets GROUPS; None without linear layers of their own."""
     cuts, attributes = {}, {}
     for name in chosen:

@@ -1,7 +1,7 @@
 """Finds, builds, and changes Hugging Face models: tensors, shapes, and configs."""
 
 from billhook.model.cache import CachedShapes, cached, signature
-from billhook.model.checkpoint_shape import load_shape, save_shape
+from billhook.model.checkpoint_shape import Checkpoint, load_shape, save_shape
 from billhook.model.complete import check_shards, load_complete
 from billhook.model.config_fields import (
     Fields,

@@ -16,6 +16,8 @@ from billhook.model.find import find_transformer, locate_transformer
 from billhook.model.shape import KEY, Shape, check_plain_shape, record_shape, set_shape, shape_of
 from billhook.model.surgery import restored_on_error
 
+Checkpoint = dict[str, Any]
+"""A Lightning checkpoint."""
 VERSION = 1
 ENTRY_TYPES = {"class": str, "config": str, "prefix": str, "shape": Mapping, "version": int}
 """Required keys and types of a checkpoint's model entry."""
@@ -27,7 +29,7 @@ SETTINGS = ("dtype", "version", "name_or_path", "implementation", "drop", "probl
 """Parts of field names that may differ in a resumed run."""
 
 
-def save_shape(module: nn.Module, checkpoint: dict[str, Any]) -> None:
+def save_shape(module: nn.Module, checkpoint: Checkpoint) -> None:
     """Stores shape, class, config, and constants of a model in a Lightning checkpoint.
 
     Nothing is collective: any ranks may call it.
@@ -44,7 +46,7 @@ def save_shape(module: nn.Module, checkpoint: dict[str, Any]) -> None:
     }
 
 
-def load_shape(module: nn.Module, checkpoint: Mapping[str, Any], otherwise: Shape | None = None) -> None:
+def load_shape(module: nn.Module, checkpoint: Checkpoint, otherwise: Shape | None = None) -> None:
     """Gives a model the shape in a Lightning checkpoint, or else the shape `otherwise`."""
     model, entry = find_transformer(module), checkpoint.get(KEY)
     if entry is None:

@@ -255,6 +255,10 @@ def check_speed(
         raise ValueError("phases=['decode'] requires models that predict next tokens.")
 
 
+Rounds = list[tuple[float, int | None]]
+"""Seconds and peak bytes of each round."""
+
+
 def _rounds(
     runs: Sequence[Generation],
     rounds: int,
@@ -262,9 +266,9 @@ def _rounds(
     before: Callable[[Generation], object],
     work: Callable[[Generation], object],
     progress: Callable[[], object],
-) -> list[list[tuple[float, int | None]]]:
+) -> list[Rounds]:
     """Returns seconds and peak bytes of `work` for each model and round."""
-    measured: list[list[tuple[float, int | None]]] = [[] for _ in runs]
+    measured: list[Rounds] = [[] for _ in runs]
     for number in range(warmup + rounds):
         for index in range(len(runs)) if number % 2 == 0 else reversed(range(len(runs))):
             run = runs[index]
@@ -286,7 +290,7 @@ def _wait(device: torch.device) -> None:
         torch.accelerator.synchronize(device)
 
 
-def _rows(runs: Sequence[Generation], phase: Phase, measured: Sequence[Sequence[tuple[float, int | None]]]) -> list[Timing]:
+def _rows(runs: Sequence[Generation], phase: Phase, measured: Sequence[Rounds]) -> list[Timing]:
     steps = runs[0].new_tokens if phase == "decode" else 1
     rows = list[Timing]()
     for number, (run, rounds) in enumerate(zip(runs, measured, strict=True)):

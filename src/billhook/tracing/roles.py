@@ -40,6 +40,10 @@ class Part:
         return f"{self.name}[{', '.join(ranges)}{more} of {self.size}]"
 
 
+Parts = tuple[Part, ...]
+Roles = dict[str, Parts]
+
+
 @dataclass(frozen=True, eq=False, repr=False)
 class Attention(Printable):
     """An attention module: its query, key, and value rows, and the consumer columns.
@@ -54,16 +58,16 @@ class Attention(Printable):
         value: Leaves of the axis of a value vector.
     """
 
-    q: tuple[Part, ...]
-    k: tuple[Part, ...]
-    v: tuple[Part, ...]
-    o: tuple[Part, ...]
+    q: Parts
+    k: Parts
+    v: Parts
+    o: Parts
     heads: tuple[Axis, ...]
     query_key: tuple[Axis, ...]
     value: tuple[Axis, ...]
 
     @property
-    def roles(self) -> dict[str, tuple[Part, ...]]:
+    def roles(self) -> Roles:
         """The parts by role."""
         return {"q": self.q, "k": self.k, "v": self.v, "o": self.o}
 
@@ -82,13 +86,13 @@ class FeedForward(Printable):
         channel: Leaf of the channel axis.
     """
 
-    gate: tuple[Part, ...]
-    up: tuple[Part, ...]
-    down: tuple[Part, ...]
+    gate: Parts
+    up: Parts
+    down: Parts
     channel: Axis
 
     @property
-    def roles(self) -> dict[str, tuple[Part, ...]]:
+    def roles(self) -> Roles:
         """The parts by role."""
         return {"gate": self.gate, "up": self.up, "down": self.down}
 
@@ -96,7 +100,7 @@ class FeedForward(Printable):
         return _lines(self.roles)
 
 
-def _lines(roles: dict[str, tuple[Part, ...]]) -> list[str]:
+def _lines(roles: Roles) -> list[str]:
     return [f"{role}: {', '.join(map(repr, parts))}" for role, parts in roles.items() if parts]
 
 
@@ -150,7 +154,7 @@ def _whole_dimension(member: Member) -> Part:
     return Part(member.name, member.dim, np.arange(member.axis.size), member.axis.size)
 
 
-def _parts(tape: Tape, sources: Sources) -> tuple[Part, ...]:
+def _parts(tape: Tape, sources: Sources) -> Parts:
     parts = []
     for (name, dim), rows in sources.items():
         if dim < 0:

@@ -9,7 +9,7 @@ from rich.console import RenderableType
 from billhook.display import some, text_table
 from billhook.tracing.axes import Axis, factors, find, segments
 from billhook.tracing.groups import KINDS, Group, Kind
-from billhook.tracing.roles import Part, consecutive_ranges
+from billhook.tracing.roles import Part, Roles, consecutive_ranges
 
 LABELS: dict[Kind, str] = {
     "kv_head": "kv",
@@ -103,7 +103,7 @@ def _endings(names: Sequence[str]) -> list[str]:
     return ends
 
 
-def role_line(roles: dict[str, tuple[Part, ...]]) -> str:
+def role_line(roles: Roles) -> str:
     """Returns the parts by role, with the shortest distinct endings of their names."""
     names = list(dict.fromkeys(_plain(part) for parts in roles.values() for part in parts))
     ends = dict(zip(names, _endings(names), strict=True))
@@ -136,7 +136,7 @@ def group_to_json(group: Group) -> dict[str, Any]:
     }
 
 
-def roles_to_json(roles: dict[str, tuple[Part, ...]]) -> dict[str, list[dict[str, Any]]]:
+def roles_to_json(roles: Roles) -> dict[str, list[dict[str, Any]]]:
     """Returns the parts by role as plain data."""
     plain = dict[str, list[dict[str, Any]]]()
     for role, parts in roles.items():

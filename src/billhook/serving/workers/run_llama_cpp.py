@@ -64,6 +64,9 @@ class Loaded:
         self.lib.llama_model_free(self.model)
 
 
+Answer = dict[str, Any]
+
+
 class Engine:
     """The requests of this script. One file is loaded at a time."""
 
@@ -83,7 +86,7 @@ class Engine:
             print(message, file=sys.stderr, flush=True)
             self.errors += [message] if level > WARNING else []
 
-    def load(self, file: str, context: int, threads: int, cache: str) -> dict[str, Any]:
+    def load(self, file: str, context: int, threads: int, cache: str) -> Answer:
         """Loads a file in place of the previous file."""
         if self.loaded is not None:
             self.loaded.free()
@@ -91,14 +94,14 @@ class Engine:
         self.loaded = Loaded(self.ffi, self.lib, file, context, threads, cache)
         return {"vocabulary": self.loaded.vocabulary}
 
-    def logits(self, tokens: list[int], out: str) -> dict[str, Any]:
+    def logits(self, tokens: list[int], out: str) -> Answer:
         """Writes the logits after every token to a .npy file."""
         assert self.loaded
         self.loaded.clear()
         np.save(out, self.loaded.decode(tokens, 0, True))
         return {}
 
-    def greedy(self, tokens: list[int], count: int) -> dict[str, Any]:
+    def greedy(self, tokens: list[int], count: int) -> Answer:
         """Returns greedy tokens, and the seconds of prefill and decoding."""
         assert self.loaded
         self.loaded.clear()
@@ -110,7 +113,7 @@ class Engine:
             generated.append(int(self.loaded.decode(generated[-1:], after, False)[-1].argmax()))
         return {"tokens": generated, "prefill": prefilled - start, "decoding": time.perf_counter() - prefilled}
 
-    def tokenize(self, text: str) -> dict[str, Any]:
+    def tokenize(self, text: str) -> Answer:
         """Returns the tokens of a text without special tokens, or None without a vocabulary."""
         assert self.loaded
         ffi, lib = self.ffi, self.lib
@@ -124,7 +127,7 @@ class Engine:
             raise RuntimeError("llama_tokenize needs a larger buffer")
         return {"tokens": list(tokens[0:count])}
 
-    def quantize(self, file: str, out: str, kind: str, threads: int) -> dict[str, Any]:
+    def quantize(self, file: str, out: str, kind: str, threads: int) -> Answer:
         """Writes a quantized file."""
         ffi, lib = self.ffi, self.lib
         options = lib.llama_model_quantize_default_params()

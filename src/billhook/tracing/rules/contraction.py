@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from billhook.tracing.axes import Axis, find, mark, notes_of, product, split, unify
-from billhook.tracing.rules.movement import narrow
+from billhook.tracing.rules.movement import Rules, narrow
 from billhook.tracing.tape import (
     ActivationProduct,
     Note,
@@ -230,7 +230,7 @@ def _data(axis: Axis) -> dict[str, str]:
     return {flag: why for flag, why in notes_of(axis).items() if flag in ("data", "opaque", "const")}
 
 
-RULES: dict[str, Callable[..., None]] = {
+RULES: Rules = {
     "mm": mm,
     "addmm": with_bias(mm),
     "bmm": bmm,

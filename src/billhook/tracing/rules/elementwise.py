@@ -1,7 +1,7 @@
 """Rules of elementwise operations, factories, reductions, norms, and scans."""
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from billhook.tracing.axes import Axis, mark, notes_of, product, split
-from billhook.tracing.rules.movement import mark_ranked
+from billhook.tracing.rules.movement import Rules, mark_ranked
 from billhook.tracing.tape import (
     ActivationProduct,
     Tape,
@@ -273,7 +273,7 @@ def ordered(tape: Tape, out: Any, x: Tensor, dim: int | Sequence[int] = -1, *arg
         record(result, kept, [x])
 
 
-RULES: dict[str, Callable[..., None]] = {
+RULES: Rules = {
     **dict.fromkeys(
         ("_to_copy", "masked_fill_", "masked_fill", "fill_", "zero_", "clone", "detach", "alias", "contiguous",
          *UNTAGGED, "_conj", "conj", "lift", "lift_fresh_copy", "resolve_conj", "view_as_real_copy"),

@@ -1,7 +1,7 @@
 """Rules of indexing: an index tensor points into the axis that it was made from."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from billhook.tracing.axes import Axis, factors, leaves, mark, notes_of, product
 from billhook.tracing.rules.contraction import parameter_rows
-from billhook.tracing.rules.movement import mark_ranked, narrow
+from billhook.tracing.rules.movement import Rules, mark_ranked, narrow
 from billhook.tracing.tape import (
     Note,
     Tape,
@@ -225,7 +225,7 @@ def as_real(tape: Tape, out: Tensor, x: Tensor) -> None:
     record(out, [*axes_of(x), Axis(2, notes={"fixed": "real and imaginary part"})], [x])
 
 
-RULES: dict[str, Callable[..., None]] = {
+RULES: Rules = {
     "view_as_complex": as_complex,
     "view_as_real": as_real,
     "embedding": embedding,

@@ -11,6 +11,9 @@ from torch import Tensor
 from billhook.tracing.axes import Axis, Irregular, concat, cut, factors, leaves, mark, notes_of, product, split
 from billhook.tracing.tape import Tape, axes_of, broadcast, is_data, join, note, record, record_move
 
+Rules = dict[str, Callable[..., None]]
+"""Rules by operation."""
+
 
 def view(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any reshaping op
     """Regroups the factors in order into other sizes."""
@@ -211,7 +214,7 @@ def as_strided(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) ->
     record_move(out, axes_of(x), x, lambda t: t)
 
 
-RULES: dict[str, Callable[..., None]] = {
+RULES: Rules = {
     **dict.fromkeys(
         ("view", "_unsafe_view", "reshape", "_reshape_alias", "flatten", "squeeze", "unsqueeze", "squeeze_", "unsqueeze_"), view
     ),

@@ -9,6 +9,9 @@ from billhook.fit.fit import Fit
 from billhook.fit.shape_event import ShapeCallback
 from billhook.units import Mask, Per, mask, zero_units
 
+Heads = dict[str, list[int]]
+"""Numbers of heads by attention module."""
+
 
 class HeadMasking(ShapeCallback):
     """Keeps `heads` of attention modules masked; a subclass selects the heads and the steps."""
@@ -21,9 +24,9 @@ class HeadMasking(ShapeCallback):
         """Clears events and masks."""
         super().reset()
         self.unmask()
-        self.heads: dict[str, list[int]] = {}
+        self.heads: Heads = {}
 
-    def mask(self, module: nn.Module, heads: dict[str, list[int]]) -> None:
+    def mask(self, module: nn.Module, heads: Heads) -> None:
         """Replaces the masked heads."""
         self.unmask()
         self.heads = heads

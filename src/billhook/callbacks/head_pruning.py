@@ -2,7 +2,7 @@
 
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from billhook.arguments import check_fraction, check_one_of, check_types
 from billhook.callbacks.export import Export
-from billhook.callbacks.head_masking import HeadMasking
+from billhook.callbacks.head_masking import HeadMasking, Heads
 from billhook.engine import blockwise, sizes_only
 from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event, log_event
@@ -40,7 +40,7 @@ class HeadRecord:
     """History of head pruning by attention module: original indices, scores, and the metric."""
 
     first: dict[str, int] = field(default_factory=dict)  # original number of heads
-    numbers: dict[str, list[int]] = field(default_factory=dict)  # original indices of the remaining heads
+    numbers: Heads = field(default_factory=dict)  # original indices of the remaining heads
     scores: dict[str, Tensor] = field(default_factory=dict)  # `[original heads]`, NaN for heads without a score
     # fraction of removed heads and metric, before and after each round
     curve: list[tuple[float, float]] = field(default_factory=list)
@@ -57,7 +57,7 @@ class HeadRecord:
         for name, values in scores.items():
             self.scores[name][self.numbers[name]] = values
 
-    def removed(self, heads: Mapping[str, Sequence[int]]) -> None:
+    def removed(self, heads: Heads) -> None:
         """Drops removed heads."""
         for name, numbers in heads.items():
             self.numbers[name] = [number for i, number in enumerate(self.numbers[name]) if i not in numbers]
@@ -67,7 +67,7 @@ class HeadRecord:
         first, now = sum(self.first.values()), sum(map(len, self.numbers.values()))
         return max(0.0, (ratio * first - first + now) / now) if now else ratio
 
-    def inactive(self, masked: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    def inactive(self, masked: Heads) -> Heads:
         """Returns the original indices of removed and masked heads."""
         inactive = {}
         for name, count in self.first.items():
@@ -76,16 +76,14 @@ class HeadRecord:
             inactive[name] = sorted(set(range(count)) - active)
         return inactive
 
-    def note(
-        self, masked: Mapping[str, Sequence[int]], metric: str, before: Mapping[str, float], after: Mapping[str, float]
-    ) -> None:
+    def note(self, masked: Heads, metric: str, before: Mapping[str, float], after: Mapping[str, float]) -> None:
         """Adds a round to the curve."""
         removed = self.inactive(masked)
         share, last = sum(map(len, removed.values())) / sum(self.first.values()), self.curve[-1][0] if self.curve else 0.0
         self.metric = metric
         self.curve += [(at, values[metric]) for at, values in ((last, before), (share, after)) if metric in values]
 
-    def draw(self, masked: Mapping[str, Sequence[int]]) -> Plot:
+    def draw(self, masked: Heads) -> Plot:
         """Plots head scores, removed and masked heads, and the metric."""
         return heads(self.scores, self.inactive(masked), self.curve, self.metric, any(map(len, masked.values())))
 
@@ -217,7 +215,6 @@ class HeadPruning(HeadMasking):
             check_fraction("ratio", ratio, of="the heads")
         check_at(at, ratio)
         check_types(HeadPruning, locals())
-        check_one_of("remove", remove, Remove)
         self.options = options or HeadOptions()
         if self.options.min_heads < 1 and remove != "never":
             raise ValueError(
@@ -338,7 +335,7 @@ class HeadPruning(HeadMasking):
         metric = next(iter(before), "") if self.stop is None else self.stop.monitor
         self.record.note(self.heads, metric, before, event["after"])
 
-    def _choose(self, fit: Fit, ratio: float) -> dict[str, list[int]]:
+    def _choose(self, fit: Fit, ratio: float) -> Heads:
         """Returns the heads to mask, including masked heads; records the scores."""
         model, record = fit.model, self.record
         heads = find_units(model, "head")
@@ -350,7 +347,7 @@ class HeadPruning(HeadMasking):
         record.scored(scores)
         return choose_including(partial(self._lowest, heads, record.left(ratio)), self.heads, scores)
 
-    def _lowest(self, heads: Mapping[str, Units], ratio: float, scores: Mapping[str, Tensor]) -> dict[str, list[int]]:
+    def _lowest(self, heads: Mapping[str, Units], ratio: float, scores: Mapping[str, Tensor]) -> Heads:
         return choose(heads, scores, ratio, self.options.ranking, self.options.min_heads, self.per, self.cuts_tensors)
 
     def plots(self) -> dict[str, Plot]:

@@ -97,7 +97,6 @@ def bench(
     check_int("threads", 1 if threads is None else threads)
     check_file("plot", plot, ".png")
     check_file("json", json, ".json")
-    check_one_of("engine", engine, ("transformers", "llama.cpp"))
     if engine == "llama.cpp":
         usual = {"cache": ("static",), "dtype": ("auto",), "device": ("auto", "cpu")}
         others = {"batch_sizes": batch_sizes, "phases": phases, "plot": plot, "random": random, "cache": cache, "dtype": dtype}

@@ -116,7 +116,6 @@ class Reconstructing(KVMethod):
     changes_basis: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        check_one_of("grouping", self.grouping, Grouping)
         check_types(type(self), vars(self))
 
     @property
@@ -311,7 +310,6 @@ class SVD(Reconstructing):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_one_of("frequencies", self.frequencies, Literal["free", "fixed"])
         if self.context is not None:
             check_int("context", self.context)
         check_fraction("tolerance", self.tolerance, "[0, 1)")

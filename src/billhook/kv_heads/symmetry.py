@@ -51,7 +51,7 @@ class Mixing:
     real: tuple[int, ...]
     imaginary: tuple[int, ...] = ()
 
-    def put(self, matrices: Tensor, mix: Tensor, columns: "Mixing | None" = None) -> None:
+    def put(self, matrices: Tensor, mix: Tensor, columns: "Mixing") -> None:
         """Writes matrices that mix these dimensions into `[heads, width, width]`.
 
         A complex number a + ib as [[a, -b], [b, a]].
@@ -59,9 +59,8 @@ class Mixing:
         Args:
             matrices: The matrices to change.
             mix: Matrices to write, or a single one.
-            columns: Positions of columns; by default those of rows.
+            columns: Positions of columns.
         """
-        columns = columns or self
         r, i = torch.tensor(self.real)[:, None], torch.tensor(self.imaginary, dtype=torch.int64)[:, None]
         to_r, to_i = torch.tensor(columns.real, dtype=torch.int64), torch.tensor(columns.imaginary, dtype=torch.int64)
         if not self.imaginary:
@@ -179,7 +178,8 @@ def _drawn(symmetry: Symmetry, heads: int, width: int, generator: torch.Generato
         size = len(mixing.real)
         drawn = torch.randn(2, heads, size, size, generator=generator, dtype=torch.float64)
         unitary = torch.linalg.qr(torch.complex(*drawn) if mixing.imaginary else drawn[0]).Q
-        mixing.put(matrices, unitary * (0.5 + torch.rand(heads, 1, size, generator=generator, dtype=torch.float64)))
+        scales = 0.5 + torch.rand(heads, 1, size, generator=generator, dtype=torch.float64)
+        mixing.put(matrices, unitary * scales, mixing)
     return matrices
 
 

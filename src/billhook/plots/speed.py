@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 
 from billhook.plots.style import Plot, log_scale, style_axes
@@ -66,7 +67,6 @@ def speed(rows: Sequence[Timing], names: Sequence[str]) -> Plot:
 
 def _bars(axes: Axes, points: Sequence[tuple[float, float, float, float]], style: dict[str, Any]) -> None:
     """Draws points with error bars from the lower to the upper quartile."""
-    contexts, values, low, high = zip(*points, strict=True)
-    down = [max(value - least, 0) for value, least in zip(values, low, strict=True)]
-    up = [max(most - value, 0) for value, most in zip(values, high, strict=True)]
-    axes.errorbar(contexts, values, yerr=[down, up], capsize=2, linewidth=1.4, **style)
+    contexts, values, low, high = np.array(points).T
+    errors = np.maximum([values - low, high - values], 0)
+    axes.errorbar(contexts, values, yerr=errors, capsize=2, linewidth=1.4, **style)

@@ -35,10 +35,8 @@ def validation(
     """
     figure = Plot(figsize=(8, 4.5), dpi=150, layout="constrained")
     axes = figure.subplots()
-    before, after = list[tuple[int, float]](), list[tuple[int, float]]()
-    for step, _, value_before, value_after in events:
-        before += [] if value_before is None else [(step, value_before)]
-        after += [] if value_after is None else [(step, value_after)]
+    before = [(step, value) for step, _, value, _ in events if value is not None]
+    after = [(step, value) for step, _, _, value in events if value is not None]
     measured = dict([*before, *after])  # these values replace validation values of their steps
     points = [(step, 1, value) for step, value in history if step not in measured]
     points += [(step, 0, value) for step, value in before] + [(step, 2, value) for step, value in after]

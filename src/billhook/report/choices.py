@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from os.path import commonprefix
 from pathlib import Path
 
 import torch
@@ -96,7 +97,7 @@ def encode(
         gap, before, rows = question.context[len(context) :] + " ", ids_of(context), []
         for number, choice in enumerate(question.choices):
             ids = ids_of(context + gap + choice)
-            shared = next((i for i, (a, b) in enumerate(zip(before, ids, strict=False)) if a != b), min(len(before), len(ids)))
+            shared = len(commonprefix([before, ids]))
             scored = len(ids) - shared
             if not shared or not 0 < scored <= length:
                 raise ValueError(

@@ -235,7 +235,6 @@ def check_speed(
         check_int("contexts", context, 2)
     for argument, count, least in (("new_tokens", new_tokens, 1), ("rounds", rounds, 1), ("warmup", warmup, 0)):
         check_int(argument, count, least)
-    check_one_of("cache", cache, CacheKind)
     for phase in phases:
         check_one_of("phases", phase, Phase)
     for number, model in enumerate(models):

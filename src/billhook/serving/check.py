@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from os.path import commonprefix
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -115,8 +116,6 @@ def serve_check(
     check_types(serve_check, arguments)
     if not Path(folder).is_dir():
         raise ValueError(f"folder={folder!r} must be a local folder")
-    if isinstance(engine, str):
-        check_one_of("engine", engine, EngineName)
     check_int("tokens", tokens, 2)
     check_int("new_tokens", new_tokens)
     check_int("threads", threads)
@@ -177,7 +176,7 @@ def _compared(
         return ServeResult(folder, engine.name, False, reason)
     differences, largest = (logits - expected).abs().amax(1), expected.abs().max()
     difference = float(differences.max() / largest)
-    matching = next((i for i, (a, b) in enumerate(zip(greedy, following, strict=True)) if a != b), new_tokens)
+    matching = len(commonprefix([greedy, following]))
     reasons = []
     if difference > TOLERANCE:
         first = int((differences > TOLERANCE * largest).int().argmax()) + 1

@@ -33,9 +33,8 @@ NONLINEAR = {
 KEEPS_INDICES = {"_to_copy", "clone", "copy", "detach", "alias", "lift", "contiguous", "where", "masked_fill"}
 CLAMPS = {"clamp", "clamp_min", "clamp_max"}
 COMPARISONS = {"lt", "le", "gt", "ge", "eq", "ne"}  # as in the module `operator`
-UNTAGGED = {"floor_divide", "remainder", "fmod", "hardswish", "hardsigmoid", "hardtanh", "_prelu_kernel", "log_sigmoid_forward",
-          "polar", "complex", "native_dropout", "bernoulli_", "uniform_", "normal_", "addcmul", "addcdiv", "lerp", "angle",
-          "real", "imag", "logaddexp", "copysign", "relu6", "threshold", "elu", "silu", "mish"}  # fmt: skip
+UNTAGGED = {"floor_divide", "remainder", "fmod", "polar", "complex", "native_dropout", "bernoulli_", "uniform_", "normal_",
+            "addcmul", "addcdiv", "lerp", "angle", "real", "imag", "logaddexp", "copysign"}  # fmt: skip
 
 
 def elementwise(tape: Tape, out: Any, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
@@ -276,7 +275,7 @@ def ordered(tape: Tape, out: Any, x: Tensor, dim: int | Sequence[int] = -1, *arg
 RULES: Rules = {
     **dict.fromkeys(
         ("_to_copy", "masked_fill_", "masked_fill", "fill_", "zero_", "clone", "detach", "alias", "contiguous",
-         *UNTAGGED, "_conj", "conj", "lift", "lift_fresh_copy", "resolve_conj", "view_as_real_copy"),
+         *NONLINEAR, *UNTAGGED, "_conj", "conj", "lift", "lift_fresh_copy", "resolve_conj", "view_as_real_copy"),
         elementwise,
     ),
     **dict.fromkeys(

@@ -108,7 +108,7 @@ def bench(
         return
     computes_on, meta_models = device_of(device), list(map(from_name, models))
     lengths = contexts or _supported_contexts(meta_models, new_tokens)
-    check_speed(meta_models, sizes, lengths, new_tokens, rounds, warmup, cache, measured)
+    check_speed(meta_models, sizes, lengths, new_tokens, rounds, warmup, measured)
     with file_progress(f"loading {', '.join(models)}"):
         loaded = _random_models(models, meta_models, dtype, seed) if random else [load(name, dtype) for name in models]
     for model in loaded:

@@ -185,7 +185,7 @@ def measure_speed(
         [('prefill', 10, 1.0), ('decode', 10, 1.0)]
     """
     check_types(measure_speed, locals())
-    check_speed(models, batch_sizes, contexts, new_tokens, rounds, warmup, cache, phases)
+    check_speed(models, batch_sizes, contexts, new_tokens, rounds, warmup, phases)
     rows = []
     for batch_size in batch_sizes:
         for context in contexts:
@@ -211,7 +211,6 @@ def check_speed(
     new_tokens: int,
     rounds: int,
     warmup: int,
-    cache: CacheKind,
     phases: Sequence[Phase],
 ) -> None:
     """Raises `ValueError` if arguments or models cannot be measured.
@@ -223,7 +222,6 @@ def check_speed(
         new_tokens: Number of tokens to generate.
         rounds: Number of repetitions.
         warmup: Number of repetitions that do not count.
-        cache: Kind of KV cache.
         phases: What to measure.
     """
     for argument, values in (("models", models), ("batch_sizes", batch_sizes), ("contexts", contexts), ("phases", phases)):

@@ -66,7 +66,8 @@ def restore_adapters(model: PreTrainedModel, checkpoint: Checkpoint, name: str) 
         return
     from peft import LoraConfig, inject_adapter_in_model
 
-    prefix, modules = checkpoint[KEY]["prefix"], dict(model.named_modules())
+    prefix = checkpoint[KEY]["prefix"]
+    modules = dict(model.named_modules())
     state = {key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items()}
     for key, entry in recorded.items():
         if not is_linear(modules.get(key, model)):

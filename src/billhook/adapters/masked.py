@@ -130,11 +130,13 @@ def masked_by_zeros(model: nn.Module, names: Iterable[str]) -> Iterator[None]:
     before = [(type(layer), vars(layer).get("mask")) for layer in layers]
     try:
         for layer in layers:
-            layer.__class__, layer.mask = MaskedLora, Mask(None)
+            layer.__class__ = MaskedLora
+            layer.mask = Mask(None)
         yield
     finally:
         for layer, (kind, mask) in zip(layers, before, strict=True):
-            layer.__class__, layer.mask = kind, mask
+            layer.__class__ = kind
+            layer.mask = mask
             if mask is None:
                 del layer.mask
 

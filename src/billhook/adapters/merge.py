@@ -161,12 +161,15 @@ def temporarily_merged(model: nn.Module) -> Iterator[Merged]:
 @contextmanager
 def _merged_in_turn(model: nn.Module) -> Iterator[Merged]:
     """Merges each block when it is loaded, and other weights until the `with` block ends."""
-    store, back, on_layers = store_of(model), snapshot(model), find_adapters(model)
+    store = store_of(model)
+    back = snapshot(model)
+    on_layers = find_adapters(model)
     names = {layer: name for name, layer in on_layers.items()}
     layers = [child for _, _, child in _outermost_layers(model) if is_adapter(child) and not child.merged]
     if layers:
         _check_mergeable(model)
-    error, pruned = dict[str, float](), set[str]()
+    error = dict[str, float]()
+    pruned = set[str]()
     kept = []  # weights outside of blocks, to restore them
     for layer in layers:
         if base_of(layer) not in store.owner:
@@ -227,7 +230,8 @@ def _merge(name: str, layer: Any, keep: Tensor | None) -> float:  # noqa: ANN401
     if keep is None:
         return 0.0
     added = (weight - before).float()
-    total, lost = float(added.norm()), float(added.masked_fill(keep.to(added.device), 0).norm())
+    total = float(added.norm())
+    lost = float(added.masked_fill(keep.to(added.device), 0).norm())
     weight.masked_fill_(~keep.to(weight.device), 0)
     return lost / total if total else 0.0
 

@@ -196,7 +196,8 @@ class Calibration:
         self, model: nn.Module, tokenizer: PreTrainedTokenizerBase | None, folder: Path | None, held_out: int | None = None
     ) -> list[Batch]:
         subject = find_transformer(model)
-        length, batches = example_length(subject, self.length), []
+        length = example_length(subject, self.length)
+        batches = []
         for name, wanted in self.examples(length).items():
             if name == GENERATED:
                 examples, seed = (wanted, self.seed) if held_out is None else (held_out, self.seed + 1)
@@ -220,7 +221,8 @@ class Calibration:
         other = next((split for split in ("test", "validation") if split in splits and held_out is not None), None)
         split = other or "train"
         rows: Any = splits[split]
-        columns, documents = find_text_columns(rows, split, self.column), not is_line_text(rows)
+        columns = find_text_columns(rows, split, self.column)
+        documents = not is_line_text(rows)
         if documents:  # blank lines of a .txt file are part of its text
             warn_of_empty_rows(rows, split, columns)
         arguments = {"length": length, "columns": columns, "documents": documents}
@@ -257,7 +259,8 @@ def read_batches(batches: Batches | None, model: nn.Module) -> Iterable[Any]:
         except ValueError as error:
             raise ValueError(f"batches=None: {str(error).removesuffix('.')}. Pass batches.") from error
         # packaged and self-generated text, only the latter without a tokenizer
-        origin, tokenizer = str(find_transformer(model).config.name_or_path), None
+        origin = str(find_transformer(model).config.name_or_path)
+        tokenizer = None
         with suppress(ValueError, OSError):
             tokenizer = load_tokenizer(origin) if origin else None
         batches = Calibration()
@@ -343,7 +346,8 @@ def evaluation_batches(
         generated: If False, leaves out self-generated text that is not a source of the calibration data.
         folder: Folder for self-generated text (see `Calibration.read`).
     """
-    batches, others = calibration.held_out(model, rows, tokenizer, folder), replace(calibration, weights=None)
+    batches = calibration.held_out(model, rows, tokenizer, folder)
+    others = replace(calibration, weights=None)
     length = example_length(model, calibration.length)
     if generated and GENERATED not in calibration.named:
         count = num_self_generated(calibration, rows, length)

@@ -193,7 +193,8 @@ def encode(
                 yield _chat(chat, parse_tools(row_tools), tokenizer, responses)
             else:
                 span = len(prompt), len(prompt + response)
-                encoded, end = _spans(prompt + response, [span] if responses else None, tokenizer), _end(tokenizer)
+                encoded = _spans(prompt + response, [span] if responses else None, tokenizer)
+                end = _end(tokenizer)
                 yield Encoded(encoded.ids + end, encoded.learned + [True] * len(end))
     elif complete and isinstance(complete[0][0][0], list):
         for (messages,), row_tools in complete:
@@ -201,7 +202,9 @@ def encode(
                 yield _chat(chat, parse_tools(row_tools), tokenizer, responses)
     else:
         texts = check_texts([text for (text,), _ in complete], columns[0])
-        end, batch, size = _end(tokenizer) if documents else [], [], 0
+        end = _end(tokenizer) if documents else []
+        batch = []
+        size = 0
         texts = [text for text in (texts if documents else ["".join(texts)]) if text and not text.isspace()]
         for number, text in enumerate(texts, 1):
             batch.append(text)
@@ -210,7 +213,8 @@ def encode(
             if number == len(texts) or size + len(texts[number]) > CHARACTERS:
                 for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
                     yield Encoded([*ids, *end], [True] * (len(ids) + len(end)))
-                batch, size = [], 0
+                batch = []
+                size = 0
 
 
 def check_texts(values: list[Any], column: str) -> list[str]:

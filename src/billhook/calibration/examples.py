@@ -71,7 +71,8 @@ def pack(
         documents: Whether each row is a document, which ends with the end-of-text token.
         responses: Whether only responses have labels.
     """
-    ids, learned = [], []
+    ids = []
+    learned = []
     for row in encode(rows, tokenizer, columns, documents, responses):
         ids += row.ids
         learned += row.learned

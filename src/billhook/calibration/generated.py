@@ -101,7 +101,8 @@ def generated(
     check_values(subject)
     check_can_generate(subject)
     length = example_length(subject, length)
-    skipped, starts = 0, []
+    skipped = 0
+    starts = []
     if prompts is None:  # extra tokens, of which the last is never an input
         most = getattr(text_config(subject.config), "max_position_embeddings", None)
         skipped = max(1, length // SKIPPED)
@@ -168,7 +169,8 @@ def _written(
     model: PreTrainedModel, starts: list[list[int]], length: int, temperature: float, seed: int, folder: Path | None
 ) -> Tensor:
     """Continues prompts to full examples; prompts of equal length run in parallel."""
-    rows, finished = torch.empty(len(starts), length, dtype=torch.int64), 0
+    rows = torch.empty(len(starts), length, dtype=torch.int64)
+    finished = 0
     # each step loads all weights, however many examples run in parallel
     at_once = max(AT_ONCE, CACHES // (length * (kv_cache_bytes(model) or CACHES)))
     by_length: dict[int, list[int]] = {}
@@ -185,9 +187,11 @@ def _written(
             file = folder / f"{key[:16]}{KEPT}"
             with suppress(OSError, SafetensorError, KeyError, RuntimeError):  # there is no file, or it is damaged
                 state = load_file(file)
-                kept, count = state.pop("rows"), int(state.pop("finished"))
+                kept = state.pop("rows")
+                count = int(state.pop("finished"))
                 set_torch_state(state, model.device)
-                rows, finished = kept, count
+                rows = kept
+                finished = count
         with progress_bar("generating text", "tokens") as report:
             progress = _Progress(report, rows.numel() - sum(map(len, starts)))
             for number, group in enumerate(groups):
@@ -208,7 +212,9 @@ class _Progress(StoppingCriteria):
     """A stopping criterion that reports the number of generated tokens and never stops."""
 
     def __init__(self, report: OnProgress, total: int) -> None:
-        self.report, self.total, self.written = report, total, 0
+        self.report = report
+        self.total = total
+        self.written = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
         self.report(self.written + input_ids.numel(), self.total)

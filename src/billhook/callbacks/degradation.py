@@ -54,7 +54,9 @@ class Degradation(EventFollower):
         check_types(Degradation, locals())
         check_int("examples", examples)
         check_other_texts(texts, also)
-        self.texts, self.also, self.examples = texts, also, examples
+        self.texts = texts
+        self.also = also
+        self.examples = examples
         self.last: list[dict[str, Any]] | None = None
         self._dense: DenseReference | None = None
         self._begun = False
@@ -70,7 +72,8 @@ class Degradation(EventFollower):
         if self._begun:
             return
         fit.check_strategy("Degradation")
-        self._begun, self.last = True, None
+        self._begun = True
+        self.last = None
         if self._dense is None or fit.step == 0:  # otherwise an earlier training run continues
             fit.once_model_exists(partial(self._read, fit))
 
@@ -98,7 +101,8 @@ class Degradation(EventFollower):
     def _measure(self, fit: Fit, when: str) -> list[dict[str, Any]]:
         """Evaluates the current model, logs the results, and warns."""
         assert self._dense is not None
-        model, step = fit.model, fit.step
+        model = fit.model
+        step = fit.step
         with fail_together(fit, "Degradation"), _undisturbed(fit, model):
             degradation = self._dense.degradation(model)
         metrics = dict[str, float]()
@@ -137,7 +141,8 @@ def check_listed_after(fit: Fit, first: object, second: object) -> None:
 @contextmanager
 def _undisturbed(fit: Fit, model: PreTrainedModel) -> Iterator[None]:
     """Restores training state afterward; meanwhile, the model is on the training device."""
-    home, device = model.device, fit.device
+    home = model.device
+    device = fit.device
     moves = home != device and not is_sharded(model)
     if moves:
         model.to(device)  # type: ignore[arg-type]

@@ -53,7 +53,8 @@ class DepthPruning(ShapeCallback):
     >>> callback = bh.DepthPruning(blocks=1, at=0.1)  # for Trainer(callbacks=[callback])
     """
 
-    blockwise, cuts_tensors = True, False
+    blockwise = True
+    cuts_tensors = False
 
     def __init__(
         self,
@@ -74,9 +75,14 @@ class DepthPruning(ShapeCallback):
                 "of training, or 'start'."
             )
         check_at(at)
-        self.blocks, self.first, self.last = blocks, first, last
+        self.blocks = blocks
+        self.first = first
+        self.last = last
         self.amount = Amount(blocks=blocks, first=first, last=last)
-        self.importance, self.at, self.greedy, self.repair = importance or BlockInfluence(), at, greedy, repair
+        self.importance = importance or BlockInfluence()
+        self.at = at
+        self.greedy = greedy
+        self.repair = repair
         self.plan: BlockPlan | None = None
         super().__init__(FitCalibration.of(calibration), measure_batches)
 
@@ -111,7 +117,8 @@ class DepthPruning(ShapeCallback):
 
     def _remove(self, fit: Fit, optimizers: list[Optimizer]) -> str:
         """Ranks the blocks and removes the least important; returns a description."""
-        model, units = fit.model, find_units(fit.model, "block")
+        model = fit.model
+        units = find_units(fit.model, "block")
         if self.repair is not None:  # whose consumer layers need their non-padding tokens
             units |= units_of(model, trace(model), ["head", "channel"])
         with self.calibration.undisturbed(fit), fit.forward_context():

@@ -94,13 +94,18 @@ class Export(FitCallback):
             check_repository("push_to_hub", push_to_hub)
         elif private:
             raise ValueError("private=True requires push_to_hub. Pass the repository as push_to_hub.")
-        self.folder, self.probe, self.rehearse = folder, probe, rehearse
+        self.folder = folder
+        self.probe = probe
+        self.rehearse = rehearse
         self.tokenizer = tokenizer
-        self.gguf, self.converter = gguf, converter
-        self.push_to_hub, self.private = push_to_hub, private
+        self.gguf = gguf
+        self.converter = converter
+        self.push_to_hub = push_to_hub
+        self.private = private
         self.saved: Saved | None = None
         self._probe: Mapping[str, Any] | None = None
-        self._along, self._begun = list[Preprocessor](), False
+        self._along = list[Preprocessor]()
+        self._begun = False
         self._claim: FolderLock | None = None
 
     def prepare(self, fit: Fit) -> None:
@@ -119,7 +124,9 @@ class Export(FitCallback):
                 rank_zero_info(f"billhook: the fit will be saved to '{self.folder}'{words}")
             if self.gguf is not None and Path(self.gguf).is_file():
                 rank_zero_info(f"billhook: the GGUF file {self.gguf} will be replaced")
-        self.saved, self._begun, self._along = None, False, []
+        self.saved = None
+        self._begun = False
+        self._along = []
         if self.tokenizer is not None:
             self._along = [load_preprocessor(self.tokenizer) if isinstance(self.tokenizer, str) else self.tokenizer]
 
@@ -149,7 +156,8 @@ class Export(FitCallback):
         """Keeps an example of the first batch for verification, and runs the trial export."""
         if self._begun or fit.is_tuning:
             return
-        self._begun, model = True, fit.model
+        self._begun = True
+        model = fit.model
         self._probe = self.probe or _inputs_in(batch, model)
         if not self.rehearse:
             return
@@ -191,7 +199,8 @@ class Export(FitCallback):
         if fit.is_trial:
             rank_zero_info(f"billhook: fast_dev_run, so {self.folder} was not written")
             return
-        model, failed = fit.model, list[Exception]()
+        model = fit.model
+        failed = list[Exception]()
         try:
             _check_events_kept(fit)
         except ValueError as error:
@@ -208,7 +217,8 @@ class Export(FitCallback):
     def _export(self, fit: Fit, model: PreTrainedModel, failed: list[Exception]) -> None:
         """Saves and converts; on error, appends to `failed`, so that ranks keep weights."""
         try:
-            start, folder = start_metrics(fit), self.folder
+            start = start_metrics(fit)
+            folder = self.folder
             record = {"steps": fit.step, **({"start": start} if start else {}), "events": events_of(fit), **fit.record()}
             for callback in fit.callbacks(Degradation):
                 record.setdefault("degradation", callback.last)

@@ -64,7 +64,8 @@ class HeadRecord:
 
     def left(self, ratio: float) -> float:
         """Converts a fraction of the original heads to a fraction of the remaining heads."""
-        first, now = sum(self.first.values()), sum(map(len, self.numbers.values()))
+        first = sum(self.first.values())
+        now = sum(map(len, self.numbers.values()))
         return max(0.0, (ratio * first - first + now) / now) if now else ratio
 
     def inactive(self, masked: Heads) -> Heads:
@@ -79,7 +80,8 @@ class HeadRecord:
     def note(self, masked: Heads, metric: str, before: Mapping[str, float], after: Mapping[str, float]) -> None:
         """Adds a round to the curve."""
         removed = self.inactive(masked)
-        share, last = sum(map(len, removed.values())) / sum(self.first.values()), self.curve[-1][0] if self.curve else 0.0
+        share = sum(map(len, removed.values())) / sum(self.first.values())
+        last = self.curve[-1][0] if self.curve else 0.0
         self.metric = metric
         self.curve += [(at, values[metric]) for at, values in ((last, before), (share, after)) if metric in values]
 
@@ -228,8 +230,13 @@ class HeadPruning(HeadMasking):
         if repair is not None and (remove == "never" or (remove == "end" and several)):
             removal = f"remove={remove!r}" + " and several rounds" * several
             raise ValueError(f"repair={repair!r} cannot be combined with {removal}. Use remove='rounds'.")
-        self.ratio, self.at, self.remove, self.stop, self.repair = ratio, at, remove, stop, repair
-        self.cuts_tensors, self.per = remove != "never", self.options.per
+        self.ratio = ratio
+        self.at = at
+        self.remove = remove
+        self.stop = stop
+        self.repair = repair
+        self.cuts_tensors = remove != "never"
+        self.per = self.options.per
         self.importance = importance or GateGradient()
         super().__init__(FitCalibration.of(calibration), measure_batches)
 
@@ -279,9 +286,11 @@ class HeadPruning(HeadMasking):
         if self._stopped or not self._steps:
             self._steps = {}
             return
-        first, last = min(self._steps), max(self._steps) if self.remove != "never" else sys.maxsize
+        first = min(self._steps)
+        last = max(self._steps) if self.remove != "never" else sys.maxsize
         check_no_shape_changes(fit, self, first, last, "masked heads", lambda _: "")
-        heads, ratio = find_units(fit.model, "head"), max(self._steps.values())
+        heads = find_units(fit.model, "head")
+        ratio = max(self._steps.values())
         equal_scores = {name: torch.zeros(units.count(self.per)) for name, units in heads.items()}
         chosen = self._lowest(heads, self.record.left(ratio), equal_scores)
         if ratio > 0 and not chosen and not self.record.first:
@@ -302,7 +311,8 @@ class HeadPruning(HeadMasking):
 
     def apply_event(self, fit: Fit, step: int) -> None:
         """Masks the heads of a round; undoes it if the metric is worse; removes masked heads."""
-        earlier, num_events = self.heads, len(self.events)
+        earlier = self.heads
+        num_events = len(self.events)
         try:
             before = self.validate(fit)
             if self.stop is not None:
@@ -311,7 +321,9 @@ class HeadPruning(HeadMasking):
                 chosen = self._choose(fit, self._steps[step])
                 check_identical(fit, "HeadPruning", "the masked heads", chosen)
             self.mask(fit.module, chosen)
-            after, what, worse = self.validate(fit), f"{sum(map(len, chosen.values()))} heads masked", False
+            after = self.validate(fit)
+            what = f"{sum(map(len, chosen.values()))} heads masked"
+            worse = False
             if self.stop is not None and self.best is not None:
                 value = self.stop.value(after)
                 worse = self.stop.is_worse(value, self.best)
@@ -337,7 +349,8 @@ class HeadPruning(HeadMasking):
 
     def _choose(self, fit: Fit, ratio: float) -> Heads:
         """Returns the heads to mask, including masked heads; records the scores."""
-        model, record = fit.model, self.record
+        model = fit.model
+        record = self.record
         heads = find_units(model, "head")
         record.begin({name: units.count(self.per) for name, units in heads.items()})
         with self.calibration.undisturbed(fit), fit.gradient_context(), blockwise(fit.module):
@@ -365,7 +378,8 @@ class HeadPruning(HeadMasking):
             plan = plan_units(fit.module, self.heads, per=self.per)
             assert isinstance(plan, UnitPlan)
             weights: Weights | None = None
-            how, model = "", fit.model
+            how = ""
+            model = fit.model
             if self.repair is not None:
                 with self.calibration.undisturbed(fit), fit.gradient_context(), blockwise(fit.module):
                     runs = [make_run(model, find_units(model, "head"), *pair) for pair in self.calibration.pairs(fit)]
@@ -377,7 +391,9 @@ class HeadPruning(HeadMasking):
             before, after = (sum(lengths[0] for lengths in counts.values()) for counts in (plan.before, plan.after))
             removed = f"{before} -> {after} attention heads ({type(self.importance).__name__}{how})"
             what = f"{removed}; {what}" if worse else removed
-        self.last_event_step, self.last_target, self._stopped = step, self._steps[step], worse
+        self.last_event_step = step
+        self.last_target = self._steps[step]
+        self._stopped = worse
         self._steps = {} if worse else self._steps
         return what
 
@@ -388,5 +404,6 @@ class HeadPruning(HeadMasking):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores events, masked heads, and scores."""
         super().load_state_dict(state_dict)
-        self.best, self._stopped = state_dict["best"], state_dict["stopped"]
+        self.best = state_dict["best"]
+        self._stopped = state_dict["stopped"]
         self.record = HeadRecord(**state_dict["record"])

@@ -84,7 +84,10 @@ class KVHeadConversion(ShapeCallback):
         check_types(KVHeadConversion, locals())
         chosen = method_of(method, has_data=calibration is not None)
         check_repair(chosen, repair)
-        self.num_key_value_heads, self.method, self.repair, self.encoder = num_key_value_heads, chosen, repair, encoder
+        self.num_key_value_heads = num_key_value_heads
+        self.method = chosen
+        self.repair = repair
+        self.encoder = encoder
         at_list = [*at] if isinstance(at, list | tuple) else [at]
         for entry in at_list:
             check_at(entry)
@@ -259,14 +262,18 @@ class KVHeadConversion(ShapeCallback):
         return f"{brief})" if more else brief
 
     def _convert(self, fit: Fit, stage: int, optimizers: list[Optimizer]) -> str:
-        model, plan, how = fit.model, self._plan(fit.module, self.heads[stage]), str(self.method)
+        model = fit.model
+        plan = self._plan(fit.module, self.heads[stage])
+        how = str(self.method)
         weights: Weights = {}
         if self.needs_data:
             with self.calibration.undisturbed(fit):
-                groups, comm = dict.fromkeys(plan.layers, plan.after), comm_of(fit, self.calibration.shared(fit))
+                groups = dict.fromkeys(plan.layers, plan.after)
+                comm = comm_of(fit, self.calibration.shared(fit))
                 new = equal_heads(Attentions(model, groups, comm), self.method, list(self._pairs(fit)), self.repair)
             weights = new.values if self.method.turns else new.values.without(plan.parameters)  # the mean pools unchanged weights
-            plan, how = plan.starting_from(changed_names(model, weights), new.rope), new.how
+            plan = plan.starting_from(changed_names(model, weights), new.rope)
+            how = new.how
             del new  # the pooled layers' values, if the mean does not use them
         pooled = {name: [pooling.dim, np.asarray(pooling.index)] for name, pooling in plan.parameters.items()}
         check_identical(fit, "KVHeadConversion", "the pooled heads", [str(self.method), str(self.repair), pooled, plan.rope])

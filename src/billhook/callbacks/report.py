@@ -48,7 +48,9 @@ class Report(FitCallback):
         check_types(Report, locals())
         if measure_batches is not None:
             check_int("measure_batches", measure_batches, least=0)
-        self.plot_file, self.metric, self.measure_batches = plot_file, metric, measure_batches
+        self.plot_file = plot_file
+        self.metric = metric
+        self.measure_batches = measure_batches
         self.history: list[list[float]] = []
         self.first: Event | None = None
         self._dtype = ""
@@ -58,7 +60,8 @@ class Report(FitCallback):
         for callback in fit.callbacks(Degradation):
             check_listed_after(fit, self, callback)
         on_first_rank(fit, "Report", self._check_file)
-        self.history, self.first = [], None
+        self.history = []
+        self.first = None
         if Path(self.plot_file).is_file():
             rank_zero_info(f"billhook: the plot {self.plot_file} will be replaced")
 
@@ -72,7 +75,8 @@ class Report(FitCallback):
     def begin_training(self, fit: Fit) -> None:
         """Measures the model before training."""
         if self.first is None:
-            numbers, num_events = self._measured(fit), len(events_of(fit))
+            numbers = self._measured(fit)
+            num_events = len(events_of(fit))
             self.first = {"step": fit.step, "after": numbers, "events": num_events}
             if fit.starts_fresh and not num_events:
                 record_start(fit, numbers)
@@ -162,4 +166,5 @@ class Report(FitCallback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the metrics of the resumed run."""
-        self.history, self.first = state_dict["history"], state_dict["first"]
+        self.history = state_dict["history"]
+        self.first = state_dict["first"]

@@ -122,7 +122,8 @@ def card(record: Record, loading: str, config: PretrainedConfig) -> str:
     fields: dict[str, Any] = {field: record[field] for field in license_fields if isinstance(record.get(field), str)}
     fields |= {"base_model_relation": RELATION} if base else {}
     library = "billhook" if record["saved"]["way"] == "shaped" else "transformers"
-    tags, (before, after) = ["billhook"], _sizes(record)
+    tags = ["billhook"]
+    (before, after) = _sizes(record)
     sizes = [size_of.get(name) for name in ("params", "zeros") for size_of in (before, after)]
     known = [size for size in sizes if isinstance(size, int)]
     if len(known) == len(sizes):  # fewer parameters or more zeros, and many more zeros
@@ -130,7 +131,8 @@ def card(record: Record, loading: str, config: PretrainedConfig) -> str:
         sparse = zeros < more and more >= SPARSE * fewer
         tags += ["pruned"] * (sparse or fewer < params) + ["sparse"] * sparse
     data = ModelCardData(base_model=base, **fields, library_name=library, tags=tags)
-    made_of, kind = record.get("made_of"), (config.architectures or ["a model"])[0]
+    made_of = record.get("made_of")
+    kind = (config.architectures or ["a model"])[0]
     folder = dict(made_of) if isinstance(made_of, Mapping) else {}
     done = "pruned" if "pruned" in tags else "changed" if _measured(record) else "saved"
     title = f"# {plain(base.rpartition('/')[2] if base else folder.get('name') or kind)}, {done} with billhook"
@@ -179,7 +181,9 @@ def _changes(record: Record) -> list[str]:
     parts = ["\n".join(lines)] * bool(lines) if recorded else [UNRECORDED]
     parts += [table(["by", "settings"], used, "---")] * bool(used)
     parts += [COMPLETE] if used and recorded else []
-    (before, after), last, start = _sizes(record), _mapping(record, "metrics"), _mapping(record, "start")
+    (before, after) = _sizes(record)
+    last = _mapping(record, "metrics")
+    start = _mapping(record, "start")
     if not any(key.startswith("val") and start[key] != before.get(key) for key in start):
         start = {}  # the same as `before`
     columns = ({"at the start": start} if start else {}) | {"before": before, "after": after}
@@ -202,12 +206,15 @@ def _where(text: Record) -> str:
 
 def _quality(record: Record) -> list[str]:
     """Returns a table of the degradation on texts, or of accuracy."""
-    accuracy, rows = record.get("accuracy"), []
+    accuracy = record.get("accuracy")
+    rows = []
     if isinstance(accuracy, Mapping) and {"before", "after"} <= accuracy.keys() and accuracy["after"] is not None:
         return [table(["", "before", "after"], [["accuracy", accuracy["before"], accuracy["after"]]])]
-    degradation, when = listed(record, "degradation", LOSSES), ""
+    degradation = listed(record, "degradation", LOSSES)
+    when = ""
     for event in listed(record, "events", ("step", "degradation"))[-1:] if not degradation else ():
-        degradation, when = listed(event, "degradation", LOSSES), f"Right after step {plain(event['step'])}:"
+        degradation = listed(event, "degradation", LOSSES)
+        when = f"Right after step {plain(event['step'])}:"
     for text in degradation:
         match text.get("bits_per_byte"):
             case [float(before), float(after)] if before > 0 and after > 0 and "token_ratio" in text:

@@ -73,7 +73,8 @@ def equivalents(model: PreTrainedModel) -> Iterator[Candidate]:
     Yields nothing if the model's config describes its shape and inference engines support that. The model's class comes first,
     because many classes use a field `head_dim` that their config does not declare, unless engines ignore that field.
     """
-    now, config = shape_of(model), model.config
+    now = shape_of(model)
+    config = model.config
     counts = _counts(now, config)
     if counts is None or text_config(config) is not config:
         return
@@ -113,7 +114,9 @@ def _classes(
             if equivalent is None:
                 continue
             # its config must express exactly this config
-            declared, other, added = _declared(type(config)), _declared(equivalent.config_class), _added(family, config)
+            declared = _declared(type(config))
+            other = _declared(equivalent.config_class)
+            added = _added(family, config)
             known = declared - other <= family.lacks.keys() and other - declared <= family.adds.keys() | {"head_dim"}
             for name, value in family.lacks.items():  # a value without effect, so that a family without the field is equivalent
                 stated = getattr(config, name, value)

@@ -52,8 +52,11 @@ def history(checkpoint: Checkpoint) -> dict[str, Any]:
 
     Malformed entries are skipped, because the file may come from anywhere.
     """
-    callbacks, noted = checkpoint.get("callbacks"), checkpoint.get(TRAINED)
-    events, degradation, record = list[Mapping[str, Any]](), list[Mapping[str, Any]](), dict[str, Any]()
+    callbacks = checkpoint.get("callbacks")
+    noted = checkpoint.get(TRAINED)
+    events = list[Mapping[str, Any]]()
+    degradation = list[Mapping[str, Any]]()
+    record = dict[str, Any]()
     for state in callbacks.values() if isinstance(callbacks, Mapping) else ():
         if not isinstance(state, Mapping):
             continue
@@ -130,7 +133,8 @@ def export(ckpt: str | Path, out: str | Path, tokenizer: str | None = None) -> S
         if not isinstance(heads, dict) or not all(isinstance(numbers, list) for numbers in heads.values()):
             raise ValueError(f"'{ckpt}' has a malformed entry '{MASKED}' for masked heads")
         zero_units(model, heads, per=cast(Per, masked.get("per")))  # checks `per`
-    steps, name = checkpoint.get("global_step", 0), checkpoint[KEY]["name_or_path"]
+    steps = checkpoint.get("global_step", 0)
+    name = checkpoint[KEY]["name_or_path"]
     record = {"exported_from": Path(ckpt).name, "steps": steps if isinstance(steps, int) else None, **history(checkpoint)}
     record |= origin_of(name or "", model.config)
     return save(model, out, _find_tokenizer(tokenizer, name, model), record)
@@ -166,7 +170,8 @@ def build_model(checkpoint: Checkpoint, name: str) -> PreTrainedModel:
     It is built on the meta device first, and allocated only if its sizes match the tensors in the checkpoint. If its class builds
     different sizes from the config, the recorded sizes are used.
     """
-    record, prefix = checkpoint[KEY], checkpoint[KEY]["prefix"]
+    record = checkpoint[KEY]
+    prefix = checkpoint[KEY]["prefix"]
     state = {key.removeprefix(prefix): value for key, value in checkpoint["state_dict"].items() if key.startswith(prefix)}
     for key in state:
         if ".base_layer." in key:

@@ -42,7 +42,8 @@ def origin_of(name: str, config: PretrainedConfig) -> dict[str, Any]:
     recorded: dict[str, Any] = {}
     with suppress(OSError, ValueError, AttributeError, RecursionError):
         record = json.loads(Path(name, RECORD).read_text(encoding="utf-8")) if name else {}
-        base, made_of = record.get("base_model"), record.get("made_of")
+        base = record.get("base_model")
+        made_of = record.get("made_of")
         if isinstance(base, str) and hub_name(base):
             recorded = {"base_model": base}
         elif isinstance(made_of, dict) and _is_text(made_of.get("name")):
@@ -65,7 +66,8 @@ def origin_of(name: str, config: PretrainedConfig) -> dict[str, Any]:
     if not _is_text(stated):
         return origin
     origin["license"] = stated
-    license_name, link = card.get("license_name"), card.get("license_link")
+    license_name = card.get("license_name")
+    link = card.get("license_link")
     if _is_text(license_name):
         origin["license_name"] = license_name
     if _is_text(link) and str(link).startswith(("https://", "http://")):  # a link to a file would be broken

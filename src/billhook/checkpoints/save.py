@@ -171,7 +171,8 @@ def save(
             model = cast(PreTrainedModel, merged.model)
             if merged.lost:
                 warnings.warn(f"the checkpoint differs from the model: {merged.text()}", stacklevel=4)
-        expected, origin = expect(model, probe), origin_of(str(model.config.name_or_path), model.config)
+        expected = expect(model, probe)
+        origin = origin_of(str(model.config.name_or_path), model.config)
         with draft_folder(target) as draft, _untouched(model):
             way, family, difference = _write(model, expected, draft, probe)
             for preprocessor in preprocessors:

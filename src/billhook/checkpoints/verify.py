@@ -15,7 +15,8 @@ from billhook.engine import BlockStore, evaluating_without_grad, full_precision,
 from billhook.model import load_as, load_streamed, make_inputs, match_implementations, text_config
 
 Probe = Mapping[str, Any]
-TIMES, TRIALS = 4, 4
+TIMES = 4
+TRIALS = 4
 """Allowed difference, as a multiple of the effect of every weight's last digit, and number of trials.
 
 Sums in another order have up to once that effect.
@@ -39,7 +40,8 @@ def verify(
     Raises:
         RuntimeError: If the difference is larger than rounding explains.
     """
-    kind, streams = kind or type(model), not store_of(model).holds_all
+    kind = kind or type(model)
+    streams = not store_of(model).holds_all
     if not streams and _matches_blockwise(model, expected, folder, probe, kind):
         return 0.0
     if streams:
@@ -124,7 +126,8 @@ def make_probe(model: PreTrainedModel) -> dict[str, Any]:
         inputs = make_inputs(model, getattr(model.config, "num_codebooks", None) or 1, length)
     except ValueError as error:
         raise ValueError(f"probe=None: {str(error).partition('. ')[0]}. Pass a batch of inputs as probe.") from error
-    end, size = getattr(text, "eos_token_id", None), getattr(text, "vocab_size", None) or 0
+    end = getattr(text, "eos_token_id", None)
+    size = getattr(text, "vocab_size", None) or 0
     for name in {"input_ids", "decoder_input_ids"} & inputs.keys():
         if isinstance(end, int) and 0 <= end < size:
             inputs[name][:, -1] = end  # some classifiers use its hidden state
@@ -164,21 +167,26 @@ def _match_memory(originals: Mapping[str, Tensor], part: nn.Module, prefix: str 
 
 def _rounding(reloaded: PreTrainedModel, logits: Tensor, probe: Probe) -> float:
     """Returns the largest logit difference that changes of last digits explain."""
-    store, generator, effect, before = store_of(reloaded), torch.Generator().manual_seed(0), 0.0, logits
+    store = store_of(reloaded)
+    generator = torch.Generator().manual_seed(0)
+    effect = 0.0
+    before = logits
     with torch.no_grad(), ExitStack() as stack:
         for trial in range(TRIALS):  # several trials, because a few logits may be unchanged by chance
             # the blocks of a streamed model are changed whenever they are loaded, in the same way each time
             stack.enter_context(store.altered(partial(_change_block, store, trial)))
             _change_last_digits((weight for weight in reloaded.parameters() if not weight.is_meta), generator)
             after = logits_of(reloaded, probe)
-            effect, before = max(effect, (after - before).abs().nan_to_num(0.0).max().item()), after
+            effect = max(effect, (after - before).abs().nan_to_num(0.0).max().item())
+            before = after
     finite = logits[logits.isfinite()].abs()
     largest = finite.max().item() if len(finite) else 0.0
     return max(min(TIMES * effect, MOST * largest), torch.finfo(reloaded.dtype).eps * largest)
 
 
 def _change_block(store: BlockStore, trial: int, block: nn.Module) -> list[nn.Parameter]:
-    number, weights = list(store.blocks.values()).index(block), list(block.parameters())
+    number = list(store.blocks.values()).index(block)
+    weights = list(block.parameters())
     _change_last_digits(weights, torch.Generator().manual_seed(trial + TRIALS * (1 + number)))
     return weights
 

@@ -92,7 +92,8 @@ def bench(
     Raises:
         ValueError: If an argument is not legal, before any weights are read.
     """
-    sizes, measured = batch_sizes or [1, 16], phases or ["prefill", "decode"]
+    sizes = batch_sizes or [1, 16]
+    measured = phases or ["prefill", "decode"]
     check_one_of("dtype", dtype, DTYPES)
     check_int("threads", 1 if threads is None else threads)
     check_file("plot", plot, ".png")
@@ -106,7 +107,8 @@ def bench(
         lengths = contexts or _supported_contexts(list(map(from_name, models)), new_tokens)
         _bench_llama_cpp(models, lengths, new_tokens, rounds, warmup, threads or torch.get_num_threads(), json)
         return
-    computes_on, meta_models = device_of(device), list(map(from_name, models))
+    computes_on = device_of(device)
+    meta_models = list(map(from_name, models))
     lengths = contexts or _supported_contexts(meta_models, new_tokens)
     check_speed(meta_models, sizes, lengths, new_tokens, rounds, warmup, measured)
     with file_progress(f"loading {', '.join(models)}"):
@@ -114,12 +116,15 @@ def bench(
     for model in loaded:
         model.to(computes_on)  # type: ignore[arg-type]
     with cpu_threads(threads) as used, progress_bar("measuring", "runs", steady=False) as report:
-        total, done = len(sizes) * len(lengths) * len(measured) * len(models) * (warmup + rounds), itertools.count(1)
+        total = len(sizes) * len(lengths) * len(measured) * len(models) * (warmup + rounds)
+        done = itertools.count(1)
         rows = measure_speed(
             loaded, sizes, lengths, new_tokens, rounds, warmup, cache, measured, seed,
             progress=lambda: report(next(done), total),
         )  # fmt: skip
-    names, summaries, where = _last_parts(models), list(map(summary, loaded)), machine_name(computes_on, used)
+    names = _last_parts(models)
+    summaries = list(map(summary, loaded))
+    where = machine_name(computes_on, used)
     sizes_of_tokens = bytes_per_token(models)
     print(f"{where}, {', '.join(sorted({*map(_dtype, loaded)}))}, cache={cache}\n")
     print(timing_table(rows, names, sizes_of_tokens))
@@ -155,7 +160,9 @@ def _bench_llama_cpp(
         check_int(name, value, least)
     for context in contexts:
         check_int("contexts", context)
-    names, lines, record = _last_parts(models), [], []
+    names = _last_parts(models)
+    lines = []
+    record = []
     head = ["kind", "context", "model", "GB", "prefill tokens/s", "decoding tokens/s"]
     sizes_of_tokens = bytes_per_token(models)
     head += ["prefill bytes/s", "decoding bytes/s"] if sizes_of_tokens else []
@@ -177,7 +184,9 @@ def _bench_llama_cpp(
                     converted, context, new_tokens, rounds, warmup, threads, lambda: report(next(done), total)
                 )
                 for number, (name, file, speed) in enumerate(zip(names, converted, speeds, strict=True)):
-                    size, first, rates = file.stat().st_size, speeds[0], (speed.prefill_rate, speed.decoding_rate)
+                    size = file.stat().st_size
+                    first = speeds[0]
+                    rates = (speed.prefill_rate, speed.decoding_rate)
                     cells = [kind, f"{context:,}", name, f"{size / 1e9:.3f}", *(f"{rate:,.1f}" for rate in rates)]
                     cells += [f"{rate * sizes_of_tokens[number]:,.0f}" for rate in rates if sizes_of_tokens]
                     if speed is not first:
@@ -271,7 +280,8 @@ def _notes(
     cached = {row.model: row.cache_bytes_per_token for row in rows if row.cache_bytes}
     for number, size in cached.items():
         note = f"KV cache of {names[number]}: {size:,.0f} bytes per token and sequence"
-        predicted, heads = summaries[number].kv_cache_bytes, summaries[number].kv_heads
+        predicted = summaries[number].kv_cache_bytes
+        heads = summaries[number].kv_heads
         note += f" ({predicted:,} expected)" if predicted else ""
         note += f", {heads} KV head{'s' if heads > 1 else ''}" if heads else ""
         if number and cached.get(0):
@@ -279,7 +289,8 @@ def _notes(
             note += f": {cached[0] / size:.2f}x smaller"
             note += f", {first / heads:.2f}x fewer heads" if first and heads else ""
         lines.append(note)
-    no_decoding, mixtures = [], []
+    no_decoding = []
+    mixtures = []
     for name, model in zip(names, models, strict=True):
         if not generates(model):
             no_decoding.append(name)

@@ -158,7 +158,8 @@ def evaluate(
     check_file("json", json, ".json")
     if not models or not (data or text or tasks):
         raise ValueError("nothing to evaluate. Pass models, and at least one of --data, --text, and --tasks.")
-    of_images, computes_on = any(map(images.classifies, models)), device_of(device)
+    of_images = any(map(images.classifies, models))
+    computes_on = device_of(device)
     settings: dict[str, Any] = {"data": data, "limit": limit, "batch_size": batch_size, "column": column}
     if of_images:
         images.check(models, {"text": text, "tasks": tasks, "length": length, "stream": stream})
@@ -169,7 +170,8 @@ def evaluate(
             raise ValueError("stream=True only supports --text. Remove --data and --tasks, or --stream.")
         if stream and device == "auto":
             computes_on = torch.device("cpu")
-        tasks, length = _tasks(tasks or []), _length(models, length)
+        tasks = _tasks(tasks or [])
+        length = _length(models, length)
         settings |= {"text": text, "tasks": tasks, "length": length, "examples": examples}
         works = _prepare(models, data or [], text, tasks, limit, length, examples, batch_size, column)
     results = list[images.Result]()
@@ -226,8 +228,10 @@ def _prepare(
 ) -> list[images.Work]:
     """Tokenizes the evaluation data, and returns a function for each model that evaluates it."""
     questions = [read_questions(file, limit, "data") for file in data]
-    works, tokenizers = list[images.Work](), list(map(load_tokenizer, models))
-    same_texts, differ = list[ExampleText](), any(t.get_vocab() != tokenizers[0].get_vocab() for t in tokenizers)
+    works = list[images.Work]()
+    tokenizers = list(map(load_tokenizer, models))
+    same_texts = list[ExampleText]()
+    differ = any(t.get_vocab() != tokenizers[0].get_vocab() for t in tokenizers)
     for name, tokenizer in zip(models, tokenizers, strict=True):
         rows: Any = None if text is None else blocks(text, model_path(name), length, column)
         if differ and rows is not None and not same_texts:

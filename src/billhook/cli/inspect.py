@@ -84,7 +84,8 @@ def summary(model: str, stream: bool = False) -> None:
 
 def conversion(model: PreTrainedModel) -> dict[str, Any]:
     """Returns the possible numbers of KV heads of a model, and a sentence (`says`) on them."""
-    legal, reason = [], "it has one KV head"
+    legal = []
+    reason = "it has one KV head"
     try:
         before = kv_heads_of(model)
     except ValueError as error:

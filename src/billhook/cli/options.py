@@ -92,7 +92,8 @@ def legal_values(message: str) -> str:
     unknown = UNKNOWN_ARGUMENT.findall(message)
     unknown += [("lightning.pytorch.Trainer", name) for name in UNKNOWN_TRAINER_ARGUMENT.findall(message)]
     for path, option in unknown:
-        name, arguments = option.partition(".")[0], list(inspect.signature(pkgutil.resolve_name(path)).parameters)
+        name = option.partition(".")[0]
+        arguments = list(inspect.signature(pkgutil.resolve_name(path)).parameters)
         if key := suggestion(name, KEYS):
             lines.append(f"unknown key '{name}'.{key} Keys of a class: {', '.join(KEYS)}")
         elif arguments:
@@ -113,7 +114,9 @@ def _legal_for(argument: str, types: str, value: str, unknown: str) -> str:
     """Returns the legal values of an argument, and a hint if its value has an unknown class."""
     from billhook.model.plan import subclasses  # imports torch, which a misspelled command need not wait for
 
-    words, names, classes = list[str](), list[str](), set[str]()
+    words = []
+    names = []
+    classes = set()
     for path, literals, inside in TYPE.findall(types):
         name = path or inside
         names += re.findall(r"'(\w+)'", literals)
@@ -185,7 +188,9 @@ def run(command: Command, words: Sequence[str], context: AbstractContextManager[
     The fields of a parameter whose type is a dataclass are options: `--params 0.8` sets `amount: Amount`.
     """
     parameters = inspect.signature(command).parameters
-    groups, kinds, positional = dict[str, Any](), dict[str, Any](), 0
+    groups = dict[str, Any]()
+    kinds = dict[str, Any]()
+    positional = 0
     for name, parameter in parameters.items():
         if is_dataclass(parameter.annotation):
             groups[name] = parameter.annotation
@@ -229,7 +234,8 @@ def _to_jsonargparse(words: Sequence[str], kinds: dict[str, Any], positional: in
             runs.append([word])
         else:
             runs[-1].append(word)
-    complete, made = len(runs[0]) > positional, []
+    complete = len(runs[0]) > positional
+    made = []
     for number, (name, *values) in enumerate(runs):
         kind = kinds.get(name)
         option = "" if number == 0 and (positional or not first) else name if name.startswith("-") else f"--{name}="
@@ -266,7 +272,8 @@ def description() -> str:
         command = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name.replace("-", "_"))
         words = []
         for argument in command.args.args[: len(command.args.args) - len(command.args.defaults)]:
-            word, kind = argument.arg.upper(), ast.unparse(argument.annotation) if argument.annotation else ""
+            word = argument.arg.upper()
+            kind = ast.unparse(argument.annotation) if argument.annotation else ""
             if kind == "list[str]":
                 words.append(f"{word[:-1]} [{word[:-1]} ...]")
             elif kind == "str":

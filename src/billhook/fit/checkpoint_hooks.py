@@ -18,7 +18,8 @@ from billhook.fit.lightning_internals import batch_progress, data_fetcher, is_ac
 from billhook.fit.resume import ShapeInCheckpoint, callbacks_of, check_callbacks, prepare_for_weights
 from billhook.model import KEY, Checkpoint, find_transformer, load_shape, save_shape, shape_of
 
-RANDOM, GRADIENTS = "billhook_random", "billhook_gradients"
+RANDOM = "billhook_random"
+GRADIENTS = "billhook_gradients"
 """Checkpoint keys of the random state of each process and the gradients of an unfinished step."""
 _WRAPPED = "_billhook_wrapped"
 _HOOKS = ("on_load_checkpoint", "on_save_checkpoint", "on_train_start", "on_train_epoch_start")
@@ -49,10 +50,13 @@ class ResumeState:
 
     def begin_training(self, trainer: Trainer) -> None:
         """Restores the loaded states if the number of processes is the same."""
-        loaded, self.loaded, self._begun = self.loaded, [], None
+        loaded = self.loaded
+        self.loaded = []
+        self._begun = None
         if len(loaded) != trainer.world_size:
             return
-        state, progress = loaded[trainer.global_rank], batch_progress(trainer)
+        state = loaded[trainer.global_rank]
+        progress = batch_progress(trainer)
         over = progress.is_last_batch
         begun = {"again": True, "random": state["now"]} if over else state["begun"]
         if begun is not None and _can_draw_again(trainer):
@@ -94,7 +98,8 @@ def wrap_hooks(trainer: Trainer, pl_module: LightningModule) -> None:
         return
     load, save, start, epoch = (getattr(pl_module, name) for name in _HOOKS)
     load_in_shape(trainer, pl_module)
-    resume, gradients = ResumeState(), {}
+    resume = ResumeState()
+    gradients = {}
     try:
         shape = shape_of(find_transformer(pl_module))
     except ValueError:  # the model does not exist yet

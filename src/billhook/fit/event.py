@@ -82,7 +82,8 @@ class EventCallback(ShapeSavingCallback, ABC):
     def __init__(self, calibration: FitCalibration | None = None, measure_batches: int | None = None) -> None:
         if measure_batches is not None:
             check_int("measure_batches", measure_batches, least=0)
-        self.calibration, self.measure_batches = calibration or FitCalibration.of(None), measure_batches
+        self.calibration = calibration or FitCalibration.of(None)
+        self.measure_batches = measure_batches
         self._steps: dict[int, float] = {}
         self._last_step = -1
         self.reset()
@@ -90,7 +91,8 @@ class EventCallback(ShapeSavingCallback, ABC):
     def reset(self) -> None:
         """Clears events at the start of training."""
         self.events: list[Event] = []
-        self.last_event_step, self.last_target = -1, 0.0
+        self.last_event_step = -1
+        self.last_target = 0.0
         self.start: dict[str, float | None] = {}
         self._validated: dict[str, Any] = {}
 
@@ -143,7 +145,8 @@ class EventCallback(ShapeSavingCallback, ABC):
         for follower in fit.callbacks(EventFollower):
             follower.begin(fit)  # also if it is listed later
         fit.follow_shapes()
-        self._steps, self._last_step = {}, -1
+        self._steps = {}
+        self._last_step = -1
         if fit.step == 0:  # otherwise an earlier run continues
             self.reset()
 
@@ -221,7 +224,9 @@ class EventCallback(ShapeSavingCallback, ABC):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the events."""
-        self.events, self.last_event_step, self.last_target = state_dict["events"], state_dict["done"], state_dict["asked"]
+        self.events = state_dict["events"]
+        self.last_event_step = state_dict["done"]
+        self.last_target = state_dict["asked"]
         self.start = state_dict["start"]
 
 
@@ -271,7 +276,8 @@ def record_start(fit: Fit, metrics: Mapping[str, float | None]) -> None:
 
 def log_event(fit: Fit, event: Event) -> None:
     """Logs the metrics of an event and notifies event followers."""
-    before, after = event["before"], event["after"]
+    before = event["before"]
+    after = event["after"]
     numbers = {key: after[key] for key in SIZES if key in after}
     for key in sorted(before.keys() & after.keys() - {*SIZES, *UNLOGGED}):
         numbers |= {f"{key}_before": before[key], f"{key}_after": after[key]}
@@ -286,7 +292,8 @@ def log_event(fit: Fit, event: Event) -> None:
 def describe_callback(callback: object) -> dict[str, Any]:
     """Returns the class name of a callback as `callback`, and its settings as plain data."""
     unrecorded = UNRECORDED | ({"calibration"} if getattr(callback, "needs_data", None) is False else set())
-    parameters, settings = inspect.signature(type(callback).__init__).parameters, {}
+    parameters = inspect.signature(type(callback).__init__).parameters
+    settings = {}
     follows_schedule = False
     for name in parameters:
         value = getattr(callback, name, None)

@@ -48,7 +48,8 @@ class LightningFit(Fit):
     module: LightningModule
 
     def __init__(self, trainer: Trainer, module: LightningModule) -> None:
-        self.trainer, self.module = trainer, module
+        self.trainer = trainer
+        self.module = module
 
     @property
     def all_callbacks(self) -> Sequence[object]:
@@ -155,7 +156,8 @@ class LightningFit(Fit):
     @contextmanager
     def reshaping(self, blockwise: bool) -> Iterator[None]:
         """Unwraps DDP and gathers shards while shapes change: hooks are on old parameters."""
-        strategy, automatic = self.trainer.strategy, self.module.automatic_optimization
+        strategy = self.trainer.strategy
+        automatic = self.module.automatic_optimization
         wrapped = isinstance(strategy.model, DistributedDataParallel)
         if wrapped:
             strategy.model = self.module
@@ -231,7 +233,8 @@ class LightningFit(Fit):
         calls the model. If it never calls the model as a whole, the step itself is the run. Under manual optimization, the step
         would update weights, so all batches must be dictionaries for the model.
         """
-        names, runs = list(inspect.signature(model.forward).parameters), []
+        names = list(inspect.signature(model.forward).parameters)
+        runs = []
         for number, batch in enumerate(batches):
             step = bind_arguments(self.module.training_step, batch, number)
             if self.updates_in_step:
@@ -281,7 +284,9 @@ class LightningFit(Fit):
         """
         if limit == 0:
             return {}
-        trainer, module, logged = self.trainer, self.module, LoggedMetrics()
+        trainer = self.trainer
+        module = self.module
+        logged = LoggedMetrics()
         with fail_together(self, "validation"), validating(trainer, module, logged):
             if (batches := validation_loaders(trainer)) is None:
                 return {}
@@ -292,11 +297,13 @@ class LightningFit(Fit):
                 module.on_validation_start()
                 module.on_validation_epoch_start()
                 for batch, index, loader in batches:
-                    logged.batch, logged.suffix = batch, f"/dataloader_idx_{loader}" if several else ""
+                    logged.batch = batch
+                    logged.suffix = f"/dataloader_idx_{loader}" if several else ""
                     moved = to_device(trainer, batch, loader if several else 0)
                     with trainer.precision_plugin.val_step_context():
                         bind_arguments(module.validation_step, moved, index, *[loader] * several)()
-                logged.batch, logged.suffix = None, ""
+                logged.batch = None
+                logged.suffix = ""
                 module.on_validation_epoch_end()
                 module.on_validation_end()
             finally:

@@ -155,7 +155,10 @@ class _FirstRanksRequests:
     """Passes the first rank's requests to the others through the process group's store."""
 
     def __init__(self, fit: Fit, store: Any, done: str) -> None:  # noqa: ANN401 - see `_store`
-        self.fit, self.store, self.done, self.times = fit, store, done, 0
+        self.fit = fit
+        self.store = store
+        self.done = done
+        self.times = 0
 
     def __call__(self, request: Tensor) -> Tensor:
         """Overwrites the tensor with the first rank's."""

@@ -79,7 +79,9 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
     shaped: type[ShapeInCheckpoint] = ShapeInCheckpoint
     checkpoint = read_sharded(path) if is_sharded_checkpoint(path) else _mapped(path, options)
     if checkpoint is not None:
-        state, later, first = checkpoint[TENSORS], dict[str, Any](), dict[str, Any]()
+        state = checkpoint[TENSORS]
+        later = dict[str, Any]()
+        first = dict[str, Any]()
         for key, value in checkpoint.items():
             (later if key in LARGE else first)[key] = value
         placed = {name: torch.empty(0) if isinstance(tensor, DeferredTensor) else tensor for name, tensor in state.items()}
@@ -108,7 +110,8 @@ def load_from_checkpoint(kind: type[ModuleT], checkpoint_path: str | Path, **opt
 
 def _mapped(path: Path, options: dict[str, Any]) -> Checkpoint | None:
     """Memory-maps a checkpoint file and sets `map_location`; None if it cannot."""
-    requested, locations = options.get("map_location"), {}
+    requested = options.get("map_location")
+    locations = {}
     if not is_zipfile(path) or not (requested is None or isinstance(requested, str | torch.device)):
         return None
 

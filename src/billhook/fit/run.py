@@ -54,7 +54,8 @@ def once_model_exists(pl_module: LightningModule, step: Callable[[], None]) -> N
         return
     attributes = vars(pl_module)
     if _WAITING not in attributes:
-        attributes[_WAITING], attributes[_HOOK] = [], partial(_configure, pl_module, pl_module.configure_model)
+        attributes[_WAITING] = []
+        attributes[_HOOK] = partial(_configure, pl_module, pl_module.configure_model)
     attributes[_WAITING].append(step)
 
 
@@ -120,9 +121,12 @@ class LoggedMetrics:
             device = fit.device
             packed = torch.stack(list(self.sums.values())).to(device, widest_float(device))
             # collectives reduce in place and need contiguous memory
-            least, most, summed = packed[:, 2].clone(), packed[:, 3].clone(), packed[:, [0, 1, 4]].clone()
+            least = packed[:, 2].clone()
+            most = packed[:, 3].clone()
+            summed = packed[:, [0, 1, 4]].clone()
             reduced = fit.reduce(summed)
-            least, most = fit.reduce(least, "min"), fit.reduce(most, "max")
+            least = fit.reduce(least, "min")
+            most = fit.reduce(most, "max")
             for i, (name, how) in enumerate(self.how.items()):
                 mean = reduced[i, 0] / reduced[i, 1]
                 kinds = {"min": least[i], "max": most[i], "sum": reduced[i, 2]}
@@ -135,7 +139,8 @@ class LoggedMetrics:
 @contextmanager
 def validating(trainer: Trainer, pl_module: LightningModule, logged: LoggedMetrics) -> Iterator[None]:
     """Replaces `log` in the validation stage; restores stage, modes, and random state."""
-    stage, modes = trainer.state.stage, {name: m.training for name, m in pl_module.named_modules()}
+    stage = trainer.state.stage
+    modes = {name: m.training for name, m in pl_module.named_modules()}
     trainer.state.stage = RunningStage.VALIDATING  # modules and loaders read it
     pl_module.eval()
     try:

@@ -38,7 +38,8 @@ class ShapeCallback(EventCallback):
 
     def check_fit(self, fit: Fit) -> None:
         """Raises `ValueError` if the strategy or weight averaging does not support shape changes."""
-        name, averaging = type(self).__name__, fit.averages
+        name = type(self).__name__
+        averaging = fit.averages
         fit.check_reshaping(name)
         if averaging and not self.only_at_start:
             raise ValueError(

@@ -68,7 +68,8 @@ class Callbacks(TrainerCallback, ExportableState):
     state_key = "Callbacks"  # Lightning asks for it
 
     def __init__(self, callbacks: Sequence[FitCallback], validation: Iterable[Any] | None = None) -> None:
-        self.callbacks, self.validation = list(callbacks), validation
+        self.callbacks = list(callbacks)
+        self.validation = validation
         for callback in self.callbacks:
             if not isinstance(callback, FitCallback):
                 raise ValueError(
@@ -141,7 +142,8 @@ class Callbacks(TrainerCallback, ExportableState):
             for callback in self.callbacks:
                 callback.resolve(fit)
             for event_callback in fit.callbacks(EventCallback):  # can its events after the start happen in this Trainer?
-                name, steps = type(event_callback).__name__, event_callback.pending_steps(fit)
+                name = type(event_callback).__name__
+                steps = event_callback.pending_steps(fit)
                 if isinstance(event_callback, ShapeCallback):
                     steps = [step for step in event_callback.shape_steps(fit) if step > fit.step]
                     if not event_callback.only_at_start and event_callback.due(fit):
@@ -185,7 +187,8 @@ class Callbacks(TrainerCallback, ExportableState):
         entries = dict[str, Any]()
         for callback in self.callbacks:
             entries |= callback.checkpoint_entries() if isinstance(callback, EventCallback) else {}
-        folder, fit = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}", self._fit
+        folder = Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"
+        fit = self._fit
         if not args.should_save or not folder.is_dir():
             return
         saves_base = fit is not None and self._changes_base(fit)
@@ -295,9 +298,11 @@ def _load_from(folder: str | Path) -> str:
 
 def _refuse_other_shape(model: nn.Module, state: Mapping[str, Any], prefix: str, *_: object) -> None:
     """Raises `ValueError` before the Trainer loads a checkpoint into a model of another shape."""
-    lora, adapters = has_adapters(model), {match[1] for key in state if (match := LORA.search(key))}
+    lora = has_adapters(model)
+    adapters = {match[1] for key in state if (match := LORA.search(key))}
     for name, parameter in model.named_parameters():
-        saved, match = state.get(f"{prefix}{name}"), LORA.search(name)
+        saved = state.get(f"{prefix}{name}")
+        match = LORA.search(name)
         removed = saved is None and match is not None and match[1] in adapters
         if removed or (saved is not None and saved.shape != parameter.shape):
             advice = "Load the model from the checkpoint folder (bh.load) before the Trainer is created."

@@ -184,7 +184,8 @@ class TransformersFit(Fit):
 
     def preprocessors(self) -> list[Preprocessor]:
         """Returns the Trainer's `processing_class`, or else the base model's."""
-        processing, origin = self._hooked.get("processing_class"), str(self.model.config.name_or_path)
+        processing = self._hooked.get("processing_class")
+        origin = str(self.model.config.name_or_path)
         if isinstance(processing, Preprocessor):
             return [processing]
         try:

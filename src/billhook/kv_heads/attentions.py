@@ -77,8 +77,12 @@ class Attentions:
                 why = "heads stay in their bases, where 'mean' and 'first' can pool them without a repair"
                 raise ValueError(f"model: with LoRA attached to {layer}, {why}: or {MERGE_HINT}")
         structure = trace(model)
-        self.model, self.groups, self._comm, self.store = model, groups, comm, store_of(model)
-        self.projections, self._every = find_projections(model, structure, groups), find_heads(model, structure).keys()
+        self.model = model
+        self.groups = groups
+        self._comm = comm
+        self.store = store_of(model)
+        self.projections = find_projections(model, structure, groups)
+        self._every = find_heads(model, structure).keys()
         self.symmetries = find_symmetries(model, self.projections)
         downs = dict.fromkeys(part.name.rpartition(".")[0] for ffn in structure.feed_forward for part in ffn.down)
         self.downs = [name for name in downs if is_linear(model.get_submodule(name))]
@@ -106,7 +110,8 @@ class Attentions:
         """Returns the methods that suit the modules; raises for none, or repairs with adapters."""
         if repair is not None and (layers := adapter_layers(self.model)):
             raise ValueError(f"repair refits weights, and {next(iter(layers))} has adapters: leave it out, or {MERGE_HINT}")
-        allowed, refusal = [], None
+        allowed = []
+        refusal = None
         for method in methods:
             try:
                 self.check(method)
@@ -154,7 +159,9 @@ class Attentions:
         self, methods: Sequence[Reconstructing], runs: Sequence[Run], slots: Slots | None = None
     ) -> Iterator[tuple[Reconstructing, LazyTensors]]:
         """Yields equal heads by each method; reuses blocks of an interrupted process."""
-        store, grouping, new = self.store, methods[0].grouping, LazyTensors({})
+        store = self.store
+        grouping = methods[0].grouping
+        new = LazyTensors({})
 
         def equal(block: nn.Module | None, moments: Iterable[tuple[str, Moments]]) -> LazyTensors:
             values = dict[str, Tensor]()
@@ -252,7 +259,8 @@ class Attentions:
         rows: dict[str, list[Tensor]] = defaultdict(list)
         joins = all(isinstance(run.batch, Mapping) and {"input_ids"} <= run.batch.keys() <= TEXT for run in runs)
         for run in runs if joins else ():
-            ids, mask = run.batch["input_ids"], run.batch.get("attention_mask")
+            ids = run.batch["input_ids"]
+            mask = run.batch.get("attention_mask")
             rows[run.source].append(ids.flatten() if mask is None else ids[mask.bool()])
         joined = [self.run({"input_ids": torch.cat(ids)[None, : min(context, MOST)]}) for ids in rows.values()]
         choices = [bands_within(rotation, angle / context) for angle in ANGLES]
@@ -266,11 +274,14 @@ class Attentions:
 
     def _in_order(self, name: str, method: Reconstructing, moments: Moments) -> tuple[HeadTensors, Moments]:
         """Returns heads, in float64, and their Gram matrices, with the heads of groups together."""
-        symmetries, groups, tensors = self.symmetries[name], self.groups[name], self._read(name)
+        symmetries = self.symmetries[name]
+        groups = self.groups[name]
+        tensors = self._read(name)
         if method.grouping == "similar":
             # all ranks take the order of the first, as that follows from floats
             order = self._comm.decide(lambda: similar_order(tensors, moments, symmetries, method, groups))
-            tensors, moments = tensors.in_order(order), moments.in_order(order, groups)
+            tensors = tensors.in_order(order)
+            moments = moments.in_order(order, groups)
         return tensors, moments
 
     def repaired(
@@ -317,7 +328,8 @@ class Attentions:
         groups = self._seen_in("similar" if any(m.grouping == "similar" for m in method.candidates) else "consecutive")
         largest = 0
         for name, attention in self.projections.items():
-            number, sizes = groups[name], (attention.k.index.size, attention.v.index.size)
+            number = groups[name]
+            sizes = (attention.k.index.size, attention.v.index.size)
             largest = max(largest, sum(number * (size // number) ** 2 for size in sizes))
         return 2 * 8 * largest
 

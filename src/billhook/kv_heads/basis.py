@@ -55,7 +55,9 @@ def _bases(metric: Tensor, moments: Tensor, mixings: Sequence[tuple[Mixing, Mixi
     basis = torch.eye(width, dtype=torch.float64, device=metric.device).repeat(groups, size, 1, 1)
     for old, _ in mixings:
         basis[:, :, [*old.real, *old.imaginary]] = 0
-    shared, lost, total = basis / size, 0.0, 0.0
+    shared = basis / size
+    lost = 0.0
+    total = 0.0
     for number, group_metric in enumerate(grouped(metric, groups)):
         for old, new in mixings:
             if not new.real:  # a band without a slot
@@ -72,7 +74,8 @@ def _bases(metric: Tensor, moments: Tensor, mixings: Sequence[tuple[Mixing, Mixi
         heads = torch.einsum("jajb->jab", moments[number])
         through = basis[number] @ crossed
         error = heads - through - through.mT + basis[number] @ of_shared @ basis[number].mT
-        lost, total = lost + float((group_metric * error).sum()), total + float((group_metric * heads).sum())
+        lost = lost + float((group_metric * error).sum())
+        total = total + float((group_metric * heads).sum())
     return Bases(basis.flatten(0, 1), shared.flatten(0, 1), groups, lost / total if total else 0.0)
 
 
@@ -87,7 +90,8 @@ def key_spectra(moments: Moments, method: SVD, mixings: Sequence[Mixing]) -> lis
 
 def _part_of(metric: Tensor, moments: Tensor, mixing: Mixing) -> tuple[Tensor, Tensor]:
     """Returns a mixing's part of both matrices; pairs are complex numbers: E[z_i conj(z_j)]."""
-    r, i = list(mixing.real), list(mixing.imaginary)
+    r = list(mixing.real)
+    i = list(mixing.imaginary)
     if not i:
         return metric[:, r][:, :, r], moments[:, r][:, :, :, r]
 
@@ -126,7 +130,8 @@ def similar_order(
     for pair in itertools.combinations(range(count), 2):
         keys, values = find_bases(tensors.in_order(pair), moments.in_order(pair, 1), symmetries, method)
         loss[pair] = loss[pair[::-1]] = keys.lost + values.lost
-    generator, group_of = torch.Generator().manual_seed(0), torch.arange(count) // (count // groups)
+    generator = torch.Generator().manual_seed(0)
+    group_of = torch.arange(count) // (count // groups)
     starts = [group_of, *(group_of[torch.randperm(count, generator=generator)] for _ in range(RESTARTS))]
     ends = [_improved(start, loss) for start in starts]
     # of ends that differ by rounding alone, the first

@@ -139,13 +139,18 @@ def _matched(
         raise ValueError(f"{kept[0]} follows the number of KV heads but is no parameter: it cannot be pooled")
     cuts = {}
     for name in [name for name, _ in model.named_parameters() if name in changed]:
-        owner, old, new = str(_owner(name, attentions)), before[name], shape.tensors[name]
+        owner = str(_owner(name, attentions))
+        old = before[name]
+        new = shape.tensors[name]
         dims = [dim for dim, (a, b) in enumerate(zip(old, new, strict=True)) if a != b]
         if len(dims) != 1:
             raise ValueError(f"{name} goes from {list(old)} to {list(new)}, which involves more than KV heads")
-        (dim,), now, then = dims, attentions[owner], after[owner]
+        (dim,) = dims
+        now = attentions[owner]
+        then = after[owner]
         rows = now.rows_of(name, dim, old[dim])
-        keys, new_keys = rows.keys(now.heads // then.heads), then.rows_of(name, dim, new[dim]).keys()
+        keys = rows.keys(now.heads // then.heads)
+        new_keys = then.rows_of(name, dim, new[dim]).keys()
         positions = dict(zip(new_keys, range(len(new_keys)), strict=True))
         wrong = set(keys) != positions.keys() or len(positions) != new[dim] or math.prod(old) == 0
         if wrong or (rows.head < 0).any():

@@ -94,7 +94,8 @@ def equal_heads(
     if number < least:
         why = "because some are held out" if least > 1 else "to compute statistics of the heads"
         raise ValueError(f"batches: {what} needs at least {least}, {why}; got {number:g}")
-    how, notes = str(method), []
+    how = str(method)
+    notes = []
     if len(method.candidates) > 1:
         chosen, losses = best_method(attentions, [chosen, *others], runs, repair)
         how = f"{method}: {chosen}"
@@ -213,7 +214,9 @@ def heads_and_method(
     if heads is not None:
         return heads, named
     check_fraction("kv_cache_bytes", kv_cache_bytes, "(0, 1)")
-    config, before, share = find_transformer(model).config, kv_heads_of(model), float(kv_cache_bytes or 0)
+    config = find_transformer(model).config
+    before = kv_heads_of(model)
+    share = float(kv_cache_bytes or 0)
     queries = field(config.get_text_config(decoder=True), "num_attention_heads") or before
     fitting_heads = [n for n in range(1, before) if before % n == queries % n == 0 and n <= share * before]
     if fitting_heads:

@@ -56,11 +56,14 @@ def distance_between(expected: Any, other: Any, tokens: Tensor | None = None) ->
     has_logits = isinstance(getattr(expected, "logits", None), Tensor)
     a, b = ((output.logits if has_logits else _states(output)).detach() for output in (expected, other))
     if tokens is not None and tokens.shape == a.shape[:2]:
-        a, b = a[tokens], b[tokens]
+        a = a[tokens]
+        b = b[tokens]
     if has_logits and a.dim() > 1 and a.shape[-1] > 1:
-        a, b = a.flatten(0, -2), b.flatten(0, -2)
+        a = a.flatten(0, -2)
+        b = b.flatten(0, -2)
         return sum(map(_divergence, a.split(ROWS), b.split(ROWS))) / len(a)
-    a, b = in_float64(a), in_float64(b)
+    a = in_float64(a)
+    b = in_float64(b)
     return float((a - b).square().mean() / a.square().mean().clamp_min(torch.finfo(torch.double).tiny))
 
 
@@ -93,22 +96,27 @@ def distances(model: nn.Module, news: Sequence[EqualHeads], runs: Sequence[Run],
         linear: Linear layer whose non-padding tokens are compared.
     """
     news = [EqualHeads(LazyTensors({})), *news]  # the first run of a batch has the model's own parameters
-    totals, outputs, visits = [0.0] * len(news), dict[int, list[Any]](), list[Callable[[], Any]]()
+    totals = [0.0] * len(news)
+    outputs = dict[int, list[Any]]()
+    visits = []
     for run in runs:
         for new in news:
             visits += [turning.visit for turning in rotating_with(model, new.rope, [run])]
 
     def visit(number: int) -> None:
-        result, (batch, index) = visits[number](), divmod(number, len(news))
+        result = visits[number]()
+        (batch, index) = divmod(number, len(news))
         outputs.setdefault(number, [result])  # if the run does not call the model
         if index:  # runs end in order
-            between, expected = partial(distance_between, tokens=runs[batch].tokens.get(linear)), outputs[number - index]
+            between = partial(distance_between, tokens=runs[batch].tokens.get(linear))
+            expected = outputs[number - index]
             totals[index] += fmean(between(*pair) for pair in zip(expected, outputs.pop(number), strict=True))
         if index == len(news) - 1:  # the last run of the batch: its logits are released
             del outputs[number - index]
 
     with evaluating_without_grad(model), in_block_order(model, visits, comm) as on_demand, ExitStack() as stack:
-        owner, values = store_of(model).owner if on_demand else {}, {}
+        owner = store_of(model).owner if on_demand else {}
+        values = {}
 
         def enter(block: nn.Module | None) -> None:
             """Reads the new values of a block on all ranks, and drops the previous block's."""

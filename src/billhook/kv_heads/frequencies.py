@@ -62,7 +62,8 @@ class Rotation:
 
     def mixing(self, numbers: Sequence[int], frequency: float) -> Mixing:
         """Returns the positions of pairs, and of the rest if the frequency is 0."""
-        first, second = tuple(self.pairs[n][0] for n in numbers), tuple(self.pairs[n][1] for n in numbers)
+        first = tuple(self.pairs[n][0] for n in numbers)
+        second = tuple(self.pairs[n][1] for n in numbers)
         return Mixing(first, second) if frequency else Mixing(self.rest + first + second)
 
     def within(self, bands: Sequence[Band]) -> list[float]:
@@ -86,7 +87,8 @@ def find_rotation(model: nn.Module, projections: Mapping[str, Projections], symm
     Raises:
         ValueError: If its frequencies cannot be chosen.
     """
-    stated, modules = rope_parameters(model), rotary_embeddings(model)
+    stated = rope_parameters(model)
+    modules = rotary_embeddings(model)
     if not stated or not modules:
         raise ValueError("its config has no rope_parameters for all layers")
     lists = [name for name, value in stated.items() if isinstance(value, list)]
@@ -104,7 +106,8 @@ def find_rotation(model: nn.Module, projections: Mapping[str, Projections], symm
     scaling: Any = modules[0].attention_scaling
     rotation = Rotation(tuple(frequencies), float(scaling), positions, rest)
     # The code must follow other frequencies: a third of them equal, and a third 0, so that keys mix within both.
-    numbers, first = range(len(frequencies)), next(iter(projections))
+    numbers = range(len(frequencies))
+    first = next(iter(projections))
     slow = frequencies[len(numbers) // 2]  # of fast ones, float32 would round the angles differently
     others = [(slow, 0.0, frequencies[n])[n % 3] for n in numbers]
     mixings = [rotation.mixing(numbers[0::3], 1.0), rotation.mixing(numbers[1::3], 0.0)]
@@ -130,14 +133,16 @@ def bands_within(rotation: Rotation, angle: float) -> tuple[Band, ...]:
     """Returns bands of frequencies that change by at most `angle` radians per token."""
     frequencies = rotation.frequencies
     order = sorted(range(len(frequencies)), key=frequencies.__getitem__)
-    slow, groups = [number for number in order if frequencies[number] <= angle], list[list[int]]()
+    slow = [number for number in order if frequencies[number] <= angle]
+    groups = list[list[int]]()
     for number in order[len(slow) :]:
         if not groups or frequencies[number] - frequencies[groups[-1][0]] > 2 * angle:
             groups.append([])
         groups[-1].append(number)
     bands = [Band(tuple(sorted(slow)), 0.0)] if slow else []
     for group in groups:
-        least, most = frequencies[group[0]], frequencies[group[-1]]
+        least = frequencies[group[0]]
+        most = frequencies[group[-1]]
         bands.append(Band(tuple(sorted(group)), least if least == most else (least + most) / 2))
     return tuple(bands)
 
@@ -165,7 +170,8 @@ class Slots:
     @property
     def mixings(self) -> list[tuple[Mixing, Mixing]]:
         """Positions of each band, in an old head and in the new head."""
-        mixings, first = [], 0
+        mixings = []
+        first = 0
         for band, count in sorted(zip(self.bands, self.counts, strict=True), key=lambda pair: -pair[0].frequency):
             new = self.rotation.mixing(range(first, first + count), band.frequency)
             mixings.append((self.rotation.mixing(band.pairs, band.frequency), new))

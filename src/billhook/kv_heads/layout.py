@@ -21,7 +21,10 @@ from billhook.tracing.roles import Attention, Part
 from billhook.tracing.trace import trace
 from billhook.units import Per, Units, find_heads
 
-QUERY, KEY, VALUE, BESIDE = 1, 2, 4, 8
+QUERY = 1
+KEY = 2
+VALUE = 4
+BESIDE = 8
 KV = KEY | VALUE | BESIDE
 
 
@@ -99,14 +102,16 @@ def find_kv(model: PreTrainedModel) -> dict[str, KVAttention]:
     for attention in structure.attention:
         units, *_ = find_heads(model, replace(structure, attention=(attention,))).values()
         by_readers[units.readers].append(attention)
-    parameters, attentions = dict(model.named_parameters()), {}
+    parameters = dict(model.named_parameters())
+    attentions = {}
     for attention_name, units in heads.items():
         parts: dict[tuple[str, int], list[tuple[int, Part]]] = defaultdict(list)
         for attention in by_readers[units.readers]:
             for bit, projected in ((QUERY, attention.q), (KEY, attention.k), (VALUE, attention.v)):
                 for part in projected:
                     parts[part.name, part.dim].append((bit, part))
-        kv_heads, rows = units.count("kv_head"), {}
+        kv_heads = units.count("kv_head")
+        rows = {}
         for (name, dim), made in parts.items():
             if not any(bit & KV for bit, _ in made):
                 continue
@@ -187,7 +192,8 @@ class HeadTensors:
 
     def in_order(self, order: Sequence[int]) -> "HeadTensors":
         """Returns reordered KV heads, or some of them, with their query heads."""
-        queries, kv_heads = len(self.q) // len(self.k), list(order)
+        queries = len(self.q) // len(self.k)
+        kv_heads = list(order)
         query_heads = [head * queries + query for head in order for query in range(queries)]
         return HeadTensors(self.q[query_heads], self.k[kv_heads], self.v[kv_heads], self.o[query_heads])
 
@@ -240,7 +246,9 @@ def ties_of(model: nn.Module, projections: Mapping[str, Projections], groups: Ma
     """
     ties = dict[str, Tie]()
     for module in projections.keys() & groups.keys():
-        k, v, number = projections[module].k, projections[module].v, groups[module]
+        k = projections[module].k
+        v = projections[module].v
+        number = groups[module]
         for linear in dict.fromkeys((k.linear, v.linear)):
             averaged = partial(_averaged, model.get_submodule(linear), [rows for rows in (k, v) if rows.linear == linear], number)
             ties |= {f"{linear}.{name}": averaged for name in ("weight", "bias")}
@@ -290,7 +298,8 @@ def _projections(model: nn.Module, units: Units, attention: Attention) -> Projec
             raise ValueError(f"{head_rows.linear} is a {type(module).__name__}, not an nn.Linear or Conv1D")
     if not np.array_equal(units.kv_of, np.arange(len(units.kv_of)) // (len(units.kv_of) // units.count("kv_head"))):
         raise ValueError(f"{units.name}: query heads that share a KV head are not adjacent")
-    width, key_width = rows["queries"].index.shape[1], rows["keys"].index.shape[1]
+    width = rows["queries"].index.shape[1]
+    key_width = rows["keys"].index.shape[1]
     if width != key_width:
         raise ValueError(f"{units.name}: {width} numbers of a query, {key_width} of a key come from its projections")
     for first, second in itertools.combinations(made, 2):

@@ -329,7 +329,8 @@ class SVD(Reconstructing):
         if not values[-1] > torch.finfo(values.dtype).tiny:
             mean = Mean().reconstruct(metric, moments)
             return Reconstruction(_resized(mean.basis, width, rank), _resized(mean.shared, rank, width))
-        top, values = vectors.flip(1)[:, :rank].reshape(count, width, rank), values.flip(0)[:rank]
+        top = vectors.flip(1)[:, :rank].reshape(count, width, rank)
+        values = values.flip(0)[:rank]
         scale = values.clamp_min(TINY * values.max()).pow(-0.25)
         shared = scale[None, :, None] * (top.mH @ root)
         basis = inverse @ top / scale
@@ -340,7 +341,8 @@ class SVD(Reconstructing):
     def spectrum(self, metric: Tensor, moments: Tensor) -> Tensor:
         """Returns the eigenvalues l, falling. A head of width w keeps the sum of the w first."""
         root, _ = _roots(metric)
-        size, values = torch.linalg.eigvalsh(metric).max(), torch.linalg.eigvalsh(_stacked(root, moments))
+        size = torch.linalg.eigvalsh(metric).max()
+        values = torch.linalg.eigvalsh(_stacked(root, moments))
         spectrum: Tensor = (size * values).flip(0).clamp_min(0)
         return spectrum
 
@@ -423,7 +425,8 @@ class RandomHeads(KVMethod):
     def changes(self, model: PreTrainedModel, parameters: Mapping[str, Pooled]) -> dict[str, Change]:
         """Returns draws for linear layers, and means for other parameters."""
         generator = torch.Generator().manual_seed(self.seed)
-        config, changes = model.config.get_text_config(decoder=True), {}
+        config = model.config.get_text_config(decoder=True)
+        changes = {}
         for name, pooled in parameters.items():
             if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear):
                 size = pooled.size(model.get_parameter(name).shape)

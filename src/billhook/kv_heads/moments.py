@@ -64,8 +64,11 @@ Use = Callable[[nn.Module | None, Iterable[tuple[str, Moments]]], T]
 
 def weight_moments(tensors: HeadTensors, groups: int) -> Moments:
     """Returns Gram matrices without data, for independent inputs of equal size."""
-    keys, values, queries = grouped(tensors.k, groups), grouped(tensors.v, groups), grouped(tensors.q, len(tensors.k))
-    pairs, squares = "gian,gjbn->giajb", "jhan,jhbn->jab"
+    keys = grouped(tensors.k, groups)
+    values = grouped(tensors.v, groups)
+    queries = grouped(tensors.q, len(tensors.k))
+    pairs = "gian,gjbn->giajb"
+    squares = "jhan,jhbn->jab"
     return Moments(torch.einsum(pairs, keys, keys), torch.einsum(pairs, values, values), torch.einsum(squares, queries, queries))
 
 
@@ -110,7 +113,8 @@ def gather(
         """Returns the results, and the names of modules that were called again after their block."""
         listeners = {name: _Listener(model, attention, groups[name]) for name, attention in projections.items()}
         # blocks that hold an attention module, until runs have left them
-        results, ahead = list[T](), dict[str, set[nn.Module | None]]()
+        results = []
+        ahead = dict[str, set[nn.Module | None]]()
 
         def leave(block: nn.Module | None) -> None:
             names = []
@@ -149,9 +153,11 @@ class MomentSums:
 
     def __init__(self, device: torch.device, projections: Projections, groups: int) -> None:
         zeros = partial(torch.zeros, dtype=torch.float64, device=float64_device(device))
-        keys, values = projections.k.index.size // groups, projections.v.index.size // groups
+        keys = projections.k.index.size // groups
+        values = projections.v.index.size // groups
         width = projections.k.index.shape[1]
-        self.keys, self.values = zeros(groups, keys, keys), zeros(groups, values, values)
+        self.keys = zeros(groups, keys, keys)
+        self.values = zeros(groups, values, values)
         self.queries = zeros(projections.kv_heads, width, width)
         self.tokens = zeros(2)  # that gave keys and values, as each query head of a KV head attends to them, and queries
 
@@ -161,7 +167,8 @@ class MomentSums:
         of_heads, of_queries = counts = self.tokens.tolist()
         if not all(counts):
             raise ValueError(f"batches: {name} is not called, or receives no non-padding token")
-        groups, kv_heads = len(self.keys), len(self.queries)
+        groups = len(self.keys)
+        kv_heads = len(self.queries)
         size = kv_heads // groups
         means = self.keys / (of_heads * size), self.values / (of_heads * size), self.queries / of_queries
         if not all(bool(mean.isfinite().all()) for mean in means):
@@ -174,7 +181,8 @@ class _Listener:
     """Records an attention module at the non-padding tokens of the current batch."""
 
     def __init__(self, model: nn.Module, projections: Projections, groups: int) -> None:
-        self.projections, self._groups = projections, groups
+        self.projections = projections
+        self._groups = groups
         self._size = projections.kv_heads // groups
         weight = model.get_submodule(projections.k.linear).get_parameter("weight")
         # where weights rest, which is asked before a block computes elsewhere; a block that is streamed may not be there
@@ -187,7 +195,9 @@ class _Listener:
 
     def moments(self, comm: Comm) -> Moments:
         """Returns the means, and frees the sums."""
-        sums, self._sums, self._finished = self._summed(), None, True
+        sums = self._summed()
+        self._sums = None
+        self._finished = True
         return sums.moments(self.projections.name, comm)
 
     def _summed(self) -> MomentSums:
@@ -199,7 +209,8 @@ class _Listener:
         if self._finished:
             self.repeated = True
             return forward(*args, **kwargs)
-        self._calls, self._observing = [], True
+        self._calls = []
+        self._observing = True
         try:
             with attention_functions_as(self._attend):
                 output = forward(*args, **kwargs)
@@ -207,14 +218,16 @@ class _Listener:
                 raise ValueError(f"{self.projections.name}: {NOT_SEEN}")
             self._calls[0]()
         finally:
-            self._calls, self._observing = [], False
+            self._calls = []
+            self._observing = False
         return output
 
     def add_queries(self, _: nn.Module, _args: tuple[Any, ...], output: Tensor) -> None:
         """Adds outputs of the layer of queries within the module's forward pass."""
         if not self._observing:
             return
-        queries, sums = self.projections.q, self._summed()
+        queries = self.projections.q
+        sums = self._summed()
         outputs = self._tokens_that_count(output, queries.linear)
         index = queries.index.reshape(len(sums.queries), -1, sums.queries.shape[1])
         _add_products(sums.queries, outputs[:, index].transpose(0, 1).flatten(1, 2))
@@ -252,7 +265,9 @@ class _Listener:
         output: Tensor,
     ) -> None:
         """Adds keys and values by attention weights, which it reads by repeating the call."""
-        kv_heads, groups, sums = self.projections.kv_heads, self._groups, self._summed()
+        kv_heads = self.projections.kv_heads
+        groups = self._groups
+        sums = self._summed()
         examples, _, tokens, _ = key.shape
         repeats = key.shape[1] // kv_heads  # of heads that the module has repeated for their queries
 
@@ -290,7 +305,8 @@ class _Listener:
 
     def _tokens_that_count(self, tensor: Tensor, linear: str) -> Tensor:
         """Returns the non-padding tokens as rows, in float32 or wider."""
-        tensor, mask = tensor.flatten(0, -2), self.masks().get(linear)
+        tensor = tensor.flatten(0, -2)
+        mask = self.masks().get(linear)
         if mask is not None and mask.numel() == len(tensor):
             tensor = tensor[mask.flatten().clone()]  # autograd may save it, and it may come from inference mode
         return tensor if tensor.dtype == torch.float64 else tensor.float()

@@ -103,7 +103,8 @@ class KVHeadPlan(ShapePlan):
 
     @classmethod
     def _read(cls, plain: Mapping[str, Any], model: nn.Module) -> Self:
-        layers, restart = plain.get("layers"), plain.get("restart")
+        layers = plain.get("layers")
+        restart = plain.get("restart")
         for names in (layers, restart):
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise ValueError("plan: layers and restart must be lists of names, as KVHeadPlan.to_json makes them")
@@ -149,7 +150,8 @@ class KVHeadPlan(ShapePlan):
             weights: New values of parameters, in the old sizes, from which the conversion starts; also of parameters that do not
                 shrink, such as queries and outputs.
         """
-        model, new = find_transformer(model), LazyTensors.of(weights or {})
+        model = find_transformer(model)
+        new = LazyTensors.of(weights or {})
         check_weights(model, weights)
         changes = dict.fromkeys([*new, *self.restart], UNCHANGED) | self.method.changes(model, self.parameters)
         for name, change in changes.items():
@@ -184,7 +186,8 @@ def plan_kv_heads(
         ValueError: If the number, method, or layers are not legal, or the model cannot be converted.
     """
     check_int("num_key_value_heads", num_key_value_heads)
-    heads, method = num_key_value_heads, method_of(method)
+    heads = num_key_value_heads
+    method = method_of(method)
     model = find_transformer(model)
     check_plain(model, "Convert the model before it is")
     if adapter_layers(model):
@@ -217,14 +220,16 @@ def plan_kv_heads(
     before = max(attentions[name].heads for name in chosen)
     meta_model = to_meta(model)
     set_shape(meta_model, shape)
-    cached, cached_then = kv_cache_bytes(model), kv_cache_bytes(meta_model)
+    cached = kv_cache_bytes(model)
+    cached_then = kv_cache_bytes(meta_model)
     saves = cached is None or cached_then is None or cached_then < cached
     return KVHeadPlan(type(model).__name__, before, heads, method, parameters, shape, saves, tuple(chosen))
 
 
 def with_adapters(model: PreTrainedModel, parameters: Mapping[str, Pooled], shape: Shape) -> Shrunk:
     """Extends changes to adapters; a ValueError if an adapter's input would shrink."""
-    layers, now = adapter_layers(model), shape_of(model)
+    layers = adapter_layers(model)
+    now = shape_of(model)
 
     def renamed(entries: Mapping[str, T]) -> dict[str, T]:
         return {base_layer_name(name, layers): entry for name, entry in entries.items()}
@@ -240,6 +245,7 @@ def with_adapters(model: PreTrainedModel, parameters: Mapping[str, Pooled], shap
         for adapter, second in layer.lora_B.items():
             part = f"{name}.lora_B.{adapter}"
             cuts[f"{part}.weight"] = Pooled(0, cut.index)
-            tensors[f"{part}.weight"], attributes[f"{part}.out_features"] = (size, second.weight.shape[1]), size
+            tensors[f"{part}.weight"] = (size, second.weight.shape[1])
+            attributes[f"{part}.out_features"] = size
     attributes = {name: value for name, value in attributes.items() if name in now.attributes or name in shape.attributes}
     return cuts, replace(now, tensors=now.tensors | tensors, attributes=now.attributes | attributes, config=shape.config)

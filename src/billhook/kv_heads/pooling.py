@@ -56,7 +56,8 @@ class Pooled:
     @cached_property
     def groups(self) -> list[tuple[Indices, Indices]]:
         """New positions with equally many old ones, and these, `[old per new, new]`, in order."""
-        order, starts = np.argsort(self.index, kind="stable"), np.cumsum(self.counts) - self.counts
+        order = np.argsort(self.index, kind="stable")
+        starts = np.cumsum(self.counts) - self.counts
         groups = []
         for count in np.unique(self.counts).tolist():
             new = np.flatnonzero(self.counts == count)

@@ -101,7 +101,8 @@ def small_copy(model: PreTrainedModel, shape: Shape | None, few: bool) -> PreTra
                 f"{type(model).__name__} cannot be built from its config, so its conversion cannot be verified: {why}"
             )
         if shape is not None:
-            now, buffers = shape_of(small), dict(model.named_buffers())
+            now = shape_of(small)
+            buffers = dict(model.named_buffers())
             tensors = {name: shape.tensors.get(name, size) for name, size in now.tensors.items()}
             set_shape(small, Shape(tensors, shape.attributes, {}).over(now))
             with torch.no_grad():
@@ -128,9 +129,11 @@ def small_copy(model: PreTrainedModel, shape: Shape | None, few: bool) -> PreTra
 def find_difference(dense: PreTrainedModel, shrunk: Shrunk, groups: int, implementation: str) -> str | None:
     """Returns the first case in which a converted model fails or differs."""
     parameters = {id(parameter): parameter for parameter in dense.parameters()}  # which both copies share
-    reference, converted = copy.deepcopy(dense, dict(parameters)), copy.deepcopy(dense, parameters)
+    reference = copy.deepcopy(dense, dict(parameters))
+    converted = copy.deepcopy(dense, parameters)
     cuts, shape = shrunk
-    pooled, spread = {}, {}
+    pooled = {}
+    spread = {}
     for name, cut in cuts.items():
         pooled[name] = Change(cut.pool, None)
         spread[name] = Change(lambda old, cut=cut: cut.spread(cut.pool(old)), None)  # type: ignore[misc]
@@ -166,8 +169,10 @@ def _cases(model: PreTrainedModel, groups: int) -> Iterator[tuple[str, Callable[
     cache = next((name for name in ("cache", "past_key_values") if name in parameters and "use_cache" in parameters), None)
     lengths = [n for n in dict.fromkeys([2 * groups + 1, groups, 1, 2, 3]) if n <= longest]
     for number, length in enumerate(lengths):
-        batch, other = 1 + number % 3, lengths[-1 - number]
-        inputs, case = _inputs(model, batch, length, other), f"{batch} x {length} tokens"
+        batch = 1 + number % 3
+        other = lengths[-1 - number]
+        inputs = _inputs(model, batch, length, other)
+        case = f"{batch} x {length} tokens"
         yield case, partial(_outcome, inputs=inputs)
         if length == max(lengths) and takes_mask:
             several = _inputs(model, 3, length, other)
@@ -193,7 +198,8 @@ def _inputs(model: PreTrainedModel, batch: int, length: int, other: int) -> Inpu
 
 def _outcome(model: PreTrainedModel, inputs: Inputs) -> list[Tensor]:
     """Returns the outputs of a model at non-padding tokens."""
-    mask, outputs = inputs.get("attention_mask"), run_outputs(model, inputs)
+    mask = inputs.get("attention_mask")
+    outputs = run_outputs(model, inputs)
     return [output if mask is None or output.shape[:2] != mask.shape else output[mask.bool()] for output in outputs]
 
 
@@ -201,9 +207,12 @@ def _outcome(model: PreTrainedModel, inputs: Inputs) -> list[Tensor]:
 def _continued(model: PreTrainedModel, inputs: Inputs, cache: str) -> list[Tensor]:
     """Returns the outputs for new tokens after a cached prefix."""
     output = model(**inputs | {"use_cache": True}, return_dict=True)
-    ids, states, encoder = "input_ids", [], {}
+    ids = "input_ids"
+    states = []
+    encoder = {}
     if "decoder_input_ids" in inputs:
-        ids, encoder = "decoder_input_ids", {"encoder_outputs": (output.encoder_last_hidden_state,)}
+        ids = "decoder_input_ids"
+        encoder = {"encoder_outputs": (output.encoder_last_hidden_state,)}
     for count in (1, 2):
         new = inputs[ids].repeat(1, 2)[:, -count:]
         output = model(**{ids: new, cache: output[cache], "use_cache": True}, **encoder, return_dict=True)
@@ -213,7 +222,8 @@ def _continued(model: PreTrainedModel, inputs: Inputs, cache: str) -> list[Tenso
 
 def _cut(model: PreTrainedModel, attentions: KVAttentions, chosen: Collection[str], heads: int) -> Shrunk | None:
     """Shrinks keys and values, and sets GROUPS; None without linear layers of their own."""
-    cuts, attributes = {}, {}
+    cuts = {}
+    attributes = {}
     for name in chosen:
         attention = attentions[name]
         for weight, rows in attention.rows.items():
@@ -224,7 +234,8 @@ def _cut(model: PreTrainedModel, attentions: KVAttentions, chosen: Collection[st
             positions = {key: position for position, key in enumerate(dict.fromkeys(keys))}
             cuts[weight] = Pooled(rows.dim, tuple(positions[key] for key in keys))
         attributes[f"{attention.module}.{GROUPS}"] = attention.queries // heads
-    shrinking, tensors = {model.get_parameter(name): cut for name, cut in cuts.items()}, {}
+    shrinking = {model.get_parameter(name): cut for name, cut in cuts.items()}
+    tensors = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (cut := shrinking.get(parameter)) is None:
             continue

@@ -61,8 +61,10 @@ class Mixing:
             mix: Matrices to write, or a single one.
             columns: Positions of columns.
         """
-        r, i = torch.tensor(self.real)[:, None], torch.tensor(self.imaginary, dtype=torch.int64)[:, None]
-        to_r, to_i = torch.tensor(columns.real, dtype=torch.int64), torch.tensor(columns.imaginary, dtype=torch.int64)
+        r = torch.tensor(self.real)[:, None]
+        i = torch.tensor(self.imaginary, dtype=torch.int64)[:, None]
+        to_r = torch.tensor(columns.real, dtype=torch.int64)
+        to_i = torch.tensor(columns.imaginary, dtype=torch.int64)
         if not self.imaginary:
             matrices[:, r, to_r] = mix
             return
@@ -102,7 +104,8 @@ def _candidates(width: int) -> Iterator[Symmetry]:
     """
     yield (Mixing(tuple(range(width))),)
     rotary_widths = sorted({int(width * share) for share in SHARES if width * share % 2 == 0})
-    halves, adjacent = [(rotary, rotary // 2) for rotary in reversed(rotary_widths)], [(rotary, 1) for rotary in rotary_widths]
+    halves = [(rotary, rotary // 2) for rotary in reversed(rotary_widths)]
+    adjacent = [(rotary, 1) for rotary in rotary_widths]
     for rotary, apart in halves + adjacent:
         pairs = [Mixing((first,), (first + apart,)) for first in range(rotary) if first % (2 * apart) < apart]
         yield (*pairs, *([Mixing(tuple(range(rotary, width)))] if rotary < width else []))
@@ -131,12 +134,16 @@ def find_symmetries(
 
 
 def _symmetries(model: nn.Module, projections: Projections, call: Call, keys: Sequence[Symmetry] | None) -> Symmetries:
-    (count, width), (_, value_width) = projections.k.index.shape, projections.v.index.shape
-    generator, drawn = torch.Generator().manual_seed(0), {}
+    (count, width) = projections.k.index.shape
+    (_, value_width) = projections.v.index.shape
+    generator = torch.Generator().manual_seed(0)
+    drawn = {}
     for kind, heads in vars(read(model, projections)).items():  # of their sizes, and with scores of unit size
         inputs = heads.shape[2] * (len(heads) if kind == "o" else 1)
         drawn[kind] = torch.randn(heads.shape, generator=generator, dtype=heads.dtype).to(heads.device) / math.sqrt(inputs)
-    before, attended, modules = HeadTensors(**drawn), [], set(model.get_submodule(projections.name).modules())
+    before = HeadTensors(**drawn)
+    attended = []
+    modules = set(model.get_submodule(projections.name).modules())
 
     def attend(
         function: Callable[..., Any], caller: nn.Module, query: Tensor, key: Tensor, *rest: Tensor | None, **options: object
@@ -185,8 +192,10 @@ def _drawn(symmetry: Symmetry, heads: int, width: int, generator: torch.Generato
 
 def _output(model: nn.Module, projections: Projections, call: Call, heads: HeadTensors) -> tuple[Tensor, list[Tensor]]:
     """Runs a module with these heads on noise; returns `[calls * tokens, hidden]`, and heads."""
-    outputs, read_heads = [], []
-    module, reader = model.get_submodule(projections.name), model.get_submodule(projections.o.linear)
+    outputs = []
+    read_heads = []
+    module = model.get_submodule(projections.name)
+    reader = model.get_submodule(projections.o.linear)
 
     def record(_: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         read_heads.append(args[0].flatten(0, -2)[:, projections.o.index.flatten()])

@@ -23,9 +23,12 @@ class _Maker:
     """Creates inputs from the main input, signature, and config of a model."""
 
     def __init__(self, model: nn.Module, batch: int, length: int) -> None:
-        self.model, self.batch, self.length = model, batch, length
+        self.model = model
+        self.batch = batch
+        self.length = length
         config: Any = model.config
-        self.config, self.configs = config, [nested for _, nested in nested_configs(config)]
+        self.config = config
+        self.configs = [nested for _, nested in nested_configs(config)]
         # the named parameters of the forward, or of a class above if it has none
         forwards = (model.forward, *(vars(kind)["forward"] for kind in type(model).__mro__ if "forward" in vars(kind)))
         named = (
@@ -113,7 +116,8 @@ class _Maker:
 
     def wave(self) -> torch.Tensor:
         """Creates a waveform of 16 frames after convolutions, or a spectrogram."""
-        kernels, bins = self.find("conv_kernel"), self.find("num_mel_bins")
+        kernels = self.find("conv_kernel")
+        bins = self.find("num_mel_bins")
         if self.find("audio_channels", "codebook_size"):
             return self.real(1, 2000)
         if isinstance(kernels, list | tuple):
@@ -171,7 +175,8 @@ def run_outputs(model: PreTrainedModel, ids: Mapping[str, Tensor] = {}, layers: 
 @torch.no_grad()
 def cached_outputs(model: PreTrainedModel) -> tuple[list[Tensor], Exception | None]:
     """Returns outputs with a KV cache, then for another token, and the error if any."""
-    inputs, numbers = small_inputs(model), []
+    inputs = small_inputs(model)
+    numbers = []
     inputs |= dict.fromkeys({"use_cache"} & inputs.keys(), True)
     configs: list[Any] = [config for config in configs_of(model) if getattr(config, "use_cache", False)]  # `resting` unsets it
     try:

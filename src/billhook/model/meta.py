@@ -30,7 +30,8 @@ MAPPINGS = [f"MODEL_FOR_{task}_MAPPING_NAMES" for task in
             ("CAUSAL_LM", "MASKED_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ", "IMAGE_CLASSIFICATION", "CTC")]  # fmt: skip
 MAPPINGS.append("MODEL_MAPPING_NAMES")
 KERNELS = ("attn_implementation", "attn_implementation_internal", "experts_implementation", "experts_implementation_internal")
-BLOCKS, EXPERTS = ("layer", "layers", "depth", "depths", "blocks"), ("experts",)
+BLOCKS = ("layer", "layers", "depth", "depths", "blocks")
+EXPERTS = ("experts",)
 """How fields of configs end that choose kernels, and that say how often something is built."""
 MOST = 10_000
 PARTS = ("torch.nn.utils.", "transformers.")
@@ -80,7 +81,8 @@ class HookStandIn:
     """Replaces a hook in a meta copy. The hook is not called, as it may have side effects."""
 
     def __init__(self, hook: Callable[..., Any], module: nn.Module, before: bool) -> None:
-        self.harmless, self.before = returns_none(hook), before
+        self.harmless = returns_none(hook)
+        self.before = before
         self.note: Callable[[object], None] | None = None  # receives the values that the hook could have replaced
         does = "it returns nothing, so it should change nothing" if self.harmless else "what it returns would count; remove it"
         moment = "before" if before else "after"

@@ -41,7 +41,8 @@ def removed_blocks(model: nn.Module) -> dict[str, tuple[int, tuple[int, ...]]]:
 
 def keep_blocks(stack: nn.ModuleList, numbers: Sequence[int]) -> None:
     """Keeps the blocks with these original numbers. Removed blocks return without weights."""
-    blocks, removed = dict(zip(block_numbers(stack), stack, strict=True)), dict(_removed_from(stack))
+    blocks = dict(zip(block_numbers(stack), stack, strict=True))
+    removed = dict(_removed_from(stack))
     tensor = next(stack.parameters(), None)
     device = torch.device("cpu") if tensor is None else tensor.device
     back = {}
@@ -218,8 +219,10 @@ def shape_beyond_config(model: PreTrainedModel, now: Shape | None = None) -> Sha
     Attributes alone may differ, such as after a config field was changed. Adapters are ignored. `now` is the current shape, if
     known.
     """
-    now, built = now or shape_of(model), built_shape(type(model), model.config)
-    sizes, numbers = _bare(now.tensors), _bare(now.attributes)
+    now = now or shape_of(model)
+    built = built_shape(type(model), model.config)
+    sizes = _bare(now.tensors)
+    numbers = _bare(now.attributes)
     tensors = {name: size for name, size in sizes.items() if built.tensors.get(name, size) != size}
     attributes = {
         name: value
@@ -266,7 +269,9 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
         for name, stack in list(model.named_modules()):
             if not isinstance(stack, nn.ModuleList):
                 continue
-            current, first, prefix = block_numbers(stack), original_count(stack), f"{name}."
+            current = block_numbers(stack)
+            first = original_count(stack)
+            prefix = f"{name}."
             blocks = {tensor.removeprefix(prefix).partition(".")[0] for tensor in shape.tensors if tensor.startswith(prefix)}
             stated, required = shape.blocks.get(name, (first, range(first) if len(blocks) == first else current))
             if stated != first:
@@ -278,7 +283,8 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
                 keep_blocks(stack, list(required))
         names = model.state_dict().keys()
         if names != shape.tensors.keys():
-            missing, extra = sorted(names - shape.tensors.keys()), sorted(shape.tensors.keys() - names)
+            missing = sorted(names - shape.tensors.keys())
+            extra = sorted(shape.tensors.keys() - names)
             raise ValueError(
                 f"the checkpoint contains a different model: it lacks {some(missing, 3) or 'nothing'} of {type(model).__name__}, "
                 f"and has {some(extra, 3) or 'nothing'}, which {type(model).__name__} lacks"

@@ -71,7 +71,8 @@ def load_shaped(
     with _entry_errors(name):
         config = cast(type[PretrainedConfig], kind.config_class).from_pretrained(name, **fields)
         shape = _checked(kind, config, _from_entry(vars(config).pop(KEY, None)), _file_sizes(name))
-    built, options = _with_tensors(kind, shape), {"use_safetensors": True, "attn_implementation": attention}
+    built = _with_tensors(kind, shape)
+    options = {"use_safetensors": True, "attn_implementation": attention}
     model = load_complete(built, name, config=config, dtype=dtype, **options)
     setattr(model.config, KEY, to_entry(shape))
     return _finish(model, kind, shape)
@@ -82,7 +83,8 @@ def load_on_meta(
 ) -> PreTrainedModel:
     """Loads a checkpoint in a class on meta, with the tensor sizes of its files."""
     config = cast(type[PretrainedConfig], kind.config_class).from_pretrained(name)
-    entry, shape = vars(config).pop(KEY, None), None
+    entry = vars(config).pop(KEY, None)
+    shape = None
     quantization = vars(config).pop("quantization_config", None)  # with which transformers would build quantized layers
     if entry is not None:
         with _entry_errors(name):
@@ -110,7 +112,8 @@ def _checked(kind: type[PreTrainedModel], config: PretrainedConfig, stated: Shap
             in_model[next((name for name in names if name in known), key)] = entry
         return in_model
 
-    state, attributes = meta_model.state_dict(), _attributes(meta_model, shape_of(meta_model))
+    state = meta_model.state_dict()
+    attributes = _attributes(meta_model, shape_of(meta_model))
     shape = Shape(renamed(stated.tensors, state), renamed(stated.attributes, attributes), {})
     _check(meta_model, shape, renamed(files, state))
     return shape
@@ -188,19 +191,24 @@ def _check(meta_model: PreTrainedModel, stated: Shape, files: Sizes | None) -> N
     A tensor may be in the files under a tied name, or unnamed if transformers converts it on loading. Unnamed tensors may be no
     larger than the remaining tensors in the files.
     """
-    kind, state, built = type(meta_model).__name__, meta_model.state_dict(keep_vars=True), shape_of(meta_model)
+    kind = type(meta_model).__name__
+    state = meta_model.state_dict(keep_vars=True)
+    built = shape_of(meta_model)
     for names, known in (stated.tensors, built.tensors), (stated.attributes, _attributes(meta_model, built)):
         for name in names:
             if name not in known:
                 raise ValueError(f"{name[:200]} is named, and {kind} has nothing of that name")
-    complete, in_files = built.tensors | stated.tensors, files or {}
-    tied, unnamed = defaultdict(list), {}
+    complete = built.tensors | stated.tensors
+    in_files = files or {}
+    tied = defaultdict(list)
+    unnamed = {}
     sizes = defaultdict[int, set[tuple[int, ...]]](set)  # of a tensor, under all of its names
     for name, tensor in state.items():
         tied[id(tensor)].append(name)
         sizes[id(tensor)] |= {complete[name], in_files.get(name, complete[name])}
     for name, size in stated.tensors.items():
-        identity, dims = id(state[name]), len(built.tensors[name])
+        identity = id(state[name])
+        dims = len(built.tensors[name])
         if len(size) != dims:
             raise ValueError(f"{name} is said to be {size}, and {kind} has it with {dims} dimensions")
         if others := sizes[identity] - {size}:

@@ -55,7 +55,8 @@ def heads(
     crossed = [(head, row) for row, layer in enumerate(importance) for head in (removed or {}).get(layer, ())]
     if crossed:
         axes[0].plot(*zip(*crossed, strict=True), "x", color=RED, markersize=4, markeredgewidth=1.2)
-    number, action = sum(map(len, importance.values())), "masked" if masked else "removed"
+    number = sum(map(len, importance.values()))
+    action = "masked" if masked else "removed"
     axes[0].set(xlabel=f"head (x: {action})", ylabel="layer", title=f"{len(crossed)} of {number} heads {action}")
     axes[0].locator_params(axis="x", integer=True)
     if curve:

@@ -29,7 +29,8 @@ def speed(rows: Sequence[Timing], names: Sequence[str]) -> Plot:
     panels = figure.subplots(len(phases), columns, squeeze=False)
     for phase, (speeds, *others) in zip(phases, panels, strict=True):
         rows_of_phase = sorted((row for row in rows if row.phase == phase), key=attrgetter("context"))
-        sizes, by_model = sorted({row.batch_size for row in rows_of_phase}), dict[tuple[int, int], list[Timing]]()
+        sizes = sorted({row.batch_size for row in rows_of_phase})
+        by_model = dict[tuple[int, int], list[Timing]]()
         for row in rows_of_phase:
             by_model.setdefault((row.model, row.batch_size), []).append(row)
         curves = []  # each with its line style

@@ -62,7 +62,8 @@ def _mark(axes: Axes, events: Sequence[tuple[int, str]]) -> None:
     """Draws a line at each event and its name above the axes, in the lowest free row."""
     figure: Any = axes.figure
     figure.draw_without_rendering()
-    left, right = list[Any](), list[Any]()
+    left = list[Any]()
+    right = list[Any]()
     for step, what in sorted(events):
         text = axes.text(step, 1, f" {shorten(what, 60)} ", color=RED, fontsize=8, parse_math=False)
         (right if text.get_window_extent().x1 > figure.bbox.x1 else left).append((step, text))
@@ -85,7 +86,8 @@ def _label(axes: Axes, curve: Any, points: Sequence[tuple[int, float, str]]) -> 
     figure.draw_without_rendering()
     lines = [line.get_path().transformed(line.get_transform()) for line in axes.lines]
     lines.append(curve.get_path().transformed(axes.transData))  # counts twice, because axes.lines has it, too
-    used, seen = list[Any](), set[tuple[int, float]]()
+    used = list[Any]()
+    seen = set()
     dots = {(step, value): axes.transData.transform((step, value)) for step, value, _ in points if abs(value) < 1e100}
     for step, value, side in points:
         if (step, value) in seen or not abs(value) < 1e100:

@@ -43,7 +43,8 @@ def read_questions(file: str, limit: int | None = None, argument: str = "questio
     Raises:
         ValueError: If the file does not exist, has no questions, or has a line in another form.
     """
-    path, questions = Path(file), list[Question]()
+    path = Path(file)
+    questions = list[Question]()
     if not path.is_file():
         raise ValueError(f"{argument}: the file '{file}' does not exist.")
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
@@ -123,7 +124,8 @@ def log_likelihoods(model: PreTrainedModel, batch: Sequence[EncodedChoice]) -> l
     attend to padding.
     """
     inputs = [torch.tensor(row.ids[:-1]) for row in batch]
-    ids, mask = pad_sequence(inputs, batch_first=True), pad_sequence(list(map(torch.ones_like, inputs)), batch_first=True)
+    ids = pad_sequence(inputs, batch_first=True)
+    mask = pad_sequence(list(map(torch.ones_like, inputs)), batch_first=True)
     check_ids(model, ids)
     logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
     sums = []

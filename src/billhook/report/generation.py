@@ -43,12 +43,16 @@ class Generation:
     """
 
     def __init__(self, model: PreTrainedModel, ids: Tensor, new_tokens: int, kind: CacheKind = "static") -> None:
-        self.model, self.ids, self.new_tokens, self.kind = model, ids, new_tokens, kind
+        self.model = model
+        self.ids = ids
+        self.new_tokens = new_tokens
+        self.kind = kind
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._last: dict[str, Any] = {"logits_to_keep": 1} if keeps else {}
         self._name = cache_name(model) or "cache"
         self._cache = self._new_cache() if generates(model) else None
-        self._token, self._decoded = ids[:, :1], 0
+        self._token = ids[:, :1]
+        self._decoded = 0
 
     def _new_cache(self) -> DynamicCache | StaticCache:
         config = self.model.config.get_text_config(decoder=True)
@@ -92,7 +96,8 @@ class Generation:
             return
         self._cache.reset()  # type: ignore[no-untyped-call]
         if self.kind != "static":  # in transformers 5.16, what grows only becomes zero
-            layers, self._cache = self._cache.layers, self._new_cache()
+            layers = self._cache.layers
+            self._cache = self._new_cache()
             pairs = zip(layers, self._cache.layers, strict=True)
             self._cache.layers = [layer if isinstance(layer, _Reserved) else new for layer, new in pairs]
 
@@ -107,7 +112,8 @@ class Generation:
         if self._cache is None or not self._plain:
             self.prefill()
             return
-        first, rows = Generation(self.model, self.ids[:1], 0, "dynamic"), len(self.ids)
+        first = Generation(self.model, self.ids[:1], 0, "dynamic")
+        rows = len(self.ids)
         first.prefill()
         cached = [tensor.expand(rows, -1, -1, -1) for tensor in first.tensors]
         for number, (keys, values) in enumerate(zip(cached[::2], cached[1::2], strict=True)):
@@ -146,12 +152,16 @@ class _Reserved(DynamicLayer):
 
     def __init__(self, capacity: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.capacity, self.length = capacity, 0
+        self.capacity = capacity
+        self.length = 0
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object) -> tuple[Tensor, Tensor]:
         if self.keys is None or self.values is None:
             self.keys, self.values = (x.new_zeros(*x.shape[:2], self.capacity, x.shape[3]) for x in (key_states, value_states))
-        keys, values, start, self.is_initialized = self.keys, self.values, self.length, True
+        keys = self.keys
+        values = self.values
+        start = self.length
+        self.is_initialized = True
         self.length += key_states.shape[2]
         keys[:, :, start : self.length] = key_states
         values[:, :, start : self.length] = value_states

@@ -141,7 +141,8 @@ def bits_per_byte(
         texts: The texts.
         progress: Callback with the number of finished examples and the total.
     """
-    examples, losses = [text.encoded(tokenizer) for text in texts], {}
+    examples = [text.encoded(tokenizer) for text in texts]
+    losses = {}
 
     def read(number: int) -> None:
         example = examples[number]
@@ -152,5 +153,6 @@ def bits_per_byte(
             progress(len(losses), len(examples))
 
     run_side_by_side(model, [partial(read, number) for number in range(len(examples))])
-    size, tokens = sum(text.bytes for text in texts), sum(example.predicted for example in examples)
+    size = sum(text.bytes for text in texts)
+    tokens = sum(example.predicted for example in examples)
     return sum(losses.values()) / math.log(2) / size, tokens / size

@@ -189,9 +189,10 @@ def measure_speed(
     rows = []
     for batch_size in batch_sizes:
         for context in contexts:
-            runs = list[Generation]()
+            runs = []
             for model in models:  # models with the same number of tokens get the same prompts
-                generator, tokens = torch.Generator().manual_seed(seed), text_config(model.config).vocab_size
+                generator = torch.Generator().manual_seed(seed)
+                tokens = text_config(model.config).vocab_size
                 ids = torch.randint(tokens, (batch_size, context), generator=generator)
                 runs.append(Generation(model, ids.to(model.device), new_tokens, cache))
             if "prefill" in phases:
@@ -236,7 +237,8 @@ def check_speed(
     for phase in phases:
         check_one_of("phases", phase, Phase)
     for number, model in enumerate(models):
-        name, tokens = f"models: {type(model).__name__} (number {number})", max(contexts) + new_tokens * generates(model)
+        name = f"models: {type(model).__name__} (number {number})"
+        tokens = max(contexts) + new_tokens * generates(model)
         if model.main_input_name != "input_ids":
             raise ValueError(f"{name} takes {model.main_input_name}. Only models that take input_ids are supported.")
         if model.config.is_encoder_decoder:
@@ -270,7 +272,8 @@ def _rounds(
         for index in range(len(runs)) if number % 2 == 0 else reversed(range(len(runs))):
             run = runs[index]
             before(run)
-            allocated, device = _bytes(run.model.parameters()) + _bytes(run.tensors), run.model.device
+            allocated = _bytes(run.model.parameters()) + _bytes(run.tensors)
+            device = run.model.device
             with Peak(device) as peak:
                 _wait(device)
                 began = time.perf_counter()
@@ -296,7 +299,8 @@ def _rows(runs: Sequence[Generation], phase: Phase, measured: Sequence[Rounds]) 
         peaks = [peak for _, peak in rounds if peak is not None]
         batch_size, context = run.ids.shape
         flops = _flops(run.model, context) if phase == "prefill" else None
-        looked_up, used = set[nn.Parameter](), set[nn.Parameter]()
+        looked_up = set[nn.Parameter]()
+        used = set[nn.Parameter]()
         for module in run.model.modules():
             (looked_up if isinstance(module, nn.Embedding) else used).update(module.parameters(recurse=False))
         # a step reads all weights but embedding tables, of which it looks up rows

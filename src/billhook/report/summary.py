@@ -106,7 +106,8 @@ def summary(model: nn.Module) -> Summary:
     with adapters_removed(model):
         zeros = zeros_of(model)
         with sizes_only(model) if is_sharded(model) else nullcontext():
-            figures, name = asdict(costs_of(model)), type(model).__name__
+            figures = asdict(costs_of(model))
+            name = type(model).__name__
             query_heads, kv_heads = heads_of(model)
             heads = () if query_heads else tuple(heads_by_layer(model))
     counted: dict[str, Any] = {"zeros": zeros, "query_heads": query_heads, "kv_heads": kv_heads, "heads": heads}

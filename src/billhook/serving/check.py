@@ -170,11 +170,13 @@ def _compared(
         expected = model(input_ids=torch.tensor([row]), use_cache=False).logits[0].float()
     following = _greedy(model, row, new_tokens)
     engine.load(file, length + new_tokens)
-    logits, (greedy, _, _) = engine.logits(row), engine.greedy(row, new_tokens)
+    logits = engine.logits(row)
+    (greedy, _, _) = engine.greedy(row, new_tokens)
     if logits.shape != expected.shape:
         reason = f"logits have shape {list(logits.shape)}, in transformers {list(expected.shape)}"
         return ServeResult(folder, engine.name, False, reason)
-    differences, largest = (logits - expected).abs().amax(1), expected.abs().max()
+    differences = (logits - expected).abs().amax(1)
+    largest = expected.abs().max()
     difference = float(differences.max() / largest)
     matching = len(commonprefix([greedy, following]))
     reasons = []
@@ -202,7 +204,8 @@ def _greedy(model: PreTrainedModel, tokens: Sequence[int], count: int) -> list[i
     generation = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=False, max_new_tokens=count, eos_token_id=None, pad_token_id=0, use_cache=True
     )  # fmt: skip
-    ids, generate = torch.tensor([list(tokens)]), cast(Any, model.generate)
+    ids = torch.tensor([list(tokens)])
+    generate = cast(Any, model.generate)
     with evaluating_without_grad(model), overridden(model, generation_config=generation):  # its own would fill in unset fields
         rows = generate(ids, attention_mask=torch.ones_like(ids), generation_config=generation)
     following: list[int] = rows[0, len(tokens) :].tolist()
@@ -212,7 +215,8 @@ def _greedy(model: PreTrainedModel, tokens: Sequence[int], count: int) -> list[i
 def _limit(model: PreTrainedModel, file: Path) -> str:
     """Returns the length limit if the engine's attention window differs from the model's."""
     config: Any = text_config(model.config)
-    window, types = getattr(config, "sliding_window", None), list(getattr(config, "layer_types", None) or ["sliding_attention"])
+    window = getattr(config, "sliding_window", None)
+    types = list(getattr(config, "layer_types", None) or ["sliding_attention"])
     if not window or window >= (getattr(config, "max_position_embeddings", None) or math.inf) or "sliding_attention" not in types:
         return ""
     from gguf import GGUFReader  # of an extra, which the converter needs
@@ -230,7 +234,8 @@ def _limit(model: PreTrainedModel, file: Path) -> str:
 def _quantized(engine: LlamaCpp, file: Path, kind: Quantized, row: Sequence[int], expected: Tensor) -> QuantizedFile:
     from gguf import GGUFReader
 
-    out, following = file.with_name(f"{kind}.gguf"), torch.tensor(row[1:])
+    out = file.with_name(f"{kind}.gguf")
+    following = torch.tensor(row[1:])
     try:
         engine.quantize(file, out, kind)
         engine.load(out, len(row))

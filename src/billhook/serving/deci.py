@@ -65,7 +65,8 @@ def write_deci(model: PreTrainedModel, template: Path, out: Path, dtype: DType) 
         out: Output file.
         dtype: Data type of matrices. Vectors are float32.
     """
-    (parts, width), read = _parts_and_width(model), GGUFReader(template)
+    (parts, width) = _parts_and_width(model)
+    read = GGUFReader(template)
     heads, kv_heads, widths, tensors = zip(*(_layer(layer, width) for layer in parts.layers), strict=True)
     writer = GGUFWriter(out, "deci", use_temp_file=True)
     skipped = ["general.architecture", "general.size_label", "general.file_type", *(f"llama.{name}" for name in SIZE_KEYS)]
@@ -106,7 +107,9 @@ def _parts_and_width(model: PreTrainedModel) -> tuple[Any, int]:
 
 def _layer(layer: Any, width: int) -> tuple[int, int, int, dict[str, Tensor]]:  # noqa: ANN401 - a layer of any family
     """Returns heads, KV heads, width, and tensors by GGUF name, in llama.cpp's rotary order."""
-    attention, mlp, tensors = layer.self_attn, layer.mlp, {}
+    attention = layer.self_attn
+    mlp = layer.mlp
+    tensors = {}
     modules = {"attn_output": attention.o_proj, "ffn_down": mlp.down_proj}
     modules |= {"attn_norm": layer.input_layernorm, "ffn_norm": layer.post_attention_layernorm}
     if hasattr(attention, "qkv_proj"):  # Phi-3's
@@ -125,7 +128,9 @@ def _layer(layer: Any, width: int) -> tuple[int, int, int, dict[str, Tensor]]:  
         if name.startswith(("attn_q.", "attn_k.")):
             rows = tensors[name]  # from transformers' to llama.cpp's rotary order
             tensors[name] = rows.reshape(-1, 2, width // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-    queries, keys, up = tensors["attn_q.weight"], tensors["attn_k.weight"], tensors["ffn_up.weight"]
+    queries = tensors["attn_q.weight"]
+    keys = tensors["attn_k.weight"]
+    up = tensors["ffn_up.weight"]
     return (len(queries) // width, len(keys) // width, len(up), tensors)
 
 

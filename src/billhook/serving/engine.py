@@ -139,7 +139,8 @@ def measure_engine(
         progress: Called after each measurement.
     """
     prefill, decoding = defaultdict(list), defaultdict(list)  # by file number
-    engines, sizes = [], []
+    engines = []
+    sizes = []
     with ExitStack() as stack:
         for file in files:
             engines.append(stack.enter_context(LlamaCpp(threads)))

@@ -141,7 +141,8 @@ def _write_shaped(folder: str, out: str | Path, converter: Converter, dtype: DTy
         problem = misread(type(model).__name__, model.config) or "its converter cannot express its heads and widths"
         raise WorkerError(f"llama.cpp: {problem}, and {limitation}")
     with tempfile.TemporaryDirectory() as near:
-        small, template = Path(near, Path(folder).resolve().name), Path(near, "template.gguf")
+        small = Path(near, Path(folder).resolve().name)
+        template = Path(near, "template.gguf")
         save_template(model, Path(folder), small)
         split = converter.convert(small, template, "f32", vocabulary, rope_factors(model.config))
         write_deci(model, template, Path(out), dtype)
@@ -172,7 +173,8 @@ def export_gguf(folder: str | Path, out: str | Path, kind: GGUFKind = "auto", co
         Missing: If the converter, or the engine that quantizes, is not installed. The message names the package.
     """
     check_gguf(out, kind)
-    path, quantized = Path(out), kind in get_args(Kind)
+    path = Path(out)
+    quantized = kind in get_args(Kind)
     draft = path.with_name(f".{path.name}.draft")
     exact = draft.with_name(f"{draft.name}-exact") if quantized else draft
     dtype: DType = "f32"

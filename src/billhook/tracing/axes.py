@@ -30,7 +30,9 @@ class Axis:
     __slots__ = ("_same", "notes", "number", "op", "parts", "size")
 
     def __init__(self, size: int, op: Op = "leaf", parts: Sequence["Axis"] = (), notes: dict[str, str] | None = None) -> None:
-        self.size, self.op, self.parts = int(size), op, list(parts)
+        self.size = int(size)
+        self.op = op
+        self.parts = list(parts)
         self.notes = dict(notes or {})
         self.number = next(_numbers)
         self._same: Axis | None = None
@@ -64,7 +66,8 @@ def segments(axis: Axis) -> list[Axis]:
     axis = find(axis)
     if axis.op != "sum":
         return [axis]
-    flat_segments, stack = [], [axis]
+    flat_segments = []
+    stack = [axis]
     while stack:  # no recursion: an axis unified with itself, shifted, nests thousands deep
         part = find(stack.pop())
         if part.op == "sum":
@@ -122,7 +125,8 @@ def cut(axis: Axis, at: int) -> tuple[list[Axis], list[Axis]]:
         return before, after
     middle = after.pop(0)
     if middle.op == "leaf":
-        low, high = Axis(at), Axis(middle.size - at)
+        low = Axis(at)
+        high = Axis(middle.size - at)
         _refine(middle, "sum", [low, high])
     else:
         outer, *inner = factors(middle)
@@ -130,7 +134,8 @@ def cut(axis: Axis, at: int) -> tuple[list[Axis], list[Axis]]:
         if at % width:
             raise Irregular(f"{axis} cannot be cut inside {middle}, at {at}")
         lows, highs = cut(outer, at // width)
-        low, high = product([concat(lows), *inner]), product([concat(highs), *inner])
+        low = product([concat(lows), *inner])
+        high = product([concat(highs), *inner])
     return [*before, low], [high, *after]
 
 
@@ -138,7 +143,8 @@ def split(axis: Axis, outer: int) -> tuple[list[Axis], list[Axis]]:
     """Splits an axis, and returns the factors of its outer part, of this size, and inner part."""
     if not 0 < outer <= axis.size or axis.size % outer:
         raise Irregular(f"{axis} has no outer part of size {outer}")
-    inner, outer_factors = factors(axis), []
+    inner = factors(axis)
+    outer_factors = []
     while outer > 1:
         factor = inner.pop(0)
         if outer % factor.size == 0:
@@ -149,7 +155,8 @@ def split(axis: Axis, outer: int) -> tuple[list[Axis], list[Axis]]:
             raise Irregular(f"{axis} cannot be split at {outer}")
         width = factor.size // outer
         if factor.op == "leaf":
-            head, tail = Axis(outer), Axis(width)
+            head = Axis(outer)
+            tail = Axis(width)
         elif all(segment.size % width == 0 for segment in segments(factor)):
             outers, inners = zip(*[split(segment, segment.size // width) for segment in segments(factor)], strict=True)
             tail = reduce(unify, map(product, inners))
@@ -174,7 +181,8 @@ def unify(a: Axis, b: Axis) -> Axis:
     Raises:
         Irregular: If their sizes differ, or they are cut so differently that no regular pieces are common to both.
     """
-    a, b = find(a), find(b)
+    a = find(a)
+    b = find(b)
     if a is b:
         return b
     if a.size != b.size:
@@ -202,7 +210,8 @@ def unify(a: Axis, b: Axis) -> Axis:
                 unify(segment, concat(lows))
                 remaining = concat(highs)
             unify(last, remaining)
-    a, b = find(a), find(b)
+    a = find(a)
+    b = find(b)
     if a is not b:
         for leaf in leaves(b):
             if not ("copied" in leaf.notes and "copied" in a.notes):  # entries that differ in one tensor are no copies
@@ -221,7 +230,8 @@ def layout(axis: Axis, leaf: Axis) -> Indices:
         return np.arange(axis.size)
     if axis.op == "sum":
         return np.concatenate([layout(part, leaf) for part in segments(axis)])
-    out, inner = np.full(axis.size, -1), axis.size
+    out = np.full(axis.size, -1)
+    inner = axis.size
     for part in axis.parts if axis.size else ():
         inner //= find(part).size
         if leaf in leaves(part):
@@ -258,23 +268,28 @@ def _refine(leaf: Axis, op: Op, parts: list[Axis]) -> None:
     for part in parts:
         for flag, reason in leaf.notes.items():
             mark(part, flag, reason)
-    leaf.op, leaf.parts = op, parts
+    leaf.op = op
+    leaf.parts = parts
 
 
 def _unify_sums(left: list[Axis], right: list[Axis]) -> None:
     while left and right:
         left[:1], right[:1] = segments(left[0]), segments(right[0])  # earlier unifications may have cut them
-        a, b = left.pop(0), right.pop(0)
+        a = left.pop(0)
+        b = right.pop(0)
         if a.size > b.size:
             lows, highs = cut(a, b.size)
-            a, left = concat(lows), [*highs, *left]
+            a = concat(lows)
+            left = [*highs, *left]
         elif b.size > a.size:
             lows, highs = cut(b, a.size)
-            b, right = concat(lows), [*highs, *right]
+            b = concat(lows)
+            right = [*highs, *right]
         unify(a, b)
 
 
 def _unify_at(a: Axis, b: Axis, outer: int) -> None:
-    (a_outer, a_inner), (b_outer, b_inner) = split(a, outer), split(b, outer)
+    (a_outer, a_inner) = split(a, outer)
+    (b_outer, b_inner) = split(b, outer)
     unify(product(a_outer), product(b_outer))
     unify(product(a_inner), product(b_inner))

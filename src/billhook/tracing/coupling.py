@@ -189,7 +189,8 @@ def name_kinds(groups: Sequence[Group], attention: Sequence[Attention], tape: Ta
                 of_keys |= {leaf for leaf in heads & set(leaves(axis)) if (layout(axis, leaf)[part.positions] >= 0).any()}
     only_queries = queries - of_keys
     for group in groups:
-        leaf, flags = group.leaf, group.flags
+        leaf = group.leaf
+        flags = group.flags
         if (flag := next(filter(flags.__contains__, BY_FLAG), None)) is not None:
             group.kind = BY_FLAG[flag]
         elif leaf in queries or leaf in of_keys or "batched" in flags:

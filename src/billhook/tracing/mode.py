@@ -35,11 +35,14 @@ from billhook.tracing.tape import (
 
 def _nonzero(x: Tensor, everything: bool) -> Tensor:
     """Returns the positions of all entries, or of the first: `[entries, dimensions]`."""
-    axes, entries, out = axes_of(x), Axis(1), torch.zeros(1, x.dim(), dtype=torch.int64)
+    axes = axes_of(x)
+    entries = Axis(1)
+    out = torch.zeros(1, x.dim(), dtype=torch.int64)
     if everything:
         positions = torch.cartesian_prod(*(torch.arange(n) for n in x.shape)).reshape(-1, x.dim())
         keep_order(axes, "the code asks where along it something is")
-        entries, out = product(axes), positions if positions.numel() <= SMALL else positions.to("meta")
+        entries = product(axes)
+        out = positions if positions.numel() <= SMALL else positions.to("meta")
     record(out, [entries, Axis(x.dim())], [x], points=axes[0] if x.dim() == 1 else None).columns = tuple(axes)
     return out
 
@@ -79,7 +82,8 @@ class Op:
 
     def __init__(self, func: OpOverload) -> None:
         schema = func._schema
-        self.name, self.rule = schema.name.removeprefix("aten::"), rule_for(func)
+        self.name = schema.name.removeprefix("aten::")
+        self.rule = rule_for(func)
         self.writes = [(i, a.name) for i, a in enumerate(schema.arguments) if a.alias_info and a.alias_info.is_write]
         self.reshapes = torch.Tag.inplace_view in func.tags
 
@@ -89,7 +93,9 @@ class Recorder(CachedShapes):  # type: ignore[no-untyped-call]
 
     def __init__(self, tape: Tape, model: nn.Module, everything: bool = True) -> None:
         super().__init__()
-        self.tape, self.model, self.everything = tape, model, everything
+        self.tape = tape
+        self.model = model
+        self.everything = everything
         self.ops: dict[OpOverload, Op] = {}
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
@@ -217,7 +223,8 @@ def _to_meta(tensor: Tensor) -> Tensor:
     """Moves a constant of the model's code to meta and keeps its values."""
     if tensor.is_meta:
         return tensor
-    moved, before = tensor.to("meta"), note(tensor)
+    moved = tensor.to("meta")
+    before = note(tensor)
     new = Note(list(before.axes), before.active, before.points, value=tensor if tensor.numel() <= SMALL else None)
     moved._billhook = new  # type: ignore[attr-defined]
     return moved
@@ -261,7 +268,8 @@ def recording(tape: Tape, model: nn.Module, everything: bool = True) -> Iterator
     It runs without gradients, compiled code, and torch's fused encoder layers. Code that asks for nonzero entries gets all of
     them if `everything`, otherwise the first.
     """
-    fused, replaced = torch.backends.mha.get_fastpath_enabled(), vars(torch.Tensor).get("__getitem__")
+    fused = torch.backends.mha.get_fastpath_enabled()
+    replaced = vars(torch.Tensor).get("__getitem__")
     get = torch.Tensor.__getitem__
 
     def visible(x: Tensor, index: Any) -> Tensor:  # noqa: ANN401 - whatever a tensor can be indexed with

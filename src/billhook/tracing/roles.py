@@ -127,7 +127,8 @@ def find_attention(tape: Tape, groups: Sequence[Group]) -> list[Attention]:
         parents = {name.rsplit(".", 2)[0] for name in producers}
         # if all layers share a value axis, take the consumers next to the values
         neighbors = [part for part in readers.values() if part.name.rsplit(".", 2)[0] in parents]
-        o, over = tuple(neighbors or readers.values()), tuple(_units([scores.over])) if scores.over is not None else ()
+        o = tuple(neighbors or readers.values())
+        over = tuple(_units([scores.over])) if scores.over is not None else ()
         if q and k and v and o:
             rows = tuple((part.name, part.dim, len(part.positions)) for part in (*q, *k, *v))
             layers.setdefault(rows, Attention(q, k, v, o, heads, over, value))

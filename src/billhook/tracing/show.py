@@ -52,10 +52,13 @@ def _axis(axis: Axis, kinds: dict[Axis, Kind], nested: bool = False) -> str:
 
 def rows_and_notes(groups: Iterable[Group]) -> tuple[list[tuple[str, ...]], list[tuple[str, str]]]:
     """Returns the cells of prunable groups, under `HEAD`, and a note on each other group."""
-    rows, notes = list[tuple[str, ...]](), list[tuple[str, str]]()
+    rows = list[tuple[str, ...]]()
+    notes = list[tuple[str, str]]()
     for similar in fold_groups(groups):
-        first, size = similar[0], f"{similar[0].size:,}"
-        name, amount = NAMES.get(first.kind, first.kind), f"{len(similar)} x {size}" if len(similar) > 1 else size
+        first = similar[0]
+        size = f"{similar[0].size:,}"
+        name = NAMES.get(first.kind, first.kind)
+        amount = f"{len(similar)} x {size}" if len(similar) > 1 else size
         if first.reason:
             notes.append(("not pruned", f"{name} ({amount}, {_where(first, 2)}): {first.reason}"))
         else:

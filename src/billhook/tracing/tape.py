@@ -218,7 +218,8 @@ def record_move(out: Tensor, axes: Sequence[Axis], x: Tensor, along: Callable[[T
     """
     before = note(x)
     new = record(out, axes, [x], before.points, applied=True)
-    new.pending, new.written_sources = before.pending, before.written_sources
+    new.pending = before.pending
+    new.written_sources = before.written_sources
     new.sources = {
         key: Rows(along(rows.positions), exact=True) if rows.exact and rows.positions is not None else rows
         for key, rows in before.sources.items()

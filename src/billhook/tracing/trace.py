@@ -96,12 +96,14 @@ def _run(meta_model: nn.Module, outside: Shapes, example_inputs: Inputs | None, 
     for nested in configs_of(meta_model):
         if attention_of(nested) not in ("eager", "sdpa"):  # other implementations do not run on meta
             set_attention(nested, "eager")
-    tape, vocab = Tape(), _vocabulary(meta_model)
+    tape = Tape()
+    vocab = _vocabulary(meta_model)
     for name, tensor in [*meta_model.named_parameters(), *meta_model.named_buffers()]:
         tape.parameters[name] = tensor
         tape.storages[memory_of(tensor)] = name
         fresh = note(tensor)
-        fresh.sources, fresh.used = {(name, -1): Rows(None)}, False
+        fresh.sources = {(name, -1): Rows(None)}
+        fresh.used = False
     for hook in stand_ins_in(meta_model):
         notes = tape.assumed if hook.harmless else tape.misses
         notes[hook.says] += 1
@@ -117,7 +119,8 @@ def _run(meta_model: nn.Module, outside: Shapes, example_inputs: Inputs | None, 
     except Exception as error:  # whatever a model's own code raises
         kind = _EntriesDiffer if everything and any(what.startswith("nonzero") for what in tape.assumed) else ValueError
         names = ", ".join(map(str, kwargs)) or f"{len(args)} of them"
-        guessed, stated = f"guessed inputs ({names}; example_inputs would replace them)", f"these example_inputs ({names})"
+        guessed = f"guessed inputs ({names}; example_inputs would replace them)"
+        stated = f"these example_inputs ({names})"
         first, *_ = [*str(error).strip().splitlines(), ""]
         op = f", op {tape.op}" if tape.op else ""
         assumed = f" (before that, {next(iter(tape.assumed))})" if tape.assumed else ""

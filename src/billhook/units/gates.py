@@ -36,7 +36,8 @@ class Gate:
     keeps_shapes = True
 
     def __init__(self, values: Tensor, index: Tensor, fixed: bool = False) -> None:
-        self.values, self.index = values, index.to(values.device)
+        self.values = values
+        self.index = index.to(values.device)
         self._ungated = bool((index < 0).any())
         self._spread = self._over_positions(values.device) if fixed else None
 
@@ -48,7 +49,8 @@ class Gate:
         """Returns the gated inputs."""
         inputs, *rest = args
         spread = self._over_positions(inputs.device) if self._spread is None else self._spread
-        gates, dim = spread.to(inputs.device), read_dim(module)
+        gates = spread.to(inputs.device)
+        dim = read_dim(module)
         if inputs.shape[dim] != len(gates):
             where = f"{list(inputs.shape)}, which has not the {len(gates)} positions that its weight reads in dimension {dim}"
             raise ValueError(f"model: {type(module).__name__} is given {where}, so no gate can stand before it")
@@ -63,7 +65,8 @@ class Mask:
     """
 
     def __init__(self, units: dict[str, list[int]], handles: list[RemovableHandle]) -> None:
-        self.units, self._handles = units, handles
+        self.units = units
+        self._handles = handles
 
     def remove(self) -> None:
         """Removes the mask from the model."""
@@ -159,7 +162,8 @@ def mask(
     if isinstance(units, Iterable):
         chosen: Chosen = units
     else:
-        chosen, kind = units.units, dict.fromkeys(units.kinds.values())
+        chosen = units.units
+        kind = dict.fromkeys(units.kinds.values())
     layers = find_units(model, kind, example_inputs)
     subject = model if example_inputs is not None else find_transformer(model)
     masked = unit_ids(layers, chosen, per)
@@ -224,7 +228,8 @@ def consumer_columns(
     for name, numbers in units.items():
         for member in layers[name].members_by_unit():
             if member.reads:
-                weight, unit_of = model.get_parameter(member.name), layers[name].of_member(member)
+                weight = model.get_parameter(member.name)
+                unit_of = layers[name].of_member(member)
                 if by_expert and name in by_expert:
                     positions = np.stack([np.flatnonzero(np.isin(unit_of, lost)) for lost in by_expert[name]])
                 else:

@@ -50,9 +50,11 @@ def token_shares(batches: Iterable[Any], size: int, comm: Comm = SINGLE_PROCESS)
         if not isinstance(inputs, Mapping) or not {"input_ids", "decoder_input_ids"} & inputs.keys():
             has = ", ".join(inputs) if isinstance(inputs, Mapping) else type(inputs).__name__
             raise ValueError(f"batches: one has no input_ids to count tokens in ({has}). Pass dictionaries with input_ids.")
-        counted, labels = [], inputs.get("labels")
+        counted = []
+        labels = inputs.get("labels")
         for name, padding in {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}.items():
-            ids, mask = inputs.get(name), inputs.get(padding)
+            ids = inputs.get(name)
+            mask = inputs.get(padding)
             if ids is None:
                 continue
             if not isinstance(ids, Tensor) or ids.is_floating_point():
@@ -123,7 +125,8 @@ def token_scores(
     """
     if not any(comm.gather(len(batches))):
         raise ValueError("batches is empty. Pass text to count tokens in.")
-    vocabulary, scores = Vocabulary(tokenizer), {}
+    vocabulary = Vocabulary(tokenizer)
+    scores = {}
     for name, layer in units.items():
         size = layer.count()
         vocabulary.check_within(size)

@@ -25,7 +25,8 @@ MODELS = ("BPE", "Unigram", "WordPiece")
 """Kinds of tokenizers that can lose tokens."""
 UNREADABLE = "\ufffd"
 """What the decoder makes of a part of a character's bytes."""
-FILE, CONFIG = "tokenizer.json", "tokenizer_config.json"
+FILE = "tokenizer.json"
+CONFIG = "tokenizer_config.json"
 CHAT = ({"role": "system", "content": "a"}, {"role": "user", "content": "a"}, {"role": "assistant", "content": "a"})
 
 
@@ -44,7 +45,8 @@ class Vocabulary:
         kind = type(tokenizer).__name__
         if not tokenizer.is_fast or backend is None:
             raise ValueError(f"tokenizer: {kind} is written in Python, so its tokens cannot be removed. Use a fast tokenizer.")
-        self.tokenizer, self._backend = tokenizer, backend
+        self.tokenizer = tokenizer
+        self._backend = backend
         self._spec: dict[str, Any] = json.loads(backend.to_str())
         self._model: dict[str, Any] = self._spec["model"]
         if self._model["type"] not in MODELS:
@@ -80,7 +82,8 @@ class Vocabulary:
         """
         used_texts = (self._texts.get(number, "") for number in used)
         scripts = {_script(character) for text in used_texts for character in text if character.isalpha()}
-        placed, others = {*named, *self.added.values(), *self._special, *self._spelling(scripts)}, []
+        placed = {*named, *self.added.values(), *self._special, *self._spelling(scripts)}
+        others = []
         for prompt in (True, False) if getattr(self.tokenizer, "chat_template", None) else ():
             for messages in (CHAT, CHAT[1:]):  # some templates have no system message
                 try:
@@ -197,7 +200,8 @@ class Vocabulary:
         if "ByteLevel" in _types(self._spec["pre_tokenizer"]):
             decode = self._backend.decoder.decode
             return {number: decode([token]) for token, number in self.ids.items()}
-        before, after = self._model.get("continuing_subword_prefix") or "", self._model.get("end_of_word_suffix") or ""
+        before = self._model.get("continuing_subword_prefix") or ""
+        after = self._model.get("end_of_word_suffix") or ""
         return {number: token.removeprefix(before).removesuffix(after) for token, number in self.ids.items()}
 
     @cached_property
@@ -226,7 +230,8 @@ class Vocabulary:
 
     def _last_merge(self, token: str, ranks: Mapping[tuple[str, str], int]) -> tuple[str, str] | None:
         """Returns the merge that makes a token of single characters; None if none does."""
-        symbols, last = list(token), None
+        symbols = list(token)
+        last = None
         while len(symbols) > 1:
             pairs = [(ranks.get(pair, len(ranks)), pair) for pair in pairwise(symbols)]
             rank, last = min(pairs)

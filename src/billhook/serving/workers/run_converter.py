@@ -121,7 +121,8 @@ def _split(known: Any, added: dict[str, Any]) -> Any:  # noqa: ANN401 - a method
 
 @contextlib.contextmanager
 def _replaced(owner: Any, name: str, value: Any) -> Any:  # noqa: ANN401
-    inherited, before = name not in vars(owner), vars(owner).get(name)
+    inherited = name not in vars(owner)
+    before = vars(owner).get(name)
     setattr(owner, name, value)
     try:
         yield

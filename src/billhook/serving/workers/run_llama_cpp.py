@@ -18,7 +18,8 @@ class Loaded:
     """A loaded GGUF file with a context. The KV cache is F32 unless `cache` names another type."""
 
     def __init__(self, ffi: Any, lib: Any, file: str, context: int, threads: int, cache: str) -> None:  # noqa: ANN401 - C
-        self.ffi, self.lib = ffi, lib
+        self.ffi = ffi
+        self.lib = lib
         options = lib.llama_model_default_params()
         options.n_gpu_layers = 0
         self.model = lib.llama_model_load_from_file(file.encode(), options)
@@ -48,7 +49,10 @@ class Loaded:
         try:
             batch.n_tokens = len(tokens)
             for i, token in enumerate(tokens):
-                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = token, after + i, 1, 0
+                batch.token[i] = token
+                batch.pos[i] = after + i
+                batch.n_seq_id[i] = 1
+                batch.seq_id[i][0] = 0
                 batch.logits[i] = every or i + 1 == len(tokens)
             if status := lib.llama_decode(self.context, batch):
                 raise RuntimeError(f"llama_decode returned {status}")
@@ -72,7 +76,8 @@ class Engine:
 
     def __init__(self) -> None:
         bindings: Any = import_module("llama_cpp_py_sync._cffi_bindings")
-        self.ffi, self.lib = bindings.get_ffi(), bindings.get_lib()
+        self.ffi = bindings.get_ffi()
+        self.lib = bindings.get_lib()
         self.log = self.ffi.callback("ggml_log_callback", self.note)  # kept, as C holds no reference
         self.lib.llama_log_set(self.log, self.ffi.NULL)
         self.lib.llama_backend_init()
@@ -116,8 +121,10 @@ class Engine:
     def tokenize(self, text: str) -> Answer:
         """Returns the tokens of a text without special tokens, or None without a vocabulary."""
         assert self.loaded
-        ffi, lib = self.ffi, self.lib
-        data, vocabulary = text.encode(), lib.llama_model_get_vocab(self.loaded.model)
+        ffi = self.ffi
+        lib = self.lib
+        data = text.encode()
+        vocabulary = lib.llama_model_get_vocab(self.loaded.model)
         if lib.llama_vocab_type(vocabulary) == 0:
             return {"tokens": None}
         capacity = len(data) + 8
@@ -129,9 +136,11 @@ class Engine:
 
     def quantize(self, file: str, out: str, kind: str, threads: int) -> Answer:
         """Writes a quantized file."""
-        ffi, lib = self.ffi, self.lib
+        ffi = self.ffi
+        lib = self.lib
         options = lib.llama_model_quantize_default_params()
-        options.ftype, options.nthread = KINDS[kind], threads
+        options.ftype = KINDS[kind]
+        options.nthread = threads
         if status := lib.llama_model_quantize(file.encode(), out.encode(), ffi.addressof(options)):
             raise RuntimeError(f"llama_model_quantize returned {status}")
         return {}
@@ -147,7 +156,8 @@ def main() -> None:
     engine = Engine()
     for line in sys.stdin:
         request = json.loads(line)
-        name, engine.errors = request.pop("do"), []
+        name = request.pop("do")
+        engine.errors = []
         assert name in REQUESTS
         try:
             answer = getattr(engine, name)(**request)

@@ -32,7 +32,8 @@ def contract(tape: Tape, out: Tensor, axes: list[Axis], x: Tensor, i: int, y: Te
     The last but one dimension of x and the other of y remain.
     """
     over = join(axes_of(x)[i], axes_of(y)[j])
-    nx, ny = note(x), note(y)
+    nx = note(x)
+    ny = note(y)
     if nx.active and ny.active:
         mark(over, "contracted", tape.op)
         tape.products.append(ActivationProduct(nx.sources, ny.sources, nx.axes, ny.axes, over, (nx.bent, ny.bent)))
@@ -44,7 +45,8 @@ def contract(tape: Tape, out: Tensor, axes: list[Axis], x: Tensor, i: int, y: Te
         weight, dim, kept = (y, j, 2 * y.dim() - 3 - j) if nx.active else (x, i, i - 1)
         for name, d, _ in parameter_rows(tape, weight, dim):
             tape.read(name, d)
-        new.sources, new.bent = {}, False
+        new.sources = {}
+        new.bent = False
         shape = [1] * out.dim()
         shape[-1 if nx.active else -2] = -1  # the rows lie along this dimension of the result
         for name, d, rows in parameter_rows(tape, weight, kept):
@@ -57,7 +59,9 @@ def parameter_rows(tape: Tape, weight: Tensor, dim: int) -> list[tuple[str, int,
     """Returns the parameters behind a weight's dimension, with dimension and positions."""
     name = tape.storages.get(memory_of(weight))
     if name is not None:  # a view of a parameter: its dimension and positions follow from the strides
-        stride, size, parameter = weight.stride(dim), weight.shape[dim], tape.parameters[name]
+        stride = weight.stride(dim)
+        size = weight.shape[dim]
+        parameter = tape.parameters[name]
         for d, (unit, length) in enumerate(zip(parameter.stride(), parameter.shape, strict=True)):
             if unit and stride % unit == 0 and stride // unit * (size - 1) < length and length > 1:
                 start = weight.storage_offset() // unit % length
@@ -109,7 +113,9 @@ def linear(tape: Tape, out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | No
 
 def attention(tape: Tape, out: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401
     """Computes fused softmax(q k^T) v, [b, heads, s, d], with grouped queries."""
-    Q, K, V = axes_of(q), axes_of(k), axes_of(v)
+    Q = axes_of(q)
+    K = axes_of(k)
+    V = axes_of(v)
     unify(Q[1], product([K[1], Axis(Q[1].size // K[1].size)]))
     for a, b in ((Q[0], K[0]), (K[0], V[0]), (K[1], V[1]), (K[2], V[2]), (Q[3], K[3])):
         join(a, b)
@@ -130,7 +136,8 @@ def attention(tape: Tape, out: Any, q: Tensor, k: Tensor, v: Tensor, *args: Any,
 
 def solve(tape: Tape, out: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> None:  # noqa: ANN401 - which triangle
     """Computes a^-1 b, or b a^-1 if left=False, for a batch: [..., n, n] with [..., n, k]."""
-    axes, A = list(axes_of(b)), axes_of(a)
+    axes = list(axes_of(b))
+    A = axes_of(a)
     for d in range(1, b.dim() - 1):
         if d <= a.dim() - 2 and a.shape[-2 - d] == b.shape[-2 - d]:
             axes[-2 - d] = join(axes[-2 - d], A[-2 - d])
@@ -142,7 +149,9 @@ def solve(tape: Tape, out: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> None:
 def _add(out: Tensor, bias: Tensor) -> None:
     before: Note = note(out)
     new = record(out, broadcast(out.shape, [out, bias]), [out, bias])
-    new.active, new.sources, new.bent = before.active or note(bias).active, before.sources, before.bent
+    new.active = before.active or note(bias).active
+    new.sources = before.sources
+    new.bent = before.bent
 
 
 def convolution(
@@ -150,7 +159,8 @@ def convolution(
     dilation: Sequence[int], transposed: bool, output_padding: Sequence[int], groups: int,
 ) -> None:  # fmt: skip
     """Convolves [n, channels, *positions] with [out, channels per group, *kernel]."""
-    X, W = axes_of(x), axes_of(weight)
+    X = axes_of(x)
+    W = axes_of(weight)
     if groups == 1:
         weight_in, weight_out = (W[0], W[1]) if transposed else (W[1], W[0])
         join(X[1], weight_in)
@@ -172,7 +182,8 @@ def convolution(
         for d in range(2, out.dim())
     ]
     new = record(out, [X[0], weight_out, *positions], tensors((x, weight, bias)))
-    new.bent, new.sources = False, {}
+    new.bent = False
+    new.sources = {}
     if not transposed and note(x).active:
         channels = [1, -1] + [1] * (out.dim() - 2)
         for name, d, rows in parameter_rows(tape, weight, 0):
@@ -202,7 +213,8 @@ def windows(tape: Tape, out: Tensor, x: Tensor, kernel: Sequence[int], *args: An
 
 def unfold(tape: Tape, out: Tensor, x: Tensor, dim: int, size: int, step: int) -> None:
     """Splits a dimension into windows and positions within them."""
-    axes, dim = list(axes_of(x)), dim % x.dim()
+    axes = list(axes_of(x))
+    dim = dim % x.dim()
     keep_order([axes[dim]], f"its order matters to {tape.op}")
     within = Axis(size, notes=_data(axes[dim]))
     axes[dim] = Axis(out.shape[dim], notes=_data(axes[dim]))
@@ -211,7 +223,8 @@ def unfold(tape: Tape, out: Tensor, x: Tensor, dim: int, size: int, step: int) -
 
 def grid_sampler(tape: Tape, out: Tensor, x: Tensor, grid: Tensor, *args: Any) -> None:  # noqa: ANN401 - how, and at edges
     """Samples [n, channels, *positions] at a grid [n, *positions, coordinates]."""
-    axes, at = axes_of(x), axes_of(grid)
+    axes = axes_of(x)
+    at = axes_of(grid)
     keep_order(axes[2:], f"its order matters to {tape.op}")
     mark(at[-1], "fixed", "coordinates")
     record(out, [join(axes[0], at[0]), axes[1], *at[1:-1]], [x, grid])
@@ -219,7 +232,8 @@ def grid_sampler(tape: Tape, out: Tensor, x: Tensor, grid: Tensor, *args: Any) -
 
 def glu(tape: Tape, out: Tensor, x: Tensor, dim: int = -1) -> None:
     """Gates the first half with the second."""
-    axes, n = list(axes_of(x)), x.shape[dim] // 2
+    axes = list(axes_of(x))
+    n = x.shape[dim] // 2
     axes[dim] = join(narrow(axes[dim], 0, n), narrow(axes_of(x)[dim], n, 2 * n))
     mark(axes[dim], "bent", tape.op)
     record(out, axes, [x])

@@ -125,7 +125,8 @@ def _record_product(tape: Tape, inputs: list[Tensor]) -> bool:
 def factory(tape: Tape, out: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any op
     """Creates a tensor with unknown axes, or with those of another tensor."""
     new = record(out, axes_of(args[0]) if tape.op.endswith("_like") else [Axis(n) for n in out.shape], [])
-    new.active, new.written_sources = True, {}
+    new.active = True
+    new.written_sources = {}
 
 
 def copy(tape: Tape, out: Tensor, x: Tensor, source: Tensor, *args: Any) -> None:  # noqa: ANN401 - non_blocking
@@ -185,7 +186,8 @@ def reduction(tape: Tape, out: Any, x: Tensor, *args: Any, **kwargs: Any) -> Non
     if args and isinstance(args[0], Tensor):
         elementwise(tape, out, x, *args, **kwargs)  # max(x, y)
         return
-    axes, dim = axes_of(x), kwargs.get("dim")
+    axes = axes_of(x)
+    dim = kwargs.get("dim")
     if dim is None:
         # the first argument of these is the order of the norm
         rest = args[1:] if tape.op in ("norm", "linalg_vector_norm", "linalg__powsum") else args

@@ -54,7 +54,8 @@ def embedding(tape: Tape, out: Tensor, weight: Tensor, ids: Tensor, *args: Any) 
     """Looks up rows of a table."""
     point(ids, axes_of(weight)[0])
     new = picked(out, [*axes_of(ids), axes_of(weight)[1]], weight, ids)
-    new.active, new.sources = True, {}
+    new.active = True
+    new.sources = {}
     mark(axes_of(weight)[1], "embedded", "a table writes it")
     for name, d, _ in parameter_rows(tape, weight, 1):
         tape.write(name, d)
@@ -73,13 +74,15 @@ def index(tape: Tape, out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) 
     picks = _picks(indices)
     if not MASKS.isdisjoint(map(attrgetter("dtype"), picks.values())):
         d, mask = next(iter(picks.items()))  # the masked dimensions become a single dimension
-        axes, masked = axes_of(x), axes_of(x)[d : d + mask.dim()]
+        axes = axes_of(x)
+        masked = axes_of(x)[d : d + mask.dim()]
         for axis, other in zip(masked, axes_of(mask), strict=True):
             join(axis, other)
         keep_order(masked, "the code picks along it by a mask")
         record(out, [*axes[:d], product(masked), *axes[d + mask.dim() :]], [x, mask], note(x).points)
         return
-    at, first_pick = list(picks), next(iter(picks.values()))
+    at = list(picks)
+    first_pick = next(iter(picks.values()))
     value = tape.value(first_pick)
     if len(picks) == 1 and first_pick.numel() == 1 and first_pick.dim() == 1 and value is not None:
         axes = list(axes_of(x))  # x[..., [-2], :]
@@ -92,13 +95,15 @@ def index(tape: Tape, out: Tensor, x: Tensor, indices: Sequence[Tensor | None]) 
     shape = np.broadcast_shapes(*map(attrgetter("shape"), picks.values()))
     positions = broadcast(shape, list(picks.values()))
     first = at[0] if at == list(range(at[0], at[-1] + 1)) else 0  # adjacent indices keep their place, others move to the front
-    before, after = list[Axis](), list[Axis]()
+    before = list[Axis]()
+    after = list[Axis]()
     for d, axis in enumerate(axes_of(x)):
         if d not in picks:
             (before if d < first else after).append(axis)
     new = picked(out, [*before, *positions, *after], x, *picks.values())
     if not note(x).active and len(before) + len(after) > 1:  # selects entire matrices, which are still weights
-        new.active, new.sources = False, note(x).sources
+        new.active = False
+        new.sources = note(x).sources
 
 
 def _picks(indices: Sequence[Tensor | None]) -> dict[int, Tensor]:
@@ -114,7 +119,8 @@ def index_put(tape: Tape, out: Tensor, x: Tensor, indices: Sequence[Tensor | Non
         first = at[0] if list(at) == list(range(at[0], at[-1] + 1)) else 0
         shape = [*kept[:first], *size, *kept[first:]]
     else:
-        d, mask = at[0], picks[0]
+        d = at[0]
+        mask = picks[0]
         shape = [*x.shape[:d], mask.numel(), *x.shape[d + mask.dim() :]]
     if picks[0].dtype not in MASKS or values.dim():
         target = x.new_empty(shape)

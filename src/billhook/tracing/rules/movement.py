@@ -17,7 +17,8 @@ Rules = dict[str, Callable[..., None]]
 
 def view(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - any reshaping op
     """Regroups the factors in order into other sizes."""
-    remaining, axes = [factor for axis in axes_of(x) for factor in factors(axis)], list[Axis]()
+    remaining = [factor for axis in axes_of(x) for factor in factors(axis)]
+    axes = list[Axis]()
     if not out.numel():
         record(out, [Axis(n, notes={"data": "empty"}) for n in out.shape], [x])
         return
@@ -36,12 +37,17 @@ def view(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
 
 def _rearranged(remaining: list[Axis], sizes: Sequence[int]) -> tuple[list[Axis], list[Axis]]:
     """Merges the fewest factors, never pruned, that fit sizes; returns new axes and the rest."""
-    old, new, i, j = 1, 1, 0, 0
+    old = 1
+    new = 1
+    i = 0
+    j = 0
     while i == 0 or old != new:
         if old <= new and i < len(remaining):
-            old, i = old * remaining[i].size, i + 1
+            old = old * remaining[i].size
+            i = i + 1
         elif j < len(sizes):
-            new, j = new * sizes[j], j + 1
+            new = new * sizes[j]
+            j = j + 1
         else:
             break
     if old != new or not all({"data", "const"} & leaf.notes.keys() for factor in remaining[:i] for leaf in leaves(factor)):
@@ -78,14 +84,16 @@ def mark_ranked(axis: Axis) -> None:
 
 def expand(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:  # noqa: ANN401 - sizes are in out
     """Expands dimensions of size 1 into axes of copies."""
-    new, old = out.dim() - x.dim(), axes_of(x)
+    new = out.dim() - x.dim()
+    old = axes_of(x)
     axes = [old[d - new] if d >= new and x.shape[d - new] == n else copies(n) for d, n in enumerate(out.shape)]
     record_move(out, axes, x, lambda t: t.expand(out.shape))
 
 
 def repeat(tape: Tape, out: Tensor, x: Tensor, repeats: Sequence[int]) -> None:
     """Repeats the entire axis."""
-    new, old = out.dim() - x.dim(), axes_of(x)
+    new = out.dim() - x.dim()
+    old = axes_of(x)
     axes = [product([copies(n), old[d - new]]) if d >= new else copies(n) for d, n in enumerate(repeats)]
     record_move(out, axes, x, lambda t: t.repeat(repeats))
 
@@ -118,7 +126,8 @@ def slice_(
     tape: Tape, out: Tensor, x: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> None:
     """Takes a range; with a step, the outer factor of the axis, whose inner factor is fixed."""
-    axes, n = list(axes_of(x)), x.shape[dim]
+    axes = list(axes_of(x))
+    n = x.shape[dim]
     pending: tuple[tuple[Axis, str, str], ...] = ()
     low, high = (min(max(v + n if v < 0 else v, 0), n) for v in (start or 0, n if end is None else end))
     if step == 1:
@@ -153,7 +162,8 @@ def split_(tape: Tape, out: Sequence[Tensor], x: Tensor, sizes: int | Sequence[i
     """Takes consecutive ranges."""
     start = 0
     for result in out:
-        axes, n = list(axes_of(x)), result.shape[dim]
+        axes = list(axes_of(x))
+        n = result.shape[dim]
         axes[dim] = narrow(axes[dim], start, start + n)
         record_move(result, axes, x, partial(torch.narrow, dim=dim, start=start, length=n))
         start += n

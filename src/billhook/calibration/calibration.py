@@ -225,8 +225,7 @@ class Calibration:
         documents = not is_line_text(rows)
         if documents:  # blank lines of a .txt file are part of its text
             warn_of_empty_rows(rows, split, columns)
-        arguments = {"length": length, "columns": columns, "documents": documents}
-        examples: Any = map_rows(rows, pack, split, tokenizer, **arguments)
+        examples: Any = map_rows(rows, pack, split, tokenizer, length=length, columns=columns, documents=documents)
         if other is not None:
             return torch.tensor(examples[:held_out]["input_ids"])
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(self.seed)).tolist()

@@ -212,7 +212,7 @@ def encode(
             # small batches: a tokenizer needs more than 100 bytes for each character
             if number == len(texts) or size + len(texts[number]) > CHARACTERS:
                 for ids in tokenizer(batch, add_special_tokens=False, verbose=False)["input_ids"]:
-                    yield Encoded([*ids, *end], [True] * (len(ids) + len(end)))
+                    yield Encoded(ids + end, [True] * (len(ids) + len(end)))
                 batch = []
                 size = 0
 

@@ -143,8 +143,7 @@ def translate(rows: Batch, tokenizer: PreTrainedTokenizerBase, columns: Sequence
     """
     source, target = (check_texts(rows[column], column) for column in columns)
     encoded = tokenizer(source, truncation=True, max_length=lengths[0])
-    labels = tokenizer(text_target=target, truncation=True, max_length=lengths[1])
-    return {**encoded, "labels": labels["input_ids"]}
+    return {**encoded, "labels": tokenizer(text_target=target, truncation=True, max_length=lengths[1])["input_ids"]}
 
 
 def collate_packed(blocks: list[Batch]) -> Batch:

@@ -8,6 +8,7 @@ https://arxiv.org/abs/2410.17170).
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -208,13 +209,13 @@ def _written(
     return rows
 
 
+@dataclass
 class _Progress(StoppingCriteria):
     """A stopping criterion that reports the number of generated tokens and never stops."""
 
-    def __init__(self, report: OnProgress, total: int) -> None:
-        self.report = report
-        self.total = total
-        self.written = 0
+    report: OnProgress
+    total: int
+    written: int = 0
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **_: object) -> Tensor:
         self.report(self.written + input_ids.numel(), self.total)

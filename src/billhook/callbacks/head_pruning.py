@@ -79,8 +79,7 @@ class HeadRecord:
 
     def note(self, masked: Heads, metric: str, before: Mapping[str, float], after: Mapping[str, float]) -> None:
         """Adds a round to the curve."""
-        removed = self.inactive(masked)
-        share = sum(map(len, removed.values())) / sum(self.first.values())
+        share = sum(map(len, self.inactive(masked).values())) / sum(self.first.values())
         last = self.curve[-1][0] if self.curve else 0.0
         self.metric = metric
         self.curve += [(at, values[metric]) for at, values in ((last, before), (share, after)) if metric in values]

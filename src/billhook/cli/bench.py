@@ -156,8 +156,9 @@ def _bench_llama_cpp(
     models: list[str], contexts: list[int], new_tokens: int, rounds: int, warmup: int, threads: int, json: str | None
 ) -> None:
     """Times folders in llama.cpp as F16 and Q4_K_M, and prints and writes the results."""
-    for name, value, least in (("new_tokens", new_tokens, 2), ("rounds", rounds, 2), ("warmup", warmup, 0)):
-        check_int(name, value, least)
+    check_int("new_tokens", new_tokens, 2)
+    check_int("rounds", rounds, 2)
+    check_int("warmup", warmup, 0)
     for context in contexts:
         check_int("contexts", context)
     names = _last_parts(models)

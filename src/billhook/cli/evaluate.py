@@ -153,8 +153,9 @@ def evaluate(
     Raises:
         ValueError: If an argument is not legal, before any model is loaded, or a model computes non-finite logits.
     """
-    for name, value in {"limit": 1 if limit is None else limit, "examples": examples, "batch_size": batch_size}.items():
-        check_int(name, value)
+    check_int("limit", 1 if limit is None else limit)
+    check_int("examples", examples)
+    check_int("batch_size", batch_size)
     check_file("json", json, ".json")
     if not models or not (data or text or tasks):
         raise ValueError("nothing to evaluate. Pass models, and at least one of --data, --text, and --tasks.")

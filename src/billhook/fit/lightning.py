@@ -5,6 +5,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -42,14 +43,12 @@ FIRST = "prune or convert first on one device and train the result"
 T = TypeVar("T")
 
 
+@dataclass(eq=False)
 class LightningFit(Fit):
     """A run of Lightning's trainer."""
 
+    trainer: Trainer
     module: LightningModule
-
-    def __init__(self, trainer: Trainer, module: LightningModule) -> None:
-        self.trainer = trainer
-        self.module = module
 
     @property
     def all_callbacks(self) -> Sequence[object]:

@@ -9,6 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
 
@@ -151,14 +152,14 @@ def on_first_rank(fit: Fit, who: str, work: Callable[[], object], apart: Apart =
     store.set(done, "")
 
 
+@dataclass
 class _FirstRanksRequests:
     """Passes the first rank's requests to the others through the process group's store."""
 
-    def __init__(self, fit: Fit, store: Any, done: str) -> None:  # noqa: ANN401 - see `_store`
-        self.fit = fit
-        self.store = store
-        self.done = done
-        self.times = 0
+    fit: Fit
+    store: Any  # see `_store`
+    done: str
+    times: int = 0
 
     def __call__(self, request: Tensor) -> Tensor:
         """Overwrites the tensor with the first rank's."""

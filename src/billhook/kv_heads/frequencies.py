@@ -191,8 +191,7 @@ def allot(rotation: Rotation, bands: Sequence[Band], spectra: Sequence[Tensor]) 
             phases of queries and keys differ; or two of the band with frequency 0.
     """
     gains = [(gain, number) for number, of_band in enumerate(_gains(rotation, bands, spectra)) for gain in of_band]
-    best = heapq.nlargest(len(rotation.pairs), gains)
-    taken = Counter(number for _, number in best)
+    taken = Counter(number for _, number in heapq.nlargest(len(rotation.pairs), gains))
     return Slots(rotation, tuple(bands), tuple(taken[number] for number in range(len(bands))))
 
 

@@ -168,8 +168,7 @@ class MomentSums:
         if not all(counts):
             raise ValueError(f"batches: {name} is not called, or receives no non-padding token")
         groups = len(self.keys)
-        kv_heads = len(self.queries)
-        size = kv_heads // groups
+        size = len(self.queries) // groups
         means = self.keys / (of_heads * size), self.values / (of_heads * size), self.queries / of_queries
         if not all(bool(mean.isfinite().all()) for mean in means):
             raise ValueError(f"batches: {name} gives NaN or infinite values")

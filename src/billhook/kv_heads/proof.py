@@ -227,8 +227,7 @@ def _cut(model: PreTrainedModel, attentions: KVAttentions, chosen: Collection[st
     for name in chosen:
         attention = attentions[name]
         for weight, rows in attention.rows.items():
-            module = model.get_submodule(weight.rpartition(".")[0])
-            if rows.fused or not isinstance(module, nn.Linear):
+            if rows.fused or not isinstance(model.get_submodule(weight.rpartition(".")[0]), nn.Linear):
                 return None
             keys = rows.keys(attention.heads // heads)
             positions = {key: position for position, key in enumerate(dict.fromkeys(keys))}

@@ -232,8 +232,9 @@ def check_speed(
         check_int("batch_sizes", batch_size)
     for context in contexts:
         check_int("contexts", context, 2)
-    for argument, count, least in (("new_tokens", new_tokens, 1), ("rounds", rounds, 1), ("warmup", warmup, 0)):
-        check_int(argument, count, least)
+    check_int("new_tokens", new_tokens)
+    check_int("rounds", rounds)
+    check_int("warmup", warmup, 0)
     for phase in phases:
         check_one_of("phases", phase, Phase)
     for number, model in enumerate(models):

@@ -130,8 +130,7 @@ def _layer(layer: Any, width: int) -> tuple[int, int, int, dict[str, Tensor]]:  
             tensors[name] = rows.reshape(-1, 2, width // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
     queries = tensors["attn_q.weight"]
     keys = tensors["attn_k.weight"]
-    up = tensors["ffn_up.weight"]
-    return (len(queries) // width, len(keys) // width, len(up), tensors)
+    return len(queries) // width, len(keys) // width, len(tensors["ffn_up.weight"]), tensors
 
 
 def _parameters(module: nn.Module) -> dict[str, Tensor]:

@@ -169,7 +169,7 @@ def split(axis: Axis, outer: int) -> tuple[list[Axis], list[Axis]]:
                 stretch, remaining = cut(concat(remaining), width)
                 tail = unify(tail, concat(stretch))
         _refine(factor, "product", [head, tail])
-        return [*outer_factors, head], [*factors(tail), *inner]
+        return [*outer_factors, head], factors(tail) + inner
     return outer_factors, inner
 
 
@@ -280,11 +280,11 @@ def _unify_sums(left: list[Axis], right: list[Axis]) -> None:
         if a.size > b.size:
             lows, highs = cut(a, b.size)
             a = concat(lows)
-            left = [*highs, *left]
+            left = highs + left
         elif b.size > a.size:
             lows, highs = cut(b, a.size)
             b = concat(lows)
-            right = [*highs, *right]
+            right = highs + right
         unify(a, b)
 
 

@@ -64,7 +64,7 @@ def name_sources(sources: Sources, taken: Collection[str] = ()) -> dict[str, Sou
     by_name = dict[str, Source | Table]()
     for source in listed:
         if is_table(source):
-            table: Table = source
+            table = source
             info = (table["train"] if isinstance(table, Mapping) else table).info
             known = (info.dataset_name if info.dataset_name != info.builder_name else None) or "dataset"  # of files it is "json"
             numbered = chain([known], (f"{known} {number}" for number in count(2)))
@@ -220,12 +220,12 @@ class Calibration:
             raise ValueError(f"sources: '{name}' has the splits {', '.join(splits)}. Calibration needs 'train'.")
         other = next((split for split in ("test", "validation") if split in splits and held_out is not None), None)
         split = other or "train"
-        rows: Any = splits[split]
+        rows = splits[split]
         columns = find_text_columns(rows, split, self.column)
         documents = not is_line_text(rows)
         if documents:  # blank lines of a .txt file are part of its text
             warn_of_empty_rows(rows, split, columns)
-        examples: Any = map_rows(rows, pack, split, tokenizer, length=length, columns=columns, documents=documents)
+        examples = map_rows(rows, pack, split, tokenizer, length=length, columns=columns, documents=documents)
         if other is not None:
             return torch.tensor(examples[:held_out]["input_ids"])
         order = torch.randperm(len(examples), generator=torch.Generator().manual_seed(self.seed)).tolist()

@@ -275,6 +275,6 @@ def _spans(text: str, spans: list[tuple[int, int]] | None, tokenizer: PreTrained
             f"loss_on='responses' needs the characters of each token, which {type(tokenizer).__name__} does not return. Name a "
             "fast tokenizer, or use loss_on='all'."
         )
-    encoded: Any = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     learned = [any(start < last and end > first for first, last in spans) for start, end in encoded["offset_mapping"]]
     return Encoded(list(encoded["input_ids"]), learned)

@@ -164,8 +164,7 @@ class PaddingCollator:
 
     def __call__(self, examples: list[Batch]) -> Batch:
         """Returns a batch with an attention mask."""
-        batch: Batch = dict(self.collator(_labelled(examples)))
-        return batch
+        return dict(self.collator(_labelled(examples)))
 
 
 class DeterministicMasking(DataCollatorForLanguageModeling):

@@ -132,8 +132,7 @@ def generated(
 
 def can_generate(model: PreTrainedModel) -> bool:
     """Returns True for a causal language model, which generates text."""
-    config: Any = model.config
-    return bool(model.can_generate() and not config.is_encoder_decoder and model.main_input_name == "input_ids")
+    return bool(model.can_generate() and not model.config.is_encoder_decoder and model.main_input_name == "input_ids")
 
 
 def check_can_generate(model: PreTrainedModel) -> None:
@@ -149,8 +148,7 @@ def example_length(model: PreTrainedModel, length: int | None) -> int:
         ValueError: If `length` exceeds the context length.
     """
     check_int("length", 2 if length is None else length, 2)
-    config: Any = model.config
-    most = getattr(text_config(config), "max_position_embeddings", None) or length or DEFAULT_LENGTH
+    most = getattr(text_config(model.config), "max_position_embeddings", None) or length or DEFAULT_LENGTH
     if length is not None and length > most:
         raise ValueError(f"length={length} exceeds the context length of the model, {most} tokens.")
     return length or min(DEFAULT_LENGTH, most)
@@ -158,7 +156,7 @@ def example_length(model: PreTrainedModel, length: int | None) -> int:
 
 def _start(model: PreTrainedModel) -> list[int]:
     """Returns the token that starts a text, or else the end token of the text before."""
-    config: Any = text_config(model.config)
+    config = text_config(model.config)
     for name in ("bos_token_id", "eos_token_id"):
         token = getattr(config, name, None)
         if token is not None:

@@ -29,7 +29,7 @@ from billhook.fit.event import events_of, start_metrics
 from billhook.fit.fit import Fit
 from billhook.fit.ranks import from_first_rank, on_first_rank
 from billhook.folder_lock import FolderLock
-from billhook.model import Checkpoint, Preprocessor, check_tokenizer, load_preprocessor, save_shape
+from billhook.model import Preprocessor, check_tokenizer, load_preprocessor, save_shape
 from billhook.report.summary import parameter_count
 from billhook.serving.converter import find_converter
 from billhook.serving.worker import Missing
@@ -268,7 +268,7 @@ class Export(FitCallback):
         """Keeps the weights if the export failed; each rank writes its shards."""
         folder = Path(from_first_rank(fit, "Export", "a folder for the weights", _unused(f"{self.folder}-unverified")))
         reshard(model)
-        checkpoint: Checkpoint = {"state_dict": model.state_dict()}
+        checkpoint = {"state_dict": model.state_dict()}
         save_adapters(model, checkpoint)
         with suppress(Exception):  # the shape may be what failed
             save_shape(model, checkpoint)

@@ -98,7 +98,7 @@ class KVHeadConversion(ShapeCallback):
             check_int("num_key_value_heads", number)
         if any(before <= after or before % after for before, after in pairwise(self.heads)):
             raise ValueError(f"num_key_value_heads={self.heads}: each stage must be smaller than the one before and divide it.")
-        self.at: list[At] = [0 if entry == "start" and self.needs_data else entry for entry in at_list]
+        self.at = [0 if entry == "start" and self.needs_data else entry for entry in at_list]
         self._stages: list[int] = []  # the step of each
         self._done: set[int] = set()  # indices of finished stages
         self._replaced: list[weakref.ref[nn.Parameter]] = []  # at the start; an optimizer that holds one would not train the new

@@ -119,7 +119,7 @@ def card(record: Record, loading: str, config: PretrainedConfig) -> str:
     named = record.get("base_model")
     base = hub_name(named) if isinstance(named, str) else None
     license_fields = ("license", "license_name", "license_link")
-    fields: dict[str, Any] = {field: record[field] for field in license_fields if isinstance(record.get(field), str)}
+    fields = {field: record[field] for field in license_fields if isinstance(record.get(field), str)}
     fields |= {"base_model_relation": RELATION} if base else {}
     library = "billhook" if record["saved"]["way"] == "shaped" else "transformers"
     tags = ["billhook"]

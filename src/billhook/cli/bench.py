@@ -4,7 +4,7 @@ import itertools
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -230,7 +230,7 @@ def bytes_per_token(models: Sequence[str]) -> list[float]:
         return []
     if all(tokenizer.get_vocab() == tokenizers[0].get_vocab() for tokenizer in tokenizers):
         return []
-    rows: Any = load_splits(MIXED)["validation"]
+    rows = load_splits(MIXED)["validation"]
     texts = [text for text in rows["text"] if text]
     size = sum(len(text.encode()) for text in texts)
     return [size / sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) for tokenizer in tokenizers]

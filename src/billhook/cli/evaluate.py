@@ -234,7 +234,7 @@ def _prepare(
     same_texts = list[ExampleText]()
     differ = any(t.get_vocab() != tokenizers[0].get_vocab() for t in tokenizers)
     for name, tokenizer in zip(models, tokenizers, strict=True):
-        rows: Any = None if text is None else blocks(text, model_path(name), length, column)
+        rows = None if text is None else blocks(text, model_path(name), length, column)
         if differ and rows is not None and not same_texts:
             of_blocks = (torch.tensor(rows[number]["input_ids"]) for number in range(min(examples, len(rows))))
             same_texts = [ExampleText.of(ids, tokenizer) for ids in of_blocks]

@@ -97,7 +97,7 @@ class FitCalibration:
             if not isinstance(source, Iterable):
                 name = f"calibration_batches of {type(fit.module).__name__}"
                 raise ValueError(f"calibration: {name} returned {source!r}. Return batches, such as a list of dictionaries.")
-            batches: Iterable[Any] = _first(source, self.examples, rank, ranks)
+            batches = _first(source, self.examples, rank, ranks)
         elif self.batches is None:
             loaders, structure = tree_flatten(fit.train_data)
             columns = [_examples(loader, self.examples, rank, ranks) for loader in loaders]

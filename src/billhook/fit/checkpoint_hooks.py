@@ -132,7 +132,7 @@ def wrap_hooks(trainer: Trainer, pl_module: LightningModule) -> None:
         epoch()
         resume.begin_epoch(pl_module.trainer)
 
-    wrapped: list[Callable[..., None]] = [on_load_checkpoint, on_save_checkpoint, on_train_start, on_train_epoch_start]
+    wrapped = [on_load_checkpoint, on_save_checkpoint, on_train_start, on_train_epoch_start]
     # on the instance: Lightning calls the module's hooks after those of callbacks, right before it loads weights or reads batches
     pl_module.__dict__.update(zip(_HOOKS, wrapped, strict=True))
     pl_module.__dict__[_WRAPPED] = resume

@@ -252,7 +252,7 @@ class LightningFit(Fit):
         def loss(model: nn.Module, batch: Any) -> Tensor:  # noqa: ANN401
             if self.updates_in_step:
                 return model_loss(model, forward_arguments(self.module, batch), hint="")
-            result: Any = bind_arguments(self.module.training_step, batch, number)()
+            result = bind_arguments(self.module.training_step, batch, number)()
             value = result["loss"] if isinstance(result, Mapping) else result
             if not isinstance(value, Tensor):
                 name = type(self.module).__name__

@@ -133,9 +133,7 @@ class Attentions:
 
     def summed(self, *numbers: float) -> list[float]:
         """Returns sums over ranks."""
-        sums: list[float] = self._comm(
-            torch.tensor(numbers, dtype=torch.float64, device=float64_device(self._comm.device))
-        ).tolist()
+        sums = self._comm(torch.tensor(numbers, dtype=torch.float64, device=float64_device(self._comm.device))).tolist()
         return sums
 
     @torch.no_grad()
@@ -256,7 +254,7 @@ class Attentions:
         """Returns the widest bands within the tolerance of the method, and a description."""
         context = method.context or (int(self._longest) if self._longest < math.inf else MOST)
         # a long row of each source if its batches can be joined, or else the runs
-        rows: dict[str, list[Tensor]] = defaultdict(list)
+        rows = defaultdict(list)
         joins = all(isinstance(run.batch, Mapping) and {"input_ids"} <= run.batch.keys() <= TEXT for run in runs)
         for run in runs if joins else ():
             ids = run.batch["input_ids"]

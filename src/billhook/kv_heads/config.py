@@ -72,7 +72,7 @@ def cut_by_config(
 
 def _changed(model: PreTrainedModel, heads: int, encoder: bool) -> Iterator[Fields]:
     """Yields changed fields for each way in which families state the number of KV heads."""
-    ways: list[Fields] = [{name: heads} for name in FIELDS]
+    ways = [{name: heads} for name in FIELDS]
     if heads == 1:
         ways.append({FLAG: True, FIELD: 1})
     config = model.config

@@ -98,7 +98,7 @@ def find_kv(model: PreTrainedModel) -> dict[str, KVAttention]:
         raise ValueError(
             f"{type(model).__name__} does not support fewer KV heads: {str(error).removeprefix('model: ')}"
         ) from error
-    by_readers: dict[tuple[str, ...], list[Attention]] = defaultdict(list)
+    by_readers = defaultdict(list)
     for attention in structure.attention:
         units, *_ = find_heads(model, replace(structure, attention=(attention,))).values()
         by_readers[units.readers].append(attention)

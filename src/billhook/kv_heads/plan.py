@@ -108,7 +108,7 @@ class KVHeadPlan(ShapePlan):
         for names in (layers, restart):
             if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
                 raise ValueError("plan: layers and restart must be lists of names, as KVHeadPlan.to_json makes them")
-        known: dict[str, type[KVMethod]] = {kind.__name__: kind for kind in subclasses(KVMethod)[1:]}
+        known = {kind.__name__: kind for kind in subclasses(KVMethod)[1:]}
         chosen = plain.get("method")
         arguments = next(iter(chosen.values())) if isinstance(chosen, Mapping) and len(chosen) == 1 else None
         if not isinstance(chosen, Mapping) or not isinstance(arguments, Mapping):

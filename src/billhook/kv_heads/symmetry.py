@@ -263,7 +263,7 @@ def _first_calls(model: nn.Module, projections: Mapping[str, Projections]) -> di
     def note(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.setdefault(name, tree_map_only(Cache, copy.deepcopy, (args, kwargs)))
 
-    text: Any = text_config(model.config)  # type: ignore[arg-type]
+    text = text_config(model.config)  # type: ignore[arg-type]
     limits = [getattr(text, name, None) for name in ("max_position_embeddings", "max_seq_len")]
     # half of the length that the model is made for, as some lose positions at the start
     length = min([LENGTH, *(max(limit // 2, 1) for limit in limits if type(limit) is int)]) if any(limits) else FEW

@@ -15,7 +15,7 @@ from billhook.model.config_fields import configs_of, nested_configs, text_config
 
 def make_inputs(model: nn.Module, batch: int = 2, length: int = 7) -> dict[str, Any]:
     """Creates small deterministic inputs by name, on the CPU, for a Hugging Face model."""
-    unwrap: Any = getattr(model, "get_base_model", lambda: model)
+    unwrap = getattr(model, "get_base_model", lambda: model)
     return _Maker(unwrap(), batch, length).inputs()
 
 
@@ -35,7 +35,7 @@ class _Maker:
             {n: p for n, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD) and n != "self"}
             for parameters in (inspect.signature(forward).parameters for forward in forwards)
         )
-        self.named: dict[str, inspect.Parameter] = next(filter(None, named), {})
+        self.named = next(filter(None, named), {})
         self.generator = torch.Generator().manual_seed(0)
 
     def inputs(self) -> dict[str, Any]:
@@ -178,7 +178,7 @@ def cached_outputs(model: PreTrainedModel) -> tuple[list[Tensor], Exception | No
     inputs = small_inputs(model)
     numbers = []
     inputs |= dict.fromkeys({"use_cache"} & inputs.keys(), True)
-    configs: list[Any] = [config for config in configs_of(model) if getattr(config, "use_cache", False)]  # `resting` unsets it
+    configs = [config for config in configs_of(model) if getattr(config, "use_cache", False)]  # `resting` unsets it
     try:
         with full_precision(), evaluating(model):
             for config in configs:

@@ -161,7 +161,7 @@ def _check_on_hub(name: str) -> None:
 
 def model_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel]:
     """Returns the class that a config names. Raises if it is unknown or does not match."""
-    names: Any = config.architectures or []
+    names = config.architectures or []
     first = names[0] if isinstance(names, list) and names else None
     kind = named_class(first)
     if kind is None:
@@ -175,7 +175,7 @@ def model_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel]:
 def from_config(config: PretrainedConfig) -> PreTrainedModel:
     """Builds a meta model of the class that a config names, or of its family."""
     config = copy.deepcopy(config)
-    stated: Any = config.architectures
+    stated = config.architectures
     names = [*(stated if isinstance(stated, list) else ()), *(name for mapping in MAPPINGS for name in _named(mapping, config))]
     kind = next(filter(None, map(named_class, names)), None)
     if kind is None:

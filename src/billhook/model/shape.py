@@ -4,7 +4,7 @@ A checkpoint contains it, so a model can adopt the shape before the weights are 
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
@@ -141,7 +141,7 @@ class Shape:
 
 def check_plain_shape(plain: object) -> None:
     """Raises for data that `Shape.to_dict` does not create."""
-    parts: dict[str, tuple[Callable[[str, Any], bool], str]] = {
+    parts = {
         "tensors": (_is_size, "a short list of integers"),
         "attributes": (_is_whole, "a 64-bit integer"),
         "config": (_is_whole, "a 64-bit integer"),
@@ -305,7 +305,7 @@ def set_shape(model: nn.Module, shape: Shape) -> None:
             delattr(module, GROUPS)
     for name, module, attr in list(_numbers(model)):
         setattr(module, attr, shape.attributes.get(name, getattr(module, attr)))
-    new_fields: Fields = shape.config | shape.lists
+    new_fields = shape.config | shape.lists
     rope = shape.rope and shape.rope != rope_parameters(model)
     changed = {name: new_fields[name] for name, value in _fields(model).items() if new_fields.get(name, value) != value}
     if changed or rope:

@@ -140,8 +140,8 @@ def build_shaped(
     kind: type[PreTrainedModel], config: PretrainedConfig, shape: Shape, state: dict[str, Tensor], dtype: torch.dtype
 ) -> PreTrainedModel:
     """Builds a model with weights in a shape that its config cannot express."""
-    model: PreTrainedModel = _with_tensors(kind, shape).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-    return _finish(model, kind, shape)
+    built = _with_tensors(kind, shape).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
+    return _finish(built, kind, shape)
 
 
 def _with_tensors(kind: type[PreTrainedModel], shape: Shape) -> type[PreTrainedModel]:

@@ -1,6 +1,5 @@
 """Plot of the loss at each size, with the selected model."""
 
-from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter
 
 from billhook.arguments import check_types
@@ -26,7 +25,7 @@ def pareto(shrunk: Shrunk) -> Plot:
     """
     check_types(pareto, locals())
     figure = Plot(figsize=(6, 4), dpi=150, layout="constrained")
-    axes: Axes = figure.subplots()
+    axes = figure.subplots()
     points = [(choice.left, choice.measured, choice.predicted) for choice in shrunk.curve]
     left, measured, predicted = zip(*points, strict=True) if points else ((), (), ())
     axes.plot(left, measured, "o-", color=BLUE, linewidth=1.4, markersize=4, label="measured, before the whole model is repaired")

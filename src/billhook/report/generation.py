@@ -1,7 +1,7 @@
 """A generation loop as in a server: prefill, then a token per sequence and step."""
 
 import inspect
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Generation:
         self.new_tokens = new_tokens
         self.kind = kind
         keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._last: dict[str, Any] = {"logits_to_keep": 1} if keeps else {}
+        self._last = {"logits_to_keep": 1} if keeps else {}
         self._name = cache_name(model) or "cache"
         self._cache = self._new_cache() if generates(model) else None
         self._token = ids[:, :1]

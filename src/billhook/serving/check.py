@@ -131,7 +131,7 @@ def serve_check(
     check_can_generate(model)
     if model.config._attn_implementation != "eager":
         model.set_attn_implementation("eager")  # the reference implementation: faster ones leave out soft caps
-    config: Any = text_config(model.config)
+    config = text_config(model.config)
     wanted = tokens + new_tokens
     length = min(wanted, getattr(config, "max_position_embeddings", None) or wanted) - new_tokens
     if length < 2:
@@ -162,7 +162,7 @@ def _compared(
 ) -> ServeResult:
     """Runs a file in the engine and compares its outputs with the model's."""
     try:
-        row: list[int] = generated(model, examples=1, length=length)[0]["input_ids"][0].tolist()
+        row = generated(model, examples=1, length=length)[0]["input_ids"][0].tolist()
     except ValueError:  # the model has no first token
         embeddings: Any = model.get_input_embeddings()
         row = torch.randint(len(embeddings.weight), (length,), generator=torch.Generator().manual_seed(0)).tolist()
@@ -188,7 +188,7 @@ def _compared(
     if written.vocabulary:
         reasons.append(written.vocabulary)
     else:
-        ours: list[int] = load_tokenizer(folder)(TEXT, add_special_tokens=False)["input_ids"]
+        ours = load_tokenizer(folder)(TEXT, add_special_tokens=False)["input_ids"]
         if (theirs := engine.tokenize(TEXT)) != ours:
             same = next((i for i, (a, b) in enumerate(zip(theirs or [], ours, strict=False)) if a != b), 0)
             reasons.append(f"tokenization differs from token {same + 1}: {theirs} instead of {ours}")
@@ -214,14 +214,14 @@ def _greedy(model: PreTrainedModel, tokens: Sequence[int], count: int) -> list[i
 
 def _limit(model: PreTrainedModel, file: Path) -> str:
     """Returns the length limit if the engine's attention window differs from the model's."""
-    config: Any = text_config(model.config)
+    config = text_config(model.config)
     window = getattr(config, "sliding_window", None)
     types = list(getattr(config, "layer_types", None) or ["sliding_attention"])
     if not window or window >= (getattr(config, "max_position_embeddings", None) or math.inf) or "sliding_attention" not in types:
         return ""
     from gguf import GGUFReader  # of an extra, which the converter needs
 
-    fields: Any = GGUFReader(file).fields
+    fields = GGUFReader(file).fields
     family = fields["general.architecture"].contents()
     limit = fields.get(f"{family}.attention.sliding_window")
     if limit is not None and family != "phi3" and int(limit.contents()) == window:  # llama.cpp reads no limit of Phi-3's

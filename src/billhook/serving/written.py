@@ -37,7 +37,7 @@ def misread(kind: str, config: PretrainedConfig) -> str:
 
     The architecture `deci` may compute such a model (see `deci_limitation`).
     """
-    width: int | None = getattr(config, "head_dim", None)
+    width = getattr(config, "head_dim", None)
     if config.model_type == "phi3" and width and width * config.num_attention_heads != config.hidden_size:
         return "its converter assumes a head dimension of hidden size / heads"
     if _rope(config).get("rope_type") != "longrope" or kind in LONGROPE:

@@ -160,7 +160,7 @@ def mask(
     """
     check_types(mask, locals())
     if isinstance(units, Iterable):
-        chosen: Chosen = units
+        chosen = units
     else:
         chosen = units.units
         kind = dict.fromkeys(units.kinds.values())

@@ -41,7 +41,7 @@ class Vocabulary:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
         kind = type(tokenizer).__name__
         if not tokenizer.is_fast or backend is None:
             raise ValueError(f"tokenizer: {kind} is written in Python, so its tokens cannot be removed. Use a fast tokenizer.")
@@ -130,7 +130,7 @@ class Vocabulary:
         with TemporaryDirectory() as folder:
             self.tokenizer.save_pretrained(folder)
             self._write(Path(folder), new)
-            trimmed: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+            trimmed = AutoTokenizer.from_pretrained(folder)
         for token, number in {**self.ids, **self.added}.items():
             if number in new and trimmed.convert_tokens_to_ids(token) != new[number]:
                 raise ValueError(

@@ -75,7 +75,7 @@ class Engine:
     """The requests of this script. One file is loaded at a time."""
 
     def __init__(self) -> None:
-        bindings: Any = import_module("llama_cpp_py_sync._cffi_bindings")
+        bindings = import_module("llama_cpp_py_sync._cffi_bindings")
         self.ffi = bindings.get_ffi()
         self.lib = bindings.get_lib()
         self.log = self.ffi.callback("ggml_log_callback", self.note)  # kept, as C holds no reference

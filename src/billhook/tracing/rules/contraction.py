@@ -10,7 +10,6 @@ from billhook.tracing.axes import Axis, find, mark, notes_of, product, split, un
 from billhook.tracing.rules.movement import Rules, narrow
 from billhook.tracing.tape import (
     ActivationProduct,
-    Note,
     Rows,
     Tape,
     as_sets,
@@ -147,7 +146,7 @@ def solve(tape: Tape, out: Tensor, a: Tensor, b: Tensor, **kwargs: Any) -> None:
 
 
 def _add(out: Tensor, bias: Tensor) -> None:
-    before: Note = note(out)
+    before = note(out)
     new = record(out, broadcast(out.shape, [out, bias]), [out, bias])
     new.active = before.active or note(bias).active
     new.sources = before.sources

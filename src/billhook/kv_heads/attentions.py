@@ -133,8 +133,7 @@ class Attentions:
 
     def summed(self, *numbers: float) -> list[float]:
         """Returns sums over ranks."""
-        sums = self._comm(torch.tensor(numbers, dtype=torch.float64, device=float64_device(self._comm.device))).tolist()
-        return sums
+        return self._comm(torch.tensor(numbers, dtype=torch.float64, device=float64_device(self._comm.device))).tolist()
 
     @torch.no_grad()
     def reconstructed(

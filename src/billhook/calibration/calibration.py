@@ -24,7 +24,7 @@ from billhook.model import check_ids, check_tokenizer, find_transformer, load_to
 from billhook.private_paths import without_folders
 from billhook.progress import progress_bar
 
-Source: TypeAlias = str | dict[str, str | list[str]]
+Source = str | dict[str, str | list[str]]
 """A source: `"generated"`, `"tiny"`, a file, a glob, a folder, a Hub name, or files by split."""
 Sources: TypeAlias = Source | Table | Sequence[Source | Table]
 """One source or several; in Python also objects of `datasets`."""
@@ -88,8 +88,7 @@ def _of_files(source: Source) -> str:
     if isinstance(source, dict):
         files = source.get("train") or next(iter(source.values()), "")
         names = [_of_files(file) for file in ([files] if isinstance(files, str) else files)]
-        shown = names if len(names) <= SHOWN else [*names[: SHOWN - 1], f"{len(names) - SHOWN + 1} more"]
-        return " + ".join(shown)
+        return " + ".join(names if len(names) <= SHOWN else [*names[: SHOWN - 1], f"{len(names) - SHOWN + 1} more"])
     return Path(source).stem if Path(source).suffix and not has_magic(source) else source
 
 
@@ -242,7 +241,7 @@ class Calibration:
         return torch.tensor(examples[drawn]["input_ids"])
 
 
-Batches: TypeAlias = Iterable[Any] | Calibration
+Batches = Iterable[Any] | Calibration
 """Batches of forward inputs, or a `Calibration` that reads them."""
 
 
@@ -312,7 +311,7 @@ def log_once(message: str) -> None:
 
 MEASURED = 4096
 """Most self-generated tokens to evaluate on, next to other texts."""
-OtherTexts = Sources | None
+OtherTexts: TypeAlias = Sources | None
 """Texts to evaluate on that are not calibrated on."""
 
 

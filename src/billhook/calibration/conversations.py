@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -20,8 +20,8 @@ TOOLS_COLUMN = "tools"
 ROLES = {"human": "user", "gpt": "assistant", "system": "system", "tool": "tool", "user": "user", "assistant": "assistant"}
 """Speaker names of ShareGPT and of chat templates, with their roles."""
 
-Chat: TypeAlias = list[dict[str, Any]]
-Tools: TypeAlias = list[dict[str, Any]]
+Chat = list[dict[str, Any]]
+Tools = list[dict[str, Any]]
 
 
 def parse_chat(messages: list[Any], column: str) -> Chat:

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from transformers import DataCollatorForLanguageModeling, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
@@ -15,7 +15,7 @@ from billhook.calibration.reading import Rows, column_names
 IGNORE_INDEX = -100
 """Label of a token that the loss ignores."""
 
-Batch: TypeAlias = dict[str, Any]
+Batch = dict[str, Any]
 
 
 def map_rows(

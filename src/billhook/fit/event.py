@@ -117,7 +117,8 @@ class EventCallback(ShapeSavingCallback, ABC):
             change: Function that changes the model and the optimizers, and returns a description.
         """
         event = self.run_change(fit, self.validate(fit), change)
-        self.last_event_step, self.last_target = step, self._steps.get(step, 1.0)
+        self.last_event_step = step
+        self.last_target = self._steps.get(step, 1.0)
         event["after"] |= self.validate(fit)
         log_event(fit, event)
         return event

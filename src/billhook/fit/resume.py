@@ -166,7 +166,8 @@ def prepare_for_weights(module: nn.Module, trainer: Trainer | None, checkpoint: 
     Consumer weights of masked heads are zeroed after loading, if no callback masks them. Warns if training continues without the
     callback that enforced masks.
     """
-    lost, masked = {}, checkpoint.get(MASKED)  # kind of masks by callback, if the run lacks it
+    masked = checkpoint.get(MASKED)
+    lost = {}  # kind of masks by callback, if the run lacks it
     for key, state in unclaimed_states(callbacks_of(trainer), checkpoint.get("callbacks") or {}).items():
         if isinstance(state, dict) and (state.get("heads") or state.get("masks")):
             lost[key] = "heads" if state.get("heads") else "weights"

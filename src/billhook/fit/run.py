@@ -123,8 +123,7 @@ class LoggedMetrics:
             # collectives reduce in place and need contiguous memory
             least = packed[:, 2].clone()
             most = packed[:, 3].clone()
-            summed = packed[:, [0, 1, 4]].clone()
-            reduced = fit.reduce(summed)
+            reduced = fit.reduce(packed[:, [0, 1, 4]].clone())
             least = fit.reduce(least, "min")
             most = fit.reduce(most, "max")
             for i, (name, how) in enumerate(self.how.items()):

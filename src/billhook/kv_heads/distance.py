@@ -109,8 +109,7 @@ def distances(model: nn.Module, news: Sequence[EqualHeads], runs: Sequence[Run],
         outputs.setdefault(number, [result])  # if the run does not call the model
         if index:  # runs end in order
             between = partial(distance_between, tokens=runs[batch].tokens.get(linear))
-            expected = outputs[number - index]
-            totals[index] += fmean(between(*pair) for pair in zip(expected, outputs.pop(number), strict=True))
+            totals[index] += fmean(between(*pair) for pair in zip(outputs[number - index], outputs.pop(number), strict=True))
         if index == len(news) - 1:  # the last run of the batch: its logits are released
             del outputs[number - index]
 

@@ -234,7 +234,9 @@ def with_adapters(model: PreTrainedModel, parameters: Mapping[str, Pooled], shap
     def renamed(entries: Mapping[str, T]) -> dict[str, T]:
         return {base_layer_name(name, layers): entry for name, entry in entries.items()}
 
-    cuts, tensors, attributes = renamed(parameters), renamed(shape.tensors), renamed(shape.attributes)
+    cuts = renamed(parameters)
+    tensors = renamed(shape.tensors)
+    attributes = renamed(shape.attributes)
     for name, layer in layers.items():
         if (cut := parameters.get(f"{name}.weight")) is None:
             continue

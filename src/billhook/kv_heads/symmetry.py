@@ -269,8 +269,8 @@ def _first_calls(model: nn.Module, projections: Mapping[str, Projections]) -> di
     length = min([LENGTH, *(max(limit // 2, 1) for limit in limits if type(limit) is int)]) if any(limits) else FEW
     with ExitStack() as stack:
         for name in projections:
-            hook = partial(note, name)
-            stack.callback(model.get_submodule(name).register_forward_pre_hook(hook, with_kwargs=True).remove)
+            hook = model.get_submodule(name).register_forward_pre_hook(partial(note, name), with_kwargs=True)
+            stack.callback(hook.remove)
         model(**small_inputs(model, length=length))
     for name in projections:
         if name not in calls:

@@ -113,8 +113,8 @@ def _checked(kind: type[PreTrainedModel], config: PretrainedConfig, stated: Shap
         return in_model
 
     state = meta_model.state_dict()
-    attributes = _attributes(meta_model, shape_of(meta_model))
-    shape = Shape(renamed(stated.tensors, state), renamed(stated.attributes, attributes), {})
+    attributes = renamed(stated.attributes, _attributes(meta_model, shape_of(meta_model)))
+    shape = Shape(renamed(stated.tensors, state), attributes, {})
     _check(meta_model, shape, renamed(files, state))
     return shape
 

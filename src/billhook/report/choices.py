@@ -95,7 +95,9 @@ def encode(
     encoded = []
     for question in questions:
         context = question.context.rstrip()
-        gap, before, rows = question.context[len(context) :] + " ", ids_of(context), []
+        gap = question.context[len(context) :] + " "
+        before = ids_of(context)
+        rows = []
         for number, choice in enumerate(question.choices):
             ids = ids_of(context + gap + choice)
             shared = len(commonprefix([before, ids]))

@@ -124,7 +124,8 @@ def build_structure(model: nn.Module, tape: Tape, outside: Shapes) -> Structure:
         known = note(tensor, touch=False)
         if known.used and not known.active:
             axes[name] = tuple(map(find, known.axes))
-    first, tied = dict[int, str](), dict[str, str]()  # the first name of every weight, by its other names
+    first = dict[int, str]()
+    tied = dict[str, str]()  # the first name of every weight, by its other names
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if (original := first.setdefault(id(parameter), name)) != name:
             tied[name] = original

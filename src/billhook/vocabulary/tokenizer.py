@@ -233,8 +233,7 @@ class Vocabulary:
         symbols = list(token)
         last = None
         while len(symbols) > 1:
-            pairs = [(ranks.get(pair, len(ranks)), pair) for pair in pairwise(symbols)]
-            rank, last = min(pairs)
+            rank, last = min((ranks.get(pair, len(ranks)), pair) for pair in pairwise(symbols))
             if rank == len(ranks):
                 return None
             position = 0

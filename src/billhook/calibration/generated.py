@@ -6,6 +6,7 @@ Reconstruction" (Lucas, Behdin, Wang, Song, Tang & Mazumder, 2025, https://arxiv
 https://arxiv.org/abs/2410.17170).
 """
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -172,9 +173,9 @@ def _written(
     finished = 0
     # each step loads all weights, however many examples run in parallel
     at_once = max(AT_ONCE, CACHES // (length * (kv_cache_bytes(model) or CACHES)))
-    by_length: dict[int, list[int]] = {}
+    by_length = defaultdict(list)
     for row, start in enumerate(starts):
-        by_length.setdefault(len(start), []).append(row)
+        by_length[len(start)].append(row)
     groups = [alike[first : first + at_once] for alike in by_length.values() for first in range(0, len(alike), at_once)]
     with evaluating_without_grad(model):
         if not model(torch.tensor(starts[:1], device=model.device)).logits.isfinite().all():

@@ -260,10 +260,7 @@ def start_metrics(fit: Fit) -> dict[str, float | None]:
 
 def metrics_of_callbacks(fit: Fit) -> dict[str, float | None]:
     """Returns further metrics of the model from all callbacks."""
-    metrics = dict[str, float | None]()
-    for callback in fit.callbacks(EventCallback):
-        metrics |= callback.metrics(fit.module)
-    return metrics
+    return {name: value for callback in fit.callbacks(EventCallback) for name, value in callback.metrics(fit.module).items()}
 
 
 def record_start(fit: Fit, metrics: Mapping[str, float | None]) -> None:

@@ -1,5 +1,6 @@
 """Plot of speed over context length, and of speedup next to the ideal."""
 
+from collections import defaultdict
 from collections.abc import Sequence
 from operator import attrgetter
 from typing import Any
@@ -30,9 +31,9 @@ def speed(rows: Sequence[Timing], names: Sequence[str]) -> Plot:
     for phase, (speeds, *others) in zip(phases, panels, strict=True):
         rows_of_phase = sorted((row for row in rows if row.phase == phase), key=attrgetter("context"))
         sizes = sorted({row.batch_size for row in rows_of_phase})
-        by_model = dict[tuple[int, int], list[Timing]]()
+        by_model = defaultdict(list)
         for row in rows_of_phase:
-            by_model.setdefault((row.model, row.batch_size), []).append(row)
+            by_model[row.model, row.batch_size].append(row)
         curves = []  # each with its line style
         for (model, size), curve in sorted(by_model.items()):
             marker = MARKERS[sizes.index(size) % len(MARKERS)]

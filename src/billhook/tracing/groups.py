@@ -1,6 +1,7 @@
 """Coupled groups: units that span several parameters and are removed from all of them."""
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -125,12 +126,12 @@ def find_groups(axes: Mapping[str, Sequence[Axis]], tape: Tape, parameters: froz
 
     Groups are in the order of the parameters.
     """
-    members: dict[Axis, list[Member]] = {}
+    members = defaultdict(list)
     for name, dims in axes.items():
         for d, axis in enumerate(dims):
             for leaf in dict.fromkeys(leaves(axis)):
                 if leaf.size > 1:
-                    members.setdefault(leaf, []).append(Member(name, d, axis, (name, d) in tape.reads, name not in parameters))
+                    members[leaf].append(Member(name, d, axis, (name, d) in tape.reads, name not in parameters))
     return [Group(number, "channel", leaf, tuple(of_leaf)) for number, (leaf, of_leaf) in enumerate(members.items())]
 
 

@@ -1,6 +1,7 @@
 """Rows, lines, and plain data of groups and roles."""
 
 import re
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -78,10 +79,10 @@ def name_pattern(name: str) -> str:
 
 def fold_groups(groups: Iterable[Group]) -> list[list[Group]]:
     """Folds groups that differ only in the numbers of their names, in the order of kinds."""
-    similar: dict[tuple[object, ...], list[Group]] = {}
+    similar = defaultdict(list)
     for group in groups:
         members = tuple(sorted({(name_pattern(member.name), member.dim) for member in group.members}))
-        similar.setdefault((group.kind, group.size, members, name_pattern(group.reason)), []).append(group)
+        similar[group.kind, group.size, members, name_pattern(group.reason)].append(group)
     return sorted(similar.values(), key=lambda folded: (bool(folded[0].reason), KINDS.index(folded[0].kind)))
 
 

@@ -1,5 +1,6 @@
 """Scores of tokens: how often text uses them, and how often the model expects them."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -83,12 +84,12 @@ def token_shares(batches: Iterable[Any], size: int, comm: Comm = SINGLE_PROCESS)
 
 def predicted_shares(model: PreTrainedModel, size: int, batches: Sequence[Any], comm: Comm = SINGLE_PROCESS) -> Tensor:
     """Returns each token's mean probability, `[size]`, float64; zeros without predictions."""
-    by_source = dict[str, list[Any]]()
+    by_source = defaultdict(list)
     for batch in batches:
         inputs = inputs_of(batch)
         decodes = not model.config.is_encoder_decoder or {"labels", "decoder_input_ids"} & inputs.keys()
         if "input_ids" in inputs and decodes:
-            by_source.setdefault(source_of(batch), []).append(Batch(inputs, source_of(batch)))
+            by_source[source_of(batch)].append(Batch(inputs, source_of(batch)))
     chosen = []  # evenly spaced batches of each source
     for of_source in by_source.values():
         tokens = sum(batch["input_ids"].numel() for batch in of_source)

@@ -7,6 +7,7 @@ No token is added, and those that remain keep their order. A text whose tokens a
 
 import json
 import unicodedata
+from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
 from functools import cached_property
 from itertools import pairwise
@@ -207,9 +208,9 @@ class Vocabulary:
     @cached_property
     def _parts(self) -> dict[int, list[int]]:
         """The tokens of which byte-pair encoding makes each token."""
-        made_of = dict[str, list[tuple[str, str]]]()
+        made_of = defaultdict(list)
         for merge in self._merges:
-            made_of.setdefault(self._merged(*merge), []).append(merge)
+            made_of[self._merged(*merge)].append(merge)
         ranks = {merge: rank for rank, merge in enumerate(self._merges)}
         parts = {}
         for token, merges in made_of.items():

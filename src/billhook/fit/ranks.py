@@ -82,9 +82,8 @@ def check_close(fit: Fit, who: str, what: str, model: nn.Module, values: Mapping
     """
     if fit.world_size == 1 or store_of(model).on_ranks:
         return
-    picked = {}
-    for name, value in values.items():  # evenly spaced values
-        picked[name] = value.detach().flatten()[:: max(1, value.numel() // PICKED)].float().cpu()
+    # evenly spaced values
+    picked = {name: value.detach().flatten()[:: max(1, value.numel() // PICKED)].float().cpu() for name, value in values.items()}
     check_identical(fit, who, what, {name: len(numbers) for name, numbers in picked.items()})
     near = True
     for name, first in from_first_rank(fit, who, what, picked).items():

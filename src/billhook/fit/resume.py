@@ -123,10 +123,8 @@ def _mapped(path: Path, options: dict[str, Any]) -> Checkpoint | None:
     checkpoint = torch.load(path, map_location=note, mmap=True, weights_only=options.get("weights_only"))
     if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(TENSORS), dict):
         return None
-    plain = {}
-    for name, tensor in checkpoint[TENSORS].items():
-        if type(tensor) is Tensor and tensor.layout == torch.strided:
-            plain[name] = tensor
+    tensors = checkpoint[TENSORS].items()
+    plain = {name: tensor for name, tensor in tensors if type(tensor) is Tensor and tensor.layout == torch.strided}
     if requested is None:
         saved = [locations.get(tensor.untyped_storage().data_ptr(), "cpu") for tensor in plain.values()]
         device = torch.accelerator.current_accelerator(check_available=True)

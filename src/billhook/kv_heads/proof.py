@@ -54,9 +54,7 @@ def cut_by_groups(model: PreTrainedModel, attentions: KVAttentions, chosen: Coll
     shrunk = _cut(model, attentions, chosen, heads)
     if shrunk is None:
         raise ValueError(refusal)
-    kv_parameters = set[nn.Parameter]()
-    for attention in attentions.values():
-        kv_parameters.update(map(model.get_parameter, attention.rows))
+    kv_parameters = {model.get_parameter(name) for attention in attentions.values() for name in attention.rows}
     names = {name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter in kv_parameters}
     as_built = is_as_built(model, built_shape(type(model), model.config), names)
     equal = len({(attentions[name].queries, attentions[name].heads) for name in chosen}) == 1

@@ -1,13 +1,14 @@
 """Runs llama.cpp's converter for each request: `{"folder", "out", "dtype", "vocabulary", "factors"}`."""
 
-import contextlib
-import importlib.util
 import json
 import logging
 import sys
 import traceback
+from contextlib import ExitStack
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -16,11 +17,7 @@ def main(path: Path) -> None:
     """Answers requests until the input ends."""
     out, sys.stdout = sys.stdout, sys.stderr  # the converter's output must not mix with answers
     sys.path[:0] = [str(path.parent / "gguf-py"), str(path.parent)]
-    spec = importlib.util.spec_from_file_location("convert_hf_to_gguf", path)
-    assert spec is not None
-    assert spec.loader is not None
-    converter = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(converter)
+    converter = import_module(path.stem)
     for line in sys.stdin:
         request = json.loads(line)
         try:
@@ -45,16 +42,16 @@ def convert(
     text_model = sys.modules["conversion.base"].TextModel
     added: dict[str, Any] = {}
     sys.argv = [converter.__file__, folder, "--outfile", out, "--outtype", dtype]
-    with contextlib.ExitStack() as stack:
+    with ExitStack() as stack:
         if factors or not vocabulary:
             hparams = converter.ModelBase.load_hparams(Path(folder), False)
             kind = converter.get_model_class(converter.get_model_architecture(hparams, converter.ModelType.TEXT))
             if not vocabulary:
-                stack.enter_context(_replaced(kind, "set_vocab", _no_vocabulary))
+                stack.enter_context(patch.object(kind, "set_vocab", _no_vocabulary))
             if factors:
                 extended = _with_factors(kind.generate_extra_tensors, factors)
-                stack.enter_context(_replaced(kind, "generate_extra_tensors", extended))
-        stack.enter_context(_replaced(text_model, "get_vocab_base_pre", _split(text_model.get_vocab_base_pre, added)))
+                stack.enter_context(patch.object(kind, "generate_extra_tensors", extended))
+        stack.enter_context(patch.object(text_model, "get_vocab_base_pre", _split(text_model.get_vocab_base_pre, added)))
         try:
             converter.main()
         except SystemExit as error:
@@ -117,20 +114,6 @@ def _split(known: Any, added: dict[str, Any]) -> Any:  # noqa: ANN401 - a method
             return split
 
     return pre
-
-
-@contextlib.contextmanager
-def _replaced(owner: Any, name: str, value: Any) -> Any:  # noqa: ANN401
-    inherited = name not in vars(owner)
-    before = vars(owner).get(name)
-    setattr(owner, name, value)
-    try:
-        yield
-    finally:
-        if inherited:
-            delattr(owner, name)
-        else:
-            setattr(owner, name, before)
 
 
 class _Errors(logging.Handler):

@@ -123,7 +123,7 @@ def card(record: Record, loading: str, config: PretrainedConfig) -> str:
     fields |= {"base_model_relation": RELATION} if base else {}
     library = "billhook" if record["saved"]["way"] == "shaped" else "transformers"
     tags = ["billhook"]
-    (before, after) = _sizes(record)
+    before, after = _sizes(record)
     sizes = [size_of.get(name) for name in ("params", "zeros") for size_of in (before, after)]
     known = [size for size in sizes if isinstance(size, int)]
     if len(known) == len(sizes):  # fewer parameters or more zeros, and many more zeros
@@ -181,7 +181,7 @@ def _changes(record: Record) -> list[str]:
     parts = ["\n".join(lines)] * bool(lines) if recorded else [UNRECORDED]
     parts += [table(["by", "settings"], used, "---")] * bool(used)
     parts += [COMPLETE] if used and recorded else []
-    (before, after) = _sizes(record)
+    before, after = _sizes(record)
     last = _mapping(record, "metrics")
     start = _mapping(record, "start")
     if not any(key.startswith("val") and start[key] != before.get(key) for key in start):

@@ -105,7 +105,7 @@ def distances(model: nn.Module, news: Sequence[EqualHeads], runs: Sequence[Run],
 
     def visit(number: int) -> None:
         result = visits[number]()
-        (batch, index) = divmod(number, len(news))
+        batch, index = divmod(number, len(news))
         outputs.setdefault(number, [result])  # if the run does not call the model
         if index:  # runs end in order
             between = partial(distance_between, tokens=runs[batch].tokens.get(linear))

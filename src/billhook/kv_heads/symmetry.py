@@ -134,8 +134,8 @@ def find_symmetries(
 
 
 def _symmetries(model: nn.Module, projections: Projections, call: Call, keys: Sequence[Symmetry] | None) -> Symmetries:
-    (count, width) = projections.k.index.shape
-    (_, value_width) = projections.v.index.shape
+    count, width = projections.k.index.shape
+    _, value_width = projections.v.index.shape
     generator = torch.Generator().manual_seed(0)
     drawn = {}
     for kind, heads in vars(read(model, projections)).items():  # of their sizes, and with scores of unit size

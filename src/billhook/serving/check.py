@@ -171,7 +171,7 @@ def _compared(
     following = _greedy(model, row, new_tokens)
     engine.load(file, length + new_tokens)
     logits = engine.logits(row)
-    (greedy, _, _) = engine.greedy(row, new_tokens)
+    greedy, _, _ = engine.greedy(row, new_tokens)
     if logits.shape != expected.shape:
         reason = f"logits have shape {list(logits.shape)}, in transformers {list(expected.shape)}"
         return ServeResult(folder, engine.name, False, reason)

@@ -65,7 +65,7 @@ def write_deci(model: PreTrainedModel, template: Path, out: Path, dtype: DType) 
         out: Output file.
         dtype: Data type of matrices. Vectors are float32.
     """
-    (parts, width) = _parts_and_width(model)
+    parts, width = _parts_and_width(model)
     read = GGUFReader(template)
     heads, kv_heads, widths, tensors = zip(*(_layer(layer, width) for layer in parts.layers), strict=True)
     writer = GGUFWriter(out, "deci", use_temp_file=True)

@@ -289,7 +289,7 @@ def _unify_sums(left: list[Axis], right: list[Axis]) -> None:
 
 
 def _unify_at(a: Axis, b: Axis, outer: int) -> None:
-    (a_outer, a_inner) = split(a, outer)
-    (b_outer, b_inner) = split(b, outer)
+    a_outer, a_inner = split(a, outer)
+    b_outer, b_inner = split(b, outer)
     unify(product(a_outer), product(b_outer))
     unify(product(a_inner), product(b_inner))

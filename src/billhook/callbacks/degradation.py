@@ -12,7 +12,7 @@ from billhook.arguments import check_int, check_types
 from billhook.calibration.calibration import Calibration, OtherTexts, check_other_texts, evaluation_batches
 from billhook.engine import is_sharded, reshard
 from billhook.fit.calibration import FitCalibration
-from billhook.fit.event import Event, EventCallback, EventFollower
+from billhook.fit.event import Event, EventCallback, EventFollower, State
 from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_identical, comm_of, fail_together
 from billhook.report.degradation import DenseReference, degradation_warning
@@ -114,11 +114,11 @@ class Degradation(EventFollower):
             rank_zero_warn(f"Degradation, step {step}, {when}: {warning}")
         return [text.to_json() for text in degradation]
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Returns the examples, the dense model's losses, and the results at the end."""
         return {} if self._dense is None else self._dense.state_dict() | {"last": self.last}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restores the examples and the dense model's losses of the resumed run."""
         if state_dict and self._dense is not None and not self._dense.load_state_dict(state_dict):
             rank_zero_warn(

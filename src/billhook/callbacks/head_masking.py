@@ -5,6 +5,7 @@ from typing import Any
 from torch import nn
 
 from billhook.checkpoints.export import MASKED
+from billhook.fit.event import State
 from billhook.fit.fit import Fit
 from billhook.fit.shape_event import ShapeCallback
 from billhook.units import Mask, Per, mask, zero_units
@@ -68,11 +69,11 @@ class HeadMasking(ShapeCallback):
         """Returns the masks, which `billhook export` reads."""
         return {MASKED: {"per": self.per, "heads": self.heads}} if self.heads else {}
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Returns events and masked heads."""
         return super().state_dict() | {"heads": self.heads}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restores events and masked heads."""
         super().load_state_dict(state_dict)
         self.heads = state_dict["heads"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import takewhile
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from billhook.callbacks.export import Export
 from billhook.callbacks.head_masking import HeadMasking, Heads
 from billhook.engine import blockwise, sizes_only
 from billhook.fit.calibration import CalibrationLike, FitCalibration
-from billhook.fit.event import Event, log_event
+from billhook.fit.event import Event, State, log_event
 from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_identical, comm_of, fail_together
 from billhook.fit.shape_event import check_no_shape_changes
@@ -396,11 +396,11 @@ class HeadPruning(HeadMasking):
         self._steps = {} if worse else self._steps
         return what
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Returns events, masked heads, and scores."""
         return super().state_dict() | {"record": dict(vars(self.record)), "best": self.best, "stopped": self._stopped}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restores events, masked heads, and scores."""
         super().load_state_dict(state_dict)
         self.best = state_dict["best"]

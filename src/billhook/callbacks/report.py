@@ -12,7 +12,7 @@ from billhook.arguments import check_int, check_path, check_types
 from billhook.callbacks.degradation import Degradation, check_listed_after
 from billhook.callbacks.export import Export
 from billhook.fit.callback import FitCallback
-from billhook.fit.event import Event, EventCallback, events_of, metrics_of_callbacks, record_start, start_metrics
+from billhook.fit.event import Event, EventCallback, State, events_of, metrics_of_callbacks, record_start, start_metrics
 from billhook.fit.fit import Fit
 from billhook.fit.ranks import on_first_rank
 from billhook.plots.style import PLOT_SUFFIXES
@@ -112,8 +112,9 @@ class Report(FitCallback):
             if rows[0].numbers.get(name) is None and fit.validate_first and self.measure_batches != 0:
                 notes.append((rows[0].name, f"not validated. {fit.validate_first}"))
             marks = [(e["step"], e["label"], e["before"].get(name), e["after"].get(name)) for e in events]
-            dense = rows[0].numbers.get(name) if events else None
-            figure = validation(self._points(name, last, fit.step), marks, name, dense)
+            figure = validation(
+                self._points(name, last, fit.step), marks, name, dense=rows[0].numbers.get(name) if events else None
+            )
             plots.append(("plot", Path(self.plot_file), figure))
         elif self.metric:
             rank_zero_warn(f"metric={self.metric!r} is not logged in validation, so no plot is drawn. Logged: {', '.join(last)}.")
@@ -160,11 +161,11 @@ class Report(FitCallback):
         known = ["val_perplexity", "val_accuracy", "val_loss", *sorted(name for name in metrics if name.startswith("val"))]
         return next((name for name in ([self.metric] if self.metric else known) if name in metrics), None)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Returns the metrics so far."""
         return {"history": self.history, "first": self.first}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restores the metrics of the resumed run."""
         self.history = state_dict["history"]
         self.first = state_dict["first"]

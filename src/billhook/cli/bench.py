@@ -230,8 +230,7 @@ def bytes_per_token(models: Sequence[str]) -> list[float]:
         return []
     if all(tokenizer.get_vocab() == tokenizers[0].get_vocab() for tokenizer in tokenizers):
         return []
-    rows = load_splits(MIXED)["validation"]
-    texts = [text for text in rows["text"] if text]
+    texts = [text for text in load_splits(MIXED)["validation"]["text"] if text]
     size = sum(len(text.encode()) for text in texts)
     return [size / sum(map(len, tokenizer(texts, add_special_tokens=False)["input_ids"])) for tokenizer in tokenizers]
 

@@ -117,7 +117,7 @@ class ShapeSavingCallback(FitCallback):
     _resume: ResumeState | None = None
     _validated: dict[str, Any]
 
-    def checkpoint_entries(self) -> dict[str, Any]:
+    def checkpoint_entries(self) -> Checkpoint:
         """Returns further entries of a checkpoint, for readers that do not know this callback."""
         return {}
 

@@ -26,12 +26,16 @@ from billhook.arguments import check_int
 from billhook.calibration.calibration import Calibration
 from billhook.fit.calibration import FitCalibration
 from billhook.fit.callback import FitCallback, ShapeSavingCallback
-from billhook.fit.fit import Fit
+from billhook.fit.fit import Fit, Metrics
 from billhook.fit.targets import remaining_rounds, round_targets
 from billhook.report.summary import summary
 from billhook.schedules import Schedule
 
 Event = dict[str, Any]
+State = dict[str, Any]
+"""The state of a callback in a checkpoint."""
+ModelChange = Callable[[list[Optimizer]], str]
+"""Changes a model and its optimizers, and returns a description."""
 SIZES = ("params", "kv_cache_bytes", "sparsity")
 """Metrics of the model that are logged before the first event and after each event."""
 UNLOGGED = ("zeros", "flops")  # metrics that are recorded but not logged
@@ -108,7 +112,7 @@ class EventCallback(ShapeSavingCallback, ABC):
     def apply_event(self, fit: Fit, step: int) -> None:
         """Applies the event of a step, and sets `last_event_step`, as `apply_change` does."""
 
-    def apply_change(self, fit: Fit, step: int, change: Callable[[list[Optimizer]], str]) -> Event:
+    def apply_change(self, fit: Fit, step: int, change: ModelChange) -> Event:
         """Applies a change as the event of a step, measured before and after, and logs it.
 
         Args:
@@ -123,7 +127,7 @@ class EventCallback(ShapeSavingCallback, ABC):
         log_event(fit, event)
         return event
 
-    def run_change(self, fit: Fit, metrics: dict[str, float], change: Callable[[list[Optimizer]], str]) -> Event:
+    def run_change(self, fit: Fit, metrics: Metrics, change: ModelChange) -> Event:
         """Makes a change, and returns its event; see `record_event`."""
         return self.record_event(fit, metrics, partial(change, fit.optimizers))
 
@@ -190,11 +194,11 @@ class EventCallback(ShapeSavingCallback, ABC):
         """Returns matplotlib figures that `Report` saves, by kind."""
         return {}
 
-    def validate(self, fit: Fit) -> dict[str, float]:
+    def validate(self, fit: Fit) -> Metrics:
         """Returns the validation metrics of the current model."""
         return fit.validate(self.measure_batches)
 
-    def record_event(self, fit: Fit, metrics: dict[str, float], change: Callable[[], str]) -> Event:
+    def record_event(self, fit: Fit, metrics: Metrics, change: Callable[[], str]) -> Event:
         """Applies a change, which returns its description, and returns a new event."""
         before = summary(fit.module).numbers() | metrics
         what = change()
@@ -219,11 +223,11 @@ class EventCallback(ShapeSavingCallback, ABC):
                 + (f" (the last of {len(late)} pending events)" if len(late) > 1 else "")
             )
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """Returns the events; the LightningModule saves the shape."""
         return {"events": self.events, "done": self.last_event_step, "asked": self.last_target, "start": self.start}
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+    def load_state_dict(self, state_dict: State) -> None:
         """Restores the events."""
         self.events = state_dict["events"]
         self.last_event_step = state_dict["done"]

@@ -15,6 +15,7 @@ from billhook.model import Preprocessor, find_transformer
 
 CallbackT = TypeVar("CallbackT")
 T = TypeVar("T")
+Metrics = dict[str, float]
 Reduction = Literal["sum", "min", "max"]
 Loss = Callable[[nn.Module, Any], Tensor]  # the training loss, as a function of model and batch
 
@@ -206,7 +207,7 @@ class Fit(ABC):
         """Returns the training precision, without float16, which loses unscaled gradients."""
 
     @abstractmethod
-    def validate(self, limit: int | None = None) -> dict[str, float]:
+    def validate(self, limit: int | None = None) -> Metrics:
         """Returns validation metrics of the current model; empty without validation.
 
         Args:
@@ -217,7 +218,7 @@ class Fit(ABC):
 
     @property
     @abstractmethod
-    def validation_metrics(self) -> dict[str, float]:
+    def validation_metrics(self) -> Metrics:
         """The last validation metrics."""
 
     @abstractmethod

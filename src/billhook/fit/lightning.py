@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from billhook.engine import Run, model_loss, overridden, runs_of
 from billhook.engine.shards import gathered
 from billhook.fit.checkpoint_hooks import wrap_hooks
-from billhook.fit.fit import Fit, Loss, Reduction
+from billhook.fit.fit import Fit, Loss, Metrics, Reduction
 from billhook.fit.lightning_internals import (
     averaging_callbacks,
     communication_state,
@@ -276,7 +276,7 @@ class LightningFit(Fit):
             return plugin.forward_context()
         return float16_replaced(self.device, plugin.device)
 
-    def validate(self, limit: int | None = None) -> dict[str, float]:
+    def validate(self, limit: int | None = None) -> Metrics:
         """Returns the averaged metrics that `validation_step` logs; empty without validation.
 
         Loops, loggers, checkpoints, random state, and modes are restored.
@@ -310,7 +310,7 @@ class LightningFit(Fit):
             return logged.values(self)
 
     @property
-    def validation_metrics(self) -> dict[str, float]:
+    def validation_metrics(self) -> Metrics:
         """The last logged metrics."""
         return {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 

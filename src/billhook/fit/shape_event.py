@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 
 from billhook.engine import WRAPPED, Run, class_of, sizes_only
-from billhook.fit.event import Event, EventCallback, ShapeFollower
+from billhook.fit.event import Event, EventCallback, ModelChange, ShapeFollower
 from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_close, comm_of, fail_together
 from billhook.model import ModelPlan, Weights, check_replaceable, check_unhooked
@@ -96,7 +96,7 @@ class ShapeCallback(EventCallback):
         with sizes_only(fit.module):
             self.check(fit)
 
-    def run_change(self, fit: Fit, metrics: dict[str, float], change: Callable[[list[Optimizer]], str]) -> Event:
+    def run_change(self, fit: Fit, metrics: dict[str, float], change: ModelChange) -> Event:
         """Changes model and optimizers, also under DDP and FSDP2; see `record_event`."""
         with fit.reshaping(self.blockwise), fail_together(fit, type(self).__name__):
             event = super().run_change(fit, metrics, change)

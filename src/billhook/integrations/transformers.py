@@ -22,7 +22,7 @@ from billhook.callbacks.export import Export
 from billhook.checkpoints.save import state_shape
 from billhook.engine import overridden, replace_file, store_of
 from billhook.fit.callback import FitCallback
-from billhook.fit.event import EventCallback, events_of
+from billhook.fit.event import EventCallback, State, events_of
 from billhook.fit.resume import check_callbacks
 from billhook.fit.shape_event import ShapeCallback
 from billhook.integrations.transformers_fit import TransformersFit, val_metrics
@@ -91,7 +91,7 @@ class Callbacks(TrainerCallback, ExportableState):
     def on_exception(self, *_: object) -> None:
         """Does nothing: Lightning's Trainer calls this after an error."""
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> State:
         """Returns the events for `trainer_state.json`; the rest is in a file of each checkpoint."""
         return {"args": {}, "attributes": {"events": [] if self._fit is None else events_of(self._fit), "run": self._run}}
 
@@ -254,7 +254,7 @@ class Callbacks(TrainerCallback, ExportableState):
         if self._shape_check is not None:
             self._shape_check.remove()
 
-    def _state_of(self, state: TrainerState) -> dict[str, Any]:
+    def _state_of(self, state: TrainerState) -> State:
         """Returns the entry of `trainer_state.json`; raises for several `Callbacks`."""
         states: Any = state.stateful_callbacks or {}
         saved = states.get(type(self).__name__)
@@ -265,13 +265,13 @@ class Callbacks(TrainerCallback, ExportableState):
             )
         return {"run": None} if saved is None else saved["attributes"]
 
-    def _restore(self, saved: Mapping[str, Any]) -> None:
+    def _restore(self, saved: State) -> None:
         check_callbacks(self.callbacks, saved["callbacks"])
         for callback in self.callbacks:
             if callback.state_key in saved["callbacks"]:
                 callback.load_state_dict(saved["callbacks"][callback.state_key])
 
-    def _find(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
+    def _find(self, args: TrainingArguments, state: TrainerState) -> State:
         """Returns the saved state of the checkpoint that training resumes from."""
         folders = [Path(args.resume_from_checkpoint)] if isinstance(args.resume_from_checkpoint, str) else []
         for folder in [*folders, Path(args.output_dir or ".") / f"checkpoint-{state.global_step}"]:
@@ -319,6 +319,6 @@ def _starts(callback: FitCallback) -> bool:
     return all(entry in ("start", 0) for entry in at) if isinstance(at, list) else at in ("start", 0)
 
 
-def _read(folder: Path) -> dict[str, Any] | None:
+def _read(folder: Path) -> State | None:
     file = folder / STATE
     return torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else None

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArgument
 
 from billhook.checkpoints.save import state_shape
 from billhook.engine import Run, evaluating_without_grad, is_sharded, model_loss, runs_of, tree_map_only
-from billhook.fit.fit import Fit, Loss, Reduction
+from billhook.fit.fit import Fit, Loss, Metrics, Reduction
 from billhook.fit.lightning import float16_replaced
 from billhook.fit.run import isolated_rng
 from billhook.model import Preprocessor, find_transformer, load_preprocessor
@@ -38,7 +38,7 @@ class TransformersFit(Fit):
     module: nn.Module
     _resumes: bool
     _validation: Iterable[Any] | None
-    _metrics: dict[str, float]
+    _metrics: Metrics
     _hooked: Mapping[str, Any]
 
     @property
@@ -218,7 +218,7 @@ class TransformersFit(Fit):
         """Returns the training precision, replacing float16, which loses unscaled gradients."""
         return float16_replaced(self.device, self.device.type) if self.args.fp16 else self.forward_context()
 
-    def validate(self, limit: int | None = None) -> dict[str, float]:
+    def validate(self, limit: int | None = None) -> Metrics:
         """Returns `val_loss`, the mean over examples, and `val_perplexity` of language models."""
         batches = self._hooked.get("eval_dataloader") if self._validation is None else self._validation
         if limit == 0 or batches is None:
@@ -235,7 +235,7 @@ class TransformersFit(Fit):
         return val_metrics({"eval_loss": total / count}, self.module) if count else {}
 
     @property
-    def validation_metrics(self) -> dict[str, float]:
+    def validation_metrics(self) -> Metrics:
         """The metrics of the last evaluation, with the prefix `val_`."""
         return self._metrics
 
@@ -252,7 +252,7 @@ class TransformersFit(Fit):
             self.state.log_history.append(numbers | {"step": self.step})
 
 
-def val_metrics(metrics: Mapping[str, float], model: nn.Module) -> dict[str, float]:
+def val_metrics(metrics: Mapping[str, float], model: nn.Module) -> Metrics:
     """Renames the Trainer's metrics for billhook, and adds perplexity.
 
     >>> val_metrics({"eval_loss": 1.0, "eval_runtime": 2.0, "epoch": 1.0}, nn.Linear(1, 1))

@@ -140,8 +140,7 @@ def build_shaped(
     kind: type[PreTrainedModel], config: PretrainedConfig, shape: Shape, state: dict[str, Tensor], dtype: torch.dtype
 ) -> PreTrainedModel:
     """Builds a model with weights in a shape that its config cannot express."""
-    built = _with_tensors(kind, shape).from_pretrained(None, config=config, state_dict=state, dtype=dtype)
-    return _finish(built, kind, shape)
+    return _finish(_with_tensors(kind, shape).from_pretrained(None, config=config, state_dict=state, dtype=dtype), kind, shape)
 
 
 def _with_tensors(kind: type[PreTrainedModel], shape: Shape) -> type[PreTrainedModel]:

@@ -128,9 +128,9 @@ def _layer(layer: Any, width: int) -> tuple[int, int, int, dict[str, Tensor]]:  
         if name.startswith(("attn_q.", "attn_k.")):
             rows = tensors[name]  # from transformers' to llama.cpp's rotary order
             tensors[name] = rows.reshape(-1, 2, width // 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
-    queries = tensors["attn_q.weight"]
-    keys = tensors["attn_k.weight"]
-    return len(queries) // width, len(keys) // width, len(tensors["ffn_up.weight"]), tensors
+    queries = len(tensors["attn_q.weight"])
+    keys = len(tensors["attn_k.weight"])
+    return queries // width, keys // width, len(tensors["ffn_up.weight"]), tensors
 
 
 def _parameters(module: nn.Module) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any
@@ -13,7 +13,7 @@ from torch import nn
 from billhook.display import Printable, render, some, text_table
 from billhook.tracing import show
 from billhook.tracing.axes import Axis, crossed, find, layout, leaves, mark, multiplied_with
-from billhook.tracing.groups import Group, Kind, find_groups, measure_units
+from billhook.tracing.groups import Axes, Group, Kind, find_groups, measure_units
 from billhook.tracing.roles import Attention, FeedForward, find_attention, find_feed_forward
 from billhook.tracing.tape import Tape, note
 
@@ -216,7 +216,7 @@ def name_kinds(groups: Sequence[Group], attention: Sequence[Attention], tape: Ta
                 group.kind = "channel" if "bent" in flags or not (reads and writes) else "rank"
 
 
-def find_idle(groups: Sequence[Group], attention: Sequence[Attention], axes: Mapping[str, Sequence[Axis]]) -> None:
+def find_idle(groups: Sequence[Group], attention: Sequence[Attention], axes: Axes) -> None:
     """Finds key biases that softmax cancels: constant over keys and without rotary embedding."""
     by_leaf = {group.leaf: group for group in groups}
     for layer in attention:
@@ -233,7 +233,7 @@ def find_idle(groups: Sequence[Group], attention: Sequence[Attention], axes: Map
                     group.idle += (member.name,)
 
 
-def find_contexts(groups: Sequence[Group], axes: Mapping[str, Sequence[Axis]]) -> None:
+def find_contexts(groups: Sequence[Group], axes: Axes) -> None:
     """Finds the groups that surround each group in every member.
 
     They are multiplied with it in one dimension, or are experts in another dimension.

@@ -121,7 +121,11 @@ def common_module(names: Sequence[str]) -> str:
     return ".".join(shared)
 
 
-def find_groups(axes: Mapping[str, Sequence[Axis]], tape: Tape, parameters: frozenset[str]) -> list[Group]:
+Axes = Mapping[str, Sequence[Axis]]
+"""Axes of parameters, by name."""
+
+
+def find_groups(axes: Axes, tape: Tape, parameters: frozenset[str]) -> list[Group]:
     """Returns a group for every leaf of the axes, still without its kind.
 
     Groups are in the order of the parameters.
@@ -145,7 +149,7 @@ def count_positions(axis: Axis, leaf: Axis) -> int:
     return sum(count_positions(part, leaf) * (axis.size // find(part).size) for part in axis.parts)
 
 
-def measure_units(group: Group, axes: Mapping[str, Sequence[Axis]], sizes: Mapping[str, int]) -> None:
+def measure_units(group: Group, axes: Axes, sizes: Mapping[str, int]) -> None:
     """Counts the entries and bytes that a unit removes.
 
     A matrix with the unit in both dimensions loses the crossing once. Names that are not in `sizes` (buffers) do not count.

@@ -21,7 +21,7 @@ from billhook.fit.event import Event, State, log_event
 from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_identical, comm_of, fail_together
 from billhook.fit.shape_event import check_no_shape_changes
-from billhook.fit.targets import At, check_at, round_targets
+from billhook.fit.targets import At, Targets, check_at, round_targets
 from billhook.importance.gate_gradient import GateGradient
 from billhook.importance.score import Importance, make_run, score_units
 from billhook.model import Weights, apply_plan
@@ -270,7 +270,7 @@ class HeadPruning(HeadMasking):
                 "HeadPruning(remove='never') must be listed before Export, because it zeroes weights at the end of training."
             )
 
-    def steps(self, fit: Fit) -> dict[int, float]:
+    def steps(self, fit: Fit) -> Targets:
         """Returns the target ratio of each round by step."""
         return round_targets(self.ratio, self.at, fit, "ratio")
 

@@ -21,7 +21,7 @@ from billhook.fit.event import Event, log_event
 from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_close, check_identical, comm_of, fail_together, sum_over_ranks
 from billhook.fit.shape_event import ShapeCallback
-from billhook.fit.targets import At, check_at, resolve_at
+from billhook.fit.targets import At, Targets, check_at, resolve_at
 from billhook.kv_heads.attentions import Attentions
 from billhook.kv_heads.config import kv_heads_by_layer, kv_heads_of
 from billhook.kv_heads.convert import batches_needed, check_repair, equal_heads, find_attentions
@@ -161,7 +161,7 @@ class KVHeadConversion(ShapeCallback):
             raise ValueError(f"at={self.at}: two stages have the same step ({steps} of {fit.length} steps). Use other steps.")
         return steps
 
-    def steps(self, fit: Fit) -> dict[int, float]:
+    def steps(self, fit: Fit) -> Targets:
         """Returns the steps of the stages, each with the target 1."""
         return dict.fromkeys(self.shape_steps(fit), 1.0)
 

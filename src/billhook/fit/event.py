@@ -27,13 +27,15 @@ from billhook.calibration.calibration import Calibration
 from billhook.fit.calibration import FitCalibration
 from billhook.fit.callback import FitCallback, ShapeSavingCallback
 from billhook.fit.fit import Fit, Metrics
-from billhook.fit.targets import remaining_rounds, round_targets
+from billhook.fit.targets import Targets, remaining_rounds, round_targets
 from billhook.report.summary import summary
 from billhook.schedules import Schedule
 
 Event = dict[str, Any]
 State = dict[str, Any]
 """The state of a callback in a checkpoint."""
+Measured = dict[str, float | None]
+"""Metrics of a model; None if they are unknown."""
 ModelChange = Callable[[list[Optimizer]], str]
 """Changes a model and its optimizers, and returns a description."""
 SIZES = ("params", "kv_cache_bytes", "sparsity")
@@ -88,7 +90,7 @@ class EventCallback(ShapeSavingCallback, ABC):
             check_int("measure_batches", measure_batches, least=0)
         self.calibration = calibration or FitCalibration.of(None)
         self.measure_batches = measure_batches
-        self._steps: dict[int, float] = {}
+        self._steps: Targets = {}
         self._last_step = -1
         self.reset()
 
@@ -97,14 +99,14 @@ class EventCallback(ShapeSavingCallback, ABC):
         self.events: list[Event] = []
         self.last_event_step = -1
         self.last_target = 0.0
-        self.start: dict[str, float | None] = {}
+        self.start: Measured = {}
         self._validated: dict[str, Any] = {}
 
     def check_fit(self, fit: Fit) -> None:
         """Raises `ValueError` if the trainer's strategy does not support changes of weights."""
         fit.check_masking(type(self).__name__)
 
-    def steps(self, fit: Fit) -> dict[int, float]:
+    def steps(self, fit: Fit) -> Targets:
         """Returns the target amount by step."""
         return round_targets(1.0, self.at, fit, "at")
 
@@ -186,7 +188,7 @@ class EventCallback(ShapeSavingCallback, ABC):
         """Returns the steps of pending events."""
         return [pending for pending in self._steps if pending > fit.step]
 
-    def metrics(self, model: nn.Module) -> dict[str, float | None]:
+    def metrics(self, model: nn.Module) -> Measured:
         """Returns further metrics of the model for the start and the end of training."""
         return {}
 
@@ -257,12 +259,12 @@ def record_not_refitted(event: Event, what: str) -> None:
         rank_zero_info(f"billhook, step {event['step']}: {what}")
 
 
-def start_metrics(fit: Fit) -> dict[str, float | None]:
+def start_metrics(fit: Fit) -> Measured:
     """Returns the recorded metrics of the model before any event."""
     return {name: value for callback in fit.callbacks(EventCallback) for name, value in callback.start.items()}
 
 
-def metrics_of_callbacks(fit: Fit) -> dict[str, float | None]:
+def metrics_of_callbacks(fit: Fit) -> Measured:
     """Returns further metrics of the model from all callbacks."""
     return {name: value for callback in fit.callbacks(EventCallback) for name, value in callback.metrics(fit.module).items()}
 

@@ -16,6 +16,8 @@ from billhook.model import Preprocessor, find_transformer
 CallbackT = TypeVar("CallbackT")
 T = TypeVar("T")
 Metrics = dict[str, float]
+Averages = list[tuple[object, nn.Module | None]]
+"""Callbacks that average weights, each with its copy of the model, if it exists."""
 Reduction = Literal["sum", "min", "max"]
 Loss = Callable[[nn.Module, Any], Tensor]  # the training loss, as a function of model and batch
 
@@ -93,7 +95,7 @@ class Fit(ABC):
         """Optimizers from before training, which must follow changes at the start."""
 
     @property
-    def averages(self) -> list[tuple[object, nn.Module | None]]:
+    def averages(self) -> Averages:
         """Callbacks that average weights, each with its copy of the model, if it exists."""
         return []
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedTokenizerBase
 from billhook.engine import Run, model_loss, overridden, runs_of
 from billhook.engine.shards import gathered
 from billhook.fit.checkpoint_hooks import wrap_hooks
-from billhook.fit.fit import Fit, Loss, Metrics, Reduction
+from billhook.fit.fit import Averages, Fit, Loss, Metrics, Reduction
 from billhook.fit.lightning_internals import (
     averaging_callbacks,
     communication_state,
@@ -97,7 +97,7 @@ class LightningFit(Fit):
         return [value for value in vars(self.module).values() if isinstance(value, Optimizer)]
 
     @property
-    def averages(self) -> list[tuple[object, nn.Module | None]]:
+    def averages(self) -> Averages:
         """Callbacks that average weights, each with its copy of the model, if it exists."""
         return averaging_callbacks(self.trainer)
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
-from torch import nn
 from torch.optim.swa_utils import AveragedModel
+
+from billhook.fit.fit import Averages
 
 
 def forks_or_spawns(trainer: Trainer) -> bool:
@@ -16,7 +17,7 @@ def forks_or_spawns(trainer: Trainer) -> bool:
     return isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
 
 
-def averaging_callbacks(trainer: Trainer) -> list[tuple[object, nn.Module | None]]:
+def averaging_callbacks(trainer: Trainer) -> Averages:
     """Returns callbacks that average weights, each with its copy of the model, if it exists."""
     callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
     copies = [(callback, callback._average_model) for callback in callbacks if hasattr(callback, "_average_model")]

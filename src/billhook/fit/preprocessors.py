@@ -36,7 +36,7 @@ def find_preprocessors(trainer: Trainer, pl_module: LightningModule) -> list[Pre
                 return [processors[0]]
             tokenizers = [item for item in preprocessors if isinstance(item, PreTrainedTokenizerBase)]
             others = [item for item in preprocessors if not isinstance(item, PreTrainedTokenizerBase)]
-            return [*tokenizers[:1], *others[:1]]
+            return tokenizers[:1] + others[:1]
     origin = find_transformer(pl_module).config.name_or_path
     with suppress(Exception):  # transformers raises many types
         return [load_preprocessor(str(origin))] if origin else []

@@ -11,6 +11,8 @@ from lightning_utilities.core.rank_zero import rank_zero_warn
 from billhook.fit.fit import Fit
 from billhook.schedules import Schedule, Step, check_step, resolve_step
 
+Targets = dict[int, float]
+"""Target amounts by step."""
 At = Step | Literal["start"]
 """A step (int), a fraction of training (float in 0..1), or `"start"`.
 
@@ -28,7 +30,7 @@ def check_at(at: At | Schedule, amount: object = None) -> None:
         raise ValueError(f"at={at!r} conflicts with the schedule of the amount. Set start and end of the schedule instead.")
 
 
-def round_targets(amount: float | Schedule, at: At | Schedule, fit: Fit, name: str) -> dict[int, float]:
+def round_targets(amount: float | Schedule, at: At | Schedule, fit: Fit, name: str) -> Targets:
     """Returns the target amount by step; in a `fast_dev_run` only the last round.
 
     Args:
@@ -62,7 +64,7 @@ def round_targets(amount: float | Schedule, at: At | Schedule, fit: Fit, name: s
     return {step: share * amount for step, share in shares.items()}
 
 
-def _values(schedule: Schedule, fit: Fit, name: str) -> dict[int, float]:
+def _values(schedule: Schedule, fit: Fit, name: str) -> Targets:
     """Returns the values of a schedule by step; in a trial only the final value."""
     total = fit.length
     if total is None:
@@ -84,7 +86,7 @@ def resolve_at(at: At, fit: Fit) -> int:
     return resolve_step(capped, sys.maxsize if total is None else total, "at")
 
 
-def remaining_rounds(rounds: Mapping[int, float], last_step: int, target: float, name: str) -> dict[int, float]:
+def remaining_rounds(rounds: Mapping[int, float], last_step: int, target: float, name: str) -> Targets:
     """Drops rounds below the target of a resumed run with another schedule or length."""
     before = max((amount for step, amount in rounds.items() if step <= last_step), default=0.0)
     if last_step < 0 or math.isclose(before, target):

@@ -105,8 +105,7 @@ def _candidates(width: int) -> Iterator[Symmetry]:
     yield (Mixing(tuple(range(width))),)
     rotary_widths = sorted({int(width * share) for share in SHARES if width * share % 2 == 0})
     halves = [(rotary, rotary // 2) for rotary in reversed(rotary_widths)]
-    adjacent = [(rotary, 1) for rotary in rotary_widths]
-    for rotary, apart in halves + adjacent:
+    for rotary, apart in halves + [(rotary, 1) for rotary in rotary_widths]:
         pairs = [Mixing((first,), (first + apart,)) for first in range(rotary) if first % (2 * apart) < apart]
         yield (*pairs, *([Mixing(tuple(range(rotary, width)))] if rotary < width else []))
 

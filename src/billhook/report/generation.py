@@ -47,8 +47,7 @@ class Generation:
         self.ids = ids
         self.new_tokens = new_tokens
         self.kind = kind
-        keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-        self._last = {"logits_to_keep": 1} if keeps else {}
+        self._last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         self._name = cache_name(model) or "cache"
         self._cache = self._new_cache() if generates(model) else None
         self._token = ids[:, :1]

@@ -105,8 +105,7 @@ def _run(meta_model: nn.Module, outside: Shapes, example_inputs: Inputs | None, 
         fresh.sources = {(name, -1): Rows(None)}
         fresh.used = False
     for hook in stand_ins_in(meta_model):
-        notes = tape.assumed if hook.harmless else tape.misses
-        notes[hook.says] += 1
+        (tape.assumed if hook.harmless else tape.misses)[hook.says] += 1
         hook.note = partial(_opaque, hook.says)
     config = getattr(meta_model, "config", None)
     if getattr(config, "quantization_config", None) is not None and not hasattr(meta_model, "hf_quantizer"):

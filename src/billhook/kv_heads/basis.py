@@ -74,8 +74,8 @@ def _bases(metric: Tensor, moments: Tensor, mixings: Sequence[tuple[Mixing, Mixi
         heads = torch.einsum("jajb->jab", moments[number])
         through = basis[number] @ crossed
         error = heads - through - through.mT + basis[number] @ of_shared @ basis[number].mT
-        lost = lost + float((group_metric * error).sum())
-        total = total + float((group_metric * heads).sum())
+        lost += float((group_metric * error).sum())
+        total += float((group_metric * heads).sum())
     return Bases(basis.flatten(0, 1), shared.flatten(0, 1), groups, lost / total if total else 0.0)
 
 

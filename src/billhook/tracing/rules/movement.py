@@ -37,17 +37,15 @@ def view(tape: Tape, out: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> None:
 
 def _rearranged(remaining: list[Axis], sizes: Sequence[int]) -> tuple[list[Axis], list[Axis]]:
     """Merges the fewest factors, never pruned, that fit sizes; returns new axes and the rest."""
-    old = 1
-    new = 1
-    i = 0
-    j = 0
+    old = new = 1
+    i = j = 0
     while i == 0 or old != new:
         if old <= new and i < len(remaining):
-            old = old * remaining[i].size
-            i = i + 1
+            old *= remaining[i].size
+            i += 1
         elif j < len(sizes):
-            new = new * sizes[j]
-            j = j + 1
+            new *= sizes[j]
+            j += 1
         else:
             break
     if old != new or not all({"data", "const"} & leaf.notes.keys() for factor in remaining[:i] for leaf in leaves(factor)):

@@ -32,7 +32,7 @@ class ShapeInCheckpoint:
     `load_from_checkpoint` does it, too.
 
     >>> import billhook as bh, lightning.pytorch as pl
-    >>> class Module(bh.training.ShapeInCheckpoint, LightningModule):
+    >>> class Module(bh.training.ShapeInCheckpoint, pl.LightningModule):
     ...     '''Trains a Hugging Face model.'''
     """
 

@@ -22,7 +22,8 @@ from billhook.linalg import widest_float
 
 T = TypeVar("T")
 LENGTH = 1024  # bytes of a rank's message
-PICKED, NEAR = 1024, 0.01  # number of values per tensor that ranks compare, and tolerance relative to their root mean square
+PICKED = 1024  # number of values per tensor that ranks compare
+NEAR = 0.01  # tolerance relative to their root mean square
 FAILED = "billhook/failed/{}"  # key of the store for a rank's failure
 
 

@@ -138,7 +138,8 @@ def measure_engine(
         threads: Number of threads per file.
         progress: Called after each measurement.
     """
-    prefill, decoding = defaultdict(list), defaultdict(list)  # by file number
+    prefill = defaultdict(list)  # by file number
+    decoding = defaultdict(list)
     engines = []
     sizes = []
     with ExitStack() as stack:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from glob import escape, glob, has_magic
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeGuard
 
 from huggingface_hub import HfApi, constants
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -18,13 +18,13 @@ TIMEOUT = 10.0
 """Seconds to wait for the Hub to answer."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".lz4", ".zip")
 
-Data = str | dict[str, str | list[str]]
+Data: TypeAlias = str | dict[str, str | list[str]]
 """`"tiny"`, `"mixed"`, a Hub name (`"name"` or `"name:config"`), a folder, a file, a glob, or files by split."""
 if TYPE_CHECKING:
     import datasets
 
-    Rows = datasets.Dataset | datasets.IterableDataset
-    Table = datasets.Dataset | datasets.DatasetDict | datasets.IterableDataset | datasets.IterableDatasetDict
+    Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
+    Table: TypeAlias = datasets.Dataset | datasets.DatasetDict | datasets.IterableDataset | datasets.IterableDatasetDict
     """Data that is already loaded."""
 else:  # at run time, command lines read such arguments as file names,
     Rows = Table = Any  # and importing `datasets`, with pandas, takes a second

@@ -74,7 +74,7 @@ from billhook.engine.walk import (
     Visitor,
     Walk,
     blocks_of,
-    copy_cache,
+    call_with_copies,
     find_sites,
     separable_blocks,
     with_exits,

@@ -260,7 +260,7 @@ class Walk:
                         if site.module in site.linears.values():
                             self._listen(site, next(iter(site.linears)), site.module, args, kwargs)
                         else:
-                            forward(*map(copy_cache, args), **{name: copy_cache(value) for name, value in kwargs.items()})
+                            call_with_copies(forward, args, kwargs)
                     except _Observed:
                         pass
                     finally:
@@ -292,7 +292,7 @@ class Walk:
         if site in self.complete:
             self._note_reentry(site)
             return forward(*args, **kwargs)
-        output = forward(*map(copy_cache, args), **{name: copy_cache(value) for name, value in kwargs.items()})
+        output = call_with_copies(forward, args, kwargs)
         self._pause(site)
         self.visitor.on_exit(self.run, (args, kwargs), output)
         self._pause(site)
@@ -330,6 +330,10 @@ class Walk:
             yield
 
 
-def copy_cache(value: Any) -> Any:  # noqa: ANN401
-    """Copies a KV cache, so that an observed forward does not change the original."""
-    return copy.deepcopy(value) if isinstance(value, Cache) else value
+def call_with_copies(forward: Callable[..., Any], args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """Calls a forward with copies of KV caches, so that an observed call does not change the originals."""
+
+    def copied(value: Any) -> Any:  # noqa: ANN401
+        return copy.deepcopy(value) if isinstance(value, Cache) else value
+
+    return forward(*map(copied, args), **{name: copied(value) for name, value in kwargs.items()})

@@ -42,6 +42,7 @@ from billhook.model.layers import (
     prunable,
     read_dim,
     size_of,
+    sparse_support,
     to_layout,
     to_parameters,
     weight_holders,

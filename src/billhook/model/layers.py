@@ -164,6 +164,12 @@ def is_pruned(zeros: int, weights: int) -> bool:
     return zeros >= max(1, PRUNED * weights)
 
 
+def sparse_support(weight: Tensor) -> Tensor | None:
+    """Returns the mask of nonzero weights, bool, if a weight is pruned. None otherwise, as single zeros need not stay."""
+    support = weight != 0
+    return support if is_pruned(int((~support).sum()), support.numel()) else None
+
+
 def is_packed(module: nn.Module) -> bool:
     """Returns whether a quantized layer keeps its weight under another name."""
     return any(key in module._parameters or key in module._buffers for key in PACKED) or hasattr(module, "_packed_params")

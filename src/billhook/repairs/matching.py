@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from billhook.engine import (
     Visitor,
     Walk,
     activation_files,
-    copy_cache,
+    call_with_copies,
     evaluating_without_grad,
     fresh_autocast_cache,
     overridden,
@@ -242,9 +242,12 @@ class BlockTuning:
         """Returns the summed error of tokens, and their number."""
         inputs = sample.inputs, sample.goal, sample.counts
         (args, kwargs), goal, counts = tree_map_only(Tensor, lambda tensor: _as_float32(tensor.to(self.device)), inputs)
-        args, kwargs = tuple(map(copy_cache, args)), {name: copy_cache(value) for name, value in kwargs.items()}
+
+        def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as of a block
+            return functional_call(self.block, self.tuned | self.fixed, args, kwargs)
+
         with fresh_autocast_cache():  # Adam changes weights in place, so autocast's cached casts are stale
-            output = hidden_state(functional_call(self.block, self.tuned | self.fixed, args, kwargs))
+            output = hidden_state(call_with_copies(forward, args, kwargs))
         assert output is not None, "it has come out before"
         size = goal.square().sum(-1)
         errors = (output - goal).square().sum(-1) / torch.where(size > 0, size, 1)
@@ -423,12 +426,14 @@ class _BlockMatcher(Visitor):
         return new
 
 
-def too_few_batches(count: int, comm: Comm) -> ValueError:
-    """Returns the error for a rank with fewer than two batches, named with this rank's number."""
-    per_rank, this_rank = ("", "") if comm is SINGLE_PROCESS else (" on each rank", " on this rank")
-    return ValueError(
-        f"batches: match needs at least two batches{per_rank} (it holds some out), got {count}{this_rank}. Use smaller batches."
-    )
+def check_enough_batches(matching: BlockMatching | None, count: int, comm: Comm) -> None:
+    """Raises if some rank has fewer than two batches for block-wise reconstruction, with the number of this rank."""
+    if matching is not None and min(comm.gather(count)) < 2:
+        per_rank, this_rank = ("", "") if comm is SINGLE_PROCESS else (" on each rank", " on this rank")
+        raise ValueError(
+            f"batches: match needs at least two batches{per_rank} (it holds some out), got {count}{this_rank}. Use smaller "
+            "batches."
+        )
 
 
 def raise_block_called_again(linear: str) -> NoReturn:

@@ -37,7 +37,7 @@ from billhook.engine import (
 )
 from billhook.model import is_linear, size_of
 from billhook.progress import OnProgress
-from billhook.repairs.matching import BlockMatching, Tie, match_blocks, too_few_batches
+from billhook.repairs.matching import BlockMatching, Tie, check_enough_batches, match_blocks
 from billhook.repairs.residuals import NoRepair, check_tokens, not_refitted_message, too_few_tokens_message
 from billhook.repairs.visitor import LinearCalls, RepairVisitor, combine_calls, record_calls, residual_order
 
@@ -153,8 +153,7 @@ def repair_linears(
     forwards, sources = [run.visit for run in runs], [run.source for run in runs]
     store, with_new_params = store_of(model), set(new_params.modules if new_params is not None else ())
     parts = repair.parts(len(runs), comm)
-    if repair.match is not None and any(count < 2 for count in comm.gather(len(runs))):
-        raise too_few_batches(len(runs), comm)
+    check_enough_batches(repair.match, len(runs), comm)
     log_single_source(model, sources)
     with evaluating_without_grad(model):
         calls, orderly = _shown(model, every, forwards, comm)

@@ -26,7 +26,7 @@ from typing_extensions import Self
 from billhook.engine import ROWS, BlockStore, Comm, InputNorms, LazyTensors, Run, Site, Visitor, by_parameter
 from billhook.engine.passes import ActivationFiles, zeros
 from billhook.linalg import float64_device, widest_float
-from billhook.model import is_pruned, matrix_of, to_layout, to_parameters
+from billhook.model import matrix_of, sparse_support, to_layout, to_parameters
 from billhook.progress import OnProgress
 from billhook.repairs.least_squares import refit_linear
 from billhook.repairs.residuals import ResidualStatistics, TokenBuffer, as_float, non_padding
@@ -357,9 +357,7 @@ class RepairVisitor(Visitor):
             weight, bias = linear.start
             remaining = weight[:, linear.kept_index].to(parts[0].tokens.device)
             bias = None if bias is None else bias.to(remaining.device)
-            support = remaining != 0
-            is_sparse = is_pruned(int((~support).sum()), support.numel())  # else single zeros need not stay
-            kept, bias = refit_linear(remaining, bias, parts, self._ridges, self.comm, support if is_sparse else None)
+            kept, bias = refit_linear(remaining, bias, parts, self._ridges, self.comm, sparse_support(remaining))
             fitted = torch.zeros_like(weight)
             fitted[:, linear.kept_index] = kept.to(fitted.device)
             linear.fitted = to_parameters(linear.module, fitted, bias)

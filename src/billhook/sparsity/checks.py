@@ -31,7 +31,7 @@ from billhook.model import (
     prunable,
     stacks_of,
 )
-from billhook.repairs.matching import too_few_batches
+from billhook.repairs.matching import check_enough_batches
 from billhook.sparsity.allocation import Uniform
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.masks import parse_pattern
@@ -123,13 +123,9 @@ def make_runs(model: nn.Module, batches: Batches | None, comm: Comm, criterion: 
     if batches is None and comm is not SINGLE_PROCESS:
         raise ValueError(f"batches=None: {problem} Pass batches.")
     runs = runs_of(model, read_batches(batches, model))
-    too_few = int(options.match is not None and len(runs) < 2)
-    counts = torch.tensor([len(runs), too_few], device=next(model.parameters()).device)
-    count, any_too_few = comm(counts).tolist()
-    if not count:
+    if not any(comm.gather(len(runs))):
         raise ValueError(f"batches is empty: {problem} Pass at least one batch.")
-    if any_too_few:
-        raise too_few_batches(len(runs), comm)
+    check_enough_batches(options.match, len(runs), comm)
     return runs
 
 

@@ -331,7 +331,7 @@ class Walk:
 
 
 def call_with_copies(forward: Callable[..., Any], args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any:  # noqa: ANN401
-    """Calls a forward with copies of KV caches, so that an observed call does not change the originals."""
+    """Calls a forward with copies of KV caches, so that the originals do not change."""
 
     def copied(value: Any) -> Any:  # noqa: ANN401
         return copy.deepcopy(value) if isinstance(value, Cache) else value

@@ -143,7 +143,7 @@ class RoutingImportance(Importance):
 
 
 def stacked_experts(model: nn.Module, units: Units) -> Member | None:
-    """Returns the stack of output matrices, if the experts run through transformers' interface."""
+    """Returns the stack of output matrices, if experts run through transformers' interface."""
     for member in units.members if units.kind == "expert" else ():
         module, _, name = member.name.rpartition(".")
         if name == "down_proj" and member.dim == 0 and stacks_of(model.get_submodule(module)):

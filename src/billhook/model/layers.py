@@ -165,7 +165,10 @@ def is_pruned(zeros: int, weights: int) -> bool:
 
 
 def sparse_support(weight: Tensor) -> Tensor | None:
-    """Returns the mask of nonzero weights, bool, if a weight is pruned. None otherwise, as single zeros need not stay."""
+    """Returns the mask of nonzero weights of a pruned weight, bool, or None.
+
+    In a weight that is not pruned, single zeros need not stay.
+    """
     support = weight != 0
     return support if is_pruned(int((~support).sum()), support.numel()) else None
 

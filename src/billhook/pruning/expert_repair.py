@@ -105,7 +105,10 @@ def repair_experts(
 
 @dataclass(eq=False)
 class _ExpertVisitor(Visitor):
-    """Refits the experts of each block that all runs have left. The second half of the runs is dense."""
+    """Refits the experts of each block that all runs have left.
+
+    The second half of the runs is dense.
+    """
 
     model: PreTrainedModel
     cut: Cut

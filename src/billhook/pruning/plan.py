@@ -219,7 +219,7 @@ def _pattern(name: str) -> str:
 
 
 def check_kinds(model: nn.Module, kinds: Collection[UnitKind]) -> None:
-    """Raises if a streamed model would lose hidden dimensions with heads or channels, or quantized weights.
+    """Raises for units that a streamed model cannot lose, or not together.
 
     The check of heads and channels needs a second copy of the model, without the hidden dimensions, which files do not hold.
     """

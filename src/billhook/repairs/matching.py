@@ -264,7 +264,7 @@ def hidden_state(output: object) -> Tensor | None:
 
 
 def block_mask(run: Run, block: str, output: Tensor) -> Tensor | None:
-    """Returns the mask of non-padding tokens of a block's output, `[batch, length]`; None if all count."""
+    """Returns the non-padding tokens of a block's output, `[batch, length]`; None for all."""
     own_first = sorted(run.tokens, key=lambda layer: not layer.startswith(f"{block}."))
     fitting = (run.tokens[layer].to(output.device) for layer in own_first if run.tokens[layer].shape == output.shape[:-1])
     return next(fitting, None)
@@ -427,7 +427,7 @@ class _BlockMatcher(Visitor):
 
 
 def check_enough_batches(matching: BlockMatching | None, count: int, comm: Comm) -> None:
-    """Raises if some rank has fewer than two batches for block-wise reconstruction, with the number of this rank."""
+    """Raises if a rank has fewer than two batches, of which some are held out."""
     if matching is not None and min(comm.gather(count)) < 2:
         per_rank, this_rank = ("", "") if comm is SINGLE_PROCESS else (" on each rank", " on this rank")
         raise ValueError(

@@ -220,7 +220,7 @@ def consumer_columns(
     units: Mapping[str, Sequence[int]] | Mapping[str, Indices],
     by_expert: Mapping[str, Indices] | None = None,
 ) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
-    """Yields the parameters that consume units, with dimension and positions, also of each expert."""
+    """Yields the parameters that consume units, with dimension and positions."""
     for name, numbers in units.items():
         for member in layers[name].members_by_unit():
             if member.reads:

@@ -155,8 +155,7 @@ def weight_holders(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Returns where each prunable weight is, by layer, or by stack of experts."""
     with expert_layers(model):
         linears = prunable(model, output_embeddings=True, convolutions="all")
-    names = {name: linear.stacked(name) if isinstance(linear, ExpertLinear) else name for name, linear in linears.items()}
-    return {names[name]: holder_of(linear) for name, linear in linears.items()}
+    return {stored_name(name, linear): holder_of(linear) for name, linear in linears.items()}
 
 
 def is_pruned(zeros: int, weights: int) -> bool:
@@ -212,7 +211,19 @@ def to_layout(linear: nn.Module, matrix: Tensor) -> Tensor:
 def weight_view(linear: nn.Module) -> Tensor:
     """Returns a view of the weight, `[out, in]` or `[out, *kernel, channels]`."""
     weight = linear.get_parameter("weight").detach()
-    return weight.movedim(1, -1) if is_convolution(linear) else to_layout(linear, weight)
+    return weight if isinstance(linear, ExpertLinear) else view_in(linear, weight)
+
+
+def view_in(linear: nn.Module, stored: Tensor) -> Tensor:
+    """Returns a view as `weight_view`, of a tensor like the parameter with the weight."""
+    if isinstance(linear, ExpertLinear):
+        return linear.of_stack(stored)
+    return stored.movedim(1, -1) if is_convolution(linear) else to_layout(linear, stored)
+
+
+def stored_name(name: str, linear: nn.Module) -> str:
+    """Returns the name of a layer, or of the parameter that stacks it with other experts."""
+    return linear.stacked(name) if isinstance(linear, ExpertLinear) else name
 
 
 def weight_of(linear: nn.Module) -> Tensor:

@@ -25,14 +25,14 @@ from typing_extensions import Self
 from billhook.display import text_table
 from billhook.engine import LazyTensors, Read, fingerprint, fresh_autocast_cache, local, reshard, sharded_as, store_of
 from billhook.model import (
-    ExpertLinear,
     ModelPlan,
     Weights,
     expert_layers,
     holder_of,
     prunable,
     size_of,
-    to_layout,
+    stored_name,
+    view_in,
     weight_view,
     with_weights,
 )
@@ -264,21 +264,16 @@ class WeightPlan(ModelPlan):
         """
         with expert_layers(model):
             linears, masks = self._linears(model), dict[str, Tensor]()
-            stacks = defaultdict[str, list[tuple[ExpertLinear, PrunedLayer]]](list)
+            stored = defaultdict[str, list[tuple[nn.Module, PrunedLayer]]](list)
             for name, part in self.pruned.items():
-                linear = linears[name]
-                if isinstance(linear, ExpertLinear):
-                    stacks[linear.stacked(name)].append((linear, part))
-                else:
-                    weight = weight_view(linear)
-                    masks[name] = to_layout(linear, sharded_as(part.keep(weight), weight))
-            for name, experts in stacks.items():
-                stack = getattr(*holder_of(experts[0][0]))
-                mask = torch.ones(stack.shape, dtype=torch.bool, device=stack.device)
-                for expert, part in experts:
-                    keep = expert.of_stack(mask)
+                stored[stored_name(name, linears[name])].append((linears[name], part))
+            for name, layers in stored.items():
+                weight = getattr(*holder_of(layers[0][0]))
+                mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+                for linear, part in layers:
+                    keep = view_in(linear, mask)
                     keep.copy_(part.keep(keep))
-                masks[name] = sharded_as(mask, stack)
+                masks[name] = sharded_as(mask, weight)
         return masks
 
     @torch.no_grad()

@@ -207,31 +207,26 @@ def fill_cache(
             if not set(linears) <= set(passed):
                 continue
             waiting.remove(module)
-            layers = {name: model.get_submodule(name) for name in linears}
-            unreached = {name for name, layer in layers.items() if isinstance(layer, ExpertLinear) and name not in moments}
-            refits = {name: ConsumerRefit(model, name, moments.pop(name, ())) for name in linears if name not in unreached}
+            refits = {name: ConsumerRefit(model, name, moments.pop(name, ())) for name in linears}
             grid = module.grid()  # ridge penalties are chosen at the middle level
             middle = kept_inputs(module, units, removed_units(module, units, scores, grid[len(grid) // 2]), orders)
             for name, refit in refits.items():
                 refit.choose(middle[name], repair.ridges if repair else ())
             total = max(sum(refit.total for refit in refits.values()), torch.finfo(torch.float64).tiny)
             for kept in missing[module]:
-                error, weights, stacks = 0.0, dict[str, dict[str, Tensor]](), dict[str, Tensor]()
+                error, weights = 0.0, dict[str, Tensor]()
                 for name, keep in kept_inputs(module, units, removed_units(module, units, scores, kept), orders).items():
-                    layer = layers[name]
+                    of_layer, new = refits[name].refitted(keep)
+                    error += of_layer
+                    layer = refits[name].linear
                     if not isinstance(layer, ExpertLinear):
-                        of_layer, weights[name] = refits[name].refitted(keep)
-                        error += of_layer
+                        weights |= by_parameter({name: new})
                         continue
-                    stack = stacks.setdefault(layer.stacked(name), getattr(*holder_of(layer)).detach().clone())
-                    if name in refits:
-                        of_layer, new = refits[name].refitted(keep)
-                        error += of_layer
-                        layer.of_stack(stack).copy_(new["weight"])
-                    else:
-                        layer.of_stack(stack)[:, ~keep] = 0
-                cache.add(module.name, kept, error / total, by_parameter(weights) | stacks)
-                del weights, stacks
+                    if (stack := layer.stacked(name)) not in weights:
+                        weights[stack] = getattr(*holder_of(layer)).detach().clone()
+                    layer.of_stack(weights[stack]).copy_(new["weight"])
+                cache.add(module.name, kept, error / total, weights)
+                del weights
             del refits  # before the Gram matrices of the next module exist
             progress.advance()
 
@@ -294,6 +289,8 @@ def kept_inputs(
 class ConsumerRefit:
     """Refits a consumer layer without some of its inputs.
 
+    A matrix of an expert without tokens to fit to, or held-out tokens, keeps its weights.
+
     Args:
         model: The model.
         name: Name of the linear layer.
@@ -301,36 +298,39 @@ class ConsumerRefit:
     """
 
     def __init__(self, model: PreTrainedModel, name: str, parts: Sequence[ResidualStatistics]) -> None:
-        if not sum(float(part.tokens) for part in parts):
+        self.model, self.linear, self._ridge = model, model.get_submodule(name), math.inf
+        tokens, is_expert = [float(part.tokens) for part in parts], isinstance(self.linear, ExpertLinear)
+        if not is_expert and not sum(tokens):
             raise ValueError(f"batches: {name} received no non-padding token")
         bad = sum(int((~part.products.diagonal().isfinite()).sum()) for part in parts)
         if bad:
             raise ValueError(f"batches: {bad} input features of {name} are NaN or infinite")
-        self.model, self.linear, self._ridge = model, model.get_submodule(name), math.inf
-        self._parts = parts
+        self._parts = () if is_expert and not all(tokens) else parts
         weight, bias = self._matrix()
-        self._centred = bias is not None and not isinstance(self.linear, ExpertLinear)  # whose inputs are scaled by gates
+        self._centred = bias is not None and not is_expert  # whose inputs are scaled by gates
         nothing = self._without(torch.zeros(weight.shape[1], dtype=torch.bool))
-        self.total = float(error_without_refit(nothing, self._centred))
+        self.total = float(error_without_refit(nothing, self._centred)) if nothing else 0.0
 
     def choose(self, keep: Tensor, ridges: Sequence[float]) -> None:
         """Chooses the ridge penalty of lowest held-out error; without choices, there is no refit."""
-        self._ridge = choose_ridge(self._without(keep), self._centred, ridges)
+        if self._parts:
+            self._ridge = choose_ridge(self._without(keep), self._centred, ridges)
 
     def refitted(self, keep: Tensor) -> tuple[float, dict[str, Tensor]]:
         """Returns the held-out error E |W x - W' x|^2, and parameters fitted to all batches.
 
         If the layer has a bias, which corrects means, the error is about the means.
         """
-        *fit, held_out = parts = self._without(keep)
-        error = float(residual_error(self._change(fit), fit, held_out, self._centred))
-        weight, bias = self._matrix()
-        change = self._change(parts)
-        if bias is not None and self._centred and self._ridge < math.inf:
-            bias = bias.double() + bias_shift(change, parts)
+        (weight, bias), error = self._matrix(), 0.0
         keep = keep.to(weight.device)
-        new = torch.zeros_like(weight, dtype=torch.float64)
-        new[:, keep] = change + weight[:, keep]
+        new = torch.where(keep, weight.double(), 0)
+        if parts := self._without(keep):
+            *fit, held_out = parts
+            error = float(residual_error(self._change(fit), fit, held_out, self._centred))
+            change = self._change(parts)
+            if bias is not None and self._centred and self._ridge < math.inf:
+                bias = bias.double() + bias_shift(change, parts)
+            new[:, keep] += change
         return error, to_parameters(self.linear, new, bias)
 
     def _without(self, keep: Tensor) -> list[ResidualStatistics]:

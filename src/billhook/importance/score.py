@@ -69,12 +69,12 @@ class Sums:
         }
         return cls(totals, {name: zeros.clone() for name, zeros in totals.items()}, experts=experts)
 
-    def add(self, name: str, total: Tensor, count: Tensor | float, reader: int = 0) -> None:
-        """Adds the sums of a batch for a module, `[units]`, at one of its consumer layers."""
+    def add(self, name: str, total: Tensor, count: Tensor | float, reader: int | None = None) -> None:
+        """Adds the sums of a batch for a module, `[units]`, or of one of its consumer layers."""
         total = total.detach().cpu().double()
         self.totals[name] += total
         self.counts[name] += count
-        if name in self.experts:
+        if name in self.experts and reader is not None:
             self.experts[name][reader] += total
 
 

@@ -1,6 +1,7 @@
 """Importance of experts, from the tokens that a router sends to them."""
 
 import inspect
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -24,13 +25,14 @@ class RoutingImportance(Importance):
     """Scores experts by a ratio of two sums over the tokens that they receive.
 
     It costs a forward pass for each batch, and needs experts whose class uses transformers' interface.
-
-    Attributes:
-        ratio: The attributes of `Routing` that are divided.
     """
 
     blockwise: ClassVar[bool] = True
-    ratio: ClassVar[tuple[str, str]]
+
+    @property
+    @abstractmethod
+    def ratio(self) -> tuple[str, str]:
+        """The attributes of `Routing` that are divided."""
 
     def of_routing(self, routing: Routing, *cell: int) -> tuple[Tensor, Tensor]:
         """Returns numerators and denominators, `[units]`, of all tokens or of a source and half."""

@@ -252,6 +252,9 @@ class BlockStore(ABC):
             note: Plain data that a later process reads with the values.
             device: Device of the shards. Defaults to that of the parameter's shards.
         """
+        if self.device is not None:  # values stay on the device of the model
+            model_device = next(self.model.parameters()).device
+            values = {name: value.to(model_device) for name, value in values.items()}
         return LazyTensors.of(values)
 
     def holder(self, parameter: nn.Parameter) -> nn.Parameter:
@@ -328,15 +331,6 @@ class MemoryStore(BlockStore):
         if self.device is not None:
             self.release()
             self._copies.ahead.forget()
-
-    def stage(
-        self, block: nn.Module | None, values: Mapping[str, Tensor], note: object = None, device: torch.device | None = None
-    ) -> LazyTensors:
-        """Keeps new values in memory, on the device of the model. See `BlockStore.stage`."""
-        if self.device is not None:
-            model_device = next(self.model.parameters()).device
-            values = {name: value.to(model_device) for name, value in values.items()}
-        return super().stage(block, values, note, device)
 
     @contextmanager
     def altered(self, alter: Alter) -> Iterator[None]:

@@ -149,11 +149,12 @@ def _cut_tensors(model: PreTrainedModel, cut: Cut, shape: Shape, key: Callable[[
         kept_of.setdefault(name, {})[dim] = positions
     parameters = dict(model.named_parameters())
     buffers = {name: selected(model.get_buffer(name), kept_of[name]) for name in kept_of if name not in parameters}
-    changes = {}
-    for name in kept_of:
-        if name in parameters:
-            select = partial(selected, kept=kept_of[name])
-            changes[name] = Change(select, partial(_selected_state, kept=kept_of[name]), select)
+
+    def change_to(kept: Mapping[int, Indices]) -> Change:
+        select = partial(selected, kept=kept)
+        return Change(select, lambda _, state: select(state), select)
+
+    changes = {name: change_to(kept) for name, kept in kept_of.items() if name in parameters}
     sizes = [
         (module, attribute)  # attributes with the size of the weight, as norms have
         for module in model.modules()
@@ -181,10 +182,6 @@ def selected(tensor: Tensor, kept: Mapping[int, Indices]) -> Tensor:
         index = torch.from_numpy(positions).to(tensor.device)
         tensor = tensor.index_select(dim, index) if index.dim() == 1 else tensor.gather(dim, over_dims(index, tensor, dim))
     return tensor
-
-
-def _selected_state(_: str, state: Tensor, kept: Mapping[int, Indices]) -> Tensor:
-    return selected(state, kept)
 
 
 def _drawn_ids(model: PreTrainedModel, cut: Cut) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -266,26 +263,26 @@ def _zeroed_answer(
     store, layers, by_expert = store_of(model), cut.all_units, cut.by_expert
     in_blocks = _parameter_ids(store.blocks.values())
     columns = [read for read in consumer_columns(model, layers, removed, by_expert) if id(read[0]) not in in_blocks]
-    values = [weight.gather(dim, over_dims(positions, weight, dim)) for weight, dim, positions in columns]
+    values = [weight.gather(dim, index) for weight, dim, index in columns]
 
     @torch.no_grad()  # no_grad is per thread, and blocks may load in another
     def zero(block: nn.Module) -> list[nn.Parameter]:
         """Zeroes the consumer columns in a loaded block and returns their parameters."""
         parameters = _parameter_ids([block])
         reads = [read for read in consumer_columns(model, layers, removed, by_expert) if id(read[0]) in parameters]
-        for weight, dim, positions in reads:
-            weight.scatter_(dim, over_dims(positions, weight, dim), 0)
+        for weight, dim, index in reads:
+            weight.scatter_(dim, index, 0)
         return [weight for weight, _, _ in reads]
 
     try:
         with store.altered(zero):
-            for weight, dim, positions in columns:
-                weight.scatter_(dim, over_dims(positions, weight, dim), 0)
+            for weight, dim, index in columns:
+                weight.scatter_(dim, index, 0)
             return run_outputs(model, ids, readers)
     finally:
         # reversed, because two units may share columns
-        for (weight, dim, positions), old in reversed(list(zip(columns, values, strict=True))):
-            weight.scatter_(dim, over_dims(positions, weight, dim), old)
+        for (weight, dim, index), old in reversed(list(zip(columns, values, strict=True))):
+            weight.scatter_(dim, index, old)
 
 
 def _parameter_ids(modules: Iterable[nn.Module]) -> set[int]:

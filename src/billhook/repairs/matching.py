@@ -318,24 +318,23 @@ def match_blocks(
     return values | matcher.new
 
 
+@dataclass(eq=False)
 class _BlockMatcher(Visitor):
     """Tunes each block that all runs have left. The second half of the runs is dense."""
 
     ends = 1  # one run continues to its end, to detect blocks that are called again
 
-    def __init__(
-        self,
-        model: nn.Module,
-        values: LazyTensors,
-        runs: Sequence[Run],
-        matching: BlockMatching,
-        comm: Comm,
-        ties: Mapping[str, Tie],
-        progress: OnProgress | None,
-    ) -> None:
-        self._model, self._store, self._values, self._runs, self._comm = model, store_of(model), values, runs, comm
-        self._matching, self._ties, self._progress = replace(matching, lr=matching.lr or REPAIRED_LR), ties, progress
-        self.untouched = range(len(runs), 2 * len(runs))
+    model: nn.Module
+    values: LazyTensors
+    runs: Sequence[Run]
+    matching: BlockMatching
+    comm: Comm
+    ties: Mapping[str, Tie]
+    progress: OnProgress | None
+
+    def __post_init__(self) -> None:
+        model, self._store, self.untouched = self.model, store_of(self.model), range(len(self.runs), 2 * len(self.runs))
+        self.matching = replace(self.matching, lr=self.matching.lr or REPAIRED_LR)
         holders = {
             (module, name): parameter for module in model.modules() for name, parameter in module.named_parameters(recurse=False)
         }
@@ -351,11 +350,11 @@ class _BlockMatcher(Visitor):
         for name, block in self.blocks.items():
             modules = {f"{name}.{part}".rstrip("."): module for part, module in block.named_modules()}
             inside |= dict.fromkeys(block.modules(), name)
-            changed = {part: module for part, module in modules.items() if part in self._values.modules}
+            changed = {part: module for part, module in modules.items() if part in self.values.modules}
             yield Site(block, changed, done=True)
             yield Site(block, modules, out=True)
-        for name in self._values.modules:
-            module = self._model.get_submodule(name)
+        for name in self.values.modules:
+            module = self.model.get_submodule(name)
             if module not in inside:
                 yield Site(module, {name: module}, done=True)
 
@@ -386,27 +385,27 @@ class _BlockMatcher(Visitor):
     def complete(self, site: Site) -> None:
         """Tunes the block that all runs have left."""
         samples, name, differ = list[BlockSample](), next(iter(site.linears)), False
-        for run, inputs, output, goal in self._outputs.take(len(self._runs)):
-            samples.append(BlockSample(inputs, goal, block_mask(self._runs[run], name, goal), self._runs[run].source))
+        for run, inputs, output, goal in self._outputs.take(len(self.runs)):
+            samples.append(BlockSample(inputs, goal, block_mask(self.runs[run], name, goal), self.runs[run].source))
             differ |= not torch.equal(output, goal)
         # each rank needs samples to tune on and samples to hold out
-        too_few, changed = self._comm(torch.tensor([float(len(samples) < 2), float(differ)], device=self._comm.device)).tolist()
+        too_few, changed = self.comm(torch.tensor([float(len(samples) < 2), float(differ)], device=self.comm.device)).tolist()
         known = any(part in self._tuned for part, _ in self._parameters(site))
         if changed and not known and not too_few:
             prefix, parameters = f"{name}.", dict(self._parameters(site))
-            start = {part: self._values[part] if part in self._values else value.detach() for part, value in parameters.items()}
+            start = {part: self.values[part] if part in self.values else value.detach() for part, value in parameters.items()}
             weights = {part.removeprefix(prefix): value.to(parameters[part].device) for part, value in start.items()}
             keeps = {part: value != 0 for part, value in weights.items()}
-            ties = {part.removeprefix(prefix): tie for part, tie in self._ties.items() if part in parameters}
+            ties = {part.removeprefix(prefix): tie for part, tie in self.ties.items() if part in parameters}
             with torch.inference_mode(False):  # tensors made in inference mode cannot have gradients
-                tuned = BlockTuning(self._matching, site.module, weights, keeps, self._comm, ties, LEAST_STEPS)(
-                    *self._matching.split(samples)
+                tuned = BlockTuning(self.matching, site.module, weights, keeps, self.comm, ties, LEAST_STEPS)(
+                    *self.matching.split(samples)
                 )
             new = {part: value.to(weights[part].dtype) for part, value in tuned.items()}
             if not all(torch.equal(value, weights[part]) for part, value in new.items()):
                 self._tuned |= {f"{prefix}{part}": value for part, value in new.items()}
-        if self._progress is not None:
-            self._progress(list(self.blocks).index(name) + 1, len(self.blocks))
+        if self.progress is not None:
+            self.progress(list(self.blocks).index(name) + 1, len(self.blocks))
 
     def _parameters(self, site: Site) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields the parameters to tune, which exclude embeddings and layers with adapters."""
@@ -419,7 +418,7 @@ class _BlockMatcher(Visitor):
 
     def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
         """Returns the new parameters of a stop: changed, or tuned where runs have left a block."""
-        new = {name: self._values.of_module(name) for name in site.linears}
+        new = {name: self.values.of_module(name) for name in site.linears}
         for name in site.linears if site.out else ():
             tuned = {part: f"{name}.{part}" for part, _ in site.linears[name].named_parameters(recurse=False)}
             new[name] |= {part: self._tuned[full] for part, full in tuned.items() if full in self._tuned}

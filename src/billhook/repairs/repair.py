@@ -163,7 +163,8 @@ def repair_linears(
             _check_given(new_params, every, calls.calls, repeated)
             predecessors = dict.fromkeys(layers) | predecessors
         observed = _in_order(every, {*predecessors, *with_new_params, *layers})
-        visitor = RepairVisitor(observed, kept, predecessors, runs, repair.ridges, parts, comm, new_params, progress, store)
+        given = new_params or LazyTensors({})
+        visitor = RepairVisitor(observed, kept, predecessors, runs, repair.ridges, parts, comm, given, progress, store)
         forwards += [run.visit for run in dense or runs] if predecessors else []
         if not store.holds_all and orderly and not repeated:
             masks = hashlib.sha256(str([(name, keep.tolist()) for name, keep in kept.items()]).encode()).hexdigest()

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from billhook.engine import LazyTensors, store_of
-from billhook.linalg import Indices, over_dims
+from billhook.linalg import Indices
 from billhook.model import (
     ShapePlan,
     UpdateOptimizers,
@@ -157,9 +157,9 @@ def simulated(model: PreTrainedModel, planned: ShrinkPlan) -> Iterator[None]:
             by_expert = cut.by_expert if isinstance(cut, UnitPlan) else {}
             if units := {name: numbers for name, numbers in cut.units.items() if name not in by_expert}:
                 stack.enter_context(mask(model, units, dict.fromkeys(cut.kinds.values())))
-            for weight, dim, positions in consumer_columns(model, planned.units.all_units, by_expert, by_expert):
+            for weight, dim, index in consumer_columns(model, planned.units.all_units, by_expert, by_expert):
                 value = values.get(names[weight], weight.detach())
-                values |= {names[weight]: value.scatter(dim, over_dims(positions, value, dim), 0)}
+                values |= {names[weight]: value.scatter(dim, index, 0)}
         stack.enter_context(store_of(model).computing_with(values))
         yield
 

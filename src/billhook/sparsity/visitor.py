@@ -187,6 +187,7 @@ class WalkSettings:
         return set().union(*(site.linears for site in walk.again))
 
 
+@dataclass(eq=False)
 class PruningVisitor(Visitor):
     """Gathers input statistics, and prunes each layer of a stop when all runs have reached it.
 
@@ -208,17 +209,15 @@ class PruningVisitor(Visitor):
         statistics: Incomplete input statistics, by the first layer that uses them.
     """
 
-    def __init__(
-        self,
-        criterion: Criterion,
-        sparsities: Mapping[str, float],
-        pattern: str,
-        progress: OnProgress | None,
-        settings: WalkSettings,
-        shared: bool,
-    ) -> None:
-        self.criterion, self.sparsities, self.pattern, self.progress = criterion, sparsities, pattern, progress
-        self.settings, self.store, self.comm, self.shared = settings, settings.store, settings.comm, shared
+    criterion: Criterion
+    sparsities: Mapping[str, float]
+    pattern: str
+    progress: OnProgress | None
+    settings: WalkSettings
+    shared: bool
+
+    def __post_init__(self) -> None:
+        self.store, self.comm = self.settings.store, self.settings.comm
         self.pruned: dict[str, PrunedLayer] = {}
         self.tokens: dict[str, tuple[int, int]] = {}
         self.statistics: dict[str, Statistics | GroupedStatistics] = {}

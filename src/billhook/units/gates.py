@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from billhook.arguments import check_types
 from billhook.engine import fresh_autocast_cache, local, reshard, sharded_as
-from billhook.linalg import Indices
+from billhook.linalg import Indices, over_dims
 from billhook.model import find_transformer, read_dim
 from billhook.tracing.trace import Inputs
 from billhook.units.blocks import skip
@@ -209,8 +209,8 @@ def zero_units(model: nn.Module, units: Chosen, kind: UnitKind = "head", per: Pe
     removed = unit_ids(layers, units, per)
     reshard(subject)
     with torch.no_grad():
-        for weight, dim, positions in consumer_columns(subject, layers, removed):
-            read = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device).index_fill_(dim, positions, True)
+        for weight, dim, index in consumer_columns(subject, layers, removed):
+            read = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device).scatter_(dim, index, True)
             local(weight).masked_fill_(local(sharded_as(read, weight)), 0)
 
 
@@ -220,7 +220,7 @@ def consumer_columns(
     units: Mapping[str, Sequence[int]] | Mapping[str, Indices],
     by_expert: Mapping[str, Indices] | None = None,
 ) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
-    """Yields the parameters that consume units, with dimension and positions."""
+    """Yields the parameters that consume units, with dimension and index of `gather`."""
     for name, numbers in units.items():
         for member in layers[name].members_by_unit():
             if member.reads:
@@ -229,4 +229,5 @@ def consumer_columns(
                     positions = np.stack([np.flatnonzero(np.isin(unit_of, lost)) for lost in by_expert[name]])
                 else:
                     positions = np.flatnonzero(np.isin(unit_of, numbers))
-                yield weight, member.dim, torch.from_numpy(positions).to(weight.device)
+                index = torch.from_numpy(positions).to(weight.device)
+                yield weight, member.dim, over_dims(index, weight, member.dim)

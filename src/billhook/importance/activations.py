@@ -1,6 +1,6 @@
 """Importance from forward passes: outputs of units, and their effect on consumer layers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +16,7 @@ from billhook.engine import Run, SideBySide, store_of
 from billhook.importance.score import Importance, Sums, by_unit, check_consumers, consumer_modules, count_tokens, mask_padding
 from billhook.linalg import in_float64
 from billhook.model import Convolution, ExpertLinear, batched, channels_of, is_convolution, patches, read_dim, routed, weight_of
-from billhook.units import Per, Units
+from billhook.units import Per, Units, UnitsByModule
 
 AT_ONCE = 2**24
 """Values that a consumer layer is called with at once, to read its weights."""
@@ -45,7 +45,7 @@ class ActivationNorm(Importance):
 
     blockwise: ClassVar[bool] = True
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+    def sums(self, model: nn.Module, units: UnitsByModule, per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches. See `Importance.sums`."""
         check_consumers(units, type(self).__name__)
         sums, last = ConsumerSums(), dict[tuple[int, str], ReferenceType[Tensor]]()
@@ -86,7 +86,7 @@ class OutputNorm(Importance):
 
     blockwise: ClassVar[bool] = True
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+    def sums(self, model: nn.Module, units: UnitsByModule, per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches. See `Importance.sums`.
 
         Raises:
@@ -153,7 +153,7 @@ class ConsumerSums:
         before, counted = self._sums.get((name, consumer), (0.0, 0))
         self._sums[name, consumer] = before + in_float64(total.detach()), counted + count
 
-    def over(self, units: Mapping[str, Units], per: Per) -> Sums:
+    def over(self, units: UnitsByModule, per: Per) -> Sums:
         """Returns the sums over all consumer layers of each module."""
         sums = Sums.zero(units, per)
         for name, module_units in units.items():
@@ -165,7 +165,7 @@ class ConsumerSums:
 
 def watch(
     model: nn.Module,
-    units: Mapping[str, Units],
+    units: UnitsByModule,
     runs: Sequence[Run],
     note: Callable[..., None],
     leave: Callable[[nn.Module], None] | None = None,

@@ -5,7 +5,7 @@ https://proceedings.neurips.cc/paper/1992/hash/303ed4c69846ab36c2904d3ba8573050-
 Inference-Aware Structured Pruning of Language Models" (Kurtic, Frantar & Alistarh, 2023, https://arxiv.org/abs/2302.04089).
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
@@ -18,7 +18,7 @@ from billhook.engine import InputGram, Run, blocks_of, store_of
 from billhook.importance.activations import gram_of, unit_positions, watch
 from billhook.importance.score import Importance, Sums, check_consumers, consumer_modules
 from billhook.linalg import cholesky_, damp_, float64_device
-from billhook.units import Per, Units
+from billhook.units import Per, UnitsByModule
 
 
 class _RepeatedCall(ValueError):
@@ -27,7 +27,7 @@ class _RepeatedCall(ValueError):
 
 def watch_blockwise(
     model: nn.Module,
-    units: Mapping[str, Units],
+    units: UnitsByModule,
     runs: Sequence[Run],
     note: Callable[..., None],
     leave: Callable[[Collection[str]], None],
@@ -123,7 +123,7 @@ class OBS(Importance):
         check_number("damping", self.damping, above=0)
         check_int("passes", self.passes)
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+    def sums(self, model: nn.Module, units: UnitsByModule, per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches. See `Importance.sums`."""
         check_consumers(units, type(self).__name__)
         sums, grams, names = Sums.zero(units, per), InputGrams(), list(units)
@@ -147,7 +147,7 @@ class OBS(Importance):
             leave({consumer for module_units in part.values() for consumer in module_units.readers})
         return sums
 
-    def _add(self, sums: Sums, model: nn.Module, units: Mapping[str, Units], per: Per, grams: InputGrams) -> None:
+    def _add(self, sums: Sums, model: nn.Module, units: UnitsByModule, per: Per, grams: InputGrams) -> None:
         """Adds the error of removing each unit: tr(W_u^T W_u ([H^-1]_uu)^-1), from Gram matrices."""
         for (name, consumer), statistics in grams.items():
             table, exists = unit_positions(units[name], per)

@@ -17,7 +17,7 @@ from billhook.importance.score import Importance, Sums
 from billhook.linalg import in_float64
 from billhook.model import ExpertLinear, after_norm, expert_layers, stacks_of
 from billhook.tracing.groups import Member
-from billhook.units import PLURAL, Per, Units
+from billhook.units import PLURAL, Per, Units, UnitsByModule
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RoutingImportance(Importance):
         total, count = (part[cell] if cell else part.sum((0, 1)) for part in sums)
         return routing.by_unit(total), routing.by_unit(count.expand_as(total))
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+    def sums(self, model: nn.Module, units: UnitsByModule, per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches. See `Importance.sums`."""
         routing = self.observe(model, units, runs)
         ratios = {name: self.of_routing(observed) for name, observed in routing.items()}
@@ -48,7 +48,7 @@ class RoutingImportance(Importance):
         return Sums(totals, counts, routing)
 
     @torch.no_grad()
-    def observe(self, model: nn.Module, units: Mapping[str, Units], runs: Sequence[Run]) -> dict[str, Routing]:
+    def observe(self, model: nn.Module, units: UnitsByModule, runs: Sequence[Run]) -> dict[str, Routing]:
         """Runs batches, and returns the routing of each module.
 
         Every second batch of a source is in its second half.

@@ -1,7 +1,7 @@
 """Importance of units: the base class, observation during a batch, sums, `score`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -31,7 +31,7 @@ from billhook.importance.routing import Routing
 from billhook.linalg import Indices
 from billhook.model import check_values, expert_layers, find_transformer
 from billhook.progress import OnProgress
-from billhook.units import PLURAL, Per, Units, check_belongs, unit_ids
+from billhook.units import PLURAL, Per, Units, UnitsByModule, check_belongs, unit_ids
 
 
 @dataclass(eq=False)
@@ -59,7 +59,7 @@ class Sums:
         check_types(Sums, vars(self))
 
     @classmethod
-    def zero(cls, units: Mapping[str, Units], per: Per) -> "Sums":
+    def zero(cls, units: UnitsByModule, per: Per) -> "Sums":
         """Returns empty sums."""
         totals = {name: torch.zeros(module_units.count(per), dtype=torch.float64) for name, module_units in units.items()}
         experts = {
@@ -96,7 +96,7 @@ class Importance(ABC):
     blockwise: ClassVar[bool] = False
 
     @abstractmethod
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+    def sums(self, model: nn.Module, units: UnitsByModule, per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches.
 
         Args:
@@ -127,7 +127,7 @@ def check_supports_streaming(importance: Importance) -> None:
 @cpu_by_default()
 def score(
     model: nn.Module,
-    units: Mapping[str, Units],
+    units: UnitsByModule,
     importance: Importance,
     batches: Batches | None = None,
     loss: Loss | None = None,
@@ -170,7 +170,7 @@ def score(
 
 def score_units(
     model: nn.Module,
-    units: Mapping[str, Units],
+    units: UnitsByModule,
     importance: Importance,
     batches: Batches | None,
     loss: Loss | None,
@@ -189,7 +189,7 @@ def score_units(
 
 def sum_units(
     model: nn.Module,
-    units: Mapping[str, Units],
+    units: UnitsByModule,
     importance: Importance,
     batches: Batches | None,
     loss: Loss | None,
@@ -238,7 +238,7 @@ def scores_of(importance: Importance, sums: Sums, normalize: bool = False, comm:
     return comm.decide(lambda: scores)  # identical on all ranks, although their sums may be rounded differently
 
 
-def make_run(model: nn.Module, units: Mapping[str, Units], batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
+def make_run(model: nn.Module, units: UnitsByModule, batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
     """Returns a batch as the `Run` that `Importance` takes, on the model's device.
 
     Args:
@@ -286,7 +286,7 @@ def no_gradient_message(name: str) -> str:
     return f"loss does not depend on the units of {name}. Score the other modules, or use a loss that depends on them."
 
 
-def check_consumers(units: Mapping[str, Units], importance: str) -> None:
+def check_consumers(units: UnitsByModule, importance: str) -> None:
     """Raises for units without consumer layers, such as experts and blocks."""
     for name, module_units in units.items():
         if not module_units.readers:

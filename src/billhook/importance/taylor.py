@@ -20,7 +20,7 @@ from billhook.arguments import check_int, check_one_of, check_types
 from billhook.engine import Run
 from billhook.importance.score import Importance, Sums, no_gradient_message, scalar_loss
 from billhook.linalg import in_float64
-from billhook.units import Part, Per, Units, parts_of
+from billhook.units import Part, Per, UnitsByModule, parts_of
 
 Order = Literal["first", "second", "mixed", "vector", "unit"]
 Reduction = Literal["sum", "mean", "max", "product", "first", "last"]
@@ -77,7 +77,7 @@ class Taylor(Importance):
             raise ValueError(f"reduce={self.reduce!r} is not supported with order='unit', which sums over a unit. Use 'sum'.")
         check_int("passes", self.passes)
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+    def sums(self, model: nn.Module, units: UnitsByModule, per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches. See `Importance.sums`.
 
         Raises:

@@ -42,7 +42,7 @@ from billhook.model import (
     with_weights,
 )
 from billhook.pruning.block_fields import BlockNumbers, find_block_fields
-from billhook.units import UnitKind, Units, block_of, find_blocks, skipping
+from billhook.units import UnitKind, UnitsByModule, block_of, find_blocks, skipping
 
 
 @dataclass(frozen=True, repr=False)
@@ -292,7 +292,7 @@ def _forget(removed: set[nn.Parameter], optimizers: Iterable[Optimizer]) -> None
                 del optimizer.state[parameter]
 
 
-def block_writers(model: nn.Module, stack: str, units: Mapping[str, Units]) -> dict[int, list[str]]:
+def block_writers(model: nn.Module, stack: str, units: UnitsByModule) -> dict[int, list[str]]:
     """Returns by block number the linear layers that write to the residual stream.
 
     Args:

@@ -13,7 +13,7 @@ from billhook.arguments import check_fraction, check_int, check_one_of, check_ty
 from billhook.linalg import Indices
 from billhook.pruning.amount import Amount, Ranking
 from billhook.pruning.cut import coupled_modules
-from billhook.units import Per, Units, block_of, find_blocks, plural
+from billhook.units import Per, Units, UnitsByModule, block_of, find_blocks, plural
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def choose_including(
 
 
 def choose(
-    units: Mapping[str, Units],
+    units: UnitsByModule,
     scores: Mapping[str, Tensor],
     ratio: float,
     ranking: Ranking = "layer",
@@ -188,7 +188,7 @@ def _lowest_steps(orders: Sequence[_Order], ratio: float, total: int, what: str,
     return chosen
 
 
-def protected_modules(model: nn.Module, units: Mapping[str, Units], amount: Amount) -> frozenset[str]:
+def protected_modules(model: nn.Module, units: UnitsByModule, amount: Amount) -> frozenset[str]:
     """Returns the modules in the first and last blocks of each stack."""
     stacks = find_blocks(model) if amount.first or amount.last else {}
     protected = set()

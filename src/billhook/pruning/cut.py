@@ -12,7 +12,7 @@ from billhook.model import check_plain
 from billhook.pruning.amount import kernel_multiple
 from billhook.tracing.axes import Axis, leaves
 from billhook.tracing.coupling import NEVER, Structure
-from billhook.units import PLURAL, Chosen, Per, UnitKind, Units, counts, unit_ids
+from billhook.units import PLURAL, Chosen, Per, UnitKind, Units, UnitsByModule, counts, unit_ids
 
 Cuts = dict[tuple[str, int], Indices]
 """(tensor, dimension) -> the positions to keep, ascending: int64, `[positions]`, or `[experts, positions]` by the first
@@ -69,7 +69,7 @@ def of_ranks(orders: Mapping[str, Indices], removed: Mapping[str, Sequence[int]]
 def find_cut(
     model: nn.Module,
     structure: Structure,
-    units: Mapping[str, Units],
+    units: UnitsByModule,
     chosen: Chosen,
     per: Per = "head",
     by_expert: Mapping[str, Indices] | None = None,
@@ -111,7 +111,7 @@ def find_cut(
     return Cut(type(model).__name__, kinds, removed, before, after, cuts, sizes, structure, dict(units), by_expert)
 
 
-def coupled_modules(units: Mapping[str, Units]) -> list[list[str]]:
+def coupled_modules(units: UnitsByModule) -> list[list[str]]:
     """Groups modules that must lose the same units, such as a shared position bias."""
     sets: list[list[str]] = []
     for name, layer in units.items():
@@ -164,9 +164,7 @@ def _count_left(name: str, units: Units, removed: Sequence[int]) -> tuple[int, .
     return len(kv_of_kept), len(heads_per_kv)
 
 
-def _cuts(
-    structure: Structure, units: Mapping[str, Units], removed: Mapping[str, list[int]], by_expert: Mapping[str, Indices]
-) -> Cuts:
+def _cuts(structure: Structure, units: UnitsByModule, removed: Mapping[str, list[int]], by_expert: Mapping[str, Indices]) -> Cuts:
     cuts: Cuts = {}
     leaves_of: dict[tuple[str, int], set[Axis]] = {}
     for name, numbers in removed.items():

@@ -35,7 +35,20 @@ from billhook.pruning.plan import UnitPlan, check_kinds
 from billhook.pruning.removal import try_removal
 from billhook.pruning.target import RatioSearch
 from billhook.tracing.trace import trace
-from billhook.units import Chosen, Per, UnitKind, Units, check_any, find_units, kinds_of, mask, of_kind, unit_ids, units_of
+from billhook.units import (
+    Chosen,
+    Per,
+    UnitKind,
+    Units,
+    UnitsByModule,
+    check_any,
+    find_units,
+    kinds_of,
+    mask,
+    of_kind,
+    unit_ids,
+    units_of,
+)
 from billhook.vocabulary.scores import token_scores
 
 
@@ -275,12 +288,12 @@ def count_blocks(model: nn.Module, amount: Amount) -> tuple[dict[str, Units], di
     return stacks, {name: len(blocks) for name, blocks in _lowest_blocks(stacks, equal_scores, amount).items()}
 
 
-def _lowest_blocks(stacks: Mapping[str, Units], scores: Mapping[str, Tensor], amount: Amount) -> dict[str, list[int]]:
+def _lowest_blocks(stacks: UnitsByModule, scores: Mapping[str, Tensor], amount: Amount) -> dict[str, list[int]]:
     ends, ratio = (amount.first, amount.last), amount.blocks or 0
     return choose(stacks, scores, ratio, amount.ranking, amount.min_units, ends=ends, name="blocks")
 
 
-def default_importance(model: nn.Module, units: Mapping[str, Units]) -> Importance:
+def default_importance(model: nn.Module, units: UnitsByModule) -> Importance:
     """Returns `REAP()` for experts that it can observe, `OutputNorm()`, or `Taylor()`.
 
     See docs/evidence/equal_size.md for a comparison.

@@ -29,7 +29,7 @@ from billhook.pruning.choice import choose, protected_modules
 from billhook.pruning.cut import Cut, coupled_modules, find_cut, of_ranks, size_after
 from billhook.pruning.removal import try_removal
 from billhook.tracing.trace import trace
-from billhook.units import PLURAL, UnitKind, Units, of_kind, units_of, why_none
+from billhook.units import PLURAL, UnitKind, Units, UnitsByModule, of_kind, units_of, why_none
 
 MAX_CHANNEL_RATIO = 0.52
 """Largest channel ratio at which a budget is met by channels only: beyond it, SmolLM2 loses less if KV heads are removed, too
@@ -260,7 +260,7 @@ class RatioSearch:
         return value
 
 
-def _subset(units: Mapping[str, Units], names: Iterable[str]) -> dict[str, Units]:
+def _subset(units: UnitsByModule, names: Iterable[str]) -> dict[str, Units]:
     return {name: units[name] for name in names}
 
 

@@ -13,7 +13,7 @@ from billhook.pruning.choice import rank_units
 from billhook.pruning.cut import coupled_modules, find_cut, size_after
 from billhook.pruning.removal import try_removal
 from billhook.pruning.target import RatioSearch
-from billhook.units import UnitKind, Units
+from billhook.units import UnitKind, Units, UnitsByModule
 
 PARTS = 8
 """Levels keep multiples of one part in this many of a module."""
@@ -120,12 +120,12 @@ def _prunable_module(search: RatioSearch, units: Units, names: list[str], cost: 
     return replace(module, levels=module.grid())
 
 
-def consumers_of(module: PrunableModule, units: Mapping[str, Units]) -> list[str]:
+def consumers_of(module: PrunableModule, units: UnitsByModule) -> list[str]:
     """Returns the names of a module's consumer layers."""
     return list(dict.fromkeys(consumer for name in module.names for consumer in units[name].readers))
 
 
-def units_by_name(modules: Iterable[PrunableModule], units: Mapping[str, Units]) -> dict[str, Units]:
+def units_by_name(modules: Iterable[PrunableModule], units: UnitsByModule) -> dict[str, Units]:
     """Returns the units of some modules by name."""
     return {name: units[name] for module in modules for name in module.names}
 
@@ -145,9 +145,7 @@ def _unit_cost(search: RatioSearch, names: Sequence[str], target: str) -> int:
     return total // step
 
 
-def removed_units(
-    module: PrunableModule, units: Mapping[str, Units], scores: Mapping[str, Tensor], kept: int
-) -> dict[str, list[int]]:
+def removed_units(module: PrunableModule, units: UnitsByModule, scores: Mapping[str, Tensor], kept: int) -> dict[str, list[int]]:
     """Returns the units (or query heads) with the lowest scores, to keep this number of units."""
     if kept == module.count:
         return {}
@@ -156,7 +154,7 @@ def removed_units(
     return {name: units[name].query_heads(lowest) if module.kind == "head" else lowest for name in module.names}
 
 
-def any_removed(module: PrunableModule, units: Mapping[str, Units], kept: int) -> dict[str, list[int]]:
+def any_removed(module: PrunableModule, units: UnitsByModule, kept: int) -> dict[str, list[int]]:
     """Returns the units to remove without regard to scores."""
     return removed_units(module, units, {name: torch.zeros(module.count) for name in module.names}, kept)
 

@@ -45,7 +45,7 @@ from billhook.repairs.residuals import ResidualStatistics, check_tokens
 from billhook.shrinking.divergence import Divergence
 from billhook.shrinking.modules import PrunableModule, any_removed, consumers_of, removed_units, units_by_name
 from billhook.shrinking.scope import Progress
-from billhook.units import Units
+from billhook.units import UnitsByModule
 
 FORMAT = 4
 MEASURED = "measured.json"
@@ -164,7 +164,7 @@ def _from_json(text: str) -> dict[tuple[str, int], float]:
 def fill_cache(
     cache: VariantCache,
     modules: Sequence[PrunableModule],
-    units: Mapping[str, Units],
+    units: UnitsByModule,
     scores: Mapping[str, Tensor],
     orders: Mapping[str, Indices],
     runs: Sequence[Run],
@@ -272,7 +272,7 @@ def tokens_needed(search: RatioSearch, modules: Sequence[PrunableModule]) -> dic
 
 def kept_inputs(
     module: PrunableModule,
-    units: Mapping[str, Units],
+    units: UnitsByModule,
     removed: Mapping[str, Sequence[int]],
     orders: Mapping[str, Indices] | None = None,
 ) -> dict[str, Tensor]:

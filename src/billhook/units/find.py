@@ -18,7 +18,7 @@ from billhook.tracing.groups import Group, Member, common_module
 from billhook.tracing.roles import Attention, Part
 from billhook.tracing.trace import Inputs, trace
 from billhook.units.blocks import find_blocks
-from billhook.units.units import Per, UnitKind, Units, axis_numbers, plural
+from billhook.units.units import Per, UnitKind, Units, UnitsByModule, axis_numbers, plural
 
 Chosen = Mapping[int, Iterable[int]] | Mapping[str, Iterable[int]] | Mapping[int | str, Iterable[int]] | Iterable[int]
 """Unit numbers by module name or position in `find_units`, or unit numbers of the only module."""
@@ -71,14 +71,14 @@ def kinds_of(kind: UnitKind | Iterable[UnitKind]) -> list[UnitKind]:
     return kinds
 
 
-def check_any(model: nn.Module, structure: Structure | None, units: Mapping[str, Units], kinds: Collection[UnitKind]) -> None:
+def check_any(model: nn.Module, structure: Structure | None, units: UnitsByModule, kinds: Collection[UnitKind]) -> None:
     """Raises for a model without units of some kinds."""
     if not units:
         why = "".join(why_none(model, structure, kind) for kind in kinds) if structure is not None else ""
         raise ValueError(f"model: {type(model).__name__} has no {plural(kinds)}{why}")
 
 
-def check_belongs(model: nn.Module, units: Mapping[str, Units]) -> None:
+def check_belongs(model: nn.Module, units: UnitsByModule) -> None:
     """Raises for units of another model."""
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for module, layer in units.items():
@@ -106,12 +106,12 @@ def units_of(model: nn.Module, structure: Structure, kinds: Iterable[UnitKind]) 
     return units
 
 
-def of_kind(units: Mapping[str, Units], *kinds: UnitKind) -> dict[str, Units]:
+def of_kind(units: UnitsByModule, *kinds: UnitKind) -> dict[str, Units]:
     """Returns the units of some kinds."""
     return {name: layer for name, layer in units.items() if layer.kind in kinds}
 
 
-def unit_ids(units: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> dict[str, list[int]]:
+def unit_ids(units: UnitsByModule, chosen: Chosen, per: Per = "head") -> dict[str, list[int]]:
     """Returns chosen units by module, sorted and unique. KV heads become query heads."""
     check_one_of("per", per, Per)
     names, what = list(units), plural(layer.kind for layer in units.values())

@@ -24,7 +24,7 @@ from billhook.model import find_transformer, read_dim
 from billhook.tracing.trace import Inputs
 from billhook.units.blocks import skip
 from billhook.units.find import Chosen, check_belongs, find_units, unit_ids
-from billhook.units.units import PLURAL, Per, UnitKind, Units
+from billhook.units.units import PLURAL, Per, UnitKind, Units, UnitsByModule
 
 
 class Gate:
@@ -93,7 +93,7 @@ class Planned(Protocol):
 
 
 @contextmanager
-def gates(model: nn.Module, units: Mapping[str, Units], per: Per = "head") -> Iterator[dict[str, Tensor]]:
+def gates(model: nn.Module, units: UnitsByModule, per: Per = "head") -> Iterator[dict[str, Tensor]]:
     """Places a differentiable gate on every unit within the context.
 
     Args:
@@ -177,7 +177,7 @@ def mask(
 
 
 def place_gates(
-    model: nn.Module, units: Mapping[str, Units], gates: Mapping[str, Tensor], per: Per = "head", fixed: bool = False
+    model: nn.Module, units: UnitsByModule, gates: Mapping[str, Tensor], per: Per = "head", fixed: bool = False
 ) -> list[RemovableHandle]:
     """Places gates, `[units]`, before consumers; gates that are not `fixed` have gradients."""
     handles = []
@@ -216,7 +216,7 @@ def zero_units(model: nn.Module, units: Chosen, kind: UnitKind = "head", per: Pe
 
 def consumer_columns(
     model: nn.Module,
-    layers: Mapping[str, Units],
+    layers: UnitsByModule,
     units: Mapping[str, Sequence[int]] | Mapping[str, Indices],
     by_expert: Mapping[str, Indices] | None = None,
 ) -> Iterator[tuple[nn.Parameter, int, Tensor]]:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from billhook.engine.parts import fingerprint
-from billhook.engine.trees import tree_leaves, tree_map_only
+from billhook.engine.trees import ModulesByName, tree_leaves, tree_map_only
 from billhook.progress import OnProgress
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -133,7 +133,7 @@ def _run(model: nn.Module, batch: Any) -> Run:  # noqa: ANN401
     return Run(_forward(model, batch), padded, source=source, batch=batch)
 
 
-def run_with_loss(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
+def run_with_loss(model: nn.Module, modules: ModulesByName, batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
     """Makes a run whose forward returns the loss.
 
     Args:
@@ -206,7 +206,7 @@ def _forward(model: nn.Module, batch: Any) -> Callable[[], Any]:  # noqa: ANN401
     raise ValueError(f"batches: a {type(batch).__name__} is not a dictionary, tuple, list, or tensor of model inputs.")
 
 
-def token_masks(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any) -> dict[str, Tensor]:  # noqa: ANN401
+def token_masks(model: nn.Module, modules: ModulesByName, batch: Any) -> dict[str, Tensor]:  # noqa: ANN401
     """Finds the non-padding tokens of each module from a batch: bool, `[batch, length]`."""
     if not isinstance(batch, Mapping):
         return {}

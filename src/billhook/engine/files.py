@@ -26,7 +26,7 @@ from billhook.engine.store import STORE, BlockStore
 from billhook.engine.tensors import TensorFiles, renumbered, share_parameters, write_index
 from billhook.engine.trees import Slot, parameter_slots
 from billhook.engine.walk import separable_blocks
-from billhook.linalg import Indices
+from billhook.linalg import Indices, TensorsByName
 from billhook.progress import OnProgress
 
 
@@ -166,7 +166,7 @@ class FileStore(BlockStore):
         raise ValueError(f"{why}, which a streamed model does not support. Load the model in memory with bh.load{instead}.")
 
     @contextmanager
-    def computing_with(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+    def computing_with(self, values: TensorsByName) -> Iterator[None]:
         """Replaces parameter values within the context. Values in blocks are read on every load."""
         self.release()
         before, new = self._overlay, LazyTensors.of(values)
@@ -250,7 +250,7 @@ class FileStore(BlockStore):
         return True
 
     def stage(
-        self, block: nn.Module | None, values: Mapping[str, Tensor], note: object = None, device: torch.device | None = None
+        self, block: nn.Module | None, values: TensorsByName, note: object = None, device: torch.device | None = None
     ) -> LazyTensors:
         """Writes a block's new values, unless an earlier process has. Other values stay in memory.
 
@@ -400,7 +400,7 @@ class FileStore(BlockStore):
         self.files, self.adopted, self._renames = TensorFiles(str(folder)), {}, []
         self.keys, self._origin = self._keys(), self.files.state
 
-    def _load(self, keys: list[str], prefetched: Mapping[str, Tensor] | None = None) -> None:
+    def _load(self, keys: list[str], prefetched: TensorsByName | None = None) -> None:
         """Loads tensors from the files, or tensors that were read before. Tied weights stay tied."""
         slots_of = defaultdict[nn.Parameter, list[Slot]](list)
         for slot, parameter in parameter_slots(self.model):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from billhook.linalg import TensorsByName
 from billhook.versions import version_hint
 
 LOADED = "_is_hf_initialized"  # attribute of loaded modules and tensors, which are not initialized
@@ -115,7 +116,7 @@ def progress_bars_off() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def to_file_format(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_file_format(model: PreTrainedModel, state: TensorsByName) -> dict[str, Tensor]:
     """Converts model tensors to the names and layout of checkpoint files."""
     if is_joined_unevenly(model):
         return dict(state)
@@ -126,7 +127,7 @@ def to_file_format(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[
     return tensors
 
 
-def save_state(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None, **options: Any) -> None:  # noqa: ANN401
+def save_state(model: PreTrainedModel, folder: Path, state: TensorsByName | None = None, **options: Any) -> None:  # noqa: ANN401
     """Saves config and weights, including weights that the class would recreate."""
     ignored = model._keys_to_ignore_on_save
     model._keys_to_ignore_on_save = None  # recreated weights may have been pruned, so they are saved too

@@ -26,6 +26,7 @@ from billhook.engine.store import STORE, BlockStore
 from billhook.engine.tensors import add_to_file
 from billhook.engine.trees import Slot, parameter_slots
 from billhook.engine.walk import separable_blocks
+from billhook.linalg import TensorsByName
 
 
 class ShardStore(BlockStore):
@@ -180,7 +181,7 @@ class ShardStore(BlockStore):
         self._block_parameters[block] = [full for full in block.parameters() if full in self.shards]
 
     @contextmanager
-    def computing_with(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+    def computing_with(self, values: TensorsByName) -> Iterator[None]:
         """Replaces parameter values within the context. Values in blocks are read on loading."""
         self.release()
         before, overlay, resident = self._overlay, dict(self._overlay), dict[nn.Module, dict[str, Tensor]]()
@@ -202,7 +203,7 @@ class ShardStore(BlockStore):
 
     @torch.no_grad()
     def stage(
-        self, block: nn.Module | None, values: Mapping[str, Tensor], note: object = None, device: torch.device | None = None
+        self, block: nn.Module | None, values: TensorsByName, note: object = None, device: torch.device | None = None
     ) -> LazyTensors:
         """Shards the first rank's new values as the parameters are. All ranks call it together.
 
@@ -235,7 +236,7 @@ class ShardStore(BlockStore):
                 outside.pop(name, None)
         save_state(model, folder, outside, max_shard_size=sys.maxsize)
 
-        def in_files(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        def in_files(named: TensorsByName) -> dict[str, Tensor]:
             return to_file_format(model, {name: tensor.detach() for name, tensor in named.items()})
 
         def read() -> Iterator[dict[str, Tensor]]:

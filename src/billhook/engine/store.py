@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.engine.comm import Comm
@@ -21,7 +21,7 @@ from billhook.engine.forwards import InferenceForward
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.loader_internals import save_state
 from billhook.engine.state import overridden, replaced
-from billhook.linalg import Indices
+from billhook.linalg import Indices, TensorsByName
 
 STORE = "_billhook_store"  # attribute of a module for the store of its blocks
 Alter = Callable[[nn.Module], Iterable[nn.Parameter]]  # changes parameter values of a block, and returns these parameters
@@ -240,7 +240,7 @@ class BlockStore(ABC):
         return None
 
     def stage(
-        self, block: nn.Module | None, values: Mapping[str, Tensor], note: object = None, device: torch.device | None = None
+        self, block: nn.Module | None, values: TensorsByName, note: object = None, device: torch.device | None = None
     ) -> LazyTensors:
         """Stages new parameter values beside the model, and returns a lazy reader of them.
 
@@ -262,7 +262,7 @@ class BlockStore(ABC):
         return parameter
 
     @contextmanager
-    def computing_with(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+    def computing_with(self, values: TensorsByName) -> Iterator[None]:
         """Replaces parameter values within the context, also of blocks loaded later."""
         new = LazyTensors.of(values)
         with replaced({self.model.get_submodule(module): new.of_module(module) for module in new.modules}):
@@ -318,7 +318,7 @@ class MemoryStore(BlockStore):
         self._changed |= block in self.loaded
 
     @contextmanager
-    def computing_with(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+    def computing_with(self, values: TensorsByName) -> Iterator[None]:
         """Replaces parameter values within the context, also in the copies on a device."""
         self._drop_copies()
         try:

@@ -20,6 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from billhook.engine.trees import parameter_slots
+from billhook.linalg import TensorsByName
 
 
 class Source:
@@ -285,7 +286,7 @@ def write_index(folder: Path) -> None:
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def add_to_file(folder: Path, sizes: Mapping[str, Tensor], parts: Iterable[Mapping[str, Tensor]]) -> None:
+def add_to_file(folder: Path, sizes: TensorsByName, parts: Iterable[TensorsByName]) -> None:
     """Adds tensors incrementally to a file of `save_pretrained`, as if it had saved all.
 
     Args:

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.engine.comm import SINGLE_PROCESS, Comm
 from billhook.engine.state import TorchState, overridden, replaced
+from billhook.engine.trees import ModulesByName
 
 Sequential = Literal["block", "layer", "none"]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments and the keywords of a call
@@ -76,9 +77,7 @@ def blocks_with(module: nn.Module, layers: set[nn.Module]) -> Iterator[nn.Module
         yield from blocks_with(child, layers)
 
 
-def find_sites(
-    model: nn.Module, layers: Mapping[str, nn.Module], sequential: Sequential, gates: Collection[nn.Module] = ()
-) -> list[Site]:
+def find_sites(model: nn.Module, layers: ModulesByName, sequential: Sequential, gates: Collection[nn.Module] = ()) -> list[Site]:
     """Finds the stops of a walk: blocks and layers outside of them, every layer, or the model.
 
     Args:

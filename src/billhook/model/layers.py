@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from billhook.engine import ModulesByName
 from billhook.model.experts import ExpertLinear, expert_layers, holder_of
 
 if TYPE_CHECKING:
@@ -194,7 +195,7 @@ def read_dim(reader: nn.Module) -> int:
     return -1 - len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else -1
 
 
-def find_tied(model: nn.Module, linears: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+def find_tied(model: nn.Module, linears: ModulesByName) -> list[tuple[str, nn.Module]]:
     """Finds other layers with the weight of a listed layer, with its name."""
     names, listed = {_identity(linear): name for name, linear in linears.items()}, set(linears.values())
     others = [module for module in model.modules() if module not in listed and _is_among(module, "all")]

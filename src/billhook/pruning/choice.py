@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from billhook.arguments import check_fraction, check_int, check_one_of, check_types
-from billhook.linalg import Indices
+from billhook.linalg import Indices, TensorsByName
 from billhook.pruning.amount import Amount, Ranking
 from billhook.pruning.cut import coupled_modules
 from billhook.units import Per, Units, UnitsByModule, block_of, find_blocks, plural
@@ -67,9 +67,9 @@ def check_choice(ratio: float, ranking: str, min_units: int, per: str, what: str
 
 
 def choose_including(
-    choose_by: Callable[[Mapping[str, Tensor]], dict[str, list[int]]],
+    choose_by: Callable[[TensorsByName], dict[str, list[int]]],
     earlier: Mapping[str, Sequence[int]],
-    scores: Mapping[str, Tensor],
+    scores: TensorsByName,
 ) -> dict[str, list[int]]:
     """Chooses units by their scores, including all that were chosen before."""
     lowest = {name: values.clone() for name, values in scores.items()}
@@ -80,7 +80,7 @@ def choose_including(
 
 def choose(
     units: UnitsByModule,
-    scores: Mapping[str, Tensor],
+    scores: TensorsByName,
     ratio: float,
     ranking: Ranking = "layer",
     min_units: int = 1,

@@ -1,6 +1,6 @@
 """Plans pruning: `plan` chooses units by their scores, `plan_units` takes given units."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from billhook.importance.score import (
     sum_units,
 )
 from billhook.importance.taylor import Taylor
-from billhook.linalg import Indices
+from billhook.linalg import Indices, TensorsByName
 from billhook.model import apply_plan, check_replaceable, find_transformer, tokenizer_of
 from billhook.progress import OnProgress
 from billhook.pruning.amount import Amount
@@ -68,7 +68,7 @@ def plan(
     params: int | float | None = None,
     amount: Amount | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    scores: Mapping[str, Tensor] | None = None,
+    scores: TensorsByName | None = None,
     greedy: bool = False,
     loss: Loss | None = None,
     reduce: Reduce | None = None,
@@ -131,7 +131,7 @@ def plan_amount(
     amount: Amount,
     importance: Importance | None = None,
     batches: Batches | None = None,
-    scores: Mapping[str, Tensor] | None = None,
+    scores: TensorsByName | None = None,
     greedy: bool = False,
     loss: Loss | None = None,
     comm: Comm = SINGLE_PROCESS,
@@ -176,7 +176,7 @@ def plan_from_search(
     search: RatioSearch,
     importance: Importance | None = None,
     batches: Batches | None = None,
-    scores: Mapping[str, Tensor] | None = None,
+    scores: TensorsByName | None = None,
     loss: Loss | None = None,
     comm: Comm = SINGLE_PROCESS,
     progress: OnProgress | None = None,
@@ -288,7 +288,7 @@ def count_blocks(model: nn.Module, amount: Amount) -> tuple[dict[str, Units], di
     return stacks, {name: len(blocks) for name, blocks in _lowest_blocks(stacks, equal_scores, amount).items()}
 
 
-def _lowest_blocks(stacks: UnitsByModule, scores: Mapping[str, Tensor], amount: Amount) -> dict[str, list[int]]:
+def _lowest_blocks(stacks: UnitsByModule, scores: TensorsByName, amount: Amount) -> dict[str, list[int]]:
     ends, ratio = (amount.first, amount.last), amount.blocks or 0
     return choose(stacks, scores, ratio, amount.ranking, amount.min_units, ends=ends, name="blocks")
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.engine import store_of
-from billhook.linalg import Indices, in_float64, over_dims
+from billhook.linalg import Indices, TensorsByName, in_float64, over_dims
 from billhook.model import (
     LOST_TOKENS,
     Change,
@@ -226,7 +226,7 @@ def _check_tokens(model: PreTrainedModel, cut: Cut) -> None:
                 )
 
 
-def _masked_answer(model: PreTrainedModel, cut: Cut, readers: Iterable[str], ids: Mapping[str, Tensor]) -> list[Tensor] | None:
+def _masked_answer(model: PreTrainedModel, cut: Cut, readers: Iterable[str], ids: TensorsByName) -> list[Tensor] | None:
     """Returns the output with removed units masked; None if nothing can be masked.
 
     Heads and channels are masked, and logits of removed tokens are left out. The hidden dimensions to remove are removed for this
@@ -257,7 +257,7 @@ def _zeroed_answer(
     cut: Cut,
     removed: Mapping[str, list[int]],
     readers: Iterable[str],
-    ids: Mapping[str, Tensor],
+    ids: TensorsByName,
 ) -> list[Tensor]:
     """Returns the output while the consumer columns of some units are zero."""
     store, layers, by_expert = store_of(model), cut.all_units, cut.by_expert
@@ -289,7 +289,7 @@ def _parameter_ids(modules: Iterable[nn.Module]) -> set[int]:
     return {id(parameter) for module in modules for parameter in module.parameters()}
 
 
-def _answer_or_differ(model: PreTrainedModel, readers: Iterable[str], ids: Mapping[str, Tensor]) -> list[Tensor]:
+def _answer_or_differ(model: PreTrainedModel, readers: Iterable[str], ids: TensorsByName) -> list[Tensor]:
     try:
         return run_outputs(model, ids, readers)
     except torch.OutOfMemoryError:

@@ -1,6 +1,6 @@
 """Repairs a plan: refits linear layers to compensate for removed units or blocks."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Literal
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, read_batches
-from billhook.engine import SINGLE_PROCESS, Comm, LazyTensors, Reduce, Run, cpu_by_default, run_with_loss, store_of
+from billhook.engine import SINGLE_PROCESS, Comm, LazyTensors, ModulesByName, Reduce, Run, cpu_by_default, run_with_loss, store_of
 from billhook.model import (
     ModelPlan,
     Weights,
@@ -142,7 +142,7 @@ def _repaired(
     return weights.without([name for name in weights if name.startswith(removed_blocks)])
 
 
-def _runs(model: nn.Module, modules: Mapping[str, nn.Module], batches: Batches) -> list[Run]:
+def _runs(model: nn.Module, modules: ModulesByName, batches: Batches) -> list[Run]:
     """Returns runs with the non-padding tokens of some layers, named by their base layers."""
     stored, runs = {name: _stored(model, name) for name in modules}, list[Run]()
     for batch in read_batches(batches, model):

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.arguments import percentage_hint
-from billhook.linalg import Indices
+from billhook.linalg import Indices, TensorsByName
 from billhook.model import Costs, costs_of, named_token_ids
 from billhook.pruning.amount import (
     MULTIPLES,
@@ -89,7 +89,7 @@ class RatioSearch:
             free |= {name: layer for name, layer in layers.items() if name not in bound}
         return free
 
-    def cut(self, scores: Mapping[str, Tensor], orders: Mapping[str, Indices] | None = None) -> Cut:
+    def cut(self, scores: TensorsByName, orders: Mapping[str, Indices] | None = None) -> Cut:
         """Finds the cut for some scores, and raises if it is out of reach or empty.
 
         `orders` are the channels of each expert by rank, `[experts, channels]`, of modules whose scores are those of ranks.
@@ -130,7 +130,7 @@ class RatioSearch:
             raise ValueError(f"{target}={requested} is met already: the model has {current:,}. Use a smaller value.")
         return limit
 
-    def width_notes(self, scores: Mapping[str, Tensor], cut: Cut) -> tuple[str, ...]:
+    def width_notes(self, scores: TensorsByName, cut: Cut) -> tuple[str, ...]:
         """Returns notes on the widths after a cut, if `round_to` is `"auto"`."""
         if self.amount.round_to != "auto" or self._ratios is None:
             return ()
@@ -138,7 +138,7 @@ class RatioSearch:
         requested = {name: layer.count() - len(exact.get(name, [])) for name, layer in self.units.items()}
         return tuple(note for _, note in width_notes(cut, requested))
 
-    def choose(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float], amount: Amount) -> dict[str, list[int]]:
+    def choose(self, scores: TensorsByName, ratios: Mapping[str, float], amount: Amount) -> dict[str, list[int]]:
         """Chooses units of several kinds by their scores, and rounds remaining numbers.
 
         Returns ascending unit numbers by module; for attention, query heads. Heads are scored as query heads or KV heads, as the
@@ -174,7 +174,7 @@ class RatioSearch:
                     removed[layer] = layers[layer].query_heads(numbers) if per == "kv_head" else numbers
         return removed
 
-    def _cut(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float], target: bool = False) -> Cut:
+    def _cut(self, scores: TensorsByName, ratios: Mapping[str, float], target: bool = False) -> Cut:
         """Finds the cut of some ratios; for a budget, searched counts are not rounded."""
         exact = self.amount.open_ratios if target and self.amount.round_to == "auto" else ()
         chosen: dict[str, list[int]] = {}
@@ -183,7 +183,7 @@ class RatioSearch:
             chosen |= self.choose(scores, ratios_of_pass, amount)
         return find_cut(self.model, self.structure, self.units, chosen)
 
-    def _find_ratios(self, scores: Mapping[str, Tensor]) -> dict[str, float]:
+    def _find_ratios(self, scores: TensorsByName) -> dict[str, float]:
         """Returns the ratios that are set, and the ratios that meet the budget."""
         ratios, target, names = self.amount.ratios, self.amount.target, self.amount.open_ratios
         if target is None:

@@ -38,7 +38,7 @@ from billhook.engine import (
     tree_leaves,
     tree_map_only,
 )
-from billhook.linalg import float64_device
+from billhook.linalg import TensorsByName, float64_device
 from billhook.model import attention_for_all_dtypes, is_adapter
 from billhook.progress import OnProgress
 
@@ -182,8 +182,8 @@ class BlockTuning:
         self,
         matching: BlockMatching,
         block: nn.Module,
-        weights: Mapping[str, Tensor],
-        keeps: Mapping[str, Tensor],
+        weights: TensorsByName,
+        keeps: TensorsByName,
         comm: Comm = SINGLE_PROCESS,
         ties: Mapping[str, Tie] | None = None,
         least_steps: int = 1,

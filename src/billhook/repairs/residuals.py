@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from billhook.engine import SINGLE_PROCESS, TOKENS, Comm, Run, add_products
+from billhook.engine import SINGLE_PROCESS, TOKENS, Comm, ModulesByName, Run, add_products
 from billhook.engine.passes import ActivationFiles, zeros
 from billhook.linalg import float64_device, widest_float
 
@@ -190,9 +190,7 @@ class NoRepair(ValueError):
     """No layer can be refitted: no consumer layer, or too few batches or tokens."""
 
 
-def check_tokens(
-    layers: Mapping[str, nn.Module], needed: Mapping[str, int], runs: Sequence[Run], comm: Comm = SINGLE_PROCESS
-) -> None:
+def check_tokens(layers: ModulesByName, needed: Mapping[str, int], runs: Sequence[Run], comm: Comm = SINGLE_PROCESS) -> None:
     """Runs batches until a layer has enough non-padding tokens; raises if none has.
 
     Args:

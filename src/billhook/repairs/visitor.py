@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 from typing_extensions import Self
 
-from billhook.engine import ROWS, BlockStore, Comm, InputNorms, LazyTensors, Run, Site, Visitor, by_parameter
+from billhook.engine import ROWS, BlockStore, Comm, InputNorms, LazyTensors, ModulesByName, Run, Site, Visitor, by_parameter
 from billhook.engine.passes import ActivationFiles, zeros
-from billhook.linalg import float64_device, widest_float
+from billhook.linalg import TensorsByName, float64_device, widest_float
 from billhook.model import matrix_of, sparse_support, to_layout, to_parameters
 from billhook.progress import OnProgress
 from billhook.repairs.least_squares import refit_linear
@@ -48,7 +48,7 @@ class LinearCalls:
     predecessors: dict[str, str | None]
 
 
-def record_calls(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> LinearCalls:
+def record_calls(layers: ModulesByName, run: Callable[[], object]) -> LinearCalls:
     """Runs a model once without gradients, and records the calls of its linear layers."""
     record = LinearCalls(dict.fromkeys(layers, 0), {})
 
@@ -137,7 +137,7 @@ class _Linear:
         fitted: Parameters after the refit, in memory layout.
     """
 
-    def __init__(self, module: nn.Module, new: Mapping[str, Tensor], keep: Tensor | None) -> None:
+    def __init__(self, module: nn.Module, new: TensorsByName, keep: Tensor | None) -> None:
         self.module = module
         self.dense = self.start = weight, bias = matrix_of(module)
         self.new = {part: value.to(weight.device) for part, value in new.items()}
@@ -185,8 +185,8 @@ class RepairVisitor(Visitor):
         new: Staged parameters.
     """
 
-    layers: Mapping[str, nn.Module]
-    kept: Mapping[str, Tensor]
+    layers: ModulesByName
+    kept: TensorsByName
     predecessors: Mapping[str, str | None]
     runs: Sequence[Run]
     ridges: Sequence[float]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.engine import Batch, Run, evaluating_without_grad, overridden, source_of, tree_leaves, tree_map_only
+from billhook.engine import Batch, ModulesByName, Run, evaluating_without_grad, overridden, source_of, tree_leaves, tree_map_only
 from billhook.repairs.repair import RepairConfig
 from billhook.report.predictions import Predictions, eval_logits
 from billhook.units import find_blocks
@@ -130,7 +130,7 @@ class Replay:
         blocks: The blocks, by name.
     """
 
-    def __init__(self, blocks: Mapping[str, nn.Module]) -> None:
+    def __init__(self, blocks: ModulesByName) -> None:
         self._blocks, self._size = dict(blocks), 0
         self._outputs = list[dict[str, Any]]()  # of each run, by block
 

@@ -34,7 +34,7 @@ from billhook.engine import (
 )
 from billhook.importance.obs import watch_blockwise
 from billhook.importance.score import make_run
-from billhook.linalg import Indices, float64_device
+from billhook.linalg import Indices, TensorsByName, float64_device
 from billhook.model import ExpertLinear, holder_of, matrix_of, to_parameters
 from billhook.pruning.block_plan import zero_weights
 from billhook.pruning.cut import of_ranks
@@ -94,7 +94,7 @@ class VariantCache:
             names = ", ".join(file.name for file in damaged[:3]) + (f" and {len(damaged) - 3} more" if damaged[3:] else "")
             warnings.warn(f"variant_cache: cannot read {names} in '{folder}'. What they held is recomputed.", stacklevel=2)
 
-    def add(self, module: str, kept: int, error: float, weights: Mapping[str, Tensor]) -> None:
+    def add(self, module: str, kept: int, error: float, weights: TensorsByName) -> None:
         """Adds a variant."""
         self.errors[module, kept] = error
         if self._folder is None:
@@ -147,7 +147,7 @@ class VariantCache:
         return store_of(self.model).computing_with(values)
 
 
-def cache_key(model: PreTrainedModel, settings: object, scores: Mapping[str, Tensor], batches: Sequence[Any]) -> str:
+def cache_key(model: PreTrainedModel, settings: object, scores: TensorsByName, batches: Sequence[Any]) -> str:
     """Returns a hash of model, config, settings, scores, and batches."""
     of_sources = [(source_of(batch), batch) for batch in batches]
     return fingerprint(FORMAT, identity_of(model), settings, scores, of_sources)[:16]
@@ -165,7 +165,7 @@ def fill_cache(
     cache: VariantCache,
     modules: Sequence[PrunableModule],
     units: UnitsByModule,
-    scores: Mapping[str, Tensor],
+    scores: TensorsByName,
     orders: Mapping[str, Indices],
     runs: Sequence[Run],
     repair: RepairConfig | None,

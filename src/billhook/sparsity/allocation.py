@@ -8,9 +8,10 @@ from fnmatch import fnmatchcase
 from functools import partial
 from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from billhook.arguments import check_fraction, check_number, check_types
+from billhook.engine import ModulesByName
 from billhook.model import size_of
 from billhook.sparsity.criteria import Wanda
 from billhook.sparsity.masks import check_amount
@@ -195,7 +196,7 @@ class _MeasuringVisitor(PruningVisitor):
         super().__init__(Wanda(), {}, "unstructured", None, settings, shared)
         self.allocation, self.measured, self.blocks = allocation, dict[int, float](), settings.blocks
 
-    def finish(self, linears: Mapping[str, nn.Module]) -> None:
+    def finish(self, linears: ModulesByName) -> None:
         """Measures the blocks of these linear layers."""
         for block, site in enumerate(self.blocks):
             scores = []

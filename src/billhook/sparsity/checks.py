@@ -14,6 +14,7 @@ from billhook.engine import (
     SINGLE_PROCESS,
     Comm,
     InputGram,
+    ModulesByName,
     Run,
     Sequential,
     find_sites,
@@ -129,9 +130,7 @@ def make_runs(model: nn.Module, batches: Batches | None, comm: Comm, criterion: 
     return runs
 
 
-def expected_tokens(
-    criterion: Criterion, layers: Mapping[str, nn.Module], runs: Sequence[Run], comm: Comm
-) -> dict[str, tuple[int, int]]:
+def expected_tokens(criterion: Criterion, layers: ModulesByName, runs: Sequence[Run], comm: Comm) -> dict[str, tuple[int, int]]:
     """Returns the numbers of tokens and inputs of each layer, if known before any run.
 
     Empty if they are unknown, or the criterion does not solve for weights, which needs as many tokens as inputs.
@@ -225,7 +224,7 @@ def check_streamed(model: nn.Module, comm: Comm) -> None:
         raise ValueError("reduce is not supported for a streamed model, because ranks would write the same folder. Use one rank.")
 
 
-def unsupported_weights(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+def unsupported_weights(model: nn.Module, linears: ModulesByName) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of weights of several matrices that are not stacked experts."""
     inside = {module for site in find_sites(model, linears, "block") for module in site.module.modules()}
     shapes = dict[str, tuple[int, ...]]()

@@ -29,6 +29,7 @@ from billhook.engine import (
     BlockStore,
     Comm,
     LazyTensors,
+    ModulesByName,
     Run,
     Sequential,
     Site,
@@ -89,7 +90,7 @@ class WalkSettings:
     """
 
     model: nn.Module
-    layers: Mapping[str, nn.Module]
+    layers: ModulesByName
     runs: Sequence[Run]
     comm: Comm
     offload: torch.device | None
@@ -368,7 +369,7 @@ class PruningVisitor(Visitor):
                 sums += self.statistics[name].tensors()
         self.comm.sum_(*sums)
 
-    def finish(self, linears: Mapping[str, nn.Module]) -> None:
+    def finish(self, linears: ModulesByName) -> None:
         """Prunes linear layers whose statistics are complete, or are not needed.
 
         Raises:
@@ -440,7 +441,7 @@ class GlobalPruningVisitor(PruningVisitor):
         super().__init__(*args)
         self._seen: dict[str, Statistics | GroupedStatistics | None] = {}
 
-    def finish(self, linears: Mapping[str, nn.Module]) -> None:
+    def finish(self, linears: ModulesByName) -> None:
         """Keeps the statistics of linear layers."""
         self._seen |= {name: self.statistics_of(name) for name in linears}
 

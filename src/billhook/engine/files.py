@@ -293,7 +293,7 @@ class FileStore(BlockStore):
         self.release()
         self._forget()
         names = {module: name for name, module in self.model.named_modules()}
-        new_names, renamed, removed, keys = dict[str, str](), dict[str, str](), list[str](), {"": self.keys[""]}
+        new_names, renamed, removed, keys = {}, {}, [], {"": self.keys[""]}
         for name, block in self.blocks.items():
             if block not in names:
                 removed += self.keys[name]
@@ -349,7 +349,7 @@ class FileStore(BlockStore):
             return None
         self.release()
         self._forget()
-        renamed, removed = dict[str, str](), set[str]()
+        renamed, removed = {}, set()
         for key, parameter in self._parameter_of().items():
             of_expert = re.fullmatch(r"(.*\.experts\.)(\d+)(\..*)", key)
             for dim, positions in kept.get(parameter, {}).items():

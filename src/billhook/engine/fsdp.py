@@ -178,7 +178,7 @@ def _sharding(state: Any) -> Sharding:  # noqa: ANN401
             "restored after shapes change. Shard them over a single mesh."
         )
     arguments: dict[str, Any] = {"mp_policy": state._mp_policy}
-    settings: dict[str, Any] = {}
+    settings = {}
     for group in groups_of(state):
         after = group.post_forward_mesh_info
         reshard: bool | int | None = after is not None

@@ -74,7 +74,7 @@ class ShardStore(BlockStore):
         self._round_comm: Comm | None = None
         self._block_parameters = dict[nn.Module, list[nn.Parameter]]()  # the full parameters of each block
         self._installed, self._forwards = list[RemovableHandle](), dict[nn.Module, Any]()
-        in_blocks = set[nn.Parameter]()
+        in_blocks = set()
         for block in self.blocks.values():
             self._block_parameters[block] = [self._full[shard] for shard in block.parameters() if shard in self._full]
             in_blocks.update(self._block_parameters[block])
@@ -121,7 +121,7 @@ class ShardStore(BlockStore):
     @torch.no_grad()
     def sharded(self) -> dict[nn.Parameter, nn.Parameter]:
         """Returns the shards of all parameters that the module has now, by full parameter."""
-        shards = dict[nn.Parameter, nn.Parameter]()
+        shards = {}
         for slot, full in parameter_slots(self.root):
             if full not in shards and (layout := self.layout(slot)) is not None:
                 shards[full] = layout.shards(full) if has_memory(full) else self.shards[full]
@@ -171,7 +171,7 @@ class ShardStore(BlockStore):
     @torch.no_grad()
     def _shard(self, block: nn.Module) -> None:
         """Shards parameters of a block that are new or may have new values."""
-        done = set[nn.Parameter]()
+        done = set()
         for slot, full in parameter_slots(block):
             layout, differs = self.layout(slot), self.all_gathered or full in self._altered or full not in self.shards
             if layout is not None and differs and full not in done:
@@ -226,7 +226,7 @@ class ShardStore(BlockStore):
         """
         self.release()
         model, by_block = cast(PreTrainedModel, self.model), dict[nn.Module, dict[str, nn.Parameter]]()
-        in_blocks, outside = set[nn.Parameter](), model.state_dict()
+        in_blocks, outside = set(), model.state_dict()
         for name, parameter in model.named_parameters():
             if parameter in self.shards and (block := self.block_of(name)) is not None:
                 by_block.setdefault(block, {})[name] = parameter

@@ -185,7 +185,7 @@ def replaced(new: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[None]:
     Values on other devices are moved to the parameter's device. A module without parameters, whose weight is a view of another's
     parameter, must compute with its attributes of these names instead.
     """
-    pairs = list[tuple[nn.Parameter, Tensor]]()
+    pairs = []
     with fresh_autocast_cache(), ExitStack() as stack:
         for module, values in new.items():
             parameters = {name: module.get_parameter(name) for name in values}

@@ -163,7 +163,7 @@ class TensorFiles:
     def slices(self, names: Collection[str]) -> Iterator[dict[str, Any]]:
         """Opens slices of tensors, which `[...]` reads."""
         with ExitStack() as stack:
-            stored_as, slices = {name: self._stored[name] for name in names}, dict[str, Any]()
+            stored_as, slices = {name: self._stored[name] for name in names}, {}
             files = dict.fromkeys(stored.file for stored in stored_as.values())
             opened = {file: stack.enter_context(self._open(file)) for file in files}
             with self._readable():
@@ -300,7 +300,7 @@ def add_to_file(folder: Path, sizes: TensorsByName, parts: Iterable[TensorsByNam
         split = split_torch_state_dict_into_shards(all_sizes, filename_pattern=FILE_PATTERN, max_shard_size=LARGEST)
         extents = {}
         for file, names in split.filename_to_tensors.items():
-            header, starts, end = dict[str, Any](__metadata__={"format": "pt"}), dict[str, int](), 0
+            header, starts, end = dict[str, Any](__metadata__={"format": "pt"}), {}, 0
             for name in sorted(names, key=lambda name: (-all_sizes[name].itemsize, name)):
                 starts[name], size = end, all_sizes[name]
                 end += size.nbytes

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from billhook.engine import Run, SideBySide, store_of
 from billhook.importance.score import Importance, Sums, by_unit, check_consumers, consumer_modules, count_tokens, mask_padding
 from billhook.linalg import in_float64
-from billhook.model import Convolution, ExpertLinear, batched, channels_of, is_convolution, patches, read_dim, routed, weight_of
+from billhook.model import ExpertLinear, batched, channels_of, is_convolution, patches, read_dim, routed, weight_of
 from billhook.units import Per, Units, UnitsByModule
 
 AT_ONCE = 2**24
@@ -93,8 +93,8 @@ class OutputNorm(Importance):
             ValueError: If padded inputs reach a convolution with several kernel positions.
         """
         check_consumers(units, type(self).__name__)
-        sums, windows = ConsumerSums(), dict[str, Convolution]()
-        tables, grams = dict[tuple[str, str], Tensor](), dict[tuple[str, str], Tensor]()
+        sums, windows = ConsumerSums(), {}
+        tables, grams = {}, {}
         for name, module_units in units.items():
             table, exists = unit_positions(module_units, per)
             for consumer, module in consumer_modules(model, module_units).items():

@@ -57,11 +57,11 @@ class RoutingImportance(Importance):
             ValueError: If the units are not experts, or their class has a forward pass of its own.
         """
         sources, device = sorted({run.source for run in runs}), next(model.parameters()).device
-        earlier, cells = Counter[str](), list[tuple[int, int]]()  # source and half of each run
+        earlier, cells = Counter[str](), []  # source and half of each run
         for run in runs:
             cells.append((sources.index(run.source), earlier[run.source] % 2))
             earlier[run.source] += 1
-        watched, routings = dict[nn.Module, str](), dict[str, Routing]()
+        watched, routings = {}, {}
         for name, module_units in units.items():
             if module_units.kind != "expert":
                 raise ValueError(f"importance={self} scores experts, not {PLURAL[module_units.kind]}. Use OutputNorm or Taylor.")
@@ -69,7 +69,7 @@ class RoutingImportance(Importance):
                 raise ValueError(f"importance={self}: the experts of {name} have a forward pass of their own. Use Taylor.")
             watched[model.get_submodule(member.name.rpartition(".")[0])] = name
             routings[name] = Routing.zero(sources, torch.from_numpy(module_units.of_member(member)), device)
-        together, counts = SideBySide(model), dict[nn.Module, Tensor]()  # non-padding tokens of the current call, bool
+        together, counts = SideBySide(model), {}  # non-padding tokens of the current call, bool
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             index, name = inspect.signature(type(module).forward).bind(module, *args, **kwargs).args[2], watched[module]

@@ -130,7 +130,7 @@ def _add_scores(
     """Runs a batch and scores gradients as they arrive; `where` names it in messages."""
     parts_with = {name: [part for part in parts if part.name == name] for name in parameters}
     curvature, positions = dict[str, Tensor](), Scores()
-    finite = list[tuple[str, str, Tensor]]()  # searched only if the sums are not finite
+    finite = []  # searched only if the sums are not finite
 
     def weight(name: str) -> Tensor:
         return _full(parameters[name].detach())

@@ -132,8 +132,8 @@ def prunable(module: nn.Module, output_embeddings: bool = False, convolutions: C
     ['1']
     """
     left_out = set() if output_embeddings else _outputs(module)
-    linears: dict[str, nn.Module] = {}
-    weights = set[tuple[int, int | None]]()
+    linears = {}
+    weights = set()
     for name, part in _walk(module, "", left_out):
         if is_packed(part):
             raise ValueError(f"{name} is quantized ({type(part).__name__}). Prune the model before it is quantized.")

@@ -163,7 +163,7 @@ def rank_units(units: Units, scores: Tensor, ends: tuple[int, int] = (0, 0)) -> 
 
 def _lowest_steps(orders: Sequence[_Order], ratio: float, total: int, what: str, name: str) -> list[list[int]]:
     """Returns the steps of each order with the lowest scores that fit the ratio."""
-    steps, sizes, scores = list[tuple[int, int]](), list[int](), list[np.ndarray]()
+    steps, sizes, scores = [], [], []
     num_most = 0
     for number, order in enumerate(orders):
         steps += [(number, step) for step in range(len(order.units))]

@@ -10,7 +10,7 @@ from torch import nn
 from billhook.linalg import Indices
 from billhook.model import check_plain
 from billhook.pruning.amount import kernel_multiple
-from billhook.tracing.axes import Axis, leaves
+from billhook.tracing.axes import leaves
 from billhook.tracing.coupling import NEVER, Structure
 from billhook.units import PLURAL, Chosen, Per, UnitKind, Units, UnitsByModule, counts, unit_ids
 
@@ -81,9 +81,9 @@ def find_cut(
     check_plain(model, "From FP8 and MXFP4 files, bh.stream removes experts. Remove other units before the model is")
     removed = {name: numbers for name, numbers in unit_ids(units, chosen, per).items() if numbers}
     _check_allowed(structure, [units[name] for name in removed])
-    kinds: dict[str, UnitKind] = {}
-    before: dict[str, tuple[int, ...]] = {}
-    after: dict[str, tuple[int, ...]] = {}
+    kinds = {}
+    before = {}
+    after = {}
     for name, layer in units.items():
         kinds[name], before[name] = layer.kind, counts(layer)
         after[name] = _count_left(name, layer, removed.get(name, []))
@@ -166,7 +166,7 @@ def _count_left(name: str, units: Units, removed: Sequence[int]) -> tuple[int, .
 
 def _cuts(structure: Structure, units: UnitsByModule, removed: Mapping[str, list[int]], by_expert: Mapping[str, Indices]) -> Cuts:
     cuts: Cuts = {}
-    leaves_of: dict[tuple[str, int], set[Axis]] = {}
+    leaves_of = {}
     for name, numbers in removed.items():
         layer = units[name]
         members = {(m.name, m.dim): m for group in structure.groups if group.leaf in layer.leaves for m in group.members}

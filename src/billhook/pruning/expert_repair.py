@@ -198,7 +198,7 @@ class _ExpertVisitor(Visitor):
             calls[run] = BlockSample(inputs, goal, block_mask(batch, name, goal), batch.source), output
         mixtures = {full: module for full, module in block.named_modules(prefix=name) if stacks_of(module)}
         for full, mixture in mixtures.items():
-            outputs, missing = self._mixtures[full], dict[int, Tensor]()  # by run, `[tokens, hidden_size]`
+            outputs, missing = self._mixtures[full], {}  # by run, `[tokens, hidden_size]`
             for run in calls:
                 if run in outputs and run + first in outputs:
                     missing[run] = (as_float(outputs[run + first]) - as_float(outputs[run])).flatten(0, -2)

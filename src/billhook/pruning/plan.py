@@ -164,7 +164,7 @@ class UnitPlan(Cut, ShapePlan):
             if not divides_among_devices(number):
                 lines.append(f"{number} KV heads cannot be divided among 2, 4, and 8 devices; 1, 2, 4, or a multiple of 8 can")
         notes, count = [Padding.indent(Text(line), 2) for line in lines[1:]], len(costs) - 1
-        routing = list[tuple[str, ...]]()
+        routing = []
         for source in self.routing:
             agreement = "" if source.agreement is None else f"{source.agreement:.1%}"
             cells = f"{source.gate_mass:.1%}", f"{source.orphans:.2%}", f"{source.unreached:,}", agreement

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +24,7 @@ from billhook.importance.score import (
     sum_units,
 )
 from billhook.importance.taylor import Taylor
-from billhook.linalg import Indices, TensorsByName
+from billhook.linalg import TensorsByName
 from billhook.model import apply_plan, check_replaceable, find_transformer, tokenizer_of
 from billhook.progress import OnProgress
 from billhook.pruning.amount import Amount
@@ -184,9 +184,9 @@ def plan_from_search(
 ) -> UnitPlan:
     """Plans units as `plan_amount` does, reusing a search of the unchanged model."""
     search.check()
-    sums, orders = Sums({}, {}), dict[str, Indices]()
+    sums, orders = Sums({}, {}), {}
     if scores is None:
-        model, units, amount, scores = search.model, search.removable(), search.amount, dict[str, Tensor]()
+        model, units, amount, scores = search.model, search.removable(), search.amount, {}
         if tokens := of_kind(units, "token"):
             batches = list(read_batches(batches, model))  # an iterator would be empty afterwards
             scores |= token_scores(model, tokens, batches, tokenizer or tokenizer_of(model), comm)

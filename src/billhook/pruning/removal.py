@@ -191,7 +191,7 @@ def _drawn_ids(model: PreTrainedModel, cut: Cut) -> tuple[dict[str, Tensor], dic
     kept, size = cut.tokens
     unnamed = np.flatnonzero(~np.isin(kept, list(named_token_ids(model, size))))
     generator = np.random.default_rng(0)
-    before, after = dict[str, Tensor](), dict[str, Tensor]()
+    before, after = {}, {}
     for name, value in small_inputs(model).items():
         if "input_ids" in name:
             numbers = generator.choice(unnamed if len(unnamed) else np.arange(len(kept)), value.shape)

@@ -125,7 +125,7 @@ def _repaired(
         raise NoRepair(f"{error}") from error
     check_values(model, streamed=True)
     subject = find_transformer(model)
-    units, removed, behind = units_of(subject, trace(subject), ["head", "channel"]), list[str](), list[str]()
+    units, removed, behind = units_of(subject, trace(subject), ["head", "channel"]), [], []
     for stack, numbers in plan.units.items():
         writers = block_writers(subject, stack, units)
         removed += [name for number in numbers for name in writers[number]]
@@ -144,7 +144,7 @@ def _repaired(
 
 def _runs(model: nn.Module, modules: ModulesByName, batches: Batches) -> list[Run]:
     """Returns runs with the non-padding tokens of some layers, named by their base layers."""
-    stored, runs = {name: _stored(model, name) for name in modules}, list[Run]()
+    stored, runs = {name: _stored(model, name) for name in modules}, []
     for batch in read_batches(batches, model):
         run = batch if isinstance(batch, Run) else run_with_loss(model, modules, batch)
         runs.append(replace(run, tokens={stored.get(name, name): mask for name, mask in run.tokens.items()}))

@@ -144,7 +144,7 @@ class RatioSearch:
         Returns ascending unit numbers by module; for attention, query heads. Heads are scored as query heads or KV heads, as the
         name of the ratio says. Raises if a score is missing or NaN, or a module would keep fewer than `min_units`.
         """
-        removed: dict[str, list[int]] = {}
+        removed = {}
         for name, ratio in ratios.items():
             if not ratio:
                 continue

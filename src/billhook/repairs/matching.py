@@ -384,7 +384,7 @@ class _BlockMatcher(Visitor):
 
     def complete(self, site: Site) -> None:
         """Tunes the block that all runs have left."""
-        samples, name, differ = list[BlockSample](), next(iter(site.linears)), False
+        samples, name, differ = [], next(iter(site.linears)), False
         for run, inputs, output, goal in self._outputs.take(len(self.runs)):
             samples.append(BlockSample(inputs, goal, block_mask(self.runs[run], name, goal), self.runs[run].source))
             differ |= not torch.equal(output, goal)

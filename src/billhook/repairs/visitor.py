@@ -324,7 +324,7 @@ class RepairVisitor(Visitor):
         Cauchy's robust loss log(1 + s / m) in iteratively reweighted least squares, of which this is one iteration. Twice, so
         that a typical token has weight 1.
         """
-        squares, weights = dict[int, Tensor](), dict[int, Tensor]()
+        squares, weights = {}, {}
         sums = torch.zeros(2, dtype=torch.float64, device=float64_device(self._linears[name].start[0].device))
         for run, residual in residuals.items():
             squares[run] = square = residual.square().sum(-1, dtype=widest_float(residual.device))

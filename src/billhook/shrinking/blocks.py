@@ -88,7 +88,7 @@ def find_blocks(search: RatioSearch, target: str, modules: Sequence[PrunableModu
             return Blocks(model, why=f"{module.name} is coupled to modules of other blocks")
         if (block := where.pop()) is not None:
             inside[block[1]].append(module)
-    costs = dict[object, tuple[int, str]]()  # of a block without, or the reason why it cannot be removed
+    costs = {}  # of a block without, or the reason why it cannot be removed
     for number in range(amount.first, count - amount.last):
         name, block_module = f"{stack}.{number} block", model.get_submodule(f"{stack}.{number}")
         parameters = tuple((part, parameter.shape, parameter.dtype) for part, parameter in block_module.named_parameters())

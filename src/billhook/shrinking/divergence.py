@@ -42,7 +42,7 @@ def split_batches(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
             "batches: at least 3 examples, and 2 of each source, are required because some are held out; "
             f"got {', '.join(counts) or 'none'}. Pass more examples."
         )
-    chosen, config = list[int](), RepairConfig(held_out=SHARE)
+    chosen, config = [], RepairConfig(held_out=SHARE)
     for of_source in numbers.values():
         chosen += [of_source[number] for number in config.held_out_batches(len(of_source))]
     chosen.sort()
@@ -104,7 +104,7 @@ def search_batches(batches: Sequence[Any], widest: int) -> list[Any]:
 def _size(batch: Any) -> tuple[int, int]:  # noqa: ANN401
     """Returns the number of examples of a batch and the tokens of each."""
     inputs = dict(batch) if isinstance(batch, Mapping) else batch
-    rows, length = list[int](), list[int]()
+    rows, length = [], []
     for leaf in tree_leaves(inputs):
         if isinstance(leaf, Tensor) and leaf.dim():
             rows.append(leaf.shape[0])
@@ -137,7 +137,7 @@ class Replay:
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Records the block outputs of the next run, which happens within the `with` block."""
-        outputs, repeated = dict[str, Any](), False
+        outputs, repeated = {}, False
 
         def note(name: str, _: nn.Module, __: Any, output: Any) -> None:  # noqa: ANN401
             nonlocal repeated

@@ -123,7 +123,7 @@ def join_slots(slots: Sequence[Slot]) -> Slot:
     >>> join_slots([Slot(("a",), (4, 2), (40, 20), (0.0, 0.5)), Slot(("b",), (4, 2), (40, 20), (0.0, 0.25))])
     Slot(names=('a', 'b'), kept=(4, 2), costs=(80, 40), losses=(0.0, 0.75))
     """
-    names, costs, losses = list[str](), list[int](), list[float]()
+    names, costs, losses = list[str](), [], []
     for slot in slots:
         names += slot.names
     for level in range(len(slots[0].kept)):

@@ -75,7 +75,7 @@ def find_modules(search: RatioSearch, target: str, uniform: bool = False) -> lis
     Raises:
         ValueError: If no module may keep fewer units.
     """
-    model, free, modules, consumed = search.model, search.removable(), list[PrunableModule](), set[str]()
+    model, free, modules, consumed = search.model, search.removable(), [], set[str]()
     for names in coupled_modules(free):
         layers = [free[name] for name in names]
         consumers = [consumer for layer in layers if not layer.of_experts for consumer in layer.readers]
@@ -86,7 +86,7 @@ def find_modules(search: RatioSearch, target: str, uniform: bool = False) -> lis
         if len(module.allowed) > 1 and cost > 0 and consumed.isdisjoint(consumers_of(module, free)):
             modules.append(module)
             consumed.update(consumers_of(module, free))
-    refusals = dict[UnitKind, str]()  # by kind, if the model does not run at the lowest numbers of units
+    refusals = {}  # by kind, if the model does not run at the lowest numbers of units
     for of_kind in group_by(modules, lambda module: module.kind):
         removed = dict[str, list[int]]()
         for module in of_kind:

@@ -16,7 +16,6 @@ from billhook.engine import LazyTensors, store_of
 from billhook.linalg import Indices
 from billhook.model import (
     ShapePlan,
-    UpdateOptimizers,
     Weights,
     change_blockwise,
     check_changeable,
@@ -169,7 +168,7 @@ def apply_plans(
 ) -> None:
     """Applies plans in order, all or none. See `apply`."""
     check_changeable(model)
-    subject, follows = find_transformer(model), list[UpdateOptimizers]()
+    subject, follows = find_transformer(model), []
     undone = store_of(subject).restored_on_error(), restored_on_error(model)
     with torch.inference_mode(mode=False), with_weights(subject, without_inference_tensors(weights)), undone[0], undone[1]:
         for shape_plan in plans:

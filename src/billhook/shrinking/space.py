@@ -76,7 +76,7 @@ class Space:
         """Returns the best levels within a limit if exactly these blocks are removed."""
         removed = frozenset(blocks)
         if removed not in self._frontiers:
-            decided = list[Slot | JointSlot]()
+            decided = []
             for slot in self.slots:
                 if isinstance(slot, JointSlot) and 0 in slot.at(-1).values():  # with only its last level, or without it
                     levels_left = slice(-1, None) if _goes(slot, removed) else slice(0, -1)
@@ -144,7 +144,7 @@ def with_removal(slots: Sequence[Slot], block: Block, lost: float) -> JointSlot:
 
 def uniform_spaces(modules: Sequence[PrunableModule], losses: Losses, blocks: Sequence[Block], now: int) -> list[Space]:
     """Returns a uniform space for each number of removed blocks, least important first."""
-    ranked, spaces = sorted(blocks, key=lambda block: losses[block.name][-1]), list[Space]()
+    ranked, spaces = sorted(blocks, key=lambda block: losses[block.name][-1]), []
     for count in range(len(ranked) + 1):
         removed = ranked[:count]
         slots = make_slots(modules_outside(modules, removed), losses, uniform=True)
@@ -200,7 +200,7 @@ def single_kind_points(modules: Sequence[PrunableModule], losses: Losses, more: 
         losses: Losses by module and level.
         more: Allowed cost minus the current cost, usually negative.
     """
-    kinds, slots, points = {module.name: module.kind for module in modules}, make_slots(modules, losses, True), list[Point]()
+    kinds, slots, points = {module.name: module.kind for module in modules}, make_slots(modules, losses, True), []
     for kind in dict.fromkeys(kinds.values()):
         of_kind = []
         for slot in slots:
@@ -259,7 +259,7 @@ def budget_sizes(modules: Sequence[PrunableModule], blocks: Sequence[Block], now
     for count in BLOCKS:
         if count > len(blocks):
             continue
-        left, levels = modules_outside(modules, blocks[:count]), list[Sequence[int]]()
+        left, levels = modules_outside(modules, blocks[:count]), []
         groups = uniform_groups(left, uniform=True)
         within = limit - now + sum(block.cost for block in blocks[:count])
         for group in groups:

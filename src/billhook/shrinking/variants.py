@@ -193,7 +193,7 @@ def fill_cache(
         if levels:
             missing[module] = levels
     waiting, watched = list(missing), units_by_name(missing, units)
-    moments: dict[str, list[ResidualStatistics]] = {}  # by consumer layer, one for each part of the batches
+    moments = {}  # by consumer layer, one for each part of the batches
 
     def note(run: int, _: str, linear: str, inputs: Tensor, tokens: Tensor | None) -> None:
         if linear not in moments:

@@ -179,7 +179,7 @@ class OWL(Allocation):
 
 def allocate_sparsities(settings: WalkSettings, amount: float, allocation: Allocation) -> dict[str, float]:
     """Returns the sparsity of each linear layer; layers that no batch reaches get the average."""
-    blocks, measured = settings.blocks, dict[int, float]()
+    blocks, measured = settings.blocks, {}
     if allocation.measures:
         visitor = settings.walk("none", partial(_MeasuringVisitor, allocation))
         measured = settings.comm.decide(lambda: visitor.measured)  # ranks may round floats differently

@@ -51,7 +51,7 @@ class EnforcedMasks:
         for masked in self._models if adapted else ():
             unmask_adapters(masked, adapted)
         # saved masks are unpacked one after the other, each sharded like its weight
-        holders, restored = _holders(model) if self._saved else {}, dict[str, Tensor]()
+        holders, restored = _holders(model) if self._saved else {}, {}
         for name, saved in self._saved.items():
             weight = _weight(holders[name]) if name in holders else None
             mask = _unpacked(saved, torch.device("cpu") if weight is None else weight.device)
@@ -94,7 +94,7 @@ class EnforcedMasks:
         """Follows new shapes; in new weights, zeros are kept at zero."""
         if not self._masks or not self._models:
             return
-        mask_of, masks = {id(weight): self._masks[name] for name, weight in self._weights.items()}, dict[str, Tensor]()
+        mask_of, masks = {id(weight): self._masks[name] for name, weight in self._weights.items()}, {}
         masked = {self._holders[0][name] for name in self._masks}
         for name, holder in _holders(self._models[0]).items():
             weight = _weight(holder)
@@ -230,7 +230,7 @@ def _averaged_by(optimizer: Optimizer, pairs: Iterable[tuple[nn.Parameter, Tenso
     Its `eval()` and `train()` mix them into the weights.
     Defazio et al., The Road Less Scheduled (2024), https://arxiv.org/abs/2405.15682: x = (1 - 1/b) z + y/b, with y the weight.
     """
-    copies, masks = list[Tensor](), list[Tensor]()
+    copies, masks = [], []
     for weight, mask in pairs if callable(getattr(optimizer, "eval", None)) else ():
         copy = optimizer.state.get(weight, {}).get("z")
         if isinstance(copy, Tensor):

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, log_once
@@ -203,7 +203,7 @@ class MatchingVisitor(PruningVisitor):
             super().complete(site)
             return
         linears = {name: linear for name, linear in site.linears.items() if name in self.pruned}
-        samples = list[BlockSample]()
+        samples = []
         for run, inputs, _, goal in self._outputs.take(self._batches):
             samples.append(
                 BlockSample(inputs, goal, self._counting(goal.shape[:-1], goal, run, site.module), self.settings.runs[run].source)
@@ -214,7 +214,7 @@ class MatchingVisitor(PruningVisitor):
         if self.comm(torch.tensor([float(len(samples) < 2)], device=weight_of(next(iter(linears.values()))).device)):
             return
         names = {id(parameter): name for name, parameter in site.module.named_parameters()}
-        weights, keeps, parameters = dict[str, Tensor](), dict[str, Tensor](), dict[str, str]()
+        weights, keeps, parameters = {}, {}, {}
         for name, linear in linears.items():
             stored, old, pruned = getattr(*holder_of(linear)), weight_view(linear), self.pruned[name]
             key = parameters[name] = names[id(stored)]

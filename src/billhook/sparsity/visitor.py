@@ -169,7 +169,7 @@ class WalkSettings:
         pruned_first, other_layers = dict[str, nn.Module](), dict[str, nn.Module]()
         for name, linear in self.layers.items():
             (pruned_first if at_once or name in called_again else other_layers)[name] = linear
-        new: dict[str, Tensor] = {}
+        new = {}
         if pruned_first:
             site = Site(self.model, pruned_first, False if called_again else None, self.tied)
             Walk([site], visitor, self.comm)(forwards)
@@ -263,14 +263,14 @@ class PruningVisitor(Visitor):
     @torch.no_grad()
     def stage(self) -> None:
         """Stages the pruned layers of the current block, or of the layers outside all blocks."""
-        linears, new = self.settings.layers, dict[str, PrunedLayer]()
+        linears, new = self.settings.layers, {}
         for name, pruned in self.pruned.items():
             # a layer outside the store's model stays in memory
             if self.store.owner.get(linears[name]) is self._block and linears[name] in self._names:
                 new[name] = pruned
         if not self.store.blocks or self._staged.issuperset(new):  # in memory there is nothing to stage
             return
-        values, kept = dict[str, Tensor](), dict[str, int]()
+        values, kept = {}, {}
         for name, pruned in new.items():
             weight, kept[name] = self._weight(name), pruned.kept
             values[f"bits {weight}"] = pruned.read_bits()
@@ -331,7 +331,7 @@ class PruningVisitor(Visitor):
     def complete(self, site: Site) -> None:
         """Prunes the linear layers of a stop that had tokens."""
         self._sum(site)
-        reached = dict[str, nn.Module]()
+        reached = {}
         for name, linear in site.linears.items():
             tokens = int(self.statistics[self._source[name]].tokens) if name in self._source else 0
             if isinstance(linear, ExpertLinear) and tokens < FEWEST and self.criterion.compares != "global":
@@ -361,7 +361,7 @@ class PruningVisitor(Visitor):
         if any(differ or not agreed.items() >= rank_sources.items() for rank_sources, differ in ranks):
             raise InputsDiffer
         self._source |= agreed
-        sums, used = list[Tensor](), set(agreed.values())
+        sums, used = [], set(agreed.values())
         for name, linear in site.linears.items():
             if name in used:
                 if name not in self.statistics:  # zeros on a rank that has not called it
@@ -375,7 +375,7 @@ class PruningVisitor(Visitor):
         Raises:
             ValueError: If a weight or statistics are not finite, or the criterion changes weights that it must keep.
         """
-        divided, solved = self.criterion.updates and self.comm.size > 1, dict[str, PrunedLayer]()
+        divided, solved = self.criterion.updates and self.comm.size > 1, {}
         if divided:  # solving for weights takes longer than sending them; its cost is rows x width^2 + width^3
             costs = [width**2 * (rows + width) for rows, width in map(size_of, linears.values())]
             for (name, linear), is_own in zip(linears.items(), self.comm.owned_pieces(costs), strict=True):
@@ -426,7 +426,7 @@ class PruningVisitor(Visitor):
 
     def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
         """Returns the new weights of a stop's layers, in memory layout."""
-        new: dict[str, dict[str, Tensor]] = {}
+        new = {}
         for name, linear in site.linears.items():
             if name in self.pruned:
                 weight = self.pruned[name].weight(weight_of(linear))

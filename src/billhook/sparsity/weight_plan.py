@@ -239,7 +239,7 @@ class WeightPlan(ModelPlan):
     def _read(cls, plain: Mapping[str, Any], model: nn.Module) -> Self:
         try:
             kind, criterion, pattern = (str(plain[name]) for name in ("model", "criterion", "pattern"))
-            shapes, pruned = dict[str, tuple[int, ...]](), dict[str, PrunedLayer]()
+            shapes, pruned = {}, {}
             for name, part in plain["pruned"].items():
                 shapes[name] = tuple(map(int, part["shape"]))
                 pruned[name] = PrunedLayer.from_json(part, math.prod(shapes[name]))
@@ -263,7 +263,7 @@ class WeightPlan(ModelPlan):
         The experts of a module have one mask for each parameter that stacks their matrices, such as `mlp.experts.down_proj`.
         """
         with expert_layers(model):
-            linears, masks = self._linears(model), dict[str, Tensor]()
+            linears, masks = self._linears(model), {}
             stored = defaultdict[str, list[tuple[nn.Module, PrunedLayer]]](list)
             for name, part in self.pruned.items():
                 stored[stored_name(name, linears[name])].append((linears[name], part))

@@ -14,7 +14,7 @@ from billhook.linalg import Indices
 from billhook.model import find_transformer, is_adapter, is_convolution, stacks_of
 from billhook.tracing.axes import leaves
 from billhook.tracing.coupling import Structure
-from billhook.tracing.groups import Group, Member, common_module
+from billhook.tracing.groups import Group, common_module
 from billhook.tracing.roles import Attention, Part
 from billhook.tracing.trace import Inputs, trace
 from billhook.units.blocks import find_blocks
@@ -177,7 +177,7 @@ def why_not(model: nn.Module, structure: Structure, group: Group) -> str:
 
 def _units_of_group(model: nn.Module, structure: Structure, group: Group, kind: UnitKind) -> Units:
     members = tuple({(m.name, m.dim): m for m in group.members if not m.buffer}.values())
-    readers, indices = dict[int, str](), list[Indices]()
+    readers, indices = dict[int, str](), []
     for member in members:
         if member.reads:
             index = group.index(member)
@@ -213,8 +213,8 @@ def _at(model: nn.Module, path: Sequence[str]) -> nn.Module:
 
 def find_heads(model: nn.Module, structure: Structure) -> dict[str, Units]:
     """Returns the heads of attention modules in call order; raises for none or unclear ones."""
-    layers: dict[str, Units] = {}
-    seen: set[tuple[str, ...]] = set()
+    layers = {}
+    seen = set()
     for attention in structure.attention:
         heads = _heads(model, structure, attention)
         if heads.readers not in seen:
@@ -254,7 +254,7 @@ def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Unit
         if len(path) > 1 and isinstance(_at(model, path[:-1]), nn.MultiheadAttention):
             raise ValueError(f"model: {part.name} is read by torch.nn.MultiheadAttention at once, so no gate can stand before it")
         modules[_reader(model, part.name)] = None
-    members: dict[tuple[str, int], Member] = {}
+    members = {}
     for group in structure.groups:
         for member in group.members if group.leaf in query else ():
             if member.name.startswith(f"{name}.") and not member.buffer:

@@ -163,8 +163,8 @@ def mask(
     layers = find_units(model, kind, example_inputs)
     subject = model if example_inputs is not None else find_transformer(model)
     masked = unit_ids(layers, chosen, per)
-    values: dict[str, Tensor] = {}
-    blocks: dict[str, list[int]] = {}
+    values = {}
+    blocks = {}
     for name, numbers in masked.items():
         if layers[name].kind == "block":
             blocks[layers[name].name] = numbers

@@ -210,7 +210,7 @@ def token_masks(model: nn.Module, modules: ModulesByName, batch: Any) -> dict[st
     """Finds the non-padding tokens of each module from a batch: bool, `[batch, length]`."""
     if not isinstance(batch, Mapping):
         return {}
-    decoder: Any = None
+    decoder = None
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         decoder = getattr(model, "get_decoder", lambda: None)()
     in_decoder = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()

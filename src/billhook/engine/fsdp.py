@@ -249,7 +249,7 @@ def wrapper_tensor(kind: type[Tensor], size: Sequence[int], dtype: torch.dtype, 
 
 def as_plain() -> AbstractContextManager[None]:
     """Disables `__torch_function__` of tensor subclasses within the context."""
-    disabled: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
+    disabled = torch._C.DisableTorchFunctionSubclass()
     return disabled
 
 

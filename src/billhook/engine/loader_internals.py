@@ -95,7 +95,7 @@ def load_tensors(model: PreTrainedModel, slices: Mapping[str, Any]) -> None:
         from transformers.modeling_utils import LoadStateDictConfig
 
     conversions = getattr(model, "_weight_conversions", None)
-    dtype: torch.dtype = model.dtype
+    dtype = model.dtype
     plan = LoadStateDictConfig(dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=_conversions(model))
     try:
         with progress_bars_off():

@@ -59,7 +59,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 def forked(device: torch.device) -> AbstractContextManager[None]:
     """Restores the random state of the CPU and a device after the context."""
     devices, kind = ([device], device.type) if _has_own(device) else ([], "cpu")
-    forking: AbstractContextManager[None] = torch.random.fork_rng(devices, device_type=kind)
+    forking = torch.random.fork_rng(devices, device_type=kind)
     return forking
 
 
@@ -160,7 +160,7 @@ def overridden(owner: object, **attributes: object) -> Iterator[None]:
     3
     """
     fields = vars(owner)
-    blocks: list[_Block] = fields.setdefault(OPEN, [])
+    blocks = fields.setdefault(OPEN, [])
     mine = _Block(attributes, {name: fields[name] for name in attributes if name in fields})
     blocks.append(mine)
     fields.update(attributes)

@@ -329,7 +329,7 @@ def _files(source: Source) -> dict[str, str]:
                 return dict.fromkeys(opened.keys(), SAFE_WEIGHTS_NAME)
         if source.has(SAFE_WEIGHTS_NAME):
             return dict.fromkeys(source.header(SAFE_WEIGHTS_NAME), SAFE_WEIGHTS_NAME)
-        index: Mapping[str, Any] = json.loads(source.fetch(SAFE_WEIGHTS_INDEX_NAME).read_text())
+        index = json.loads(source.fetch(SAFE_WEIGHTS_INDEX_NAME).read_text())
         return {str(key): str(file) for key, file in index["weight_map"].items()}
     except (*UNREADABLE, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"'{source.name}': streaming requires safetensors files, which cannot be read: {error}") from error

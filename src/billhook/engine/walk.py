@@ -240,7 +240,7 @@ class Walk:
         """Continues a run to its next stop. None if it has ended."""
         run, self.run = self._runs[number], number
         self._caller.restore()  # autocast and other thread state is shared by all runs and the visitor
-        site: Site = run.switch()
+        site = run.switch()
         TorchState().restore()
         return None if run.dead else site
 

@@ -66,7 +66,7 @@ class _Finder:
 
     def lists(self) -> Iterator[Fields]:
         """Yields lists without values of removed blocks, then with fewer lists changed."""
-        shorter: Fields = {}
+        shorter = {}
         for (name, value), (stack, removed) in itertools.product(self.fields.items(), self.removed.items()):
             long = isinstance(value, list | tuple) and len(value) == self.stacks[stack]
             # of two equally deep stacks, only one may own a list
@@ -119,7 +119,7 @@ class _Finder:
             return "its class refuses the changed config", {}
         if difference := built.difference(self.wanted):
             return difference, {}
-        numbers: BlockNumbers = {}
+        numbers = {}
         for name, value in self.now.attributes.items():
             if (new := self._moved(name)) is None or (new_value := built.attributes.get(new)) == value:
                 continue

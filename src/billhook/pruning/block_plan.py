@@ -155,7 +155,7 @@ def find_block_plan(
         names: Stacks of a model on meta tensors, which cannot be detected by a run.
     """
     stacks = find_blocks(model) if names is None else {name: _stack(model, name) for name in names}
-    removed: dict[str, list[int]] = {}
+    removed = {}
     for name, chosen_blocks in chosen.items():
         numbers, count = sorted(set(chosen_blocks)), len(stacks.get(name, ()))
         if not set(numbers) <= set(range(count)):

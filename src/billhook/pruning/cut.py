@@ -165,7 +165,7 @@ def _count_left(name: str, units: Units, removed: Sequence[int]) -> tuple[int, .
 
 
 def _cuts(structure: Structure, units: UnitsByModule, removed: Mapping[str, list[int]], by_expert: Mapping[str, Indices]) -> Cuts:
-    cuts: Cuts = {}
+    cuts = {}
     leaves_of = {}
     for name, numbers in removed.items():
         layer = units[name]

@@ -336,7 +336,7 @@ def _scales(model: PreTrainedModel, owner: str, numbers: Mapping[str, tuple[floa
     up = partial(torch.mul, other=ratio)
     if not _alike(_small_output(module, tokens, old), _small_output(module, tokens, new, up)):
         return None
-    scales: dict[str, Scale] = {f"{owner}.weight": up}
+    scales = {f"{owner}.weight": up}
     tied = any(other is not module and other._parameters.get("weight") is module.weight for other in model.modules())
     norm = _divided_norm(model, module.embedding_dim, ratio) if tied else {}
     return None if norm is None else scales | norm

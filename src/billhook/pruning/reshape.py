@@ -159,7 +159,7 @@ def _certain(model: PreTrainedModel, tensors: Sizes) -> dict[str, int]:
     certain: dict[str, int] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, module in model.named_modules():
-        layer: Any = module.get_base_layer() if is_adapter(module) else module
+        layer = module.get_base_layer() if is_adapter(module) else module
         size = tensors.get(names.get(id(layer._parameters.get("weight")), ""))
         stated = _stated_sizes(layer, size) if size is not None else {}
         if layer is not module:  # PEFT's layers use these names, and none for convolutions

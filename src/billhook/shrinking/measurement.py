@@ -97,7 +97,7 @@ def measure(
     sums = sum_units(model, units, importance, batches, None, "kv_head")
     orders = broadcast(rank_channels(sums))
     scores = broadcast(scores_of(importance, sums))
-    settings: list[object] = [str(repair and replace(repair, match=None)), search.amount.round_to, len(batches)]
+    settings = [str(repair and replace(repair, match=None)), search.amount.round_to, len(batches)]
     cache_folder = folder and folder / cache_key(model, settings, scores, [*batches, *held_out])
     writers = {block.name: scope.blocks.writers[block.number] for block in scope.blocks.removable}
     cache = VariantCache(model, cache_folder, writers)

@@ -71,7 +71,7 @@ class PrunedLayer:
     @property
     def bits(self) -> np.ndarray:
         """The mask, 8 weights to a byte."""
-        bits: np.ndarray = self.read_bits().cpu().numpy()
+        bits = self.read_bits().cpu().numpy()
         return bits
 
     @property
@@ -161,7 +161,7 @@ def pack_mask(mask: Tensor) -> np.ndarray:
     bits = torch.zeros_like(columns[0])
     for number, column in enumerate(columns):
         bits |= column << (7 - number)
-    on_host: np.ndarray = bits.cpu().numpy()
+    on_host = bits.cpu().numpy()
     return on_host
 
 
@@ -330,7 +330,7 @@ class WeightPlan(ModelPlan):
 
     def _renderables(self) -> list[RenderableType]:
         """Shows similar layers in a row: count, shape, and range of sparsity."""
-        sparsities: dict[tuple[str, tuple[int, ...]], list[float]] = defaultdict(list)
+        sparsities = defaultdict(list)
         for name, part in self.pruned.items():
             size = math.prod(self.shapes[name])
             sparsities[re.sub(r"\b\d+\b", "*", name), self.shapes[name]].append(1 - part.kept / size if size else 0.0)

@@ -65,7 +65,7 @@ def find_units(model: nn.Module, kind: UnitKind | Iterable[UnitKind], example_in
 
 def kinds_of(kind: UnitKind | Iterable[UnitKind]) -> list[UnitKind]:
     """Returns the kinds as a list without duplicates. Raises for other values."""
-    kinds: list[UnitKind] = list(dict.fromkeys([kind] if isinstance(kind, str) else kind))
+    kinds = list(dict.fromkeys([kind] if isinstance(kind, str) else kind))
     for legal in kinds:
         check_one_of("kind", legal, UnitKind)
     return kinds
@@ -158,7 +158,7 @@ def why_not(model: nn.Module, structure: Structure, group: Group) -> str:
     path = group.where.split(".")
     if not any(isinstance(_at(model, path[:end]), nn.ModuleList) for end in range(len(path))):
         return "are in no block"
-    convolutions: dict[int, list[nn.Module]] = defaultdict(list)  # by their number of groups
+    convolutions = defaultdict(list)  # by their number of groups
     for member in group.members:
         module = _at(model, member.name.split(".")[:-1])
         if isinstance(module, nn.modules.conv._ConvNd):
@@ -226,7 +226,7 @@ def find_heads(model: nn.Module, structure: Structure) -> dict[str, Units]:
 
 
 def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Units:
-    by_leaves: dict[int, list[Part]] = defaultdict(list)
+    by_leaves = defaultdict(list)
     for part in attention.o:
         axis = structure.axes[part.name][part.dim]
         by_leaves[len(set(attention.heads) & set(leaves(axis)))].append(part)

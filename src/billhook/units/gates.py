@@ -157,7 +157,7 @@ def mask(
     """
     check_types(mask, locals())
     if isinstance(units, Iterable):
-        chosen: Chosen = units
+        chosen = units
     else:
         chosen, kind = units.units, dict.fromkeys(units.kinds.values())
     layers = find_units(model, kind, example_inputs)

@@ -183,7 +183,7 @@ def model_loss(model: nn.Module, batch: Any, hint: str = ", or pass loss=") -> T
     """
     if not isinstance(batch, dict):
         raise ValueError(f"batches: a {type(batch).__name__} is not a dictionary of model inputs. Pass dictionaries{hint}.")
-    config: Any = getattr(model, "config", None)
+    config = getattr(model, "config", None)
     generates = getattr(model, "can_generate", lambda: False)() and not getattr(config, "is_encoder_decoder", False)
     if "labels" not in batch and generates and "input_ids" in batch:
         ids, mask = batch["input_ids"], batch.get("attention_mask")

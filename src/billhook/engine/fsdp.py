@@ -177,7 +177,7 @@ def _sharding(state: Any) -> Sharding:  # noqa: ANN401
             f"model: parameters of {class_of(state._modules[0]).__name__} are sharded over several meshes, which cannot be "
             "restored after shapes change. Shard them over a single mesh."
         )
-    arguments: dict[str, Any] = {"mp_policy": state._mp_policy}
+    arguments = {"mp_policy": state._mp_policy}
     settings = {}
     for group in groups_of(state):
         after = group.post_forward_mesh_info

@@ -303,7 +303,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Modes, random state, and configs are restored afterwards.
     """
     modes = {module: module.training for module in model.modules()}
-    caching, problems = dict[int, Any](), dict[int, tuple[dict[str, Any], object]]()
+    caching, problems = dict[int, Any](), {}
     for module in modes:
         config = getattr(module, "config", None)
         if getattr(config, "use_cache", False):

@@ -88,7 +88,7 @@ class _Finder:
                 depths = [left[stages[stage]] if stage in stages else depth for stage, depth in enumerate(value)]
                 same = all(value[stage] == self.stacks[stack] for stage, stack in stages.items())
                 options += [(name, type(value)(depths))] if same else []
-        reasons: list[str] = []
+        reasons = []
 
         def fits(built: Built) -> bool:
             if any(_count(built, stack) != left[stack] for stack in self.removed):

@@ -164,7 +164,7 @@ def find_block_plan(
             raise ValueError(f"blocks: {name} would be left without blocks; at least one of its {count} must stay")
         if numbers:
             removed[name] = numbers
-    staying, leaving = dict[int, str](), list[tuple[tuple[str, int], int]]()
+    staying, leaving = {}, []
     for name, parameter in model.named_parameters(remove_duplicate=False):
         block = block_of(name, stacks)
         if block is not None and block[1] in removed.get(block[0], ()):

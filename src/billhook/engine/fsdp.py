@@ -249,8 +249,7 @@ def wrapper_tensor(kind: type[Tensor], size: Sequence[int], dtype: torch.dtype, 
 
 def as_plain() -> AbstractContextManager[None]:
     """Disables `__torch_function__` of tensor subclasses within the context."""
-    disabled = torch._C.DisableTorchFunctionSubclass()
-    return disabled
+    return torch._C.DisableTorchFunctionSubclass()
 
 
 def _refuse(missing: Iterable[str], what: str, why: str, instead: str = "") -> None:

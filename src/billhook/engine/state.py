@@ -59,8 +59,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 def forked(device: torch.device) -> AbstractContextManager[None]:
     """Restores the random state of the CPU and a device after the context."""
     devices, kind = ([device], device.type) if _has_own(device) else ([], "cpu")
-    forking = torch.random.fork_rng(devices, device_type=kind)
-    return forking
+    return torch.random.fork_rng(devices, device_type=kind)
 
 
 def seed_random_state(number: int, device: torch.device) -> None:

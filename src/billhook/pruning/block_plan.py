@@ -301,8 +301,7 @@ def block_writers(model: nn.Module, stack: str, units: UnitsByModule) -> dict[in
         units: The heads and channels of the model, whose consumer layers these are.
     """
     writers: dict[int, list[str]] = {number: [] for number, _ in enumerate(model.get_submodule(stack).children())}
-    layers = [of_module for of_module in units.values() if not of_module.of_experts]
-    for consumer in dict.fromkeys(consumer for of_module in layers for consumer in of_module.readers):
+    for consumer in dict.fromkeys(consumer for of_module in units.values() for consumer in of_module.own_readers):
         where = block_of(consumer, [stack])
         if where is not None and is_linear(model.get_submodule(consumer)):
             writers[where[1]].append(consumer)

@@ -68,7 +68,7 @@ def remove(model: PreTrainedModel, cut: Cut, key: Callable[[], str] = str) -> li
     _check_tokens(model, cut)
     readers = set()  # consumer layers that do not lose output rows, too
     for layer in cut.all_units.values():
-        for reader in layer.readers if not layer.of_experts else ():
+        for reader in layer.own_readers:
             module = model.get_submodule(reader)
             if any(isinstance(hook, Gate) for hook in module._forward_pre_hooks.values()):
                 raise ValueError(f"units: {reader} has a mask or gates. Remove them first with mask.remove().")

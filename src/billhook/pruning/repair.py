@@ -183,7 +183,7 @@ def repair_with(
     kept_inputs = {reader: torch.ones(size_of(subject.get_submodule(reader))[1], dtype=torch.bool) for reader in also}
     for name, removed in plan.units.items():
         layer = plan.all_units[name]
-        for reader in layer.readers if layer.kind in ("head", "channel") and not layer.of_experts else ():
+        for reader in layer.own_readers if layer.kind in ("head", "channel") else ():
             if is_linear(subject.get_submodule(_stored(subject, reader))) and (reader not in fixed or reader in also):
                 is_kept = torch.from_numpy(~np.isin(layer.index, removed))
                 kept_inputs[reader] = kept_inputs[reader] & is_kept if reader in kept_inputs else is_kept
@@ -194,8 +194,7 @@ def repair_with(
     if mixtures and not store_of(subject).holds_all:
         raise NoRepair("repair: experts of a streamed or sharded model cannot be refitted. Load the model into memory.")
     for layer in plan.all_units.values():
-        readers = () if layer.of_experts else layer.readers
-        modules = modules | dict(zip(readers, map(subject.get_submodule, readers), strict=True))
+        modules = modules | {reader: subject.get_submodule(reader) for reader in layer.own_readers}
     keep = {}
     for reader, is_kept in kept_inputs.items():
         modules[reader], keep[_stored(subject, reader)] = subject.get_submodule(reader), is_kept

@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from torch import nn

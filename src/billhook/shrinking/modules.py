@@ -78,7 +78,7 @@ def find_modules(search: RatioSearch, target: str, uniform: bool = False) -> lis
     model, free, modules, consumed = search.model, search.removable(), [], set[str]()
     for names in coupled_modules(free):
         layers = [free[name] for name in names]
-        consumers = [consumer for layer in layers if not layer.of_experts for consumer in layer.readers]
+        consumers = [consumer for layer in layers for consumer in layer.own_readers]
         if not all(layer.readers for layer in layers) or not all(is_linear(model.get_submodule(name)) for name in consumers):
             continue
         cost = _unit_cost(search, names, target)

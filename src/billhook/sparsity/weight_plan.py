@@ -71,8 +71,7 @@ class PrunedLayer:
     @property
     def bits(self) -> np.ndarray:
         """The mask, 8 weights to a byte."""
-        bits = self.read_bits().cpu().numpy()
-        return bits
+        return self.read_bits().cpu().numpy()
 
     @property
     def values(self) -> Tensor | None:
@@ -161,8 +160,7 @@ def pack_mask(mask: Tensor) -> np.ndarray:
     bits = torch.zeros_like(columns[0])
     for number, column in enumerate(columns):
         bits |= column << (7 - number)
-    on_host = bits.cpu().numpy()
-    return on_host
+    return bits.cpu().numpy()
 
 
 def unpack_mask(bits: np.ndarray, size: int, device: torch.device) -> Tensor:

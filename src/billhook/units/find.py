@@ -15,7 +15,7 @@ from billhook.model import find_transformer, is_adapter, is_convolution, stacks_
 from billhook.tracing.axes import leaves
 from billhook.tracing.coupling import Structure
 from billhook.tracing.groups import Group, common_module
-from billhook.tracing.roles import Attention, Part
+from billhook.tracing.roles import Attention
 from billhook.tracing.trace import Inputs, trace
 from billhook.units.blocks import find_blocks
 from billhook.units.units import Per, UnitKind, Units, UnitsByModule, axis_numbers, plural

@@ -66,6 +66,11 @@ class Units:
     def __post_init__(self) -> None:
         check_types(Units, vars(self))
 
+    @property
+    def own_readers(self) -> tuple[str, ...]:
+        """The readers that are modules of the model, also outside of `expert_layers`."""
+        return () if self.of_experts else self.readers
+
     def __repr__(self) -> str:
         return f"Units({self.kind!r}, {' and '.join(f'{number:,}' for number in counts(self))} in {self.name!r})"
 

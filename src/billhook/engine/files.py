@@ -40,7 +40,7 @@ class FileStore(BlockStore):
         model: The model, on the meta device.
         files: The tensors of its checkpoint.
         parts: Writes changed blocks. None for a read-only model.
-        quantization: How the files are quantized. None if they are not.
+        quantization: How the files are quantized.
 
     Attributes:
         blocks: The blocks that are loaded on demand, by name.
@@ -54,9 +54,7 @@ class FileStore(BlockStore):
     in_files = True
     snapshot_attributes = ("files", "keys", "adopted", "names", "blocks", "owner", "_renames", "_alterations")
 
-    def __init__(
-        self, model: PreTrainedModel, files: TensorFiles, parts: Parts | None, quantization: Quantization | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, files: TensorFiles, parts: Parts | None, quantization: Quantization) -> None:
         super().__init__(model)
         self.files, self.parts, self.quantization = files, parts, quantization
         self._copies: DeviceCopies | None = None
@@ -96,8 +94,6 @@ class FileStore(BlockStore):
 
     def _parameter_of(self) -> dict[str, str]:
         """Returns the parameter or buffer of each tensor in the files."""
-        if self.quantization is None:
-            return names_in_model(self.model, self.files)
         stored = self.quantization.stored(set(self.files))
         return {key: parameter for name, parameter in names_in_model(self.model, stored).items() for key in stored[name]}
 
@@ -304,7 +300,7 @@ class FileStore(BlockStore):
                 renamed[key] = renumbered(key, name, new)
                 keys[new].append(renamed[key])
         self.files.rename(renamed, frozenset(removed))
-        if self.quantization is not None and (dense := self.model.config.quantization_config.get("modules_to_not_convert")):
+        if self.quantization.method and (dense := self.model.config.quantization_config.get("modules_to_not_convert")):
             left = []
             for module in dense:
                 name = next((name for name in self.blocks if f"{module}.".startswith(f"{name}.")), "")
@@ -337,7 +333,7 @@ class FileStore(BlockStore):
 
     def check_writes_values(self) -> None:
         """Raises if the files are quantized. See `BlockStore.check_writes_values`."""
-        if self.quantization is not None:
+        if self.quantization.method:
             raise ValueError(
                 f"model: its files are quantized ({self.quantization.method}), so only experts and blocks can be removed, "
                 "without a repair. Dequantize the checkpoint first to change its weights."
@@ -345,7 +341,7 @@ class FileStore(BlockStore):
 
     def select(self, kept: Mapping[str, Mapping[int, Indices]], sizes: Mapping[str, tuple[int, ...]]) -> set[str] | None:
         """Leaves out positions of parameters in quantized files. See `BlockStore.select`."""
-        if self.quantization is None:
+        if not self.quantization.method:
             return None
         self.release()
         self._forget()
@@ -369,7 +365,7 @@ class FileStore(BlockStore):
         """Writes the config, a file per block, and the index. See `BlockStore.write`."""
         self.release()
         blocks, parameter_of = len(self.blocks), self._parameter_of()
-        if self.quantization is not None:
+        if self.quantization.method:
             save_state(self.model, folder, {})  # only the config
             for number, keys in enumerate(self.keys.values()):
                 save_file(self.files.read(keys), folder / _file_name(number, blocks), {"format": "pt"})
@@ -407,7 +403,7 @@ class FileStore(BlockStore):
             if parameter.is_meta:
                 slots_of[parameter].append(slot)
         with self.files.slices(keys) if prefetched is None else nullcontext(prefetched) as slices:
-            load_tensors(self.model, slices if self.quantization is None else self.quantization.dequantized(slices))
+            load_tensors(self.model, self.quantization.dequantized(slices))
         for slots in slots_of.values():
             parameters = [module.get_parameter(key) for module, key in slots]
             arrived = [parameter for parameter in parameters if not parameter.is_meta]

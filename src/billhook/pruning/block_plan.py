@@ -4,7 +4,6 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any, ClassVar
@@ -36,6 +35,7 @@ from billhook.model import (
     run_outputs,
     set_fields,
     shape_of,
+    snapshot_with_store,
     to_meta,
     tolerance,
     with_fields,
@@ -214,18 +214,17 @@ def _digest(model: PreTrainedModel) -> str:
     return hashlib.sha256(json.dumps([shape["tensors"], shape["blocks"]], sort_keys=True).encode()).hexdigest()[:16]
 
 
-class _Tried(Exception):
-    """Ends a trial, so that everything is restored."""
-
-
 def checked_block_plan(model: PreTrainedModel, plan: BlockPlan) -> BlockPlan:
     """Returns the plan after a trial removal; raises if it fails. The model is unchanged."""
-    with suppress(_Tried):
-        _remove(model, plan, trial=True)
+    back = snapshot_with_store(model)
+    try:
+        _remove(model, plan)
+    finally:
+        back()
     return plan
 
 
-def _remove(model: PreTrainedModel, plan: BlockPlan, trial: bool = False) -> set[nn.Parameter]:
+def _remove(model: PreTrainedModel, plan: BlockPlan) -> set[nn.Parameter]:
     """Removes the blocks of a plan in place and returns their parameters; undone on errors.
 
     Raises for a block that runs several times, and for a model whose output then differs from the one with the blocks skipped or
@@ -257,8 +256,6 @@ def _remove(model: PreTrainedModel, plan: BlockPlan, trial: bool = False) -> set
                     f"blocks: {kind} computes something else{how} without {plan.units} than with these blocks skipped: later "
                     "blocks depend on them or on their own position"
                 )
-        if trial:
-            raise _Tried
     return before - set(model.parameters())
 
 

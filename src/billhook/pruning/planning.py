@@ -10,13 +10,14 @@ from transformers import PreTrainedTokenizerBase
 
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, read_batches
-from billhook.engine import SINGLE_PROCESS, Comm, Loss, Reduce, cpu_by_default
+from billhook.engine import SINGLE_PROCESS, Comm, Loss, Reduce, cpu_by_default, store_of
 from billhook.importance.activations import OutputNorm
 from billhook.importance.blocks import BlockInfluence
 from billhook.importance.reap import REAP, RoutingImportance, stacked_experts
 from billhook.importance.score import (
     Importance,
     Sums,
+    check_supports_streaming,
     rank_channels,
     score_units,
     scores_of,
@@ -142,6 +143,8 @@ def plan_amount(
     `progress` is called with the number of scored batches and the total; if `greedy`, with the number of chosen blocks.
     """
     subject = find_transformer(model)
+    if importance is not None and scores is None and not store_of(subject).trains:
+        check_supports_streaming(importance)  # before a block is read
     if amount.blocks is None:
         if greedy:
             raise ValueError("greedy=True requires blocks. Set blocks, or remove greedy.")

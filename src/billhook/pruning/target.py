@@ -96,15 +96,14 @@ class RatioSearch:
         """
         if self._ratios is None or self.amount.ranking == "global":
             self._ratios = self._find_ratios(scores)
-        cut = self._cut(scores, self._ratios)
+        cut = self._cut(scores, self._ratios, orders=orders)
         if not cut.units:
             ratios = ", ".join(f"{name}={ratio:g}" for name, ratio in self._ratios.items())
             rounded = "" if self.amount.round_to in ("auto", 1) else f" (round_to={self.amount.round_to})"
             step = max(self._steps.values(), default=1)
             kernel = "" if step == 1 else f" (the kernel of the experts requires multiples of {step})"
             raise ValueError(f"{ratios}{rounded} removes no unit from any module{kernel}. Raise the ratio.")
-        by_expert = of_ranks(orders or {}, cut.units)
-        return find_cut(self.model, self.structure, self.units, cut.units, by_expert=by_expert) if by_expert else cut
+        return cut
 
     def step(self, name: str) -> int:
         """Returns the multiple that the remaining channels of a module must have."""
@@ -174,14 +173,20 @@ class RatioSearch:
                     removed[layer] = layers[layer].query_heads(numbers) if per == "kv_head" else numbers
         return removed
 
-    def _cut(self, scores: TensorsByName, ratios: Mapping[str, float], target: bool = False) -> Cut:
+    def _cut(
+        self,
+        scores: TensorsByName,
+        ratios: Mapping[str, float],
+        target: bool = False,
+        orders: Mapping[str, Indices] | None = None,
+    ) -> Cut:
         """Finds the cut of some ratios; for a budget, searched counts are not rounded."""
         exact = self.amount.open_ratios if target and self.amount.round_to == "auto" else ()
         chosen: dict[str, list[int]] = {}
         for amount, of_target in ((self.amount, False), (replace(self.amount, round_to=1), True)):
             ratios_of_pass = {name: ratio for name, ratio in ratios.items() if (name in exact) == of_target}
             chosen |= self.choose(scores, ratios_of_pass, amount)
-        return find_cut(self.model, self.structure, self.units, chosen)
+        return find_cut(self.model, self.structure, self.units, chosen, by_expert=of_ranks(orders or {}, chosen))
 
     def _find_ratios(self, scores: TensorsByName) -> dict[str, float]:
         """Returns the ratios that are set, and the ratios that meet the budget."""

@@ -190,7 +190,7 @@ def place_gates(
 
 def _open_gates(model: nn.Module, units: Units, per: Per = "head") -> Tensor:
     """Returns gates of 1. Raises for units without a consumer module."""
-    if not units.readers or units.of_experts:
+    if not units.own_readers:
         what = PLURAL[units.kind]
         raise ValueError(
             f"{what}: no single module consumes the {what} of {units.name or 'the model'}, so they cannot be masked."

@@ -45,10 +45,10 @@ class BlockStore(ABC):
         on_ranks: Whether blocks are shards that all ranks gather together.
     """
 
-    holds_all: ClassVar[bool] = True
-    trains: ClassVar[bool] = True
-    in_files: ClassVar[bool] = False
-    on_ranks: ClassVar[bool] = False
+    holds_all = True
+    trains = True
+    in_files = False
+    on_ranks = False
     snapshot_attributes: ClassVar[tuple[str, ...]] = ()  # attributes that `snapshot` restores
     keeps_shapes = True
 

@@ -6,7 +6,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from rich.console import RenderableType
@@ -40,7 +40,7 @@ class Ablation(Importance):
         {'model.layers': 4}
     """
 
-    blockwise: ClassVar[bool] = True
+    blockwise = True
 
     def sums(self, model: nn.Module, units: UnitsByModule, per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches. See `Importance.sums`."""

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any, ClassVar
+from typing import Any
 from weakref import ReferenceType, ref
 
 import numpy as np
@@ -43,7 +43,7 @@ class ActivationNorm(Importance):
         [8, 8, 8, 8]
     """
 
-    blockwise: ClassVar[bool] = True
+    blockwise = True
 
     def sums(self, model: nn.Module, units: UnitsByModule, per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches. See `Importance.sums`."""
@@ -84,7 +84,7 @@ class OutputNorm(Importance):
         [384, 384, 384, 384]
     """
 
-    blockwise: ClassVar[bool] = True
+    blockwise = True
 
     def sums(self, model: nn.Module, units: UnitsByModule, per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches. See `Importance.sums`.

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -33,8 +33,8 @@ class WeightNorm(Importance):
         [384, 384, 384, 384]
     """
 
-    needs_data: ClassVar[bool] = False
-    blockwise: ClassVar[bool] = True
+    needs_data = False
+    blockwise = True
     p: Literal[1, 2] = 2
 
     def __post_init__(self) -> None:
@@ -59,8 +59,8 @@ class RandomUnits(Importance):
         seed: Random seed.
     """
 
-    needs_data: ClassVar[bool] = False
-    blockwise: ClassVar[bool] = True
+    needs_data = False
+    blockwise = True
     seed: int = 0
 
     def sums(self, model: nn.Module, units: UnitsByModule, per: Per, runs: Sequence[Run]) -> Sums:

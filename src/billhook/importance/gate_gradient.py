@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +55,8 @@ class GateGradient(Importance):
         [8, 8, 8, 8]
     """
 
-    needs_gradients: ClassVar[bool] = True
-    blockwise: ClassVar[bool] = True
+    needs_gradients = True
+    blockwise = True
     each: Each = "token"
 
     def __post_init__(self) -> None:

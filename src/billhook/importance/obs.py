@@ -8,7 +8,6 @@ Inference-Aware Structured Pruning of Language Models" (Kurtic, Frantar & Alista
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -114,7 +113,7 @@ class OBS(Importance):
         [384, 384, 384, 384]
     """
 
-    blockwise: ClassVar[bool] = True
+    blockwise = True
     damping: float = 0.01
     passes: int = 1
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ class RoutingImportance(Importance):
     It costs a forward pass for each batch, and needs experts whose class uses transformers' interface.
     """
 
-    blockwise: ClassVar[bool] = True
+    blockwise = True
 
     @property
     @abstractmethod

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -91,9 +91,9 @@ class Importance(ABC):
             pass. If True, a sharded model is gathered one block at a time.
     """
 
-    needs_data: ClassVar[bool] = True
-    needs_gradients: ClassVar[bool] = False
-    blockwise: ClassVar[bool] = False
+    needs_data = True
+    needs_gradients = False
+    blockwise = False
 
     @abstractmethod
     def sums(self, model: nn.Module, units: UnitsByModule, per: Per, runs: Sequence[Run]) -> Sums:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -63,8 +63,8 @@ class Taylor(Importance):
         [8, 8, 8, 8]
     """
 
-    needs_gradients: ClassVar[bool] = True
-    blockwise: ClassVar[bool] = True
+    needs_gradients = True
+    blockwise = True
     order: Order = "first"
     reduce: Reduction = "sum"
     passes: int = 4

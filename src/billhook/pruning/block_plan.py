@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from rich.console import RenderableType
@@ -56,7 +56,7 @@ class BlockPlan(ShapePlan):
         scores: Score of each block by stack, for display only.
     """
 
-    kind: ClassVar[str] = "blocks"
+    kind = "blocks"
 
     model: str
     made_for: str

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from rich.console import RenderableType
@@ -33,7 +33,7 @@ from billhook.vocabulary.tokenizer import Vocabulary
 class UnitPlan(Cut, ShapePlan):
     """A plan to remove heads, channels, hidden dimensions, or experts; `print` shows a table."""
 
-    kind: ClassVar[str] = "units"
+    kind = "units"
     costs: tuple[Costs, Costs] | None = None
     widths: tuple[str, ...] = ()
     routing: tuple[RoutingChange, ...] = ()

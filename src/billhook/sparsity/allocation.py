@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import ClassVar
 
 from torch import Tensor
 
@@ -31,7 +30,7 @@ class Allocation(ABC):
         measures: Whether `allocate` needs a result of `measure` for each block.
     """
 
-    measures: ClassVar[bool] = False
+    measures = False
 
     def measure(self, scores: Sequence[Tensor]) -> float:
         """Measures a block.
@@ -136,7 +135,7 @@ class OWL(Allocation):
         {'0.up': 0.6, '1.up': 0.4}
     """
 
-    measures: ClassVar[bool] = True
+    measures = True
     lam: float = 0.08
     multiple: float = 5.0
 

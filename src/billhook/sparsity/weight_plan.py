@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -198,7 +198,7 @@ class WeightPlan(ModelPlan):
         by_magnitude: Tokens of each matrix of an expert that was pruned by magnitude because it received too few.
     """
 
-    kind: ClassVar[str] = "weights"
+    kind = "weights"
     model: str
     criterion: str
     pattern: str

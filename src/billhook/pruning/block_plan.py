@@ -42,7 +42,7 @@ from billhook.model import (
     with_weights,
 )
 from billhook.pruning.block_fields import BlockNumbers, find_block_fields
-from billhook.units import UnitKind, UnitsByModule, block_of, find_blocks, skipping
+from billhook.units import UnitKind, UnitNumbers, UnitsByModule, block_of, find_blocks, skipping
 
 
 @dataclass(frozen=True, repr=False)
@@ -60,7 +60,7 @@ class BlockPlan(ShapePlan):
 
     model: str
     made_for: str
-    units: dict[str, list[int]]
+    units: UnitNumbers
     before: dict[str, tuple[int, ...]]
     fields: Fields
     attributes: BlockNumbers

@@ -13,7 +13,7 @@ from billhook.arguments import check_fraction, check_int, check_one_of, check_ty
 from billhook.linalg import Indices, TensorsByName
 from billhook.pruning.amount import Amount, Ranking
 from billhook.pruning.cut import coupled_modules
-from billhook.units import Per, Units, UnitsByModule, block_of, find_blocks, plural
+from billhook.units import Per, UnitNumbers, Units, UnitsByModule, block_of, find_blocks, plural
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ def check_choice(ratio: float, ranking: str, min_units: int, per: str, what: str
 
 
 def choose_including(
-    choose_by: Callable[[TensorsByName], dict[str, list[int]]],
+    choose_by: Callable[[TensorsByName], UnitNumbers],
     earlier: Mapping[str, Sequence[int]],
     scores: TensorsByName,
-) -> dict[str, list[int]]:
+) -> UnitNumbers:
     """Chooses units by their scores, including all that were chosen before."""
     lowest = {name: values.clone() for name, values in scores.items()}
     for name, chosen in earlier.items():
@@ -88,7 +88,7 @@ def choose(
     remove: bool = True,
     ends: tuple[int, int] = (0, 0),
     name: str = "ratio",
-) -> dict[str, list[int]]:
+) -> UnitNumbers:
     """Chooses the units with the lowest scores, of a single kind.
 
     Returns ascending unit numbers by module, without modules that lose none.
@@ -145,7 +145,7 @@ def choose(
         if ranking == "layer" or not competitions:
             competitions.append([])
         competitions[-1].append(_Order(layers, steps[:most], means[:most]))
-    removed: dict[str, list[int]] = {}
+    removed: UnitNumbers = {}
     for orders in competitions:
         total = sum(units[layer].count(per) for order in orders for layer in order.layers)
         where = (orders[0].layers[0] or "the model") if ranking == "layer" else "all layers"

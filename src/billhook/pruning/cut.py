@@ -12,7 +12,7 @@ from billhook.model import check_plain
 from billhook.pruning.amount import kernel_multiple
 from billhook.tracing.axes import leaves
 from billhook.tracing.coupling import NEVER, Structure
-from billhook.units import PLURAL, Chosen, Per, UnitKind, Units, UnitsByModule, counts, unit_ids
+from billhook.units import PLURAL, Chosen, Per, UnitKind, UnitNumbers, Units, UnitsByModule, counts, unit_ids
 
 Cuts = dict[tuple[str, int], Indices]
 """(tensor, dimension) -> the positions to keep, ascending: int64, `[positions]`, or `[experts, positions]` by the first
@@ -37,7 +37,7 @@ class Cut:
 
     model: str
     kinds: dict[str, UnitKind]
-    units: dict[str, list[int]]
+    units: UnitNumbers
     before: dict[str, tuple[int, ...]]
     after: dict[str, tuple[int, ...]]
     cuts: Cuts

@@ -39,6 +39,7 @@ from billhook.units import (
     Chosen,
     Per,
     UnitKind,
+    UnitNumbers,
     Units,
     UnitsByModule,
     check_any,
@@ -288,7 +289,7 @@ def count_blocks(model: nn.Module, amount: Amount) -> tuple[dict[str, Units], di
     return stacks, {name: len(blocks) for name, blocks in _lowest_blocks(stacks, equal_scores, amount).items()}
 
 
-def _lowest_blocks(stacks: UnitsByModule, scores: TensorsByName, amount: Amount) -> dict[str, list[int]]:
+def _lowest_blocks(stacks: UnitsByModule, scores: TensorsByName, amount: Amount) -> UnitNumbers:
     ends, ratio = (amount.first, amount.last), amount.blocks or 0
     return choose(stacks, scores, ratio, amount.ranking, amount.min_units, ends=ends, name="blocks")
 

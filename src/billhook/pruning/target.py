@@ -29,7 +29,7 @@ from billhook.pruning.choice import choose, protected_modules
 from billhook.pruning.cut import Cut, coupled_modules, find_cut, of_ranks, size_after
 from billhook.pruning.removal import try_removal
 from billhook.tracing.trace import trace
-from billhook.units import PLURAL, UnitKind, Units, UnitsByModule, of_kind, units_of, why_none
+from billhook.units import PLURAL, UnitKind, UnitNumbers, Units, UnitsByModule, of_kind, units_of, why_none
 
 MAX_CHANNEL_RATIO = 0.52
 """Largest channel ratio at which a budget is met by channels only: beyond it, SmolLM2 loses less if KV heads are removed, too
@@ -137,7 +137,7 @@ class RatioSearch:
         requested = {name: layer.count() - len(exact.get(name, [])) for name, layer in self.units.items()}
         return tuple(note for _, note in width_notes(cut, requested))
 
-    def choose(self, scores: TensorsByName, ratios: Mapping[str, float], amount: Amount) -> dict[str, list[int]]:
+    def choose(self, scores: TensorsByName, ratios: Mapping[str, float], amount: Amount) -> UnitNumbers:
         """Chooses units of several kinds by their scores, and rounds remaining numbers.
 
         Returns ascending unit numbers by module; for attention, query heads. Heads are scored as query heads or KV heads, as the
@@ -158,7 +158,7 @@ class RatioSearch:
                 unchanged = total == now or name not in amount.ratios
                 part = ratio if unchanged else max(0.0, ratio * total - (total - now)) / now
                 parts.setdefault(part, []).extend(names)
-            chosen: dict[str, list[int]] = {}
+            chosen: UnitNumbers = {}
             for part, names in parts.items():
                 chosen |= take(_subset(layers, names), ratio=part, ranking=amount.ranking)
             for coupled in coupled_modules(_subset(layers, chosen)):
@@ -182,7 +182,7 @@ class RatioSearch:
     ) -> Cut:
         """Finds the cut of some ratios; for a budget, searched counts are not rounded."""
         exact = self.amount.open_ratios if target and self.amount.round_to == "auto" else ()
-        chosen: dict[str, list[int]] = {}
+        chosen: UnitNumbers = {}
         for amount, of_target in ((self.amount, False), (replace(self.amount, round_to=1), True)):
             ratios_of_pass = {name: ratio for name, ratio in ratios.items() if (name in exact) == of_target}
             chosen |= self.choose(scores, ratios_of_pass, amount)

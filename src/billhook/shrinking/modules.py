@@ -13,7 +13,7 @@ from billhook.pruning.choice import rank_units
 from billhook.pruning.cut import coupled_modules, find_cut, size_after
 from billhook.pruning.removal import try_removal
 from billhook.pruning.target import RatioSearch
-from billhook.units import UnitKind, Units, UnitsByModule
+from billhook.units import UnitKind, UnitNumbers, Units, UnitsByModule
 
 PARTS = 8
 """Levels keep multiples of one part in this many of a module."""
@@ -88,7 +88,7 @@ def find_modules(search: RatioSearch, target: str, uniform: bool = False) -> lis
             consumed.update(consumers_of(module, free))
     refusals = {}  # by kind, if the model does not run at the lowest numbers of units
     for of_kind in group_by(modules, lambda module: module.kind):
-        removed = dict[str, list[int]]()
+        removed = UnitNumbers()
         for module in of_kind:
             removed |= any_removed(module, search.units, module.allowed[-1])
         try:
@@ -145,7 +145,7 @@ def _unit_cost(search: RatioSearch, names: Sequence[str], target: str) -> int:
     return total // step
 
 
-def removed_units(module: PrunableModule, units: UnitsByModule, scores: Mapping[str, Tensor], kept: int) -> dict[str, list[int]]:
+def removed_units(module: PrunableModule, units: UnitsByModule, scores: Mapping[str, Tensor], kept: int) -> UnitNumbers:
     """Returns the units (or query heads) with the lowest scores, to keep this number of units."""
     if kept == module.count:
         return {}
@@ -154,7 +154,7 @@ def removed_units(module: PrunableModule, units: UnitsByModule, scores: Mapping[
     return {name: units[name].query_heads(lowest) if module.kind == "head" else lowest for name in module.names}
 
 
-def any_removed(module: PrunableModule, units: UnitsByModule, kept: int) -> dict[str, list[int]]:
+def any_removed(module: PrunableModule, units: UnitsByModule, kept: int) -> UnitNumbers:
     """Returns the units to remove without regard to scores."""
     return removed_units(module, units, {name: torch.zeros(module.count) for name in module.names}, kept)
 

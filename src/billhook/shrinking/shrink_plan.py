@@ -36,7 +36,7 @@ from billhook.repairs.residuals import NoRepair, not_refitted_message, strip_arg
 from billhook.shrinking.measurement import Measurement
 from billhook.shrinking.modules import removed_units, uniform_groups
 from billhook.shrinking.scope import SearchScope
-from billhook.units import consumer_columns, mask
+from billhook.units import UnitNumbers, consumer_columns, mask
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def plan_choice(
     """
     if repair is not None:
         measurement.progress.enter("repairing the selected model")
-    scope, numbers = measurement.scope, dict[str, list[int]]()
+    scope, numbers = measurement.scope, UnitNumbers()
     blocks, levels = scope.blocks, dict(kept)
     for group in uniform_groups(scope.modules, scope.uniform):  # modules of removed blocks match the kept ones in the config
         number = max(kept[module.name] for module in group) or group[0].count

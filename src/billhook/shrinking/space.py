@@ -15,6 +15,7 @@ from billhook.shrinking.knapsack import (
     JointSlot,
     Levels,
     Slot,
+    Slots,
     cost,
     join_slots,
     kept_at,
@@ -44,7 +45,7 @@ class Space:
         lost: Estimated loss of removing these blocks.
     """
 
-    slots: Sequence[Slot | JointSlot]
+    slots: Slots
     rest: int
     removed: Sequence[Block] = ()
     lost: float = 0.0
@@ -114,7 +115,7 @@ def make_slots(modules: Sequence[PrunableModule], losses: Losses, uniform: bool)
     return [join_slots(list(map(slot, group))) for group in uniform_groups(modules, uniform)]
 
 
-def full_cost(slots: Sequence[Slot | JointSlot]) -> int:
+def full_cost(slots: Slots) -> int:
     """Returns the cost of slots with all units."""
     return cost(slots, (0,) * len(slots))
 

@@ -18,7 +18,7 @@ from billhook.tracing.groups import Group, common_module
 from billhook.tracing.roles import Attention
 from billhook.tracing.trace import Inputs, trace
 from billhook.units.blocks import find_blocks
-from billhook.units.units import Per, UnitKind, Units, UnitsByModule, axis_numbers, plural
+from billhook.units.units import Per, UnitKind, UnitNumbers, Units, UnitsByModule, axis_numbers, plural
 
 Chosen = Mapping[int, Iterable[int]] | Mapping[str, Iterable[int]] | Mapping[int | str, Iterable[int]] | Iterable[int]
 """Unit numbers by module name or position in `find_units`, or unit numbers of the only module."""
@@ -111,7 +111,7 @@ def of_kind(units: UnitsByModule, *kinds: UnitKind) -> dict[str, Units]:
     return {name: layer for name, layer in units.items() if layer.kind in kinds}
 
 
-def unit_ids(units: UnitsByModule, chosen: Chosen, per: Per = "head") -> dict[str, list[int]]:
+def unit_ids(units: UnitsByModule, chosen: Chosen, per: Per = "head") -> UnitNumbers:
     """Returns chosen units by module, sorted and unique. KV heads become query heads."""
     check_one_of("per", per, Per)
     names, what = list(units), plural(layer.kind for layer in units.values())
@@ -120,7 +120,7 @@ def unit_ids(units: UnitsByModule, chosen: Chosen, per: Per = "head") -> dict[st
         if len(names) > 1:
             raise ValueError(f"{what}: numbers without a module, pass {{module: [numbers]}}; there are {order}")
         chosen = {names[0]: chosen}
-    result: dict[str, list[int]] = {}
+    result: UnitNumbers = {}
     for module, numbers in chosen.items():
         known = module in units if isinstance(module, str) else type(module) is int and 0 <= module < len(names)
         if not known:

@@ -24,7 +24,7 @@ from billhook.model import find_transformer, read_dim
 from billhook.tracing.trace import Inputs
 from billhook.units.blocks import skip
 from billhook.units.find import Chosen, check_belongs, find_units, unit_ids
-from billhook.units.units import PLURAL, Per, UnitKind, Units, UnitsByModule
+from billhook.units.units import PLURAL, Per, UnitKind, UnitNumbers, Units, UnitsByModule
 
 
 class Gate:
@@ -62,7 +62,7 @@ class Mask:
         units: The masked units by module. For attention modules, query heads.
     """
 
-    def __init__(self, units: dict[str, list[int]], handles: list[RemovableHandle]) -> None:
+    def __init__(self, units: UnitNumbers, handles: list[RemovableHandle]) -> None:
         self.units, self._handles = units, handles
 
     def remove(self) -> None:

@@ -134,6 +134,8 @@ class Units:
 
 UnitsByModule = Mapping[str, Units]
 """Units by the name of their module."""
+UnitNumbers = dict[str, list[int]]
+"""Numbers of units by the name of their module."""
 
 
 def counts(units: Units) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ from billhook.engine.parts import Parts, identity_of, tensor_in
 from billhook.engine.quantized import Quantization
 from billhook.engine.store import STORE, BlockStore
 from billhook.engine.tensors import TensorFiles, renumbered, share_parameters, write_index
-from billhook.engine.trees import Slot, parameter_slots
+from billhook.engine.trees import parameter_slots
 from billhook.engine.walk import separable_blocks
 from billhook.linalg import Indices, TensorsByName
 from billhook.progress import OnProgress
@@ -398,7 +398,7 @@ class FileStore(BlockStore):
 
     def _load(self, keys: list[str], prefetched: TensorsByName | None = None) -> None:
         """Loads tensors from the files, or tensors that were read before. Tied weights stay tied."""
-        slots_of = defaultdict[nn.Parameter, list[Slot]](list)
+        slots_of = defaultdict(list)
         for slot, parameter in parameter_slots(self.model):
             if parameter.is_meta:
                 slots_of[parameter].append(slot)

@@ -36,7 +36,7 @@ def is_joined_unevenly(model: PreTrainedModel) -> bool:
     for conversion in getattr(model, "_weight_conversions", None) or _conversions(model):
         if not any(isinstance(operation, Chunk) for operation in getattr(conversion, "operations", ())):
             continue
-        shapes = defaultdict[str, set[torch.Size]](set)  # shapes of joined tensors, by the common part of their names
+        shapes = defaultdict(set)  # shapes of joined tensors, by the common part of their names
         for name, tensor in state.items():
             for part in conversion.target_patterns:
                 if part in name:

@@ -41,7 +41,7 @@ class Quantization:
 
     def stored(self, names: Collection[str]) -> dict[str, list[str]]:
         """Returns the names in the files of each tensor: those of values and scales, or its own."""
-        suffixes, stored = SUFFIXES[self.method], defaultdict[str, list[str]](list)
+        suffixes, stored = SUFFIXES[self.method], defaultdict(list)
         for name in sorted(names):  # values before scales
             stems = [name.removesuffix(suffix) for suffix in suffixes if name.endswith(suffix)]
             stored[next((stem for stem in stems if all(stem + suffix in names for suffix in suffixes)), name)].append(name)

@@ -144,7 +144,7 @@ class TensorFiles:
 
     def sizes(self) -> dict[str, Tensor]:
         """Returns all tensors on the meta device. Only headers are read."""
-        by_file, sizes = defaultdict[str, list[str]](list), dict[str, Tensor]()
+        by_file, sizes = defaultdict(list), dict[str, Tensor]()
         for name, stored in self._stored.items():
             by_file[stored.file].append(name)
         for file, names in by_file.items():

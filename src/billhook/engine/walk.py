@@ -49,7 +49,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 def separable_blocks(model: nn.Module, parameters: Iterable[tuple[tuple[nn.Module, str], nn.Parameter]]) -> list[nn.Module]:
     """Returns the blocks that hold some of the parameters and share none with other modules."""
-    holders = defaultdict[nn.Parameter, set[nn.Module]](set)
+    holders = defaultdict(set)
     for (module, _), parameter in parameters:
         holders[parameter].add(module)
     apart = []

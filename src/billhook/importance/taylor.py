@@ -84,7 +84,7 @@ class Taylor(Importance):
             ValueError: If the loss does not depend on a module.
         """
         sums, parts = Sums.zero(units, per), parts_of(model, units, per)
-        keys = defaultdict[str, list[tuple[str, str, int]]](list)
+        keys = defaultdict(list)
         for part in parts:
             keys[part.module].append(_key(part))
         with trainable(model, [part.name for part in parts]) as parameters:

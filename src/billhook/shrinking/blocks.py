@@ -81,7 +81,7 @@ def find_blocks(search: RatioSearch, target: str, modules: Sequence[PrunableModu
     ((stack, numbered),) = stacks.items()
     count = numbered.count()
     blocks = Blocks(model, stack, writers=block_writers(model, stack, units))
-    inside = defaultdict[int, list[PrunableModule]](list)
+    inside = defaultdict(list)
     for module in modules:
         where = {block_of(search.units[name].name, [stack]) for name in module.names}
         if len(where) > 1:

@@ -262,7 +262,7 @@ class WeightPlan(ModelPlan):
         """
         with expert_layers(model):
             linears, masks = self._linears(model), {}
-            stored = defaultdict[str, list[tuple[nn.Module, PrunedLayer]]](list)
+            stored = defaultdict(list)
             for name, part in self.pruned.items():
                 stored[stored_name(name, linears[name])].append((linears[name], part))
             for name, layers in stored.items():
@@ -289,7 +289,7 @@ class WeightPlan(ModelPlan):
         Raises:
             ValueError: If the plan was not made for this model.
         """
-        store, layers_of_block = store_of(model), defaultdict[nn.Module | None, list[str]](list)
+        store, layers_of_block = store_of(model), defaultdict(list)
         with expert_layers(model):
             linears = self._linears(model)
             for name in reversed(list(self.pruned)):  # last layers first: after an interrupt the rest still has its old inputs

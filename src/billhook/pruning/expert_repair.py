@@ -43,7 +43,6 @@ from billhook.repairs.least_squares import refit_linear
 from billhook.repairs.matching import (
     LEAST_STEPS,
     REPAIRED_LR,
-    BlockMatching,
     BlockOutputs,
     BlockSample,
     BlockTuning,
@@ -67,7 +66,7 @@ def repair_experts(
     repair: RepairConfig,
     comm: Comm,
     values: LazyTensors,
-    progress: OnProgress | None = None,
+    progress: OnProgress | None,
 ) -> LazyTensors:
     """Returns new parameters of blocks whose experts are refitted without some units.
 
@@ -208,7 +207,14 @@ class _ExpertVisitor(Visitor):
                     missing[run] = (as_float(sample.goal) - as_float(output)).view(residual.shape)
             self._refit(full, mixture, missing, calls)
         if (matching := self.repair.match) is not None:
-            self._tune(block, replace(matching, lr=matching.lr or REPAIRED_LR), [sample for sample, _ in calls.values()])
+            parameters = {part: value.detach() for part, value in block.named_parameters() if value.is_floating_point()}
+            keeps = {part: value != 0 for part, value in parameters.items()}
+            matching = replace(matching, lr=matching.lr or REPAIRED_LR)
+            with torch.inference_mode(False):  # tensors made in inference mode cannot have gradients
+                tuning = BlockTuning(matching, block, parameters, keeps, self.comm, least_steps=LEAST_STEPS)
+                tuned = tuning(*matching.split([sample for sample, _ in calls.values()]))
+            for part, value in tuned.items():
+                parameters[part].copy_(value)
         self._mixtures.clear()
         self._routed.clear()
         if self.progress is not None:
@@ -268,13 +274,3 @@ class _ExpertVisitor(Visitor):
             difference = as_float(changed) - as_float(output) - as_float(extra).view(output.shape)
             differs += difference.norm() > 0.05 * as_float(extra).norm()
         return not self.comm(differs).item()
-
-    def _tune(self, block: nn.Module, matching: BlockMatching, samples: Sequence[BlockSample]) -> None:
-        """Tunes all parameters of a block to reproduce the dense block's outputs."""
-        parameters = {name: parameter.detach() for name, parameter in block.named_parameters() if parameter.is_floating_point()}
-        keeps = {name: value != 0 for name, value in parameters.items()}
-        with torch.inference_mode(False):  # tensors made in inference mode cannot have gradients
-            tuning = BlockTuning(matching, block, parameters, keeps, self.comm, least_steps=LEAST_STEPS)
-            tuned = tuning(*matching.split(samples))
-        for name, value in tuned.items():
-            parameters[name].copy_(value)

@@ -117,7 +117,7 @@ class BlockMatching:
         check_fraction("held_out", self.held_out, "(0, 1)", "the batches")
         check_int("seed", self.seed, 0)
 
-    def num_steps(self, batches: float, least_steps: int = 0) -> int:
+    def num_steps(self, batches: float, least_steps: int) -> int:
         """Returns the number of steps for a block with this many training batches."""
         return self.steps or max(math.ceil(batches), least_steps)
 

@@ -110,11 +110,6 @@ class ResidualStatistics:
         new.residual_squares = (removed @ removed_products[:, ~keep]).mul_(removed).sum(1)
         return new
 
-    @property
-    def means(self) -> tuple[Tensor, Tensor]:
-        """Means of x and r, `[in_features]` and `[out_features]`."""
-        return self.sums / self.tokens, self.residual_sums / self.tokens
-
     def error(self, update: Tensor | None, shift: Tensor | None = None, rows: slice = ALL_ROWS) -> Tensor:
         """Computes E |r - M x - b|^2 over some outputs, `[]`.
 
@@ -131,7 +126,7 @@ class ResidualStatistics:
                 error += (part @ self.products).sub_(residual, alpha=2).mul_(part).sum()
         error /= self.tokens
         if shift is not None:
-            x, r = self.means
+            x, r = self.sums / self.tokens, self.residual_sums / self.tokens  # means
             error += shift @ (shift - 2 * (r[rows] if update is None else r[rows] - update @ x))
         return error
 

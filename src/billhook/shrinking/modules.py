@@ -82,7 +82,13 @@ def find_modules(search: RatioSearch, target: str, uniform: bool = False) -> lis
         if not all(layer.readers for layer in layers) or not all(is_linear(model.get_submodule(name)) for name in consumers):
             continue
         cost = _unit_cost(search, names, target)
-        module = _prunable_module(search, free[names[0]], names, cost, uniform)
+        units, amount = layers[0], search.amount
+        count, step = units.count("kv_head"), search.step(names[0]) if units.kind == "channel" else 1
+        divided = uniform and amount.round_to == "auto" and units.kind == "head"
+        smaller = (n for n in range(count - 1, amount.min_units - 1, -1) if n % step == 0)
+        allowed = (count, *(n for n in smaller if not divided or divides_among_devices(n)))
+        module = PrunableModule(tuple(names), units.kind, count, allowed, cost)
+        module = replace(module, levels=module.grid())
         if len(module.allowed) > 1 and cost > 0 and consumed.isdisjoint(consumers_of(module, free)):
             modules.append(module)
             consumed.update(consumers_of(module, free))
@@ -104,20 +110,6 @@ def find_modules(search: RatioSearch, target: str, uniform: bool = False) -> lis
         f"{target} cannot be met: {type(model).__name__} has no channels or KV heads that only linear layers consume, and "
         "that are not protected. Protect fewer blocks, or use another method."
     )
-
-
-def _prunable_module(search: RatioSearch, units: Units, names: list[str], cost: int, uniform: bool) -> PrunableModule:
-    """Returns coupled modules as a prunable module."""
-    amount = search.amount
-    count, step = units.count("kv_head"), search.step(names[0]) if units.kind == "channel" else 1
-    divided = uniform and amount.round_to == "auto" and units.kind == "head"
-    allowed = tuple(
-        n
-        for n in range(count, 0, -1)
-        if n == count or (n % step == 0 and n >= amount.min_units and (not divided or divides_among_devices(n)))
-    )
-    module = PrunableModule(tuple(names), units.kind, count, allowed, cost)
-    return replace(module, levels=module.grid())
 
 
 def consumers_of(module: PrunableModule, units: UnitsByModule) -> list[str]:

@@ -13,7 +13,6 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from billhook.engine import LazyTensors, store_of
-from billhook.linalg import Indices
 from billhook.model import (
     ShapePlan,
     Weights,
@@ -35,7 +34,6 @@ from billhook.repairs.repair import RepairConfig
 from billhook.repairs.residuals import NoRepair, not_refitted_message, strip_argument
 from billhook.shrinking.measurement import Measurement
 from billhook.shrinking.modules import removed_units, uniform_groups
-from billhook.shrinking.scope import SearchScope
 from billhook.units import UnitNumbers, consumer_columns, mask
 
 
@@ -85,15 +83,9 @@ def plan_choice(
     """
     if repair is not None:
         measurement.progress.enter("repairing the selected model")
-    scope, numbers = measurement.scope, UnitNumbers()
-    blocks, levels = scope.blocks, dict(kept)
-    for group in uniform_groups(scope.modules, scope.uniform):  # modules of removed blocks match the kept ones in the config
-        number = max(kept[module.name] for module in group) or group[0].count
-        levels |= {module.name: number for module in group if not kept[module.name]}
-    for module in scope.modules:
-        numbers |= removed_units(module, scope.search.units, measurement.scores, levels[module.name])
+    scope, blocks = measurement.scope, measurement.scope.blocks
     removed_blocks = [block.number for block in blocks.removed(kept)]
-    planned = plan_removal(scope, limit, numbers, removed_blocks, of_ranks(measurement.orders, numbers))
+    planned = plan_removal(measurement, limit, kept, removed_blocks)
     behind = writers_behind(blocks.writers, removed_blocks)
     if repair is None or not (planned.units.units or behind):
         return planned
@@ -111,23 +103,23 @@ def plan_choice(
     return replace(planned, weights=weights or None, not_refitted=not_refitted_message(not_refitted))
 
 
-def plan_removal(
-    scope: SearchScope,
-    limit: int,
-    numbers: Mapping[str, list[int]],
-    removed_blocks: Sequence[int],
-    by_expert: Mapping[str, Indices] | None = None,
-) -> ShrinkPlan:
+def plan_removal(measurement: Measurement, limit: int, kept: Mapping[str, int], removed_blocks: Sequence[int]) -> ShrinkPlan:
     """Plans the removal of units and blocks, as tried on the meta device.
 
     Args:
-        scope: The prunable modules and blocks.
+        measurement: Losses of the variants.
         limit: Largest allowed cost; above it, a ValueError is raised.
-        numbers: The units to remove, by module.
+        kept: Number of kept units by module, 0 if its block is removed.
         removed_blocks: Numbers of the blocks to remove.
-        by_expert: Channels to remove from each expert, by module. See `Cut`.
     """
+    scope, numbers, levels = measurement.scope, UnitNumbers(), dict(kept)
     search, target = scope.search, scope.target
+    for group in uniform_groups(scope.modules, scope.uniform):  # modules of removed blocks match the kept ones in the config
+        number = max(kept[module.name] for module in group) or group[0].count
+        levels |= {module.name: number for module in group if not kept[module.name]}
+    for module in scope.modules:
+        numbers |= removed_units(module, search.units, measurement.scores, levels[module.name])
+    by_expert = of_ranks(measurement.orders, numbers)
     cut = find_cut(search.model, search.structure, search.units, numbers, by_expert=by_expert)
     costs, blocks = search.costs(cut), None
     remaining = int(getattr(costs[1], target))

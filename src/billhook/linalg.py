@@ -11,6 +11,7 @@ from torch import Tensor
 
 Indices = NDArray[np.int64]  # positions along a dimension
 TensorsByName = Mapping[str, Tensor]
+TensorDict = dict[str, Tensor]
 Solve = Callable[[Tensor], Tensor]  # solves M A = C in the memory of C, `[rows, columns]`, and returns M
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
-from billhook.linalg import TensorsByName
+from billhook.linalg import TensorDict, TensorsByName
 from billhook.versions import version_hint
 
 LOADED = "_is_hf_initialized"  # attribute of loaded modules and tensors, which are not initialized
@@ -116,14 +116,14 @@ def progress_bars_off() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def to_file_format(model: PreTrainedModel, state: TensorsByName) -> dict[str, Tensor]:
+def to_file_format(model: PreTrainedModel, state: TensorsByName) -> TensorDict:
     """Converts model tensors to the names and layout of checkpoint files."""
     if is_joined_unevenly(model):
         return dict(state)
     with version_hint("transformers", LOADER):
         from transformers.core_model_loading import revert_weight_conversion
 
-    tensors: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
+    tensors: TensorDict = revert_weight_conversion(model, dict(state))
     return tensors
 
 

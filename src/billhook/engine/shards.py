@@ -26,7 +26,7 @@ from billhook.engine.store import STORE, BlockStore
 from billhook.engine.tensors import add_to_file
 from billhook.engine.trees import Slot, parameter_slots
 from billhook.engine.walk import separable_blocks
-from billhook.linalg import TensorsByName
+from billhook.linalg import TensorDict, TensorsByName
 
 
 class ShardStore(BlockStore):
@@ -184,7 +184,7 @@ class ShardStore(BlockStore):
     def computing_with(self, values: TensorsByName) -> Iterator[None]:
         """Replaces parameter values within the context. Values in blocks are read on loading."""
         self.release()
-        before, overlay, resident = self._overlay, dict(self._overlay), dict[nn.Module, dict[str, Tensor]]()
+        before, overlay, resident = self._overlay, dict(self._overlay), dict[nn.Module, TensorDict]()
         for name, read in LazyTensors.of(values).reads.items():
             owner, _, key = name.rpartition(".")
             module = self.model.get_submodule(owner)
@@ -236,15 +236,15 @@ class ShardStore(BlockStore):
                 outside.pop(name, None)
         save_state(model, folder, outside, max_shard_size=sys.maxsize)
 
-        def in_files(named: TensorsByName) -> dict[str, Tensor]:
+        def in_files(named: TensorsByName) -> TensorDict:
             return to_file_format(model, {name: tensor.detach() for name, tensor in named.items()})
 
-        def read() -> Iterator[dict[str, Tensor]]:
+        def read() -> Iterator[TensorDict]:
             for block, named in by_block.items():
                 self.load(block)
                 yield in_files(named)
 
-        sizes = dict[str, Tensor]()
+        sizes = TensorDict()
         for named in by_block.values():
             sizes |= in_files({name: torch.empty_like(parameter, device="meta") for name, parameter in named.items()})
         add_to_file(folder, sizes, read())

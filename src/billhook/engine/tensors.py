@@ -20,7 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from billhook.engine.trees import parameter_slots
-from billhook.linalg import TensorsByName
+from billhook.linalg import TensorDict, TensorsByName
 
 
 class Source:
@@ -142,9 +142,9 @@ class TensorFiles:
         stored = self._stored[name]
         self._stored = self._stored | {name: replace(stored, kept=(*stored.kept, (dim, positions)))}
 
-    def sizes(self) -> dict[str, Tensor]:
+    def sizes(self) -> TensorDict:
         """Returns all tensors on the meta device. Only headers are read."""
-        by_file, sizes = defaultdict(list), dict[str, Tensor]()
+        by_file, sizes = defaultdict(list), TensorDict()
         for name, stored in self._stored.items():
             by_file[stored.file].append(name)
         for file, names in by_file.items():
@@ -174,7 +174,7 @@ class TensorFiles:
                         slices[name] = slices[name][...].index_select(dim, positions)
             yield slices
 
-    def read(self, names: Collection[str]) -> dict[str, Tensor]:
+    def read(self, names: Collection[str]) -> TensorDict:
         """Reads tensors as they are in the files."""
         with self.slices(names) as slices, self._readable():
             return {name: entry[...] for name, entry in slices.items()}

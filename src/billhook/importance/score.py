@@ -28,7 +28,7 @@ from billhook.engine import (
     with_progress,
 )
 from billhook.importance.routing import Routing
-from billhook.linalg import Indices
+from billhook.linalg import Indices, TensorDict
 from billhook.model import check_values, expert_layers, find_transformer
 from billhook.progress import OnProgress
 from billhook.units import PLURAL, Per, Units, UnitsByModule, check_belongs, unit_ids
@@ -50,10 +50,10 @@ class Sums:
     tensor([0.5000, 1.5000])
     """
 
-    totals: dict[str, Tensor]
-    counts: dict[str, Tensor]
+    totals: TensorDict
+    counts: TensorDict
     routing: dict[str, Routing] = field(default_factory=dict)
-    experts: dict[str, Tensor] = field(default_factory=dict)
+    experts: TensorDict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_types(Sums, vars(self))
@@ -134,7 +134,7 @@ def score(
     normalize: bool = False,
     per: Per = "head",
     reduce: Reduce | None = None,
-) -> dict[str, Tensor]:
+) -> TensorDict:
     """Returns an importance score for every unit, leaving model and random state unchanged.
 
     Args:
@@ -178,7 +178,7 @@ def score_units(
     per: Per = "head",
     comm: Comm = SINGLE_PROCESS,
     progress: OnProgress | None = None,
-) -> dict[str, Tensor]:
+) -> TensorDict:
     """Scores units like `score`, on all ranks; `progress` gets batch numbers and the total.
 
     Raises:
@@ -227,7 +227,7 @@ def rank_channels(sums: Sums, comm: Comm = SINGLE_PROCESS) -> dict[str, Indices]
     return comm.decide(lambda: {name: of_module.indices.numpy() for name, of_module in ranked.items()})
 
 
-def scores_of(importance: Importance, sums: Sums, normalize: bool = False, comm: Comm = SINGLE_PROCESS) -> dict[str, Tensor]:
+def scores_of(importance: Importance, sums: Sums, normalize: bool = False, comm: Comm = SINGLE_PROCESS) -> TensorDict:
     """Returns scores by module, float32, `[units]`, from sums over all ranks."""
     scores = {}
     for name, total in sums.totals.items():

@@ -38,7 +38,7 @@ from billhook.engine import (
     tree_leaves,
     tree_map_only,
 )
-from billhook.linalg import TensorsByName, float64_device
+from billhook.linalg import TensorDict, TensorsByName, float64_device
 from billhook.model import attention_for_all_dtypes, is_adapter
 from billhook.progress import OnProgress
 
@@ -195,7 +195,7 @@ class BlockTuning:
         self.fixed = {name: _as_float32(tensor.detach()) for name, tensor in fixed if name not in weights}
         self.device = next(iter(self.tuned.values())).device
 
-    def __call__(self, tune: Sequence[BlockSample], held_out: Sequence[BlockSample]) -> dict[str, Tensor]:
+    def __call__(self, tune: Sequence[BlockSample], held_out: Sequence[BlockSample]) -> TensorDict:
         """Tunes on samples, and returns the float32 weights with the lowest held-out error."""
         batches, ranks = self.comm(torch.tensor([float(len(tune)), 1.0], device=self.device))
         steps = self.matching.num_steps(float(batches / ranks), self.least_steps)
@@ -254,7 +254,7 @@ class BlockTuning:
         errors = errors if counts is None else errors[counts]
         return errors.sum(), torch.tensor(float(errors.numel()), device=errors.device).clamp(min=1)
 
-    def _state(self) -> dict[str, Tensor]:
+    def _state(self) -> TensorDict:
         return {name: weight.detach().clone() for name, weight in self.tuned.items()}
 
 
@@ -340,7 +340,7 @@ class _BlockMatcher(Visitor):
         }
         separable = separable_blocks(model, holders.items())
         self.blocks = {name: module for name, module in model.named_modules() if module in separable}
-        self.new, self._tuned = LazyTensors({}), dict[str, Tensor]()
+        self.new, self._tuned = LazyTensors({}), TensorDict()
         self._block: nn.Module | None = None  # the block that runs are in, if blocks are loaded on demand
         self._outputs = BlockOutputs()
 
@@ -416,7 +416,7 @@ class _BlockMatcher(Visitor):
                     if parameter.is_floating_point():
                         yield f"{name}.{part}", parameter
 
-    def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
+    def parameters(self, site: Site) -> dict[str, TensorDict]:
         """Returns the new parameters of a stop: changed, or tuned where runs have left a block."""
         new = {name: self.values.of_module(name) for name in site.linears}
         for name in site.linears if site.out else ():

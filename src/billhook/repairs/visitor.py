@@ -25,7 +25,7 @@ from typing_extensions import Self
 
 from billhook.engine import ROWS, BlockStore, Comm, InputNorms, LazyTensors, ModulesByName, Run, Site, Visitor, by_parameter
 from billhook.engine.passes import ActivationFiles, zeros
-from billhook.linalg import TensorsByName, float64_device, widest_float
+from billhook.linalg import TensorDict, TensorsByName, float64_device, widest_float
 from billhook.model import matrix_of, sparse_support, to_layout, to_parameters
 from billhook.progress import OnProgress
 from billhook.repairs.least_squares import refit_linear
@@ -143,7 +143,7 @@ class _Linear:
         self.new = {part: value.to(weight.device) for part, value in new.items()}
         if new:
             self.start = to_layout(module, self.new["weight"]), None if bias is None else self.new["bias"]
-        self.fitted: dict[str, Tensor] = {}
+        self.fitted: TensorDict = {}
         self.keep: Tensor | None = None
         if keep is not None:
             self.keep = keep.to(weight.device)
@@ -287,12 +287,12 @@ class RepairVisitor(Visitor):
             if last is not None and not self._after[last]:
                 self._residuals.pop(last, None)
 
-    def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
+    def parameters(self, site: Site) -> dict[str, TensorDict]:
         """Returns the new parameters of a stop's layers, in memory layout."""
         new = {name: self.current(name) for name in site.linears}
         return {name: parameters for name, parameters in new.items() if parameters}
 
-    def current(self, name: str) -> dict[str, Tensor]:
+    def current(self, name: str) -> TensorDict:
         """Returns a layer's current parameters in memory layout, with zeros for removed inputs."""
         linear = self._linears[name]
         if linear.fitted or linear.keep is None:

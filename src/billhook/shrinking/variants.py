@@ -34,7 +34,7 @@ from billhook.engine import (
 )
 from billhook.importance.obs import watch_blockwise
 from billhook.importance.score import make_run
-from billhook.linalg import Indices, TensorsByName, float64_device
+from billhook.linalg import Indices, TensorDict, TensorsByName, float64_device
 from billhook.model import ExpertLinear, holder_of, matrix_of, to_parameters
 from billhook.pruning.block_plan import zero_weights
 from billhook.pruning.cut import of_ranks
@@ -214,7 +214,7 @@ def fill_cache(
                 refit.choose(middle[name], repair.ridges if repair else ())
             total = max(sum(refit.total for refit in refits.values()), torch.finfo(torch.float64).tiny)
             for kept in missing[module]:
-                error, weights = 0.0, dict[str, Tensor]()
+                error, weights = 0.0, TensorDict()
                 for name, keep in kept_inputs(module, units, removed_units(module, units, scores, kept), orders).items():
                     of_layer, new = refits[name].refitted(keep)
                     error += of_layer
@@ -275,7 +275,7 @@ def kept_inputs(
     units: UnitsByModule,
     removed: Mapping[str, Sequence[int]],
     orders: Mapping[str, Indices] | None = None,
-) -> dict[str, Tensor]:
+) -> TensorDict:
     """Returns a mask of the kept inputs of each consumer layer, bool, `[in_features]`."""
     kept = {}
     for name in module.names:
@@ -316,7 +316,7 @@ class ConsumerRefit:
         if self._parts:
             self._ridge = choose_ridge(self._without(keep), self._centred, ridges)
 
-    def refitted(self, keep: Tensor) -> tuple[float, dict[str, Tensor]]:
+    def refitted(self, keep: Tensor) -> tuple[float, TensorDict]:
         """Returns the held-out error E |W x - W' x|^2, and parameters fitted to all batches.
 
         If the layer has a bias, which corrects means, the error is about the means.

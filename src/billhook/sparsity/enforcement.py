@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from billhook.adapters.masked import mask_adapters, unmask_adapters
 from billhook.arguments import check_types
 from billhook.engine import full_tensor, local, reshard, sharded_as
+from billhook.linalg import TensorDict
 from billhook.model import weight_holders
 from billhook.sparsity.weight_plan import pack_mask, unpack_mask
 
@@ -20,7 +21,7 @@ class EnforcedMasks:
     """Masks of a model's linear layers, a byte per weight, and the hooks that enforce them."""
 
     def __init__(self) -> None:
-        self._masks: dict[str, Tensor] = {}
+        self._masks: TensorDict = {}
         self._saved: Mapping[str, Any] = {}  # masks of a checkpoint, a bit per weight, until the memory layout is known
         self._packed: dict[str, Any] = {}  # masks in checkpoint format, cached by the first save
         self._models: list[nn.Module] = []
@@ -31,7 +32,7 @@ class EnforcedMasks:
         self._hooks: list[RemovableHandle] = []
 
     @property
-    def masks(self) -> dict[str, Tensor]:
+    def masks(self) -> TensorDict:
         """Masks by linear layer, or by stack of experts, bool, as the weights are laid out."""
         return self._masks or {name: _unpacked(saved, torch.device("cpu")) for name, saved in self._saved.items()}
 

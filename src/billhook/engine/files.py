@@ -24,7 +24,7 @@ from billhook.engine.parts import Parts, identity_of, tensor_in
 from billhook.engine.quantized import Quantization
 from billhook.engine.store import STORE, BlockStore
 from billhook.engine.tensors import TensorFiles, renumbered, share_parameters, write_index
-from billhook.engine.trees import parameter_slots
+from billhook.engine.trees import Sizes, parameter_slots
 from billhook.engine.walk import separable_blocks
 from billhook.linalg import Indices, TensorsByName
 from billhook.progress import OnProgress
@@ -237,7 +237,7 @@ class FileStore(BlockStore):
         name = self.names[block]
         return (self._written(name), self.done[name]) if name in self.done else None
 
-    def resume_block(self, block: nn.Module, sizes: Mapping[str, tuple[int, ...]]) -> bool:
+    def resume_block(self, block: nn.Module, sizes: Sizes) -> bool:
         """Adopts a block that an earlier process finished in this step."""
         if (name := self.names[block]) not in self.done:
             return False
@@ -323,7 +323,7 @@ class FileStore(BlockStore):
         self.keys[name], self.adopted[name] = list(keys), path
         self._alterations.pop(self.blocks[name], None)
 
-    def resize(self, name: str, sizes: Mapping[str, tuple[int, ...]]) -> None:
+    def resize(self, name: str, sizes: Sizes) -> None:
         """Gives an unloaded block the parameter sizes that its file has."""
         for name_in_model, parameter in list(self.blocks[name].named_parameters(prefix=name)):
             if tuple(parameter.shape) != tuple(sizes[name_in_model]):
@@ -339,7 +339,7 @@ class FileStore(BlockStore):
                 "without a repair. Dequantize the checkpoint first to change its weights."
             )
 
-    def select(self, kept: Mapping[str, Mapping[int, Indices]], sizes: Mapping[str, tuple[int, ...]]) -> set[str] | None:
+    def select(self, kept: Mapping[str, Mapping[int, Indices]], sizes: Sizes) -> set[str] | None:
         """Leaves out positions of parameters in quantized files. See `BlockStore.select`."""
         if not self.quantization.method:
             return None

@@ -21,6 +21,7 @@ from billhook.engine.forwards import InferenceForward
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.loader_internals import save_state
 from billhook.engine.state import overridden, replaced
+from billhook.engine.trees import Sizes
 from billhook.linalg import Indices, TensorsByName
 
 STORE = "_billhook_store"  # attribute of a module for the store of its blocks
@@ -202,7 +203,7 @@ class BlockStore(ABC):
         """Raises if new values cannot be stored, because the files are quantized."""
         return
 
-    def select(self, kept: Mapping[str, Mapping[int, Indices]], sizes: Mapping[str, tuple[int, ...]]) -> set[str] | None:
+    def select(self, kept: Mapping[str, Mapping[int, Indices]], sizes: Sizes) -> set[str] | None:
         """Leaves out positions in quantized files; returns parameters in blocks, or None.
 
         Args:
@@ -222,7 +223,7 @@ class BlockStore(ABC):
         del key, more
         yield
 
-    def resume_block(self, block: nn.Module, sizes: Mapping[str, tuple[int, ...]]) -> bool:
+    def resume_block(self, block: nn.Module, sizes: Sizes) -> bool:
         """Adopts a block that an earlier process finished in this step. False if there is none.
 
         Args:

@@ -7,6 +7,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_u
 
 __all__ = ["tree_flatten", "tree_leaves", "tree_map_only", "tree_unflatten"]
 ModulesByName = Mapping[str, nn.Module]
+Sizes = Mapping[str, tuple[int, ...]]  # of parameters, by name
 Slot = tuple[nn.Module, str]  # a module and the name of a parameter in it
 
 

@@ -17,7 +17,7 @@ from billhook.importance.score import Importance, Sums
 from billhook.linalg import in_float64
 from billhook.model import ExpertLinear, after_norm, expert_layers, stacks_of
 from billhook.tracing.groups import Member
-from billhook.units import PLURAL, Per, Units, UnitsByModule
+from billhook.units import PLURAL, Per, UnitNumbers, Units, UnitsByModule
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class RoutingImportance(Importance):
             together([run.visit for run in runs])
         return routings
 
-    def changes(self, routing: Mapping[str, Routing], removed: Mapping[str, Sequence[int]], comm: Comm) -> list[RoutingChange]:
+    def changes(self, routing: Mapping[str, Routing], removed: UnitNumbers, comm: Comm) -> list[RoutingChange]:
         """Returns the change of routing by a removal, for each source.
 
         Args:

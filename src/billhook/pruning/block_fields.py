@@ -8,15 +8,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from billhook.model import Built, Fields, build, fields_of, find_fields
-from billhook.units import block_of
+from billhook.units import UnitNumbers, block_of
 
 BlockNumbers = dict[str, tuple[int, int]]
 """Integer attributes by new name: values before and after."""
 
 
-def find_block_fields(
-    model: PreTrainedModel, stacks: Mapping[str, int], removed: Mapping[str, Sequence[int]]
-) -> tuple[Fields, BlockNumbers]:
+def find_block_fields(model: PreTrainedModel, stacks: Mapping[str, int], removed: UnitNumbers) -> tuple[Fields, BlockNumbers]:
     """Finds the config change for which the model's class builds the remaining blocks.
 
     It tries lists with a value per block, without those of removed blocks; the fewest block counts that, changed together, give
@@ -46,7 +44,7 @@ def find_block_fields(
 
 
 class _Finder:
-    def __init__(self, model: PreTrainedModel, stacks: Mapping[str, int], removed: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, model: PreTrainedModel, stacks: Mapping[str, int], removed: UnitNumbers) -> None:
         self.model, self.stacks, self.removed = model, stacks, removed
         self.fields = fields_of(model.config)
         now = build(model, {})

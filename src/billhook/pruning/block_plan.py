@@ -322,7 +322,7 @@ def _zeros(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter.data, device="cpu" if parameter.is_meta else None)  # meta: its block is not loaded
 
 
-def why_not_zeros(model: PreTrainedModel, blocks: Mapping[str, Sequence[int]], writers: Iterable[str]) -> str:
+def why_not_zeros(model: PreTrainedModel, blocks: UnitNumbers, writers: Iterable[str]) -> str:
     """Returns why zeroed writers do not equal the removal of blocks; empty if they do."""
     with skipping(model, blocks):
         expected = run_outputs(model)

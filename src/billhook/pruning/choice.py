@@ -1,6 +1,6 @@
 """Chooses the units with the lowest importance scores, within each layer or globally."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from statistics import fmean
@@ -68,7 +68,7 @@ def check_choice(ratio: float, ranking: str, min_units: int, per: str, what: str
 
 def choose_including(
     choose_by: Callable[[TensorsByName], UnitNumbers],
-    earlier: Mapping[str, Sequence[int]],
+    earlier: UnitNumbers,
     scores: TensorsByName,
 ) -> UnitNumbers:
     """Chooses units by their scores, including all that were chosen before."""

@@ -61,7 +61,7 @@ def size_after(cuts: Cuts, name: str, size: Sequence[int]) -> tuple[int, ...]:
     return tuple(cuts[name, dim].shape[-1] if (name, dim) in cuts else length for dim, length in enumerate(size))
 
 
-def of_ranks(orders: Mapping[str, Indices], removed: Mapping[str, Sequence[int]]) -> dict[str, Indices]:
+def of_ranks(orders: Mapping[str, Indices], removed: UnitNumbers) -> dict[str, Indices]:
     """Returns the channels of each expert at the removed ranks, as `Cut.by_expert`."""
     return {name: np.sort(order[:, list(removed[name])]) for name, order in orders.items() if removed.get(name)}
 
@@ -164,7 +164,7 @@ def _count_left(name: str, units: Units, removed: Sequence[int]) -> tuple[int, .
     return len(kv_of_kept), len(heads_per_kv)
 
 
-def _cuts(structure: Structure, units: UnitsByModule, removed: Mapping[str, list[int]], by_expert: Mapping[str, Indices]) -> Cuts:
+def _cuts(structure: Structure, units: UnitsByModule, removed: UnitNumbers, by_expert: Mapping[str, Indices]) -> Cuts:
     cuts = {}
     leaves_of = {}
     for name, numbers in removed.items():

@@ -25,7 +25,7 @@ from billhook.pruning.cut import Cut, find_cut
 from billhook.pruning.removal import remove
 from billhook.tracing.show import name_pattern
 from billhook.tracing.trace import trace
-from billhook.units import PLURAL, UnitKind, counts, units_of
+from billhook.units import PLURAL, UnitKind, UnitNumbers, counts, units_of
 from billhook.vocabulary.tokenizer import Vocabulary
 
 
@@ -193,7 +193,7 @@ def _find_again(
     made_for: str,
     kinds: Mapping[str, UnitKind],
     before: Mapping[str, tuple[int, ...]],
-    units: Mapping[str, list[int]],
+    units: UnitNumbers,
     by_expert: Mapping[str, Indices],
     model: nn.Module,
 ) -> Cut:

@@ -45,7 +45,7 @@ from billhook.model import (
 from billhook.pruning.cut import Cut, find_cut
 from billhook.pruning.reshape import candidate_shapes
 from billhook.tracing.trace import trace
-from billhook.units import PLURAL, Gate, consumer_columns
+from billhook.units import PLURAL, Gate, UnitNumbers, consumer_columns
 
 Scale = Callable[[Tensor], Tensor]
 """Maps old weight values to new ones."""
@@ -255,7 +255,7 @@ def _masked_answer(model: PreTrainedModel, cut: Cut, readers: Iterable[str], ids
 def _zeroed_answer(
     model: PreTrainedModel,
     cut: Cut,
-    removed: Mapping[str, list[int]],
+    removed: UnitNumbers,
     readers: Iterable[str],
     ids: TensorsByName,
 ) -> list[Tensor]:

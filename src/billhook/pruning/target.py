@@ -46,7 +46,7 @@ class RatioSearch:
         self.model, self.amount = model, amount
         self.first: Counts = {}
         self.structure = trace(model)
-        self.units: dict[str, Units] = units_of(model, self.structure, amount.kinds)
+        self.units = units_of(model, self.structure, amount.kinds)
         self.protected = protected_modules(model, self.units, amount)
         # units must keep multiples of a step, shared by modules with the same count, because one config field holds it
         most: dict[tuple[str, int], int] = {}

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from billhook.engine import Batch, ModulesByName, Run, evaluating_without_grad, overridden, source_of, tree_leaves, tree_map_only
 from billhook.repairs.repair import RepairConfig
 from billhook.report.predictions import Predictions, eval_logits
-from billhook.units import find_blocks
+from billhook.units import UnitNumbers, find_blocks
 
 SHARE = 0.2
 """Largest fraction of each source's batches to hold out."""
@@ -63,7 +63,7 @@ def _by_source(batches: Sequence[Any]) -> dict[str, list[int]]:
     return numbers
 
 
-def _too_few(numbers: Mapping[str, Sequence[int]]) -> bool:
+def _too_few(numbers: UnitNumbers) -> bool:
     return sum(map(len, numbers.values())) < 3 or any(len(of_source) < 2 for of_source in numbers.values())
 
 

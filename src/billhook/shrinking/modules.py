@@ -60,6 +60,9 @@ class PrunableModule:
         return tuple(sorted({min(self.allowed, key=lambda kept: abs(kept - size)) for size in sizes}, reverse=True))
 
 
+PrunableModules = Sequence[PrunableModule]
+
+
 def find_modules(search: RatioSearch, target: str, uniform: bool = False) -> list[PrunableModule]:
     """Finds the modules that may keep fewer units, with the cost of each unit.
 
@@ -151,12 +154,12 @@ def any_removed(module: PrunableModule, units: UnitsByModule, kept: int) -> Unit
     return removed_units(module, units, {name: torch.zeros(module.count) for name in module.names}, kept)
 
 
-def unit_counts(modules: Sequence[PrunableModule], kept: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+def unit_counts(modules: PrunableModules, kept: Mapping[str, int]) -> dict[str, tuple[int, int]]:
     """Returns by module name the number of units before and after."""
     return {name: (module.count, kept[module.name]) for module in modules for name in module.names}
 
 
-def uniform_groups(modules: Sequence[PrunableModule], uniform: bool) -> list[list[PrunableModule]]:
+def uniform_groups(modules: PrunableModules, uniform: bool) -> list[list[PrunableModule]]:
     """Groups the modules that share a level: each module alone, or all of a kind and size."""
     return (
         group_by(modules, lambda module: (module.kind, module.count, module.allowed))
@@ -165,7 +168,7 @@ def uniform_groups(modules: Sequence[PrunableModule], uniform: bool) -> list[lis
     )
 
 
-def group_by(modules: Sequence[PrunableModule], key: Callable[[PrunableModule], object]) -> list[list[PrunableModule]]:
+def group_by(modules: PrunableModules, key: Callable[[PrunableModule], object]) -> list[list[PrunableModule]]:
     """Groups modules by a key."""
     groups: dict[object, list[PrunableModule]] = {}
     for module in modules:

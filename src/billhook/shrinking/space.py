@@ -24,7 +24,7 @@ from billhook.shrinking.knapsack import (
     pareto_slot,
     sizes_at_limit,
 )
-from billhook.shrinking.modules import PrunableModule, uniform_groups
+from billhook.shrinking.modules import PrunableModule, PrunableModules, uniform_groups
 
 SEVERAL = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Numbers of removed blocks to start from: estimated losses of single blocks do not predict their joint loss."""
@@ -106,7 +106,7 @@ def _goes(slot: Slot | JointSlot, blocks: Collection[str]) -> bool:
     return any(slot.at(-1).get(name) == 0 for name in blocks)
 
 
-def make_slots(modules: Sequence[PrunableModule], losses: Losses, uniform: bool) -> list[Slot]:
+def make_slots(modules: PrunableModules, losses: Losses, uniform: bool) -> list[Slot]:
     """Returns a slot for each module, or for all modules of a kind and size."""
 
     def slot(module: PrunableModule) -> Slot:
@@ -120,13 +120,13 @@ def full_cost(slots: Slots) -> int:
     return cost(slots, (0,) * len(slots))
 
 
-def modules_outside(modules: Sequence[PrunableModule], blocks: Sequence[Block]) -> list[PrunableModule]:
+def modules_outside(modules: PrunableModules, blocks: Sequence[Block]) -> list[PrunableModule]:
     """Returns the modules outside some blocks."""
     inside = {name for block in blocks for name in block.modules}
     return [module for module in modules if module.name not in inside]
 
 
-def free_space(modules: Sequence[PrunableModule], losses: Losses, blocks: Sequence[Block], now: int) -> list[Space]:
+def free_space(modules: PrunableModules, losses: Losses, blocks: Sequence[Block], now: int) -> list[Space]:
     """Returns the space of non-uniform candidates."""
     slots: list[Slot | JointSlot] = list(make_slots(modules_outside(modules, blocks), losses, uniform=False))
     for block in blocks:
@@ -143,7 +143,7 @@ def with_removal(slots: Sequence[Slot], block: Block, lost: float) -> JointSlot:
     return pareto_slot([*options, (0, lost, nothing)])
 
 
-def uniform_spaces(modules: Sequence[PrunableModule], losses: Losses, blocks: Sequence[Block], now: int) -> list[Space]:
+def uniform_spaces(modules: PrunableModules, losses: Losses, blocks: Sequence[Block], now: int) -> list[Space]:
     """Returns a uniform space for each number of removed blocks, least important first."""
     ranked, spaces = sorted(blocks, key=lambda block: losses[block.name][-1]), []
     for count in range(len(ranked) + 1):
@@ -176,7 +176,7 @@ def initial_points(spaces: Sequence[Space], limit: int, ranked: Sequence[Block])
     return points
 
 
-def uniform_points(space: Space, modules: Sequence[PrunableModule], losses: Losses, more: int) -> list[Point]:
+def uniform_points(space: Space, modules: PrunableModules, losses: Losses, more: int) -> list[Point]:
     """Returns the best uniform choice as a point of a non-uniform space, or no point.
 
     Args:
@@ -193,7 +193,7 @@ def uniform_points(space: Space, modules: Sequence[PrunableModule], losses: Loss
     return [(0, space.nearest({module.name: module.saves(kept[module.name]) for module in modules}))]
 
 
-def single_kind_points(modules: Sequence[PrunableModule], losses: Losses, more: int) -> list[Point]:
+def single_kind_points(modules: PrunableModules, losses: Losses, more: int) -> list[Point]:
     """Returns the best uniform points that prune a single kind of unit, and no block.
 
     Args:
@@ -246,7 +246,7 @@ BLOCKS = (0, 1, 2, 4)
 """Numbers of removed blocks for which uniform levels are added that just meet the budget."""
 
 
-def size_costs(modules: Sequence[PrunableModule], uniform: bool) -> list[dict[int, int]]:
+def size_costs(modules: PrunableModules, uniform: bool) -> list[dict[int, int]]:
     """Returns by slot the cost of each number of units that its modules may keep."""
     costs = []
     for group in uniform_groups(modules, uniform):
@@ -254,7 +254,7 @@ def size_costs(modules: Sequence[PrunableModule], uniform: bool) -> list[dict[in
     return costs
 
 
-def budget_sizes(modules: Sequence[PrunableModule], blocks: Sequence[Block], now: int, limit: int) -> dict[str, set[int]]:
+def budget_sizes(modules: PrunableModules, blocks: Sequence[Block], now: int, limit: int) -> dict[str, set[int]]:
     """Returns by module further uniform numbers of units that just meet a limit."""
     met: dict[str, set[int]] = {}
     for count in BLOCKS:
@@ -275,7 +275,7 @@ def budget_sizes(modules: Sequence[PrunableModule], blocks: Sequence[Block], now
     return met
 
 
-def round_channels(modules: Sequence[PrunableModule], kept: Mapping[str, int], spare: int = 0) -> dict[str, int]:
+def round_channels(modules: PrunableModules, kept: Mapping[str, int], spare: int = 0) -> dict[str, int]:
     """Rounds uniform channels down to larger multiples if that removes at most 3% more.
 
     The 3% are relative to the channels that the budget allows, which may lie between two allowed numbers.

@@ -43,12 +43,14 @@ from billhook.repairs.least_squares import bias_shift, choose_ridge, error_witho
 from billhook.repairs.repair import RepairConfig
 from billhook.repairs.residuals import ResidualStatistics, check_tokens
 from billhook.shrinking.divergence import Divergence
-from billhook.shrinking.modules import PrunableModule, any_removed, consumers_of, removed_units, units_by_name
+from billhook.shrinking.modules import PrunableModule, PrunableModules, any_removed, consumers_of, removed_units, units_by_name
 from billhook.shrinking.scope import Progress
-from billhook.units import UnitsByModule
+from billhook.units import UnitNumbers, UnitsByModule
 
 FORMAT = 4
 MEASURED = "measured.json"
+ByVariant = dict[tuple[str, int], float]
+"""Values by module and number of kept units."""
 
 
 class VariantCache:
@@ -67,8 +69,8 @@ class VariantCache:
 
     def __init__(self, model: PreTrainedModel, folder: Path | None, writers: Mapping[str, Sequence[str]]) -> None:
         self.model, self._folder, self._writers = model, folder, writers
-        self.errors: dict[tuple[str, int], float] = {}
-        self.measured: dict[tuple[str, int], float] = {}
+        self.errors: ByVariant = {}
+        self.measured: ByVariant = {}
         self._weights: dict[tuple[str, int], LazyTensors] = {}
         if folder is None:
             return
@@ -153,17 +155,17 @@ def cache_key(model: PreTrainedModel, settings: object, scores: TensorsByName, b
     return fingerprint(FORMAT, identity_of(model), settings, scores, of_sources)[:16]
 
 
-def _to_json(values: Mapping[tuple[str, int], float]) -> str:
+def _to_json(values: ByVariant) -> str:
     return json.dumps([[module, kept, value] for (module, kept), value in values.items()])
 
 
-def _from_json(text: str) -> dict[tuple[str, int], float]:
+def _from_json(text: str) -> ByVariant:
     return {(module, kept): value for module, kept, value in json.loads(text)}
 
 
 def fill_cache(
     cache: VariantCache,
-    modules: Sequence[PrunableModule],
+    modules: PrunableModules,
     units: UnitsByModule,
     scores: TensorsByName,
     orders: Mapping[str, Indices],
@@ -239,7 +241,7 @@ def fill_cache(
         make({consumer for module in modules for consumer in consumers_of(module, units)})
 
 
-def check_token_count(search: RatioSearch, modules: Sequence[PrunableModule], batches: Sequence[Any]) -> None:
+def check_token_count(search: RatioSearch, modules: PrunableModules, batches: Sequence[Any]) -> None:
     """Raises an error if there are too few tokens for refits at the highest pruned level.
 
     Args:
@@ -256,7 +258,7 @@ def check_token_count(search: RatioSearch, modules: Sequence[PrunableModule], ba
         check_tokens(linears, needed, [make_run(model, units, batch) for batch in batches])
 
 
-def tokens_needed(search: RatioSearch, modules: Sequence[PrunableModule]) -> dict[str, int]:
+def tokens_needed(search: RatioSearch, modules: PrunableModules) -> dict[str, int]:
     """Returns the tokens that each consumer's refit needs: its inputs at the top level.
 
     Experts are left out, as their refits stay near the old weights if they receive few tokens.
@@ -273,7 +275,7 @@ def tokens_needed(search: RatioSearch, modules: Sequence[PrunableModule]) -> dic
 def kept_inputs(
     module: PrunableModule,
     units: UnitsByModule,
-    removed: Mapping[str, Sequence[int]],
+    removed: UnitNumbers,
     orders: Mapping[str, Indices] | None = None,
 ) -> TensorDict:
     """Returns a mask of the kept inputs of each consumer layer, bool, `[in_features]`."""

@@ -6,7 +6,7 @@ Reference: Are Sixteen Heads Really Better than One? (Michel, Levy & Neubig, 201
 2.2, equation 1: MHAtt(x, q) = sum over h of gate_h Att_h(x, q). Channels are gated in the same way.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Protocol, runtime_checkable
@@ -84,7 +84,7 @@ class Planned(Protocol):
     """A plan of units, as returned by `plan` and `plan_units`."""
 
     @property
-    def units(self) -> Mapping[str, list[int]]:
+    def units(self) -> UnitNumbers:
         """The chosen units by module."""
 
     @property
@@ -217,7 +217,7 @@ def zero_units(model: nn.Module, units: Chosen, kind: UnitKind = "head", per: Pe
 def consumer_columns(
     model: nn.Module,
     layers: UnitsByModule,
-    units: Mapping[str, Sequence[int]] | Mapping[str, Indices],
+    units: UnitNumbers | Mapping[str, Indices],
     by_expert: Mapping[str, Indices] | None = None,
 ) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
     """Yields the parameters that consume units, with dimension and index of `gather`."""

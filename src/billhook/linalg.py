@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Indices = NDArray[np.int64]  # positions along a dimension
+IndicesByModule = Mapping[str, Indices]
 TensorsByName = Mapping[str, Tensor]
 TensorDict = dict[str, Tensor]
 Solve = Callable[[Tensor], Tensor]  # solves M A = C in the memory of C, `[rows, columns]`, and returns M

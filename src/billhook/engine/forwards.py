@@ -99,13 +99,14 @@ class TrainingForward(LoadingForward):
         self.store.load(self.block)
 
 
+@dataclass(eq=False, repr=False)
 class LoadHook:
     """A forward pre-hook that loads the block of a module."""
 
     keeps_shapes = True
 
-    def __init__(self, load: Callable[[nn.Module], object], block: nn.Module) -> None:
-        self.load, self.block = load, block
+    load: Callable[[nn.Module], object]
+    block: nn.Module
 
     def __call__(self, *_: object) -> None:
         """Loads the block."""

@@ -1,13 +1,13 @@
 """Finds which tensor positions remain without some units, and validates the removal."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import nn
 
-from billhook.linalg import Indices
+from billhook.linalg import Indices, IndicesByModule
 from billhook.model import check_plain
 from billhook.pruning.amount import kernel_multiple
 from billhook.tracing.axes import leaves
@@ -61,7 +61,7 @@ def size_after(cuts: Cuts, name: str, size: Sequence[int]) -> tuple[int, ...]:
     return tuple(cuts[name, dim].shape[-1] if (name, dim) in cuts else length for dim, length in enumerate(size))
 
 
-def of_ranks(orders: Mapping[str, Indices], removed: UnitNumbers) -> dict[str, Indices]:
+def of_ranks(orders: IndicesByModule, removed: UnitNumbers) -> dict[str, Indices]:
     """Returns the channels of each expert at the removed ranks, as `Cut.by_expert`."""
     return {name: np.sort(order[:, list(removed[name])]) for name, order in orders.items() if removed.get(name)}
 
@@ -72,7 +72,7 @@ def find_cut(
     units: UnitsByModule,
     chosen: Chosen,
     per: Per = "head",
-    by_expert: Mapping[str, Indices] | None = None,
+    by_expert: IndicesByModule | None = None,
 ) -> Cut:
     """Finds the tensor cuts for removing units; a KV head goes with its last query head.
 
@@ -164,7 +164,7 @@ def _count_left(name: str, units: Units, removed: Sequence[int]) -> tuple[int, .
     return len(kv_of_kept), len(heads_per_kv)
 
 
-def _cuts(structure: Structure, units: UnitsByModule, removed: UnitNumbers, by_expert: Mapping[str, Indices]) -> Cuts:
+def _cuts(structure: Structure, units: UnitsByModule, removed: UnitNumbers, by_expert: IndicesByModule) -> Cuts:
     cuts = {}
     leaves_of = {}
     for name, numbers in removed.items():

@@ -131,7 +131,7 @@ class _ExpertVisitor(Visitor):
         inside = set(blocks_of(self.model))
         self._blocks = {name: block for name, block in self.model.named_modules() if block in inside}
         self._walk = Walk([Site(block, {name: block}, out=True) for name, block in self._blocks.items()], self, self.comm)
-        self._filled, self._done, self._observes = set[str](), set[str](), False
+        self._done, self._observes = set[str](), False
         self._routed = defaultdict[str, list[Routed]](list)  # by output matrix of an expert
         self._mixtures = defaultdict[str, dict[int, Tensor]](dict)  # outputs by mixture and run
         self._outputs = BlockOutputs()
@@ -155,8 +155,7 @@ class _ExpertVisitor(Visitor):
         if self._walk.run in self.untouched:
             return dense(*args, **kwargs)
         pruned = self._pruned.get_submodule(name)
-        if name not in self._filled:
-            self._filled.add(name)
+        if any(parameter.is_meta for parameter in pruned.parameters()):
             for part, tensor in [*self._blocks[name].named_parameters(), *self._blocks[name].named_buffers()]:
                 value, (owner, _, attribute) = self._selected(f"{name}.{part}", tensor), part.rpartition(".")
                 holder = pruned.get_submodule(owner)

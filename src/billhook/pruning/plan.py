@@ -18,7 +18,7 @@ from billhook.arguments import check_one_of
 from billhook.display import text_table
 from billhook.engine import LazyTensors, store_of
 from billhook.importance.routing import RoutingChange
-from billhook.linalg import Indices
+from billhook.linalg import IndicesByModule
 from billhook.model import Costs, ShapePlan, UpdateOptimizers, Weights, find_transformer, update_optimizers, with_weights
 from billhook.pruning.amount import divides_among_devices
 from billhook.pruning.cut import Cut, find_cut
@@ -194,7 +194,7 @@ def _find_again(
     kinds: Mapping[str, UnitKind],
     before: Mapping[str, tuple[int, ...]],
     units: UnitNumbers,
-    by_expert: Mapping[str, Indices],
+    by_expert: IndicesByModule,
     model: nn.Module,
 ) -> Cut:
     """Finds the cut of a stored plan in a model, and raises if the units differ."""

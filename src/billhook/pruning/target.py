@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.arguments import percentage_hint
-from billhook.linalg import Indices, TensorsByName
+from billhook.linalg import IndicesByModule, TensorsByName
 from billhook.model import Costs, costs_of, named_token_ids
 from billhook.pruning.amount import (
     MULTIPLES,
@@ -89,7 +89,7 @@ class RatioSearch:
             free |= {name: layer for name, layer in layers.items() if name not in bound}
         return free
 
-    def cut(self, scores: TensorsByName, orders: Mapping[str, Indices] | None = None) -> Cut:
+    def cut(self, scores: TensorsByName, orders: IndicesByModule | None = None) -> Cut:
         """Finds the cut for some scores, and raises if it is out of reach or empty.
 
         `orders` are the channels of each expert by rank, `[experts, channels]`, of modules whose scores are those of ranks.
@@ -178,7 +178,7 @@ class RatioSearch:
         scores: TensorsByName,
         ratios: Mapping[str, float],
         target: bool = False,
-        orders: Mapping[str, Indices] | None = None,
+        orders: IndicesByModule | None = None,
     ) -> Cut:
         """Finds the cut of some ratios; for a budget, searched counts are not rounded."""
         exact = self.amount.open_ratios if target and self.amount.round_to == "auto" else ()

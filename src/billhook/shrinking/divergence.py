@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -246,6 +247,7 @@ def mean_over_sources(by_source: Mapping[str, float]) -> float:
     return sum(by_source.values()) / len(by_source)
 
 
+@dataclass(eq=False)
 class Perplexity:
     """Recorded losses of the dense model on batches, for comparison with a changed model.
 
@@ -258,21 +260,24 @@ class Perplexity:
         ValueError: If a loss is not finite.
     """
 
-    def __init__(self, model: PreTrainedModel, runs: Sequence[Run], broadcast: Broadcast = lambda value: value) -> None:
-        self._model, self._runs, self._broadcast = model, runs, broadcast
+    model: PreTrainedModel
+    runs: Sequence[Run]
+    broadcast: Broadcast = lambda value: value
+
+    def __post_init__(self) -> None:
         self._dense = self._losses()
         if not all(map(math.isfinite, self._dense)):
-            raise ValueError(f"batches: the loss of this {type(model).__name__} is NaN or infinite on a batch")
+            raise ValueError(f"batches: the loss of this {type(self.model).__name__} is NaN or infinite on a batch")
 
     def ratio(self) -> float:
         """Returns the perplexity relative to the dense model, a geometric mean over sources."""
         rises: dict[str, list[float]] = {}
-        for run, before, after in zip(self._runs, self._dense, self._losses(), strict=True):
+        for run, before, after in zip(self.runs, self._dense, self._losses(), strict=True):
             rises.setdefault(run.source, []).append(after - before)
         mean = mean_over_sources({source: sum(of_source) / len(of_source) for source, of_source in rises.items()})
         return math.exp(mean) if mean < math.log(1e9) else math.inf
 
     def _losses(self) -> list[float]:
-        with evaluating_without_grad(self._model):
-            losses: list[float] = self._broadcast([float(run.forward()) for run in self._runs])
+        with evaluating_without_grad(self.model):
+            losses: list[float] = self.broadcast([float(run.forward()) for run in self.runs])
         return losses

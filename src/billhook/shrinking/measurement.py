@@ -12,7 +12,7 @@ from torch import Tensor
 
 from billhook.engine import runs_of
 from billhook.importance.score import Importance, make_run, rank_channels, scores_of, sum_units
-from billhook.linalg import Indices
+from billhook.linalg import IndicesByModule
 from billhook.model import expert_layers
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.divergence import Broadcast, Divergence
@@ -41,7 +41,7 @@ class Measurement:
 
     scope: SearchScope
     scores: Mapping[str, Tensor]
-    orders: Mapping[str, Indices]
+    orders: IndicesByModule
     divergence: Divergence
     cache: VariantCache
     losses: dict[str, list[float]]

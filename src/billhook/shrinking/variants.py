@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from billhook.engine import (
 )
 from billhook.importance.obs import watch_blockwise
 from billhook.importance.score import make_run
-from billhook.linalg import Indices, TensorDict, TensorsByName, float64_device
+from billhook.linalg import IndicesByModule, TensorDict, TensorsByName, float64_device
 from billhook.model import ExpertLinear, holder_of, matrix_of, to_parameters
 from billhook.pruning.block_plan import zero_weights
 from billhook.pruning.cut import of_ranks
@@ -53,6 +54,7 @@ ByVariant = dict[tuple[str, int], float]
 """Values by module and number of kept units."""
 
 
+@dataclass(eq=False)
 class VariantCache:
     """The variants of all modules of a model, which itself stays unchanged.
 
@@ -67,8 +69,12 @@ class VariantCache:
         measured: By module and number of kept units, the measured loss of the whole model.
     """
 
-    def __init__(self, model: PreTrainedModel, folder: Path | None, writers: Mapping[str, Sequence[str]]) -> None:
-        self.model, self._folder, self._writers = model, folder, writers
+    model: PreTrainedModel
+    folder: Path | None
+    writers: Mapping[str, Sequence[str]]
+
+    def __post_init__(self) -> None:
+        folder = self.folder
         self.errors: ByVariant = {}
         self.measured: ByVariant = {}
         self._weights: dict[tuple[str, int], LazyTensors] = {}
@@ -99,13 +105,13 @@ class VariantCache:
     def add(self, module: str, kept: int, error: float, weights: TensorsByName) -> None:
         """Adds a variant."""
         self.errors[module, kept] = error
-        if self._folder is None:
+        if self.folder is None:
             self._weights[module, kept] = store_of(self.model).stage(None, weights, device=torch.device("cpu"))
             return
         tensors = {name: value.cpu() for name, value in weights.items()}
-        unfinished = self._folder / f"unfinished-{os.getpid()}"
+        unfinished = self.folder / f"unfinished-{os.getpid()}"
         save_file(tensors, unfinished, {"errors": _to_json({(module, kept): error})})
-        replace_file(unfinished, self._folder / f"{module}.{kept}.safetensors")
+        replace_file(unfinished, self.folder / f"{module}.{kept}.safetensors")
 
     def lost(self, module: str, kept: int, divergence: Divergence) -> float:
         """Returns the measured loss of a variant, or of removing a block (0), with all else dense.
@@ -118,19 +124,19 @@ class VariantCache:
         if (module, kept) not in self.measured:
             with self.assembled({module: kept}):
                 self.measured[module, kept] = max(divergence.mean(self.weights(module, kept)), 0.0)
-            if self._folder is not None:
-                unfinished = self._folder / f"unfinished-{os.getpid()}"
+            if self.folder is not None:
+                unfinished = self.folder / f"unfinished-{os.getpid()}"
                 unfinished.write_text(_to_json(self.measured))
-                replace_file(unfinished, self._folder / MEASURED)
+                replace_file(unfinished, self.folder / MEASURED)
         return self.measured[module, kept]
 
     def weights(self, module: str, kept: int) -> LazyTensors:
         """Returns the parameters of a variant; empty if the module keeps all units."""
         if not kept:
-            return zero_weights(self.model, self._writers.get(module, ()))
-        if self._folder is None or (module, kept) not in self.errors:
+            return zero_weights(self.model, self.writers.get(module, ()))
+        if self.folder is None or (module, kept) not in self.errors:
             return self._weights.get((module, kept), LazyTensors({}))
-        tensors = load_file(self._folder / f"{module}.{kept}.safetensors")
+        tensors = load_file(self.folder / f"{module}.{kept}.safetensors")
         return LazyTensors.of({name: value.to(self.model.get_parameter(name).device) for name, value in tensors.items()})
 
     def forget(self) -> None:
@@ -168,7 +174,7 @@ def fill_cache(
     modules: PrunableModules,
     units: UnitsByModule,
     scores: TensorsByName,
-    orders: Mapping[str, Indices],
+    orders: IndicesByModule,
     runs: Sequence[Run],
     repair: RepairConfig | None,
     progress: Progress,
@@ -276,7 +282,7 @@ def kept_inputs(
     module: PrunableModule,
     units: UnitsByModule,
     removed: UnitNumbers,
-    orders: Mapping[str, Indices] | None = None,
+    orders: IndicesByModule | None = None,
 ) -> TensorDict:
     """Returns a mask of the kept inputs of each consumer layer, bool, `[in_features]`."""
     kept = {}

@@ -19,7 +19,7 @@ from typing_extensions import Self
 
 from billhook.arguments import check_types
 from billhook.engine import fresh_autocast_cache, local, reshard, sharded_as
-from billhook.linalg import Indices, over_dims
+from billhook.linalg import IndicesByModule, over_dims
 from billhook.model import find_transformer, read_dim
 from billhook.tracing.trace import Inputs
 from billhook.units.blocks import skip
@@ -217,8 +217,8 @@ def zero_units(model: nn.Module, units: Chosen, kind: UnitKind = "head", per: Pe
 def consumer_columns(
     model: nn.Module,
     layers: UnitsByModule,
-    units: UnitNumbers | Mapping[str, Indices],
-    by_expert: Mapping[str, Indices] | None = None,
+    units: UnitNumbers | IndicesByModule,
+    by_expert: IndicesByModule | None = None,
 ) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
     """Yields the parameters that consume units, with dimension and index of `gather`."""
     for name, numbers in units.items():

@@ -207,7 +207,7 @@ def unit_positions(units: Units, per: Per) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def gram_of(consumer: nn.Module, table: Tensor, exists: Tensor, width: int) -> Tensor:
+def gram_of(consumer: nn.Module, table: Tensor, exists: Tensor, width: int, at_once: int = AT_ONCE) -> Tensor:
     """Returns W_u^T W_u of each unit: float32, `[units, size, size]`.
 
     Args:
@@ -215,6 +215,7 @@ def gram_of(consumer: nn.Module, table: Tensor, exists: Tensor, width: int) -> T
         table: Positions of each unit, `[units, size]`.
         exists: Mask of positions that exist, `[units, size]`.
         width: Number of its inputs.
+        at_once: Numbers of one-hot inputs in a call.
 
     Raises:
         ValueError: If it is a convolution with several kernel positions.
@@ -238,7 +239,7 @@ def gram_of(consumer: nn.Module, table: Tensor, exists: Tensor, width: int) -> T
 
     zero, grams = dtype_source.new_zeros(1, width, *[1] * dims), []
     table, exists = table.to(dtype_source.device), exists.to(dtype_source.device)
-    step = max(1, AT_ONCE // (table.shape[1] * width))
+    step = max(1, at_once // (table.shape[1] * width))
     with torch.autocast(dtype_source.device.type, enabled=False):
         for positions, mask in zip(torch.split(table, step), torch.split(exists, step), strict=True):
             vectors = dtype_source.new_zeros(positions.numel(), width).scatter_(1, positions.reshape(-1, 1), 1.0)

@@ -1,7 +1,7 @@
 """Linear algebra, in float64 if the device has it: damped factors and least squares."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache, partial
 
 import numpy as np
@@ -10,6 +10,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Indices = NDArray[np.int64]  # positions along a dimension
+IndicesByModule = Mapping[str, Indices]
+TensorsByName = Mapping[str, Tensor]
+TensorDict = dict[str, Tensor]
 Solve = Callable[[Tensor], Tensor]  # solves M A = C in the memory of C, `[rows, columns]`, and returns M
 
 

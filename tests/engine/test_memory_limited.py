@@ -55,22 +55,6 @@ def test_half_of_the_model_fits(large, ended, limit):
     assert not (out / "in memory").exists()
 
 
-FREE = {"meminfo": f"MemTotal: 9 kB\nMemAvailable:  {40 * 2**20} kB"}
-
-
-@pytest.mark.parametrize(("files", "gib"), [
-    (FREE, 10), ({}, 2), ({"meminfo": "MemAvailable: 9 kB"}, 2), (FREE | {"memory.max": "max", "memory.current": "9"}, 10),
-    *((FREE | {"memory.max": f"{limit * 2**30}", "memory.current": f"{6 * 2**30}"}, gib) for limit, gib in ((30, 6), (90, 10))),
-])  # fmt: skip
-def test_a_quarter_of_the_free_memory_may_be_used(tmp_path, monkeypatch, files, gib):
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(memory, "Path", lambda name: tmp_path / Path(name).name.removeprefix("cgroup"))
-    assert memory.memory_to_hold(torch.device("cpu")) == gib * 2**30
-    monkeypatch.setattr(torch.accelerator, "get_memory_info", lambda _: (4 * gib * 2**30, 9))
-    assert memory.memory_to_hold(torch.device("cuda")) == gib * 2**30
-
-
 def test_activations_fit_beside_three_blocks(tmp_path, monkeypatch):
     streamed, dense = store_of(bh.stream("tiny")), bh.load("tiny")
     block = sum(parameter.nbytes for parameter in dense.model.layers[0].parameters())

@@ -138,3 +138,11 @@ def test_a_budget_takes_channels_of_experts():
     plan = bh.plan(model, batches=BATCHES, params=limit)
     assert plan.parameters[1] <= limit
     assert set(plan.kinds[name] for name in plan.units) == {"channel"}
+
+
+def test_scores_that_are_not_of_single_experts_remove_the_same_channels_from_all():
+    model = build("mixtral")
+    plan = bh.plan(model, bh.Taylor(), BATCHES, channels=0.25)
+    assert not plan.by_expert
+    scores = bh.score(model, bh.find_units(model, "channel"), bh.Taylor(), BATCHES)
+    assert plan.units == {name: sorted(values.argsort()[: len(plan.units[name])].tolist()) for name, values in scores.items()}

@@ -66,7 +66,7 @@ from billhook.engine.state import (
 from billhook.engine.statistics import ROWS, TOKENS, InputGram, InputNorms, Statistics, add_products
 from billhook.engine.store import BlockStore, store_of
 from billhook.engine.tensors import TensorFiles
-from billhook.engine.trees import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
+from billhook.engine.trees import ModulesByName, tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 from billhook.engine.walk import (
     Arguments,
     Sequential,
@@ -74,7 +74,7 @@ from billhook.engine.walk import (
     Visitor,
     Walk,
     blocks_of,
-    copy_cache,
+    call_with_copies,
     find_sites,
     separable_blocks,
     with_exits,

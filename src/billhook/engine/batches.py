@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from billhook.engine.parts import fingerprint
-from billhook.engine.trees import tree_leaves, tree_map_only
+from billhook.engine.trees import ModulesByName, tree_leaves, tree_map_only
 from billhook.progress import OnProgress
 
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -133,7 +133,7 @@ def _run(model: nn.Module, batch: Any) -> Run:  # noqa: ANN401
     return Run(_forward(model, batch), padded, source=source, batch=batch)
 
 
-def run_with_loss(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
+def run_with_loss(model: nn.Module, modules: ModulesByName, batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
     """Makes a run whose forward returns the loss.
 
     Args:
@@ -183,7 +183,7 @@ def model_loss(model: nn.Module, batch: Any, hint: str = ", or pass loss=") -> T
     """
     if not isinstance(batch, dict):
         raise ValueError(f"batches: a {type(batch).__name__} is not a dictionary of model inputs. Pass dictionaries{hint}.")
-    config: Any = getattr(model, "config", None)
+    config = getattr(model, "config", None)
     generates = getattr(model, "can_generate", lambda: False)() and not getattr(config, "is_encoder_decoder", False)
     if "labels" not in batch and generates and "input_ids" in batch:
         ids, mask = batch["input_ids"], batch.get("attention_mask")
@@ -206,11 +206,11 @@ def _forward(model: nn.Module, batch: Any) -> Callable[[], Any]:  # noqa: ANN401
     raise ValueError(f"batches: a {type(batch).__name__} is not a dictionary, tuple, list, or tensor of model inputs.")
 
 
-def token_masks(model: nn.Module, modules: Mapping[str, nn.Module], batch: Any) -> dict[str, Tensor]:  # noqa: ANN401
+def token_masks(model: nn.Module, modules: ModulesByName, batch: Any) -> dict[str, Tensor]:  # noqa: ANN401
     """Finds the non-padding tokens of each module from a batch: bool, `[batch, length]`."""
     if not isinstance(batch, Mapping):
         return {}
-    decoder: Any = None
+    decoder = None
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         decoder = getattr(model, "get_decoder", lambda: None)()
     in_decoder = set(decoder.modules()) if isinstance(decoder, nn.Module) else set()

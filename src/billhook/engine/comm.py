@@ -145,7 +145,7 @@ class Comm:
         >>> Comm(rank=0, size=2).owned_pieces([1, 5, 2, 2]), Comm(rank=1, size=2).owned_pieces([1, 5, 2, 2])
         ([False, True, False, False], [True, False, True, True])
         """
-        loads, owner = [0.0] * self.size, dict[int, int]()
+        loads, owner = [0.0] * self.size, {}
         for piece in sorted(range(len(costs)), key=lambda number: -costs[number]):
             owner[piece] = loads.index(min(loads))
             loads[owner[piece]] += costs[piece]

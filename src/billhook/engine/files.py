@@ -24,9 +24,9 @@ from billhook.engine.parts import Parts, identity_of, tensor_in
 from billhook.engine.quantized import Quantization
 from billhook.engine.store import STORE, BlockStore
 from billhook.engine.tensors import TensorFiles, renumbered, share_parameters, write_index
-from billhook.engine.trees import Slot, parameter_slots
+from billhook.engine.trees import Sizes, parameter_slots
 from billhook.engine.walk import separable_blocks
-from billhook.linalg import Indices
+from billhook.linalg import Indices, TensorsByName
 from billhook.progress import OnProgress
 
 
@@ -40,7 +40,7 @@ class FileStore(BlockStore):
         model: The model, on the meta device.
         files: The tensors of its checkpoint.
         parts: Writes changed blocks. None for a read-only model.
-        quantization: How the files are quantized. None if they are not.
+        quantization: How the files are quantized.
 
     Attributes:
         blocks: The blocks that are loaded on demand, by name.
@@ -54,9 +54,7 @@ class FileStore(BlockStore):
     in_files = True
     snapshot_attributes = ("files", "keys", "adopted", "names", "blocks", "owner", "_renames", "_alterations")
 
-    def __init__(
-        self, model: PreTrainedModel, files: TensorFiles, parts: Parts | None, quantization: Quantization | None = None
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, files: TensorFiles, parts: Parts | None, quantization: Quantization) -> None:
         super().__init__(model)
         self.files, self.parts, self.quantization = files, parts, quantization
         self._copies: DeviceCopies | None = None
@@ -96,8 +94,6 @@ class FileStore(BlockStore):
 
     def _parameter_of(self) -> dict[str, str]:
         """Returns the parameter or buffer of each tensor in the files."""
-        if self.quantization is None:
-            return names_in_model(self.model, self.files)
         stored = self.quantization.stored(set(self.files))
         return {key: parameter for name, parameter in names_in_model(self.model, stored).items() for key in stored[name]}
 
@@ -166,7 +162,7 @@ class FileStore(BlockStore):
         raise ValueError(f"{why}, which a streamed model does not support. Load the model in memory with bh.load{instead}.")
 
     @contextmanager
-    def computing_with(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+    def computing_with(self, values: TensorsByName) -> Iterator[None]:
         """Replaces parameter values within the context. Values in blocks are read on every load."""
         self.release()
         before, new = self._overlay, LazyTensors.of(values)
@@ -241,7 +237,7 @@ class FileStore(BlockStore):
         name = self.names[block]
         return (self._written(name), self.done[name]) if name in self.done else None
 
-    def resume_block(self, block: nn.Module, sizes: Mapping[str, tuple[int, ...]]) -> bool:
+    def resume_block(self, block: nn.Module, sizes: Sizes) -> bool:
         """Adopts a block that an earlier process finished in this step."""
         if (name := self.names[block]) not in self.done:
             return False
@@ -250,7 +246,7 @@ class FileStore(BlockStore):
         return True
 
     def stage(
-        self, block: nn.Module | None, values: Mapping[str, Tensor], note: object = None, device: torch.device | None = None
+        self, block: nn.Module | None, values: TensorsByName, note: object = None, device: torch.device | None = None
     ) -> LazyTensors:
         """Writes a block's new values, unless an earlier process has. Other values stay in memory.
 
@@ -293,7 +289,7 @@ class FileStore(BlockStore):
         self.release()
         self._forget()
         names = {module: name for name, module in self.model.named_modules()}
-        new_names, renamed, removed, keys = dict[str, str](), dict[str, str](), list[str](), {"": self.keys[""]}
+        new_names, renamed, removed, keys = {}, {}, [], {"": self.keys[""]}
         for name, block in self.blocks.items():
             if block not in names:
                 removed += self.keys[name]
@@ -304,7 +300,7 @@ class FileStore(BlockStore):
                 renamed[key] = renumbered(key, name, new)
                 keys[new].append(renamed[key])
         self.files.rename(renamed, frozenset(removed))
-        if self.quantization is not None and (dense := self.model.config.quantization_config.get("modules_to_not_convert")):
+        if self.quantization.method and (dense := self.model.config.quantization_config.get("modules_to_not_convert")):
             left = []
             for module in dense:
                 name = next((name for name in self.blocks if f"{module}.".startswith(f"{name}.")), "")
@@ -327,7 +323,7 @@ class FileStore(BlockStore):
         self.keys[name], self.adopted[name] = list(keys), path
         self._alterations.pop(self.blocks[name], None)
 
-    def resize(self, name: str, sizes: Mapping[str, tuple[int, ...]]) -> None:
+    def resize(self, name: str, sizes: Sizes) -> None:
         """Gives an unloaded block the parameter sizes that its file has."""
         for name_in_model, parameter in list(self.blocks[name].named_parameters(prefix=name)):
             if tuple(parameter.shape) != tuple(sizes[name_in_model]):
@@ -337,19 +333,19 @@ class FileStore(BlockStore):
 
     def check_writes_values(self) -> None:
         """Raises if the files are quantized. See `BlockStore.check_writes_values`."""
-        if self.quantization is not None:
+        if self.quantization.method:
             raise ValueError(
                 f"model: its files are quantized ({self.quantization.method}), so only experts and blocks can be removed, "
                 "without a repair. Dequantize the checkpoint first to change its weights."
             )
 
-    def select(self, kept: Mapping[str, Mapping[int, Indices]], sizes: Mapping[str, tuple[int, ...]]) -> set[str] | None:
+    def select(self, kept: Mapping[str, Mapping[int, Indices]], sizes: Sizes) -> set[str] | None:
         """Leaves out positions of parameters in quantized files. See `BlockStore.select`."""
-        if self.quantization is None:
+        if not self.quantization.method:
             return None
         self.release()
         self._forget()
-        renamed, removed = dict[str, str](), set[str]()
+        renamed, removed = {}, set()
         for key, parameter in self._parameter_of().items():
             of_expert = re.fullmatch(r"(.*\.experts\.)(\d+)(\..*)", key)
             for dim, positions in kept.get(parameter, {}).items():
@@ -369,7 +365,7 @@ class FileStore(BlockStore):
         """Writes the config, a file per block, and the index. See `BlockStore.write`."""
         self.release()
         blocks, parameter_of = len(self.blocks), self._parameter_of()
-        if self.quantization is not None:
+        if self.quantization.method:
             save_state(self.model, folder, {})  # only the config
             for number, keys in enumerate(self.keys.values()):
                 save_file(self.files.read(keys), folder / _file_name(number, blocks), {"format": "pt"})
@@ -400,14 +396,14 @@ class FileStore(BlockStore):
         self.files, self.adopted, self._renames = TensorFiles(str(folder)), {}, []
         self.keys, self._origin = self._keys(), self.files.state
 
-    def _load(self, keys: list[str], prefetched: Mapping[str, Tensor] | None = None) -> None:
+    def _load(self, keys: list[str], prefetched: TensorsByName | None = None) -> None:
         """Loads tensors from the files, or tensors that were read before. Tied weights stay tied."""
-        slots_of = defaultdict[nn.Parameter, list[Slot]](list)
+        slots_of = defaultdict(list)
         for slot, parameter in parameter_slots(self.model):
             if parameter.is_meta:
                 slots_of[parameter].append(slot)
         with self.files.slices(keys) if prefetched is None else nullcontext(prefetched) as slices:
-            load_tensors(self.model, slices if self.quantization is None else self.quantization.dequantized(slices))
+            load_tensors(self.model, self.quantization.dequantized(slices))
         for slots in slots_of.values():
             parameters = [module.get_parameter(key) for module, key in slots]
             arrived = [parameter for parameter in parameters if not parameter.is_meta]

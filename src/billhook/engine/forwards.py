@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -20,13 +21,15 @@ class BlockLoader(Protocol):
         """Loads the block of a module."""
 
 
+@dataclass(eq=False, repr=False)
 class LoadingForward:
     """A forward that first loads its block, and runs it on the device of the store."""
 
     keeps_shapes = True
 
-    def __init__(self, store: BlockLoader, block: nn.Module, forward: Callable[..., Any]) -> None:
-        self.store, self.block, self.forward = store, block, forward
+    store: BlockLoader
+    block: nn.Module
+    forward: Callable[..., Any]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - any input
         """Loads the block and returns its output."""
@@ -96,13 +99,14 @@ class TrainingForward(LoadingForward):
         self.store.load(self.block)
 
 
+@dataclass(eq=False, repr=False)
 class LoadHook:
     """A forward pre-hook that loads the block of a module."""
 
     keeps_shapes = True
 
-    def __init__(self, load: Callable[[nn.Module], object], block: nn.Module) -> None:
-        self.load, self.block = load, block
+    load: Callable[[nn.Module], object]
+    block: nn.Module
 
     def __call__(self, *_: object) -> None:
         """Loads the block."""

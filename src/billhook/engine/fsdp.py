@@ -177,8 +177,8 @@ def _sharding(state: Any) -> Sharding:  # noqa: ANN401
             f"model: parameters of {class_of(state._modules[0]).__name__} are sharded over several meshes, which cannot be "
             "restored after shapes change. Shard them over a single mesh."
         )
-    arguments: dict[str, Any] = {"mp_policy": state._mp_policy}
-    settings: dict[str, Any] = {}
+    arguments = {"mp_policy": state._mp_policy}
+    settings = {}
     for group in groups_of(state):
         after = group.post_forward_mesh_info
         reshard: bool | int | None = after is not None
@@ -249,8 +249,7 @@ def wrapper_tensor(kind: type[Tensor], size: Sequence[int], dtype: torch.dtype, 
 
 def as_plain() -> AbstractContextManager[None]:
     """Disables `__torch_function__` of tensor subclasses within the context."""
-    disabled: AbstractContextManager[None] = torch._C.DisableTorchFunctionSubclass()
-    return disabled
+    return torch._C.DisableTorchFunctionSubclass()
 
 
 def _refuse(missing: Iterable[str], what: str, why: str, instead: str = "") -> None:

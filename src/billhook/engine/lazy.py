@@ -8,6 +8,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from billhook.engine.parts import fingerprint
+from billhook.linalg import TensorsByName
 
 Read = Callable[[], Tensor]  # reads the values of a parameter; for shards, all ranks call it together
 T = TypeVar("T", bound=Tensor)
@@ -29,7 +30,7 @@ class LazyTensors(Mapping[str, Tensor]):
         self._parts = tuple(parts) or (self.reads if known_by is None else known_by,)
 
     @classmethod
-    def of(cls, values: Mapping[str, Tensor]) -> Self:
+    def of(cls, values: TensorsByName) -> Self:
         """Returns lazy values unchanged, and wraps values in memory."""
         return (
             values if isinstance(values, cls) else cls({name: partial(_identity, value) for name, value in values.items()}, None)
@@ -55,12 +56,12 @@ class LazyTensors(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self.reads)
 
-    def __or__(self, other: Mapping[str, Tensor]) -> "LazyTensors":
+    def __or__(self, other: TensorsByName) -> "LazyTensors":
         """Merges with other values, which take precedence. Nothing is read."""
         others = LazyTensors.of(other)
         return LazyTensors({**self.reads, **others.reads}, parts=(*self._parts, *others._parts)) if self else others
 
-    def __ror__(self, other: Mapping[str, Tensor]) -> "LazyTensors":
+    def __ror__(self, other: TensorsByName) -> "LazyTensors":
         """Merges other values with these, which take precedence. Nothing is read."""
         return LazyTensors.of(other) | self
 

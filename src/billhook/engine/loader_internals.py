@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.utils import logging
 
+from billhook.linalg import TensorDict, TensorsByName
 from billhook.versions import version_hint
 
 LOADED = "_is_hf_initialized"  # attribute of loaded modules and tensors, which are not initialized
@@ -35,7 +36,7 @@ def is_joined_unevenly(model: PreTrainedModel) -> bool:
     for conversion in getattr(model, "_weight_conversions", None) or _conversions(model):
         if not any(isinstance(operation, Chunk) for operation in getattr(conversion, "operations", ())):
             continue
-        shapes = defaultdict[str, set[torch.Size]](set)  # shapes of joined tensors, by the common part of their names
+        shapes = defaultdict(set)  # shapes of joined tensors, by the common part of their names
         for name, tensor in state.items():
             for part in conversion.target_patterns:
                 if part in name:
@@ -94,7 +95,7 @@ def load_tensors(model: PreTrainedModel, slices: Mapping[str, Any]) -> None:
         from transformers.modeling_utils import LoadStateDictConfig
 
     conversions = getattr(model, "_weight_conversions", None)
-    dtype: torch.dtype = model.dtype
+    dtype = model.dtype
     plan = LoadStateDictConfig(dtype=dtype, dtype_plan=model._get_dtype_plan(dtype), weight_mapping=_conversions(model))
     try:
         with progress_bars_off():
@@ -115,18 +116,18 @@ def progress_bars_off() -> Iterator[None]:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def to_file_format(model: PreTrainedModel, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_file_format(model: PreTrainedModel, state: TensorsByName) -> TensorDict:
     """Converts model tensors to the names and layout of checkpoint files."""
     if is_joined_unevenly(model):
         return dict(state)
     with version_hint("transformers", LOADER):
         from transformers.core_model_loading import revert_weight_conversion
 
-    tensors: dict[str, Tensor] = revert_weight_conversion(model, dict(state))
+    tensors: TensorDict = revert_weight_conversion(model, dict(state))
     return tensors
 
 
-def save_state(model: PreTrainedModel, folder: Path, state: Mapping[str, Tensor] | None = None, **options: Any) -> None:  # noqa: ANN401
+def save_state(model: PreTrainedModel, folder: Path, state: TensorsByName | None = None, **options: Any) -> None:  # noqa: ANN401
     """Saves config and weights, including weights that the class would recreate."""
     ignored = model._keys_to_ignore_on_save
     model._keys_to_ignore_on_save = None  # recreated weights may have been pruned, so they are saved too

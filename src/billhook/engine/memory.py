@@ -1,18 +1,15 @@
 """Measures memory: of the process, on the host, and the needs of a streamed model."""
 
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import nn
 
 from billhook.engine.device import DeviceCopies
 from billhook.engine.store import BlockStore
 
 STATUS = Path("/proc/self/status")
-LEAST = 2**31  # bytes that may always be used
 COPIES = 3  # largest number of copies of a block: old, new, and being written; the next one may be prefetched
 WORK = 2**27  # bytes for library workspaces and allocator fragmentation
 
@@ -24,25 +21,6 @@ def resident(which: Literal["VmRSS", "VmHWM", "RssAnon"] = "VmRSS") -> int | Non
     """
     lines = STATUS.read_text().splitlines() if STATUS.is_file() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:")), None)
-
-
-def memory_to_hold(device: torch.device) -> int:
-    """Returns the bytes that may be used on a device.
-
-    This is a quarter of the free memory, at least 2 GiB. With several ranks it is always 2 GiB, as all must decide identically.
-    """
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return LEAST
-    with suppress(OSError, ValueError, RuntimeError, NotImplementedError):  # not reported by all systems and devices
-        if device.type != "cpu":
-            return max(LEAST, torch.accelerator.get_memory_info(device)[0] // 4)
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
-        group = Path("/sys/fs/cgroup")
-        with suppress(OSError, ValueError):  # the limit of a container; "max" is no number: there is no limit
-            free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-        return max(LEAST, free // 4)
-    return LEAST
 
 
 def fits(store: BlockStore, working_bytes: int, activations: int, memory: int) -> bool:

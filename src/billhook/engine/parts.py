@@ -105,7 +105,7 @@ class Parts:
             self._claim = FolderLock(self._out)
         self._check_own()
         self.step, self._key = self.step + 1, key
-        record: Any = None
+        record = None
         with suppress(OSError, ValueError):
             record = json.loads((self._step_folder / RECORD).read_text())
         if not isinstance(record, dict) or record.get("key") != key:

@@ -92,17 +92,6 @@ def in_block_order(model: nn.Module, forwards: Sequence[Callable[[], object]], c
         yield store.is_open
 
 
-class _Passed(Visitor):
-    """A visitor that reports blocks that all runs have passed."""
-
-    def __init__(self, ends: int, leave: Callable[[nn.Module], None] | None) -> None:
-        self.ends, self._leave = ends, leave
-
-    def leave(self, site: Site) -> None:
-        if self._leave is not None:
-            self._leave(site.module)
-
-
 class ActivationFiles:
     """Tensors in memory-mapped files of a folder, which the system can write out."""
 
@@ -181,7 +170,7 @@ def zeros(
     return files.zeros(*shape, dtype=dtype)
 
 
-class SideBySide:
+class SideBySide(Visitor):
     """Runs a model on several inputs, side by side if blocks are loaded on demand.
 
     Args:
@@ -223,9 +212,14 @@ class SideBySide:
             return
         store = self._store
         with activation_files(store) as files, spilled_outputs(files, store.model, store.blocks.values()):
-            passed = _Passed(len(forwards), self._leave)
-            self._walk = Walk([Site(block, {}) for block in self.blocks], passed, self._comm, self._load)
+            self.ends = len(forwards)
+            self._walk = Walk([Site(block, {}) for block in self.blocks], self, self._comm, self._load)
             self._walk(forwards)
+
+    def leave(self, site: Site) -> None:
+        """Reports a block that all runs have passed."""
+        if self._leave is not None:
+            self._leave(site.module)
 
     def _load(self, block: nn.Module) -> None:
         """Loads a block on all ranks, also without runs."""

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SUFFIXES = {"fp8": ("", "_scale_inv"), "mxfp4": ("_blocks", "_scales")}
-"""How names of values and scales end, by quantization method."""
+SUFFIXES = {"": ("",), "fp8": ("", "_scale_inv"), "mxfp4": ("_blocks", "_scales")}
+"""How names of values and scales end, by quantization method; tensors that are not quantized have no scales."""
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Values of four bits in MXFP4 without the highest bit, which is the sign."""
 BIAS = 127  # of the exponents that are the scales of MXFP4
@@ -20,18 +20,19 @@ class Quantization:
 
     Args:
         name: The checkpoint, for errors.
-        fields: The field `quantization_config` of its config.
+        fields: The field `quantization_config` of its config. None if it is not quantized.
 
     Attributes:
-        method: The quantization method.
+        method: The quantization method, empty if there is none.
 
     Raises:
         ValueError: If it is neither MXFP4 nor FP8 with a scale for each block and dynamic activations.
     """
 
-    def __init__(self, name: str, fields: Mapping[str, Any]) -> None:
-        self.name, self.method = name, str(fields.get("quant_method"))
-        self._block: Any = (1, 1) if self.method == "mxfp4" else fields.get("weight_block_size")
+    def __init__(self, name: str, fields: Mapping[str, Any] | None = None) -> None:
+        self.name, fields = name, {"quant_method": ""} if fields is None else fields
+        self.method = str(fields.get("quant_method"))
+        self._block: Any = fields.get("weight_block_size") if self.method == "fp8" else (1, 1)
         if self.method not in SUFFIXES or not self._block or fields.get("activation_scheme", "dynamic") != "dynamic":
             raise ValueError(
                 f"'{name}': a checkpoint with quant_method={self.method!r} cannot be streamed. Legal are 'mxfp4', and 'fp8' with "
@@ -40,7 +41,7 @@ class Quantization:
 
     def stored(self, names: Collection[str]) -> dict[str, list[str]]:
         """Returns the names in the files of each tensor: those of values and scales, or its own."""
-        suffixes, stored = SUFFIXES[self.method], defaultdict[str, list[str]](list)
+        suffixes, stored = SUFFIXES[self.method], defaultdict(list)
         for name in sorted(names):  # values before scales
             stems = [name.removesuffix(suffix) for suffix in suffixes if name.endswith(suffix)]
             stored[next((stem for stem in stems if all(stem + suffix in names for suffix in suffixes)), name)].append(name)

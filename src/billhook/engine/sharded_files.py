@@ -123,7 +123,7 @@ def write_sharded(folder: Path, checkpoint: Mapping[str, Any], first: bool) -> N
 
 def _read(reader: "_Reader", name: str) -> Tensor:
     """Assembles a tensor from its shards."""
-    entry: Any = reader.listed.state_dict_metadata[name]
+    entry = reader.listed.state_dict_metadata[name]
     tensor = torch.empty(entry.size, dtype=entry.properties.dtype, device="cpu")
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*torch.distributed is disabled")

@@ -157,7 +157,7 @@ def unsharded(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def _unhooked(module: nn.Module) -> Iterator[None]:
     """Removes FSDP's forward hooks within the context. Other hooks may change."""
-    fsdp, kept = FSDPModule.__module__, list[tuple[Any, dict[int, Any], set[int]]]()
+    fsdp, kept = FSDPModule.__module__, []
     for part in module.modules():
         for store in (part._forward_pre_hooks, part._forward_hooks):
             taken = {number for number, hook in store.items() if str(getattr(hook, "__module__", "")).startswith(fsdp)}

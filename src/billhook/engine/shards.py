@@ -26,6 +26,7 @@ from billhook.engine.store import STORE, BlockStore
 from billhook.engine.tensors import add_to_file
 from billhook.engine.trees import Slot, parameter_slots
 from billhook.engine.walk import separable_blocks
+from billhook.linalg import TensorDict, TensorsByName
 
 
 class ShardStore(BlockStore):
@@ -73,7 +74,7 @@ class ShardStore(BlockStore):
         self._round_comm: Comm | None = None
         self._block_parameters = dict[nn.Module, list[nn.Parameter]]()  # the full parameters of each block
         self._installed, self._forwards = list[RemovableHandle](), dict[nn.Module, Any]()
-        in_blocks = set[nn.Parameter]()
+        in_blocks = set()
         for block in self.blocks.values():
             self._block_parameters[block] = [self._full[shard] for shard in block.parameters() if shard in self._full]
             in_blocks.update(self._block_parameters[block])
@@ -120,7 +121,7 @@ class ShardStore(BlockStore):
     @torch.no_grad()
     def sharded(self) -> dict[nn.Parameter, nn.Parameter]:
         """Returns the shards of all parameters that the module has now, by full parameter."""
-        shards = dict[nn.Parameter, nn.Parameter]()
+        shards = {}
         for slot, full in parameter_slots(self.root):
             if full not in shards and (layout := self.layout(slot)) is not None:
                 shards[full] = layout.shards(full) if has_memory(full) else self.shards[full]
@@ -170,7 +171,7 @@ class ShardStore(BlockStore):
     @torch.no_grad()
     def _shard(self, block: nn.Module) -> None:
         """Shards parameters of a block that are new or may have new values."""
-        done = set[nn.Parameter]()
+        done = set()
         for slot, full in parameter_slots(block):
             layout, differs = self.layout(slot), self.all_gathered or full in self._altered or full not in self.shards
             if layout is not None and differs and full not in done:
@@ -180,10 +181,10 @@ class ShardStore(BlockStore):
         self._block_parameters[block] = [full for full in block.parameters() if full in self.shards]
 
     @contextmanager
-    def computing_with(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+    def computing_with(self, values: TensorsByName) -> Iterator[None]:
         """Replaces parameter values within the context. Values in blocks are read on loading."""
         self.release()
-        before, overlay, resident = self._overlay, dict(self._overlay), dict[nn.Module, dict[str, Tensor]]()
+        before, overlay, resident = self._overlay, dict(self._overlay), dict[nn.Module, TensorDict]()
         for name, read in LazyTensors.of(values).reads.items():
             owner, _, key = name.rpartition(".")
             module = self.model.get_submodule(owner)
@@ -202,7 +203,7 @@ class ShardStore(BlockStore):
 
     @torch.no_grad()
     def stage(
-        self, block: nn.Module | None, values: Mapping[str, Tensor], note: object = None, device: torch.device | None = None
+        self, block: nn.Module | None, values: TensorsByName, note: object = None, device: torch.device | None = None
     ) -> LazyTensors:
         """Shards the first rank's new values as the parameters are. All ranks call it together.
 
@@ -225,7 +226,7 @@ class ShardStore(BlockStore):
         """
         self.release()
         model, by_block = cast(PreTrainedModel, self.model), dict[nn.Module, dict[str, nn.Parameter]]()
-        in_blocks, outside = set[nn.Parameter](), model.state_dict()
+        in_blocks, outside = set(), model.state_dict()
         for name, parameter in model.named_parameters():
             if parameter in self.shards and (block := self.block_of(name)) is not None:
                 by_block.setdefault(block, {})[name] = parameter
@@ -235,15 +236,15 @@ class ShardStore(BlockStore):
                 outside.pop(name, None)
         save_state(model, folder, outside, max_shard_size=sys.maxsize)
 
-        def in_files(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        def in_files(named: TensorsByName) -> TensorDict:
             return to_file_format(model, {name: tensor.detach() for name, tensor in named.items()})
 
-        def read() -> Iterator[dict[str, Tensor]]:
+        def read() -> Iterator[TensorDict]:
             for block, named in by_block.items():
                 self.load(block)
                 yield in_files(named)
 
-        sizes = dict[str, Tensor]()
+        sizes = TensorDict()
         for named in by_block.values():
             sizes |= in_files({name: torch.empty_like(parameter, device="meta") for name, parameter in named.items()})
         add_to_file(folder, sizes, read())

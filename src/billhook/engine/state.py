@@ -59,8 +59,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
 def forked(device: torch.device) -> AbstractContextManager[None]:
     """Restores the random state of the CPU and a device after the context."""
     devices, kind = ([device], device.type) if _has_own(device) else ([], "cpu")
-    forking: AbstractContextManager[None] = torch.random.fork_rng(devices, device_type=kind)
-    return forking
+    return torch.random.fork_rng(devices, device_type=kind)
 
 
 def seed_random_state(number: int, device: torch.device) -> None:
@@ -160,7 +159,7 @@ def overridden(owner: object, **attributes: object) -> Iterator[None]:
     3
     """
     fields = vars(owner)
-    blocks: list[_Block] = fields.setdefault(OPEN, [])
+    blocks = fields.setdefault(OPEN, [])
     mine = _Block(attributes, {name: fields[name] for name in attributes if name in fields})
     blocks.append(mine)
     fields.update(attributes)
@@ -185,7 +184,7 @@ def replaced(new: Mapping[nn.Module, Mapping[str, Tensor]]) -> Iterator[None]:
     Values on other devices are moved to the parameter's device. A module without parameters, whose weight is a view of another's
     parameter, must compute with its attributes of these names instead.
     """
-    pairs = list[tuple[nn.Parameter, Tensor]]()
+    pairs = []
     with fresh_autocast_cache(), ExitStack() as stack:
         for module, values in new.items():
             parameters = {name: module.get_parameter(name) for name in values}
@@ -303,7 +302,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     Modes, random state, and configs are restored afterwards.
     """
     modes = {module: module.training for module in model.modules()}
-    caching, problems = dict[int, Any](), dict[int, tuple[dict[str, Any], object]]()
+    caching, problems = dict[int, Any](), {}
     for module in modes:
         config = getattr(module, "config", None)
         if getattr(config, "use_cache", False):

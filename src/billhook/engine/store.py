@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, ClassVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from billhook.engine.comm import Comm
@@ -21,7 +21,8 @@ from billhook.engine.forwards import InferenceForward
 from billhook.engine.lazy import LazyTensors
 from billhook.engine.loader_internals import save_state
 from billhook.engine.state import overridden, replaced
-from billhook.linalg import Indices
+from billhook.engine.trees import Sizes
+from billhook.linalg import Indices, TensorsByName
 
 STORE = "_billhook_store"  # attribute of a module for the store of its blocks
 Alter = Callable[[nn.Module], Iterable[nn.Parameter]]  # changes parameter values of a block, and returns these parameters
@@ -45,10 +46,10 @@ class BlockStore(ABC):
         on_ranks: Whether blocks are shards that all ranks gather together.
     """
 
-    holds_all: ClassVar[bool] = True
-    trains: ClassVar[bool] = True
-    in_files: ClassVar[bool] = False
-    on_ranks: ClassVar[bool] = False
+    holds_all = True
+    trains = True
+    in_files = False
+    on_ranks = False
     snapshot_attributes: ClassVar[tuple[str, ...]] = ()  # attributes that `snapshot` restores
     keeps_shapes = True
 
@@ -202,7 +203,7 @@ class BlockStore(ABC):
         """Raises if new values cannot be stored, because the files are quantized."""
         return
 
-    def select(self, kept: Mapping[str, Mapping[int, Indices]], sizes: Mapping[str, tuple[int, ...]]) -> set[str] | None:
+    def select(self, kept: Mapping[str, Mapping[int, Indices]], sizes: Sizes) -> set[str] | None:
         """Leaves out positions in quantized files; returns parameters in blocks, or None.
 
         Args:
@@ -222,7 +223,7 @@ class BlockStore(ABC):
         del key, more
         yield
 
-    def resume_block(self, block: nn.Module, sizes: Mapping[str, tuple[int, ...]]) -> bool:
+    def resume_block(self, block: nn.Module, sizes: Sizes) -> bool:
         """Adopts a block that an earlier process finished in this step. False if there is none.
 
         Args:
@@ -240,7 +241,7 @@ class BlockStore(ABC):
         return None
 
     def stage(
-        self, block: nn.Module | None, values: Mapping[str, Tensor], note: object = None, device: torch.device | None = None
+        self, block: nn.Module | None, values: TensorsByName, note: object = None, device: torch.device | None = None
     ) -> LazyTensors:
         """Stages new parameter values beside the model, and returns a lazy reader of them.
 
@@ -252,6 +253,9 @@ class BlockStore(ABC):
             note: Plain data that a later process reads with the values.
             device: Device of the shards. Defaults to that of the parameter's shards.
         """
+        if self.device is not None:  # values stay on the device of the model
+            model_device = next(self.model.parameters()).device
+            values = {name: value.to(model_device) for name, value in values.items()}
         return LazyTensors.of(values)
 
     def holder(self, parameter: nn.Parameter) -> nn.Parameter:
@@ -259,7 +263,7 @@ class BlockStore(ABC):
         return parameter
 
     @contextmanager
-    def computing_with(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+    def computing_with(self, values: TensorsByName) -> Iterator[None]:
         """Replaces parameter values within the context, also of blocks loaded later."""
         new = LazyTensors.of(values)
         with replaced({self.model.get_submodule(module): new.of_module(module) for module in new.modules}):
@@ -315,7 +319,7 @@ class MemoryStore(BlockStore):
         self._changed |= block in self.loaded
 
     @contextmanager
-    def computing_with(self, values: Mapping[str, Tensor]) -> Iterator[None]:
+    def computing_with(self, values: TensorsByName) -> Iterator[None]:
         """Replaces parameter values within the context, also in the copies on a device."""
         self._drop_copies()
         try:
@@ -328,15 +332,6 @@ class MemoryStore(BlockStore):
         if self.device is not None:
             self.release()
             self._copies.ahead.forget()
-
-    def stage(
-        self, block: nn.Module | None, values: Mapping[str, Tensor], note: object = None, device: torch.device | None = None
-    ) -> LazyTensors:
-        """Keeps new values in memory, on the device of the model. See `BlockStore.stage`."""
-        if self.device is not None:
-            model_device = next(self.model.parameters()).device
-            values = {name: value.to(model_device) for name, value in values.items()}
-        return super().stage(block, values, note, device)
 
     @contextmanager
     def altered(self, alter: Alter) -> Iterator[None]:

@@ -5,6 +5,7 @@ import os
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from transformers.utils.hub import cached_file
 
 from billhook.engine.trees import parameter_slots
+from billhook.linalg import TensorDict, TensorsByName
 
 
 class Source:
@@ -81,6 +83,15 @@ UNREADABLE = (OSError, SafetensorError, KeyError)
 ELEMENTS = 2**22  # number of values that are read at once
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """Where a tensor is: its file, its name there, and the positions that are left, by dimension."""
+
+    file: str
+    name: str
+    kept: tuple[tuple[int, Tensor], ...] = ()
+
+
 class TensorFiles:
     """The tensors of a checkpoint, by their names in the files.
 
@@ -93,9 +104,7 @@ class TensorFiles:
 
     def __init__(self, name: str) -> None:
         self._name, self._source = name, Source(name)
-        self._files = _files(self._source)
-        self._names = dict[str, str]()  # the names in the files of those that are called otherwise
-        self._kept = dict[str, list[tuple[int, Tensor]]]()  # dimensions and the positions that are left in them
+        self._stored = {name: _Stored(file, name) for name, file in _files(self._source).items()}
         self._paths = dict[str, Path]()
         self._seen = dict[Path, tuple[int, int]]()
 
@@ -112,56 +121,41 @@ class TensorFiles:
     @property
     def are_local(self) -> bool:
         """True if no file must be downloaded."""
-        return all(self._here(file) is not None for file in set(self._files.values()))
+        return all(self._here(file) is not None for file in {stored.file for stored in self._stored.values()})
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._files)
-
-    def __copy__(self) -> "TensorFiles":
-        other = object.__new__(TensorFiles)
-        vars(other).update(vars(self))
-        other._files, other._names = dict(self._files), dict(self._names)
-        return other
+        return iter(self._stored)
 
     def move(self, names: Collection[str], path: Path, new: Collection[str]) -> None:
         """Reads tensors from another file from now on, under the same or new names."""
-        for name in names:
-            del self._files[name]
-            self._names.pop(name, None)
-        self._files |= dict.fromkeys(new, str(path))
+        self.rename({}, names)
+        self._stored |= {name: _Stored(str(path), name) for name in new}
         self._paths[str(path)] = path
 
     def rename(self, names: Mapping[str, str], removed: Collection[str]) -> None:
         """Renames tensors relative to the files, and drops removed ones."""
-        files, names_in_files = dict[str, str](), dict[str, str]()
-        for name in self._files:
-            if name in removed:
-                continue
-            new, in_file = names.get(name, name), self._names.get(name, name)
-            files[new] = self._files[name]
-            if in_file != new:
-                names_in_files[new] = in_file
-        self._files, self._names = files, names_in_files
-        self._kept = {names.get(name, name): kept for name, kept in self._kept.items() if name not in removed}
+        # another dictionary, because copies of these files share the old one
+        self._stored = {names.get(name, name): stored for name, stored in self._stored.items() if name not in removed}
 
     def select(self, name: str, dim: int, positions: Tensor) -> None:
         """Leaves out all other positions of a tensor from now on."""
-        self._kept = self._kept | {name: [*self._kept.get(name, ()), (dim, positions)]}
+        stored = self._stored[name]
+        self._stored = self._stored | {name: replace(stored, kept=(*stored.kept, (dim, positions)))}
 
-    def sizes(self) -> dict[str, Tensor]:
+    def sizes(self) -> TensorDict:
         """Returns all tensors on the meta device. Only headers are read."""
-        by_file, sizes = defaultdict[str, list[str]](list), dict[str, Tensor]()
-        for name, file in self._files.items():
-            by_file[file].append(name)
+        by_file, sizes = defaultdict(list), TensorDict()
+        for name, stored in self._stored.items():
+            by_file[stored.file].append(name)
         for file, names in by_file.items():
             if self._here(file) is None:
                 with self._readable():
                     header = self._source.header(file)
-                    sizes |= {name: self._like(name, *header[self._names.get(name, name)]) for name in names}
+                    sizes |= {name: self._like(name, *header[self._stored[name].name]) for name in names}
             else:
                 with self._open(file) as opened, self._readable():
                     for name in names:
-                        entry = opened.get_slice(self._names.get(name, name))
+                        entry = opened.get_slice(self._stored[name].name)
                         sizes[name] = self._like(name, entry.get_dtype(), entry.get_shape())
         return sizes
 
@@ -169,31 +163,32 @@ class TensorFiles:
     def slices(self, names: Collection[str]) -> Iterator[dict[str, Any]]:
         """Opens slices of tensors, which `[...]` reads."""
         with ExitStack() as stack:
-            files, slices = dict[str, Any](), dict[str, Any]()
-            for file in dict.fromkeys(self._files[name] for name in names):
-                files[file] = stack.enter_context(self._open(file))
+            stored_as, slices = {name: self._stored[name] for name in names}, {}
+            files = dict.fromkeys(stored.file for stored in stored_as.values())
+            opened = {file: stack.enter_context(self._open(file)) for file in files}
             with self._readable():
-                for name in names:
-                    entry = files[self._files[name]].get_slice(self._names.get(name, name))
+                for name, stored in stored_as.items():
+                    entry = opened[stored.file].get_slice(stored.name)
                     slices[name] = entry if all(entry.get_shape()) else _empty(entry)  # safetensors cannot read empty tensors
-                    for dim, positions in self._kept.get(name, ()):
+                    for dim, positions in stored.kept:
                         slices[name] = slices[name][...].index_select(dim, positions)
             yield slices
 
-    def read(self, names: Collection[str]) -> dict[str, Tensor]:
+    def read(self, names: Collection[str]) -> TensorDict:
         """Reads tensors as they are in the files."""
         with self.slices(names) as slices, self._readable():
             return {name: entry[...] for name, entry in slices.items()}
 
     def read_ahead(self, names: Collection[str]) -> None:
         """Prefetches tensors of local files into the page cache (Linux)."""
-        for file in set(map(self._files.__getitem__, names)) if hasattr(os, "posix_fadvise") else set[str]():
+        wanted = [self._stored[name] for name in names] if hasattr(os, "posix_fadvise") else []
+        for file in {stored.file for stored in wanted}:
             path = self._here(file)
             if path is None:
                 continue
             with suppress(OSError, ValueError, KeyError), path.open("rb") as opened:
                 extents = _extents(opened)
-                for first, last in (extents[self._names.get(name, name)] for name in names if self._files[name] == file):
+                for first, last in (extents[stored.name] for stored in wanted if stored.file == file):
                     if last > first:  # length 0 would read to the end
                         os.posix_fadvise(opened.fileno(), first, last - first, os.POSIX_FADV_WILLNEED)
 
@@ -211,8 +206,9 @@ class TensorFiles:
                 yield entry[...]
                 return
             # not by safetensors, which reads the full tensor for each slice
-            with self._paths[self._files[name]].open("rb") as file:
-                file.seek(_extents(file)[self._names.get(name, name)][0])
+            stored = self._stored[name]
+            with self._paths[stored.file].open("rb") as file:
+                file.seek(_extents(file)[stored.name][0])
                 for start in range(0, shape[0], step):
                     read = torch.empty((min(step, shape[0] - start), *shape[1:]), dtype=DTYPES[entry.get_dtype()])
                     if file.readinto(read.view(-1).view(torch.uint8).numpy().data) < read.nbytes:
@@ -290,7 +286,7 @@ def write_index(folder: Path) -> None:
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def add_to_file(folder: Path, sizes: Mapping[str, Tensor], parts: Iterable[Mapping[str, Tensor]]) -> None:
+def add_to_file(folder: Path, sizes: TensorsByName, parts: Iterable[TensorsByName]) -> None:
     """Adds tensors incrementally to a file of `save_pretrained`, as if it had saved all.
 
     Args:
@@ -304,7 +300,7 @@ def add_to_file(folder: Path, sizes: Mapping[str, Tensor], parts: Iterable[Mappi
         split = split_torch_state_dict_into_shards(all_sizes, filename_pattern=FILE_PATTERN, max_shard_size=LARGEST)
         extents = {}
         for file, names in split.filename_to_tensors.items():
-            header, starts, end = dict[str, Any](__metadata__={"format": "pt"}), dict[str, int](), 0
+            header, starts, end = dict[str, Any](__metadata__={"format": "pt"}), {}, 0
             for name in sorted(names, key=lambda name: (-all_sizes[name].itemsize, name)):
                 starts[name], size = end, all_sizes[name]
                 end += size.nbytes
@@ -333,7 +329,7 @@ def _files(source: Source) -> dict[str, str]:
                 return dict.fromkeys(opened.keys(), SAFE_WEIGHTS_NAME)
         if source.has(SAFE_WEIGHTS_NAME):
             return dict.fromkeys(source.header(SAFE_WEIGHTS_NAME), SAFE_WEIGHTS_NAME)
-        index: Mapping[str, Any] = json.loads(source.fetch(SAFE_WEIGHTS_INDEX_NAME).read_text())
+        index = json.loads(source.fetch(SAFE_WEIGHTS_INDEX_NAME).read_text())
         return {str(key): str(file) for key, file in index["weight_map"].items()}
     except (*UNREADABLE, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"'{source.name}': streaming requires safetensors files, which cannot be read: {error}") from error

@@ -1,11 +1,13 @@
 """Walks over nested lists and dictionaries, and over parameters of nested modules."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only, tree_unflatten
 
 __all__ = ["tree_flatten", "tree_leaves", "tree_map_only", "tree_unflatten"]
+ModulesByName = Mapping[str, nn.Module]
+Sizes = Mapping[str, tuple[int, ...]]  # of parameters, by name
 Slot = tuple[nn.Module, str]  # a module and the name of a parameter in it
 
 

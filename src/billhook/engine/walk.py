@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 from billhook.engine.comm import SINGLE_PROCESS, Comm
 from billhook.engine.state import TorchState, overridden, replaced
+from billhook.engine.trees import ModulesByName
 
 Sequential = Literal["block", "layer", "none"]
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # the arguments and the keywords of a call
@@ -48,7 +49,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 def separable_blocks(model: nn.Module, parameters: Iterable[tuple[tuple[nn.Module, str], nn.Parameter]]) -> list[nn.Module]:
     """Returns the blocks that hold some of the parameters and share none with other modules."""
-    holders = defaultdict[nn.Parameter, set[nn.Module]](set)
+    holders = defaultdict(set)
     for (module, _), parameter in parameters:
         holders[parameter].add(module)
     apart = []
@@ -76,9 +77,7 @@ def blocks_with(module: nn.Module, layers: set[nn.Module]) -> Iterator[nn.Module
         yield from blocks_with(child, layers)
 
 
-def find_sites(
-    model: nn.Module, layers: Mapping[str, nn.Module], sequential: Sequential, gates: Collection[nn.Module] = ()
-) -> list[Site]:
+def find_sites(model: nn.Module, layers: ModulesByName, sequential: Sequential, gates: Collection[nn.Module] = ()) -> list[Site]:
     """Finds the stops of a walk: blocks and layers outside of them, every layer, or the model.
 
     Args:
@@ -241,7 +240,7 @@ class Walk:
         """Continues a run to its next stop. None if it has ended."""
         run, self.run = self._runs[number], number
         self._caller.restore()  # autocast and other thread state is shared by all runs and the visitor
-        site: Site = run.switch()
+        site = run.switch()
         TorchState().restore()
         return None if run.dead else site
 
@@ -260,7 +259,7 @@ class Walk:
                         if site.module in site.linears.values():
                             self._listen(site, next(iter(site.linears)), site.module, args, kwargs)
                         else:
-                            forward(*map(copy_cache, args), **{name: copy_cache(value) for name, value in kwargs.items()})
+                            call_with_copies(forward, args, kwargs)
                     except _Observed:
                         pass
                     finally:
@@ -292,7 +291,7 @@ class Walk:
         if site in self.complete:
             self._note_reentry(site)
             return forward(*args, **kwargs)
-        output = forward(*map(copy_cache, args), **{name: copy_cache(value) for name, value in kwargs.items()})
+        output = call_with_copies(forward, args, kwargs)
         self._pause(site)
         self.visitor.on_exit(self.run, (args, kwargs), output)
         self._pause(site)
@@ -330,6 +329,10 @@ class Walk:
             yield
 
 
-def copy_cache(value: Any) -> Any:  # noqa: ANN401
-    """Copies a KV cache, so that an observed forward does not change the original."""
-    return copy.deepcopy(value) if isinstance(value, Cache) else value
+def call_with_copies(forward: Callable[..., Any], args: Iterable[Any], kwargs: Mapping[str, Any]) -> Any:  # noqa: ANN401
+    """Calls a forward with copies of KV caches, so that the originals do not change."""
+
+    def copied(value: Any) -> Any:  # noqa: ANN401
+        return copy.deepcopy(value) if isinstance(value, Cache) else value
+
+    return forward(*map(copied, args), **{name: copied(value) for name, value in kwargs.items()})

@@ -27,7 +27,7 @@ def zeros_by_name(model: nn.Module) -> dict[str, int] | None:
         store.release()
         model = store.model
     holders = ((name, store.holder(parameter)) for name, parameter in model.named_parameters())
-    zeros, counts = {name: _zeros(holder) for name, holder in holders if not holder.is_meta}, dict[str, int]()
+    zeros, counts = {name: _zeros(holder) for name, holder in holders if not holder.is_meta}, {}
     if zeros:  # read with a single device synchronization
         device = next(iter(zeros.values())).device
         counts = dict(zip(zeros, torch.stack([count.to(device) for count in zeros.values()]).tolist(), strict=True))

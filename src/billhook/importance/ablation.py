@@ -3,10 +3,10 @@
 "Are Sixteen Heads Really Better than One?" (Michel, Levy & Neubig, 2019, https://arxiv.org/abs/1905.10650), section 3.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from rich.console import RenderableType
@@ -18,7 +18,7 @@ from billhook.display import Printable, text_table
 from billhook.engine import Loss, Run, cpu_by_default, evaluating
 from billhook.importance.score import Importance, Sums, check_consumers, make_run
 from billhook.model import check_values, find_transformer
-from billhook.units import Per, Units, find_units, place_gates, skipping, unit_ids
+from billhook.units import Per, UnitsByModule, find_units, place_gates, skipping, unit_ids
 
 Mode = Literal["without", "only"]
 
@@ -40,9 +40,9 @@ class Ablation(Importance):
         {'model.layers': 4}
     """
 
-    blockwise: ClassVar[bool] = True
+    blockwise = True
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+    def sums(self, model: nn.Module, units: UnitsByModule, per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches. See `Importance.sums`."""
         gated = {name: module_units for name, module_units in units.items() if module_units.kind != "block"}
         check_consumers(gated, type(self).__name__)
@@ -61,7 +61,7 @@ class Ablation(Importance):
 
 
 @contextmanager
-def ablating(model: nn.Module, units: Mapping[str, Units], per: Per) -> Iterator[dict[str, Tensor]]:
+def ablating(model: nn.Module, units: UnitsByModule, per: Per) -> Iterator[dict[str, Tensor]]:
     """Adds gates, all 1, whose values the caller sets."""
     gates = {name: torch.ones(module_units.count(per)) for name, module_units in units.items()}
     with ExitStack() as hooks:

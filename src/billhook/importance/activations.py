@@ -1,11 +1,11 @@
 """Importance from forward passes: outputs of units, and their effect on consumer layers."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from math import prod
-from typing import Any, ClassVar
+from typing import Any
 from weakref import ReferenceType, ref
 
 import numpy as np
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from billhook.engine import Run, SideBySide, store_of
 from billhook.importance.score import Importance, Sums, by_unit, check_consumers, consumer_modules, count_tokens, mask_padding
 from billhook.linalg import in_float64
-from billhook.model import Convolution, ExpertLinear, batched, channels_of, is_convolution, patches, read_dim, routed, weight_of
-from billhook.units import Per, Units
+from billhook.model import ExpertLinear, batched, channels_of, is_convolution, patches, read_dim, routed, weight_of
+from billhook.units import Per, Units, UnitsByModule
 
 AT_ONCE = 2**24
 """Values that a consumer layer is called with at once, to read its weights."""
@@ -43,9 +43,9 @@ class ActivationNorm(Importance):
         [8, 8, 8, 8]
     """
 
-    blockwise: ClassVar[bool] = True
+    blockwise = True
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+    def sums(self, model: nn.Module, units: UnitsByModule, per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches. See `Importance.sums`."""
         check_consumers(units, type(self).__name__)
         sums, last = ConsumerSums(), dict[tuple[int, str], ReferenceType[Tensor]]()
@@ -84,17 +84,17 @@ class OutputNorm(Importance):
         [384, 384, 384, 384]
     """
 
-    blockwise: ClassVar[bool] = True
+    blockwise = True
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+    def sums(self, model: nn.Module, units: UnitsByModule, per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches. See `Importance.sums`.
 
         Raises:
             ValueError: If padded inputs reach a convolution with several kernel positions.
         """
         check_consumers(units, type(self).__name__)
-        sums, windows = ConsumerSums(), dict[str, Convolution]()
-        tables, grams = dict[tuple[str, str], Tensor](), dict[tuple[str, str], Tensor]()
+        sums, windows = ConsumerSums(), {}
+        tables, grams = {}, {}
         for name, module_units in units.items():
             table, exists = unit_positions(module_units, per)
             for consumer, module in consumer_modules(model, module_units).items():
@@ -153,7 +153,7 @@ class ConsumerSums:
         before, counted = self._sums.get((name, consumer), (0.0, 0))
         self._sums[name, consumer] = before + in_float64(total.detach()), counted + count
 
-    def over(self, units: Mapping[str, Units], per: Per) -> Sums:
+    def over(self, units: UnitsByModule, per: Per) -> Sums:
         """Returns the sums over all consumer layers of each module."""
         sums = Sums.zero(units, per)
         for name, module_units in units.items():
@@ -165,7 +165,7 @@ class ConsumerSums:
 
 def watch(
     model: nn.Module,
-    units: Mapping[str, Units],
+    units: UnitsByModule,
     runs: Sequence[Run],
     note: Callable[..., None],
     leave: Callable[[nn.Module], None] | None = None,

@@ -1,8 +1,8 @@
 """Baseline importances: weight norm and random scores."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Literal
 
 import torch
 from torch import nn
@@ -10,7 +10,7 @@ from torch import nn
 from billhook.engine import Run, store_of
 from billhook.importance.score import Importance, Sums
 from billhook.linalg import in_float64
-from billhook.units import Per, Units, parts_of
+from billhook.units import Per, UnitsByModule, parts_of
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class WeightNorm(Importance):
         [384, 384, 384, 384]
     """
 
-    needs_data: ClassVar[bool] = False
-    blockwise: ClassVar[bool] = True
+    needs_data = False
+    blockwise = True
     p: Literal[1, 2] = 2
 
     def __post_init__(self) -> None:
         if type(self.p) is not int or self.p not in (1, 2):
             raise ValueError(f"p={self.p!r} must be 1 or 2.")
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+    def sums(self, model: nn.Module, units: UnitsByModule, per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches. See `Importance.sums`."""
         sums = Sums.zero(units, per)
         for part in parts_of(model, units, per):
@@ -59,11 +59,11 @@ class RandomUnits(Importance):
         seed: Random seed.
     """
 
-    needs_data: ClassVar[bool] = False
-    blockwise: ClassVar[bool] = True
+    needs_data = False
+    blockwise = True
     seed: int = 0
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+    def sums(self, model: nn.Module, units: UnitsByModule, per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches. See `Importance.sums`."""
         sums, generator = Sums.zero(units, per), torch.Generator().manual_seed(self.seed)
         for name, module_units in units.items():

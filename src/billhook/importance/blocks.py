@@ -4,11 +4,11 @@
 https://arxiv.org/abs/2403.03853), equation 1.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 
 from billhook.engine import Run, SideBySide
 from billhook.importance.score import Importance, Sums
-from billhook.units import PLURAL, Per, Units, hidden_states, returned_states
+from billhook.units import PLURAL, Per, UnitsByModule, hidden_states, returned_states
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class BlockInfluence(Importance):
         {'model.layers': 4}
     """
 
-    blockwise: ClassVar[bool] = True
+    blockwise = True
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+    def sums(self, model: nn.Module, units: UnitsByModule, per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches. See `Importance.sums`.
 
         Raises:

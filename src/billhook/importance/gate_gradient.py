@@ -3,11 +3,11 @@
 "Are Sixteen Heads Really Better than One?" (Michel, Levy & Neubig, 2019, https://arxiv.org/abs/1905.10650).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from billhook.importance.score import (
     scalar_loss,
 )
 from billhook.model import read_dim
-from billhook.units import Per, Units
+from billhook.units import Per, UnitsByModule
 
 Each = Literal["token", "example", "batch"]
 
@@ -55,14 +55,14 @@ class GateGradient(Importance):
         [8, 8, 8, 8]
     """
 
-    needs_gradients: ClassVar[bool] = True
-    blockwise: ClassVar[bool] = True
+    needs_gradients = True
+    blockwise = True
     each: Each = "token"
 
     def __post_init__(self) -> None:
         check_one_of("each", self.each, Each)
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+    def sums(self, model: nn.Module, units: UnitsByModule, per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches. See `Importance.sums`."""
         check_consumers(units, type(self).__name__)
         sums = Sums.zero(units, per)
@@ -93,9 +93,7 @@ class _Sum:
     products: Tensor | None = None
 
 
-def pass_products(
-    model: nn.Module, run: Run, units: Mapping[str, Units], per: Per, use: Callable[[str, Tensor, int], None]
-) -> None:
+def pass_products(model: nn.Module, run: Run, units: UnitsByModule, per: Per, use: Callable[[str, Tensor, int], None]) -> None:
     """Passes products of unit outputs with their gradients to `use`, during a backward pass.
 
     Several consumer layers of a module, or several calls of a layer, share a gate, so their products add up if they belong to

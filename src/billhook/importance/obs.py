@@ -5,10 +5,9 @@ https://proceedings.neurips.cc/paper/1992/hash/303ed4c69846ab36c2904d3ba8573050-
 Inference-Aware Structured Pruning of Language Models" (Kurtic, Frantar & Alistarh, 2023, https://arxiv.org/abs/2302.04089).
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from billhook.engine import InputGram, Run, blocks_of, store_of
 from billhook.importance.activations import gram_of, unit_positions, watch
 from billhook.importance.score import Importance, Sums, check_consumers, consumer_modules
 from billhook.linalg import cholesky_, damp_, float64_device
-from billhook.units import Per, Units
+from billhook.units import Per, UnitsByModule
 
 
 class _RepeatedCall(ValueError):
@@ -27,7 +26,7 @@ class _RepeatedCall(ValueError):
 
 def watch_blockwise(
     model: nn.Module,
-    units: Mapping[str, Units],
+    units: UnitsByModule,
     runs: Sequence[Run],
     note: Callable[..., None],
     leave: Callable[[Collection[str]], None],
@@ -114,7 +113,7 @@ class OBS(Importance):
         [384, 384, 384, 384]
     """
 
-    blockwise: ClassVar[bool] = True
+    blockwise = True
     damping: float = 0.01
     passes: int = 1
 
@@ -123,14 +122,32 @@ class OBS(Importance):
         check_number("damping", self.damping, above=0)
         check_int("passes", self.passes)
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+    def sums(self, model: nn.Module, units: UnitsByModule, per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches. See `Importance.sums`."""
         check_consumers(units, type(self).__name__)
         sums, grams, names = Sums.zero(units, per), InputGrams(), list(units)
 
         def leave(passed: Collection[str]) -> None:
-            complete = {key: grams.pop(key) for key in list(grams) if key[1] in passed}
-            self._add(sums, model, units, per, complete)
+            # tr(W_u^T W_u ([H^-1]_uu)^-1) of each unit u
+            for name, consumer in [key for key in grams if key[1] in passed]:
+                statistics, module = grams.pop((name, consumer)), model.get_submodule(consumer)
+                table, exists = unit_positions(units[name], per)
+                store_of(model).load(module)
+                gram = gram_of(module, table, exists, statistics.in_features)
+                h = statistics.products.to(float64_device(statistics.products.device), torch.float64, copy=True)
+                factor, failed = cholesky_(damp_(h, self.damping))
+                if failed:
+                    raise ValueError(
+                        f"damping={self.damping} is too small for inputs this similar, or they are NaN or infinite. Raise it."
+                    )
+                inverse = torch.cholesky_inverse(factor, out=factor)
+                table, exists = table.to(h.device), exists.to(h.device)
+                both = exists[:, :, None] & exists[:, None, :]  # units may differ in size
+                blocks = torch.where(
+                    both, inverse[table[:, :, None], table[:, None, :]], torch.eye(table.shape[1], device=h.device)
+                )
+                lost = (gram.to(h.device).double() * torch.linalg.inv(blocks)).sum((1, 2))
+                sums.add(name, lost, int(statistics.tokens), units[name].readers.index(consumer))
 
         def restart(why: str) -> None:
             nonlocal sums
@@ -146,25 +163,6 @@ class OBS(Importance):
             watch(model, part, runs, partial(_note, grams))
             leave({consumer for module_units in part.values() for consumer in module_units.readers})
         return sums
-
-    def _add(self, sums: Sums, model: nn.Module, units: Mapping[str, Units], per: Per, grams: InputGrams) -> None:
-        """Adds the error of removing each unit: tr(W_u^T W_u ([H^-1]_uu)^-1), from Gram matrices."""
-        for (name, consumer), statistics in grams.items():
-            table, exists = unit_positions(units[name], per)
-            store_of(model).load(model.get_submodule(consumer))
-            gram = gram_of(model.get_submodule(consumer), table, exists, statistics.in_features)
-            h = statistics.products.to(float64_device(statistics.products.device), torch.float64, copy=True)
-            factor, failed = cholesky_(damp_(h, self.damping))
-            if failed:
-                raise ValueError(
-                    f"damping={self.damping} is too small for inputs this similar, or they are NaN or infinite. Raise it."
-                )
-            inverse = torch.cholesky_inverse(factor, out=factor)
-            table, exists = table.to(h.device), exists.to(h.device)
-            both = exists[:, :, None] & exists[:, None, :]  # units may differ in size
-            blocks = torch.where(both, inverse[table[:, :, None], table[:, None, :]], torch.eye(table.shape[1], device=h.device))
-            lost = (gram.to(h.device).double() * torch.linalg.inv(blocks)).sum((1, 2))
-            sums.add(name, lost, int(statistics.tokens), units[name].readers.index(consumer))
 
     def of_mean(self, mean: Tensor) -> Tensor:
         """Returns the scores of a module. See `Importance.of_mean`."""

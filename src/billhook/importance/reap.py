@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from billhook.importance.score import Importance, Sums
 from billhook.linalg import in_float64
 from billhook.model import ExpertLinear, after_norm, expert_layers, stacks_of
 from billhook.tracing.groups import Member
-from billhook.units import PLURAL, Per, Units
+from billhook.units import PLURAL, Per, UnitNumbers, Units, UnitsByModule
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class RoutingImportance(Importance):
     It costs a forward pass for each batch, and needs experts whose class uses transformers' interface.
     """
 
-    blockwise: ClassVar[bool] = True
+    blockwise = True
 
     @property
     @abstractmethod
@@ -40,7 +40,7 @@ class RoutingImportance(Importance):
         total, count = (part[cell] if cell else part.sum((0, 1)) for part in sums)
         return routing.by_unit(total), routing.by_unit(count.expand_as(total))
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+    def sums(self, model: nn.Module, units: UnitsByModule, per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches. See `Importance.sums`."""
         routing = self.observe(model, units, runs)
         ratios = {name: self.of_routing(observed) for name, observed in routing.items()}
@@ -48,7 +48,7 @@ class RoutingImportance(Importance):
         return Sums(totals, counts, routing)
 
     @torch.no_grad()
-    def observe(self, model: nn.Module, units: Mapping[str, Units], runs: Sequence[Run]) -> dict[str, Routing]:
+    def observe(self, model: nn.Module, units: UnitsByModule, runs: Sequence[Run]) -> dict[str, Routing]:
         """Runs batches, and returns the routing of each module.
 
         Every second batch of a source is in its second half.
@@ -57,11 +57,11 @@ class RoutingImportance(Importance):
             ValueError: If the units are not experts, or their class has a forward pass of its own.
         """
         sources, device = sorted({run.source for run in runs}), next(model.parameters()).device
-        earlier, cells = Counter[str](), list[tuple[int, int]]()  # source and half of each run
+        earlier, cells = Counter[str](), []  # source and half of each run
         for run in runs:
             cells.append((sources.index(run.source), earlier[run.source] % 2))
             earlier[run.source] += 1
-        watched, routings = dict[nn.Module, str](), dict[str, Routing]()
+        watched, routings = {}, {}
         for name, module_units in units.items():
             if module_units.kind != "expert":
                 raise ValueError(f"importance={self} scores experts, not {PLURAL[module_units.kind]}. Use OutputNorm or Taylor.")
@@ -69,28 +69,23 @@ class RoutingImportance(Importance):
                 raise ValueError(f"importance={self}: the experts of {name} have a forward pass of their own. Use Taylor.")
             watched[model.get_submodule(member.name.rpartition(".")[0])] = name
             routings[name] = Routing.zero(sources, torch.from_numpy(module_units.of_member(member)), device)
-        together, gates_of = SideBySide(model), dict[nn.Module, Tensor]()  # of the current call, `[tokens, experts]`
+        together, counts = SideBySide(model), {}  # non-padding tokens of the current call, bool
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, index, weights = inspect.signature(type(module).forward).bind(module, *args, **kwargs).args[1:4]
-            name, cell = watched[module], cells[together.run]
-            routing = routings[name]
-            gates = weights.new_zeros(len(hidden), len(routing.unit_of), dtype=torch.float32).scatter_(1, index, weights.float())
-            mask = runs[together.run].tokens.get(units[name].name)
-            if mask is not None and mask.numel() == len(hidden):
-                gates, index = gates * mask.flatten()[:, None], index[mask.flatten()]
-            gates_of[module] = gates
-            routing.tokens[cell] += len(index)
-            received = index.flatten().to(routing.counts.device)
-            routing.counts[cell].index_add_(0, received, torch.ones_like(received, dtype=torch.float64))
-            routing.gates[cell] += in_float64(gates.sum(0)).to(routing.gates.device)
-            routing.chosen.append((cell[0], index.to(torch.int16)))
+            index, name = inspect.signature(type(module).forward).bind(module, *args, **kwargs).args[2], watched[module]
+            cell, mask = cells[together.run], runs[together.run].tokens.get(units[name].name)
+            every = torch.ones(len(index), dtype=torch.bool, device=index.device)
+            counts[module] = every if mask is None or mask.numel() != len(index) else mask.flatten()
+            chosen = index[counts[module]]
+            routings[name].tokens[cell] += len(chosen)
+            routings[name].chosen.append((cell[0], chosen.to(torch.int16)))
 
         def leave(layer: ExpertLinear, _: Any, output: Tensor) -> None:  # noqa: ANN401
-            module = layer.experts
-            norms = after_norm(module, output).float().norm(dim=-1) * gates_of[module][layer.tokens, layer.number]
-            total = routings[watched[module]].norms[cells[together.run]][layer.number]
-            total += in_float64(norms.sum()).to(total.device)
+            routing, counted = routings[watched[layer.experts]], counts[layer.experts][layer.tokens].float()
+            gates = layer.gates.float() * counted
+            norms = after_norm(layer.experts, output).float().norm(dim=-1) * gates
+            for sums, values in ((routing.counts, counted), (routing.gates, gates), (routing.norms, norms)):
+                sums[cells[together.run]][layer.number] += in_float64(values.sum()).to(sums.device)
 
         with expert_layers(model), ExitStack() as hooks:
             for module in watched:
@@ -101,7 +96,7 @@ class RoutingImportance(Importance):
             together([run.visit for run in runs])
         return routings
 
-    def changes(self, routing: Mapping[str, Routing], removed: Mapping[str, Sequence[int]], comm: Comm) -> list[RoutingChange]:
+    def changes(self, routing: Mapping[str, Routing], removed: UnitNumbers, comm: Comm) -> list[RoutingChange]:
         """Returns the change of routing by a removal, for each source.
 
         Args:
@@ -109,41 +104,43 @@ class RoutingImportance(Importance):
             removed: Units to remove, by module.
             comm: The ranks, for the experts of each token.
         """
-        first = next(iter(routing.values()))
-        gates, tokens, agreement = (torch.zeros(len(first.sources), 2, dtype=torch.float64) for _ in range(3))
-        unreached = torch.zeros(len(first.sources), dtype=torch.int64)
+        sources = next(iter(routing.values())).sources
+        kept, gates, orphans, tokens, unreached, same, halves = torch.zeros(7, len(sources), dtype=torch.float64)
         for name, part in routing.items():
             numbers = torch.tensor(list(removed.get(name, ())), dtype=torch.int64)
-            goes = torch.isin(part.unit_of, numbers).to(part.gates.device)
-            by_source = part.gates.sum(1)
-            gates += torch.stack([by_source[:, ~goes].sum(1), by_source.sum(1)], 1).cpu()
+            goes, by_source = torch.isin(part.unit_of, numbers), part.gates.sum(1).cpu()
+            kept += by_source[:, ~goes].sum(1)
+            gates += by_source.sum(1)
+            tokens += part.tokens.sum((1, 2)).cpu()
             unreached += (part.counts.sum(1) == 0).sum(1).cpu()
             for source, experts in part.chosen:
-                lost = goes.to(experts.device)[experts.long()].all(1)
-                tokens[source] += torch.stack([lost.sum(), torch.tensor(len(experts), device=lost.device)]).cpu()
-            for source in range(len(first.sources)) if len(numbers) else ():
-                halves = [self.of_routing(part, source, half) for half in (0, 1)]
-                kept = [
-                    set((total / count.clamp(min=1)).argsort(stable=True)[len(numbers) :].tolist()) for total, count in halves
-                ]
-                if all(part.tokens[source, half].item() for half in (0, 1)):
-                    agreement[source] += torch.tensor([len(kept[0] & kept[1]), len(kept[0])])
-        comm.sum_(tokens)
+                orphans[source] += goes.to(experts.device)[experts.long()].all(1).sum().cpu()
+            for source in range(len(sources)) if len(numbers) else ():
+                if part.tokens[source].all():
+                    first, second = (self._kept(part, len(numbers), source, half) for half in (0, 1))
+                    same[source] += len(first & second)
+                    halves[source] += len(first)
+        comm.sum_(orphans)
         return [
             RoutingChange(
                 source,
-                float(gates[number, 0] / gates[number, 1]),
-                float(tokens[number, 0] / tokens[number, 1]),
+                float(kept[number] / gates[number]),
+                float(orphans[number] / tokens[number]),
                 int(unreached[number]),
-                float(agreement[number, 0] / agreement[number, 1]) if agreement[number, 1] else None,
+                float(same[number] / halves[number]) if halves[number] else None,
             )
-            for number, source in enumerate(first.sources)
-            if tokens[number, 1]
+            for number, source in enumerate(sources)
+            if tokens[number]
         ]
+
+    def _kept(self, routing: Routing, removed: int, *cell: int) -> set[int]:
+        """Returns the units that remain by the scores of a source and half."""
+        total, count = self.of_routing(routing, *cell)
+        return set((total / count.clamp(min=1)).argsort(stable=True)[removed:].tolist())
 
 
 def stacked_experts(model: nn.Module, units: Units) -> Member | None:
-    """Returns the stack of output matrices, if the experts run through transformers' interface."""
+    """Returns the stack of output matrices, if experts run through transformers' interface."""
     for member in units.members if units.kind == "expert" else ():
         module, _, name = member.name.rpartition(".")
         if name == "down_proj" and member.dim == 0 and stacks_of(model.get_submodule(module)):

@@ -1,11 +1,11 @@
 """Importance of units: the base class, observation during a batch, sums, `score`."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,10 +28,10 @@ from billhook.engine import (
     with_progress,
 )
 from billhook.importance.routing import Routing
-from billhook.linalg import Indices
+from billhook.linalg import Indices, TensorDict
 from billhook.model import check_values, expert_layers, find_transformer
 from billhook.progress import OnProgress
-from billhook.units import PLURAL, Per, Units, check_belongs, unit_ids
+from billhook.units import PLURAL, Per, Units, UnitsByModule, check_belongs, unit_ids
 
 
 @dataclass(eq=False)
@@ -50,16 +50,16 @@ class Sums:
     tensor([0.5000, 1.5000])
     """
 
-    totals: dict[str, Tensor]
-    counts: dict[str, Tensor]
+    totals: TensorDict
+    counts: TensorDict
     routing: dict[str, Routing] = field(default_factory=dict)
-    experts: dict[str, Tensor] = field(default_factory=dict)
+    experts: TensorDict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_types(Sums, vars(self))
 
     @classmethod
-    def zero(cls, units: Mapping[str, Units], per: Per) -> "Sums":
+    def zero(cls, units: UnitsByModule, per: Per) -> "Sums":
         """Returns empty sums."""
         totals = {name: torch.zeros(module_units.count(per), dtype=torch.float64) for name, module_units in units.items()}
         experts = {
@@ -69,12 +69,12 @@ class Sums:
         }
         return cls(totals, {name: zeros.clone() for name, zeros in totals.items()}, experts=experts)
 
-    def add(self, name: str, total: Tensor, count: Tensor | float, reader: int = 0) -> None:
-        """Adds the sums of a batch for a module, `[units]`, at one of its consumer layers."""
+    def add(self, name: str, total: Tensor, count: Tensor | float, reader: int | None = None) -> None:
+        """Adds the sums of a batch for a module, `[units]`, or of one of its consumer layers."""
         total = total.detach().cpu().double()
         self.totals[name] += total
         self.counts[name] += count
-        if name in self.experts:
+        if name in self.experts and reader is not None:
             self.experts[name][reader] += total
 
 
@@ -91,12 +91,12 @@ class Importance(ABC):
             pass. If True, a sharded model is gathered one block at a time.
     """
 
-    needs_data: ClassVar[bool] = True
-    needs_gradients: ClassVar[bool] = False
-    blockwise: ClassVar[bool] = False
+    needs_data = True
+    needs_gradients = False
+    blockwise = False
 
     @abstractmethod
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+    def sums(self, model: nn.Module, units: UnitsByModule, per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches.
 
         Args:
@@ -127,14 +127,14 @@ def check_supports_streaming(importance: Importance) -> None:
 @cpu_by_default()
 def score(
     model: nn.Module,
-    units: Mapping[str, Units],
+    units: UnitsByModule,
     importance: Importance,
     batches: Batches | None = None,
     loss: Loss | None = None,
     normalize: bool = False,
     per: Per = "head",
     reduce: Reduce | None = None,
-) -> dict[str, Tensor]:
+) -> TensorDict:
     """Returns an importance score for every unit, leaving model and random state unchanged.
 
     Args:
@@ -170,7 +170,7 @@ def score(
 
 def score_units(
     model: nn.Module,
-    units: Mapping[str, Units],
+    units: UnitsByModule,
     importance: Importance,
     batches: Batches | None,
     loss: Loss | None,
@@ -178,7 +178,7 @@ def score_units(
     per: Per = "head",
     comm: Comm = SINGLE_PROCESS,
     progress: OnProgress | None = None,
-) -> dict[str, Tensor]:
+) -> TensorDict:
     """Scores units like `score`, on all ranks; `progress` gets batch numbers and the total.
 
     Raises:
@@ -189,7 +189,7 @@ def score_units(
 
 def sum_units(
     model: nn.Module,
-    units: Mapping[str, Units],
+    units: UnitsByModule,
     importance: Importance,
     batches: Batches | None,
     loss: Loss | None,
@@ -227,7 +227,7 @@ def rank_channels(sums: Sums, comm: Comm = SINGLE_PROCESS) -> dict[str, Indices]
     return comm.decide(lambda: {name: of_module.indices.numpy() for name, of_module in ranked.items()})
 
 
-def scores_of(importance: Importance, sums: Sums, normalize: bool = False, comm: Comm = SINGLE_PROCESS) -> dict[str, Tensor]:
+def scores_of(importance: Importance, sums: Sums, normalize: bool = False, comm: Comm = SINGLE_PROCESS) -> TensorDict:
     """Returns scores by module, float32, `[units]`, from sums over all ranks."""
     scores = {}
     for name, total in sums.totals.items():
@@ -238,7 +238,7 @@ def scores_of(importance: Importance, sums: Sums, normalize: bool = False, comm:
     return comm.decide(lambda: scores)  # identical on all ranks, although their sums may be rounded differently
 
 
-def make_run(model: nn.Module, units: Mapping[str, Units], batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
+def make_run(model: nn.Module, units: UnitsByModule, batch: Any, loss: Loss | None = None) -> Run:  # noqa: ANN401
     """Returns a batch as the `Run` that `Importance` takes, on the model's device.
 
     Args:
@@ -286,7 +286,7 @@ def no_gradient_message(name: str) -> str:
     return f"loss does not depend on the units of {name}. Score the other modules, or use a loss that depends on them."
 
 
-def check_consumers(units: Mapping[str, Units], importance: str) -> None:
+def check_consumers(units: UnitsByModule, importance: str) -> None:
     """Raises for units without consumer layers, such as experts and blocks."""
     for name, module_units in units.items():
         if not module_units.readers:

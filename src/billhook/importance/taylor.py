@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import ClassVar, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from billhook.arguments import check_int, check_one_of, check_types
 from billhook.engine import Run
 from billhook.importance.score import Importance, Sums, no_gradient_message, scalar_loss
 from billhook.linalg import in_float64
-from billhook.units import Part, Per, Units, parts_of
+from billhook.units import Part, Per, UnitsByModule, parts_of
 
 Order = Literal["first", "second", "mixed", "vector", "unit"]
 Reduction = Literal["sum", "mean", "max", "product", "first", "last"]
@@ -63,8 +63,8 @@ class Taylor(Importance):
         [8, 8, 8, 8]
     """
 
-    needs_gradients: ClassVar[bool] = True
-    blockwise: ClassVar[bool] = True
+    needs_gradients = True
+    blockwise = True
     order: Order = "first"
     reduce: Reduction = "sum"
     passes: int = 4
@@ -77,14 +77,14 @@ class Taylor(Importance):
             raise ValueError(f"reduce={self.reduce!r} is not supported with order='unit', which sums over a unit. Use 'sum'.")
         check_int("passes", self.passes)
 
-    def sums(self, model: nn.Module, units: Mapping[str, Units], per: Per, runs: Sequence[Run]) -> Sums:
+    def sums(self, model: nn.Module, units: UnitsByModule, per: Per, runs: Sequence[Run]) -> Sums:
         """Sums over batches. See `Importance.sums`.
 
         Raises:
             ValueError: If the loss does not depend on a module.
         """
         sums, parts = Sums.zero(units, per), parts_of(model, units, per)
-        keys = defaultdict[str, list[tuple[str, str, int]]](list)
+        keys = defaultdict(list)
         for part in parts:
             keys[part.module].append(_key(part))
         with trainable(model, [part.name for part in parts]) as parameters:
@@ -130,7 +130,7 @@ def _add_scores(
     """Runs a batch and scores gradients as they arrive; `where` names it in messages."""
     parts_with = {name: [part for part in parts if part.name == name] for name in parameters}
     curvature, positions = dict[str, Tensor](), Scores()
-    finite = list[tuple[str, str, Tensor]]()  # searched only if the sums are not finite
+    finite = []  # searched only if the sums are not finite
 
     def weight(name: str) -> Tensor:
         return _full(parameters[name].detach())

@@ -42,6 +42,8 @@ class ExpertLinear(nn.Linear):
         nn.Module.__init__(self)
         vars(self)["experts"] = experts  # not as a submodule of its own submodule
         self.stack, self.number = stack, number
+        rows, columns = getattr(experts, stack).shape[1:]
+        self.out_features, self.in_features = (columns, rows) if experts.is_transposed else (rows, columns)
         self.tokens, self.gates, self.of = torch.empty(0, dtype=torch.int64), torch.empty(0), 0
 
     @property
@@ -54,16 +56,6 @@ class ExpertLinear(nn.Linear):
         """The bias `[out_features]`, a view of the stacked biases without gradient."""
         bias = self._bias()
         return None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
-
-    @property
-    def in_features(self) -> int:  # type: ignore[override]
-        """Size of the inputs."""
-        return int(getattr(self.experts, self.stack).shape[1 if self.experts.is_transposed else 2])
-
-    @property
-    def out_features(self) -> int:  # type: ignore[override]
-        """Size of the outputs."""
-        return int(getattr(self.experts, self.stack).shape[2 if self.experts.is_transposed else 1])
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the name in torch
         """Multiplies by the matrix, with gradients to the stack."""

@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, TypeGuard, cast
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from billhook.engine import ModulesByName
 from billhook.model.experts import ExpertLinear, expert_layers, holder_of
 
 if TYPE_CHECKING:
@@ -131,8 +132,8 @@ def prunable(module: nn.Module, output_embeddings: bool = False, convolutions: C
     ['1']
     """
     left_out = set() if output_embeddings else _outputs(module)
-    linears: dict[str, nn.Module] = {}
-    weights = set[tuple[int, int | None]]()
+    linears = {}
+    weights = set()
     for name, part in _walk(module, "", left_out):
         if is_packed(part):
             raise ValueError(f"{name} is quantized ({type(part).__name__}). Prune the model before it is quantized.")
@@ -155,13 +156,21 @@ def weight_holders(model: nn.Module) -> dict[str, tuple[nn.Module, str]]:
     """Returns where each prunable weight is, by layer, or by stack of experts."""
     with expert_layers(model):
         linears = prunable(model, output_embeddings=True, convolutions="all")
-    names = {name: linear.stacked(name) if isinstance(linear, ExpertLinear) else name for name, linear in linears.items()}
-    return {names[name]: holder_of(linear) for name, linear in linears.items()}
+    return {stored_name(name, linear): holder_of(linear) for name, linear in linears.items()}
 
 
 def is_pruned(zeros: int, weights: int) -> bool:
     """Returns whether a layer with this many zeros counts as pruned."""
     return zeros >= max(1, PRUNED * weights)
+
+
+def sparse_support(weight: Tensor) -> Tensor | None:
+    """Returns the mask of nonzero weights of a pruned weight, bool, or None.
+
+    In a weight that is not pruned, single zeros need not stay.
+    """
+    support = weight != 0
+    return support if is_pruned(int((~support).sum()), support.numel()) else None
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -186,7 +195,7 @@ def read_dim(reader: nn.Module) -> int:
     return -1 - len(layer.kernel_size) if isinstance(layer, nn.modules.conv._ConvNd) else -1
 
 
-def find_tied(model: nn.Module, linears: Mapping[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+def find_tied(model: nn.Module, linears: ModulesByName) -> list[tuple[str, nn.Module]]:
     """Finds other layers with the weight of a listed layer, with its name."""
     names, listed = {_identity(linear): name for name, linear in linears.items()}, set(linears.values())
     others = [module for module in model.modules() if module not in listed and _is_among(module, "all")]
@@ -203,7 +212,19 @@ def to_layout(linear: nn.Module, matrix: Tensor) -> Tensor:
 def weight_view(linear: nn.Module) -> Tensor:
     """Returns a view of the weight, `[out, in]` or `[out, *kernel, channels]`."""
     weight = linear.get_parameter("weight").detach()
-    return weight.movedim(1, -1) if is_convolution(linear) else to_layout(linear, weight)
+    return weight if isinstance(linear, ExpertLinear) else view_in(linear, weight)
+
+
+def view_in(linear: nn.Module, stored: Tensor) -> Tensor:
+    """Returns a view as `weight_view`, of a tensor like the parameter with the weight."""
+    if isinstance(linear, ExpertLinear):
+        return linear.of_stack(stored)
+    return stored.movedim(1, -1) if is_convolution(linear) else to_layout(linear, stored)
+
+
+def stored_name(name: str, linear: nn.Module) -> str:
+    """Returns the name of a layer, or of the parameter that stacks it with other experts."""
+    return linear.stacked(name) if isinstance(linear, ExpertLinear) else name
 
 
 def weight_of(linear: nn.Module) -> Tensor:

@@ -113,10 +113,9 @@ def outline(folder: str) -> PreTrainedModel:
 
 def _stream(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype, parts: Parts | None = None) -> FileStore:
     check_shards(name)
-    fields, files = PretrainedConfig.get_config_dict(name)[0].get("quantization_config"), TensorFiles(name)
-    quantization = None if fields is None else Quantization(name, fields)
-    sizes = files.sizes()
-    sizes = sizes if quantization is None else {key: size[...] for key, size in quantization.dequantized(sizes).items()}
+    files, config = TensorFiles(name), PretrainedConfig.get_config_dict(name)[0]
+    quantization = Quantization(name, config.get("quantization_config"))
+    sizes = {key: size[...] for key, size in quantization.dequantized(files.sizes()).items()}
     if bare := next((key for key, size in sizes.items() if size.dtype == torch.float8_e4m3fn), None):
         raise ValueError(f"'{name}': {bare} is quantized and has no scales, so it cannot be streamed. Dequantize it first.")
     model = load_on_meta(kind, name, sizes, dtype)
@@ -125,7 +124,7 @@ def _stream(kind: type[PreTrainedModel], name: str, dtype: str | torch.dtype, pa
         with suppress(OSError):
             model.generation_config = GenerationConfig.from_pretrained(name)
     store = FileStore(model, files, parts, quantization)
-    if not store.blocks and quantization is not None:
+    if not store.blocks and quantization.method:
         raise ValueError(f"'{name}': its files are quantized, and {kind.__name__} has no blocks to stream. Dequantize it first.")
     return store
 

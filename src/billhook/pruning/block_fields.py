@@ -8,15 +8,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from billhook.model import Built, Fields, build, fields_of, find_fields
-from billhook.units import block_of
+from billhook.units import UnitNumbers, block_of
 
 BlockNumbers = dict[str, tuple[int, int]]
 """Integer attributes by new name: values before and after."""
 
 
-def find_block_fields(
-    model: PreTrainedModel, stacks: Mapping[str, int], removed: Mapping[str, Sequence[int]]
-) -> tuple[Fields, BlockNumbers]:
+def find_block_fields(model: PreTrainedModel, stacks: Mapping[str, int], removed: UnitNumbers) -> tuple[Fields, BlockNumbers]:
     """Finds the config change for which the model's class builds the remaining blocks.
 
     It tries lists with a value per block, without those of removed blocks; the fewest block counts that, changed together, give
@@ -46,7 +44,7 @@ def find_block_fields(
 
 
 class _Finder:
-    def __init__(self, model: PreTrainedModel, stacks: Mapping[str, int], removed: Mapping[str, Sequence[int]]) -> None:
+    def __init__(self, model: PreTrainedModel, stacks: Mapping[str, int], removed: UnitNumbers) -> None:
         self.model, self.stacks, self.removed = model, stacks, removed
         self.fields = fields_of(model.config)
         now = build(model, {})
@@ -66,7 +64,7 @@ class _Finder:
 
     def lists(self) -> Iterator[Fields]:
         """Yields lists without values of removed blocks, then with fewer lists changed."""
-        shorter: Fields = {}
+        shorter = {}
         for (name, value), (stack, removed) in itertools.product(self.fields.items(), self.removed.items()):
             long = isinstance(value, list | tuple) and len(value) == self.stacks[stack]
             # of two equally deep stacks, only one may own a list
@@ -88,7 +86,7 @@ class _Finder:
                 depths = [left[stages[stage]] if stage in stages else depth for stage, depth in enumerate(value)]
                 same = all(value[stage] == self.stacks[stack] for stage, stack in stages.items())
                 options += [(name, type(value)(depths))] if same else []
-        reasons: list[str] = []
+        reasons = []
 
         def fits(built: Built) -> bool:
             if any(_count(built, stack) != left[stack] for stack in self.removed):
@@ -119,7 +117,7 @@ class _Finder:
             return "its class refuses the changed config", {}
         if difference := built.difference(self.wanted):
             return difference, {}
-        numbers: BlockNumbers = {}
+        numbers = {}
         for name, value in self.now.attributes.items():
             if (new := self._moved(name)) is None or (new_value := built.attributes.get(new)) == value:
                 continue

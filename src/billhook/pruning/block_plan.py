@@ -4,10 +4,9 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from rich.console import RenderableType
@@ -36,13 +35,14 @@ from billhook.model import (
     run_outputs,
     set_fields,
     shape_of,
+    snapshot_with_store,
     to_meta,
     tolerance,
     with_fields,
     with_weights,
 )
 from billhook.pruning.block_fields import BlockNumbers, find_block_fields
-from billhook.units import UnitKind, Units, block_of, find_blocks, skipping
+from billhook.units import UnitKind, UnitNumbers, UnitsByModule, block_of, find_blocks, skipping
 
 
 @dataclass(frozen=True, repr=False)
@@ -56,11 +56,11 @@ class BlockPlan(ShapePlan):
         scores: Score of each block by stack, for display only.
     """
 
-    kind: ClassVar[str] = "blocks"
+    kind = "blocks"
 
     model: str
     made_for: str
-    units: dict[str, list[int]]
+    units: UnitNumbers
     before: dict[str, tuple[int, ...]]
     fields: Fields
     attributes: BlockNumbers
@@ -155,7 +155,7 @@ def find_block_plan(
         names: Stacks of a model on meta tensors, which cannot be detected by a run.
     """
     stacks = find_blocks(model) if names is None else {name: _stack(model, name) for name in names}
-    removed: dict[str, list[int]] = {}
+    removed = {}
     for name, chosen_blocks in chosen.items():
         numbers, count = sorted(set(chosen_blocks)), len(stacks.get(name, ()))
         if not set(numbers) <= set(range(count)):
@@ -164,7 +164,7 @@ def find_block_plan(
             raise ValueError(f"blocks: {name} would be left without blocks; at least one of its {count} must stay")
         if numbers:
             removed[name] = numbers
-    staying, leaving = dict[int, str](), list[tuple[tuple[str, int], int]]()
+    staying, leaving = {}, []
     for name, parameter in model.named_parameters(remove_duplicate=False):
         block = block_of(name, stacks)
         if block is not None and block[1] in removed.get(block[0], ()):
@@ -214,18 +214,17 @@ def _digest(model: PreTrainedModel) -> str:
     return hashlib.sha256(json.dumps([shape["tensors"], shape["blocks"]], sort_keys=True).encode()).hexdigest()[:16]
 
 
-class _Tried(Exception):
-    """Ends a trial, so that everything is restored."""
-
-
 def checked_block_plan(model: PreTrainedModel, plan: BlockPlan) -> BlockPlan:
     """Returns the plan after a trial removal; raises if it fails. The model is unchanged."""
-    with suppress(_Tried):
-        _remove(model, plan, trial=True)
+    back = snapshot_with_store(model)
+    try:
+        _remove(model, plan)
+    finally:
+        back()
     return plan
 
 
-def _remove(model: PreTrainedModel, plan: BlockPlan, trial: bool = False) -> set[nn.Parameter]:
+def _remove(model: PreTrainedModel, plan: BlockPlan) -> set[nn.Parameter]:
     """Removes the blocks of a plan in place and returns their parameters; undone on errors.
 
     Raises for a block that runs several times, and for a model whose output then differs from the one with the blocks skipped or
@@ -257,8 +256,6 @@ def _remove(model: PreTrainedModel, plan: BlockPlan, trial: bool = False) -> set
                     f"blocks: {kind} computes something else{how} without {plan.units} than with these blocks skipped: later "
                     "blocks depend on them or on their own position"
                 )
-        if trial:
-            raise _Tried
     return before - set(model.parameters())
 
 
@@ -292,7 +289,7 @@ def _forget(removed: set[nn.Parameter], optimizers: Iterable[Optimizer]) -> None
                 del optimizer.state[parameter]
 
 
-def block_writers(model: nn.Module, stack: str, units: Mapping[str, Units]) -> dict[int, list[str]]:
+def block_writers(model: nn.Module, stack: str, units: UnitsByModule) -> dict[int, list[str]]:
     """Returns by block number the linear layers that write to the residual stream.
 
     Args:
@@ -301,8 +298,7 @@ def block_writers(model: nn.Module, stack: str, units: Mapping[str, Units]) -> d
         units: The heads and channels of the model, whose consumer layers these are.
     """
     writers: dict[int, list[str]] = {number: [] for number, _ in enumerate(model.get_submodule(stack).children())}
-    layers = [of_module for of_module in units.values() if not of_module.of_experts]
-    for consumer in dict.fromkeys(consumer for of_module in layers for consumer in of_module.readers):
+    for consumer in dict.fromkeys(consumer for of_module in units.values() for consumer in of_module.own_readers):
         where = block_of(consumer, [stack])
         if where is not None and is_linear(model.get_submodule(consumer)):
             writers[where[1]].append(consumer)
@@ -326,7 +322,7 @@ def _zeros(parameter: nn.Parameter) -> Tensor:
     return torch.zeros_like(parameter.data, device="cpu" if parameter.is_meta else None)  # meta: its block is not loaded
 
 
-def why_not_zeros(model: PreTrainedModel, blocks: Mapping[str, Sequence[int]], writers: Iterable[str]) -> str:
+def why_not_zeros(model: PreTrainedModel, blocks: UnitNumbers, writers: Iterable[str]) -> str:
     """Returns why zeroed writers do not equal the removal of blocks; empty if they do."""
     with skipping(model, blocks):
         expected = run_outputs(model)

@@ -1,6 +1,6 @@
 """Chooses the units with the lowest importance scores, within each layer or globally."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
 from statistics import fmean
@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from billhook.arguments import check_fraction, check_int, check_one_of, check_types
-from billhook.linalg import Indices
+from billhook.linalg import Indices, TensorsByName
 from billhook.pruning.amount import Amount, Ranking
 from billhook.pruning.cut import coupled_modules
-from billhook.units import Per, Units, block_of, find_blocks, plural
+from billhook.units import Per, UnitNumbers, Units, UnitsByModule, block_of, find_blocks, plural
 
 
 @dataclass(frozen=True)
@@ -67,10 +67,10 @@ def check_choice(ratio: float, ranking: str, min_units: int, per: str, what: str
 
 
 def choose_including(
-    choose_by: Callable[[Mapping[str, Tensor]], dict[str, list[int]]],
-    earlier: Mapping[str, Sequence[int]],
-    scores: Mapping[str, Tensor],
-) -> dict[str, list[int]]:
+    choose_by: Callable[[TensorsByName], UnitNumbers],
+    earlier: UnitNumbers,
+    scores: TensorsByName,
+) -> UnitNumbers:
     """Chooses units by their scores, including all that were chosen before."""
     lowest = {name: values.clone() for name, values in scores.items()}
     for name, chosen in earlier.items():
@@ -79,8 +79,8 @@ def choose_including(
 
 
 def choose(
-    units: Mapping[str, Units],
-    scores: Mapping[str, Tensor],
+    units: UnitsByModule,
+    scores: TensorsByName,
     ratio: float,
     ranking: Ranking = "layer",
     min_units: int = 1,
@@ -88,7 +88,7 @@ def choose(
     remove: bool = True,
     ends: tuple[int, int] = (0, 0),
     name: str = "ratio",
-) -> dict[str, list[int]]:
+) -> UnitNumbers:
     """Chooses the units with the lowest scores, of a single kind.
 
     Returns ascending unit numbers by module, without modules that lose none.
@@ -145,7 +145,7 @@ def choose(
         if ranking == "layer" or not competitions:
             competitions.append([])
         competitions[-1].append(_Order(layers, steps[:most], means[:most]))
-    removed: dict[str, list[int]] = {}
+    removed: UnitNumbers = {}
     for orders in competitions:
         total = sum(units[layer].count(per) for order in orders for layer in order.layers)
         where = (orders[0].layers[0] or "the model") if ranking == "layer" else "all layers"
@@ -163,7 +163,7 @@ def rank_units(units: Units, scores: Tensor, ends: tuple[int, int] = (0, 0)) -> 
 
 def _lowest_steps(orders: Sequence[_Order], ratio: float, total: int, what: str, name: str) -> list[list[int]]:
     """Returns the steps of each order with the lowest scores that fit the ratio."""
-    steps, sizes, scores = list[tuple[int, int]](), list[int](), list[np.ndarray]()
+    steps, sizes, scores = [], [], []
     num_most = 0
     for number, order in enumerate(orders):
         steps += [(number, step) for step in range(len(order.units))]
@@ -188,7 +188,7 @@ def _lowest_steps(orders: Sequence[_Order], ratio: float, total: int, what: str,
     return chosen
 
 
-def protected_modules(model: nn.Module, units: Mapping[str, Units], amount: Amount) -> frozenset[str]:
+def protected_modules(model: nn.Module, units: UnitsByModule, amount: Amount) -> frozenset[str]:
     """Returns the modules in the first and last blocks of each stack."""
     stacks = find_blocks(model) if amount.first or amount.last else {}
     protected = set()

@@ -1,18 +1,18 @@
 """Finds which tensor positions remain without some units, and validates the removal."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import nn
 
-from billhook.linalg import Indices
+from billhook.linalg import Indices, IndicesByModule
 from billhook.model import check_plain
 from billhook.pruning.amount import kernel_multiple
-from billhook.tracing.axes import Axis, leaves
+from billhook.tracing.axes import leaves
 from billhook.tracing.coupling import NEVER, Structure
-from billhook.units import PLURAL, Chosen, Per, UnitKind, Units, counts, unit_ids
+from billhook.units import PLURAL, Chosen, Per, UnitKind, UnitNumbers, Units, UnitsByModule, counts, unit_ids
 
 Cuts = dict[tuple[str, int], Indices]
 """(tensor, dimension) -> the positions to keep, ascending: int64, `[positions]`, or `[experts, positions]` by the first
@@ -37,7 +37,7 @@ class Cut:
 
     model: str
     kinds: dict[str, UnitKind]
-    units: dict[str, list[int]]
+    units: UnitNumbers
     before: dict[str, tuple[int, ...]]
     after: dict[str, tuple[int, ...]]
     cuts: Cuts
@@ -61,7 +61,7 @@ def size_after(cuts: Cuts, name: str, size: Sequence[int]) -> tuple[int, ...]:
     return tuple(cuts[name, dim].shape[-1] if (name, dim) in cuts else length for dim, length in enumerate(size))
 
 
-def of_ranks(orders: Mapping[str, Indices], removed: Mapping[str, Sequence[int]]) -> dict[str, Indices]:
+def of_ranks(orders: IndicesByModule, removed: UnitNumbers) -> dict[str, Indices]:
     """Returns the channels of each expert at the removed ranks, as `Cut.by_expert`."""
     return {name: np.sort(order[:, list(removed[name])]) for name, order in orders.items() if removed.get(name)}
 
@@ -69,10 +69,10 @@ def of_ranks(orders: Mapping[str, Indices], removed: Mapping[str, Sequence[int]]
 def find_cut(
     model: nn.Module,
     structure: Structure,
-    units: Mapping[str, Units],
+    units: UnitsByModule,
     chosen: Chosen,
     per: Per = "head",
-    by_expert: Mapping[str, Indices] | None = None,
+    by_expert: IndicesByModule | None = None,
 ) -> Cut:
     """Finds the tensor cuts for removing units; a KV head goes with its last query head.
 
@@ -81,9 +81,9 @@ def find_cut(
     check_plain(model, "From FP8 and MXFP4 files, bh.stream removes experts. Remove other units before the model is")
     removed = {name: numbers for name, numbers in unit_ids(units, chosen, per).items() if numbers}
     _check_allowed(structure, [units[name] for name in removed])
-    kinds: dict[str, UnitKind] = {}
-    before: dict[str, tuple[int, ...]] = {}
-    after: dict[str, tuple[int, ...]] = {}
+    kinds = {}
+    before = {}
+    after = {}
     for name, layer in units.items():
         kinds[name], before[name] = layer.kind, counts(layer)
         after[name] = _count_left(name, layer, removed.get(name, []))
@@ -111,7 +111,7 @@ def find_cut(
     return Cut(type(model).__name__, kinds, removed, before, after, cuts, sizes, structure, dict(units), by_expert)
 
 
-def coupled_modules(units: Mapping[str, Units]) -> list[list[str]]:
+def coupled_modules(units: UnitsByModule) -> list[list[str]]:
     """Groups modules that must lose the same units, such as a shared position bias."""
     sets: list[list[str]] = []
     for name, layer in units.items():
@@ -164,11 +164,9 @@ def _count_left(name: str, units: Units, removed: Sequence[int]) -> tuple[int, .
     return len(kv_of_kept), len(heads_per_kv)
 
 
-def _cuts(
-    structure: Structure, units: Mapping[str, Units], removed: Mapping[str, list[int]], by_expert: Mapping[str, Indices]
-) -> Cuts:
-    cuts: Cuts = {}
-    leaves_of: dict[tuple[str, int], set[Axis]] = {}
+def _cuts(structure: Structure, units: UnitsByModule, removed: UnitNumbers, by_expert: IndicesByModule) -> Cuts:
+    cuts = {}
+    leaves_of = {}
     for name, numbers in removed.items():
         layer = units[name]
         members = {(m.name, m.dim): m for group in structure.groups if group.leaf in layer.leaves for m in group.members}

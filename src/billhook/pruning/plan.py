@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from rich.console import RenderableType
@@ -18,14 +18,14 @@ from billhook.arguments import check_one_of
 from billhook.display import text_table
 from billhook.engine import LazyTensors, store_of
 from billhook.importance.routing import RoutingChange
-from billhook.linalg import Indices
+from billhook.linalg import IndicesByModule
 from billhook.model import Costs, ShapePlan, UpdateOptimizers, Weights, find_transformer, update_optimizers, with_weights
 from billhook.pruning.amount import divides_among_devices
 from billhook.pruning.cut import Cut, find_cut
 from billhook.pruning.removal import remove
 from billhook.tracing.show import name_pattern
 from billhook.tracing.trace import trace
-from billhook.units import PLURAL, UnitKind, counts, units_of
+from billhook.units import PLURAL, UnitKind, UnitNumbers, counts, units_of
 from billhook.vocabulary.tokenizer import Vocabulary
 
 
@@ -33,7 +33,7 @@ from billhook.vocabulary.tokenizer import Vocabulary
 class UnitPlan(Cut, ShapePlan):
     """A plan to remove heads, channels, hidden dimensions, or experts; `print` shows a table."""
 
-    kind: ClassVar[str] = "units"
+    kind = "units"
     costs: tuple[Costs, Costs] | None = None
     widths: tuple[str, ...] = ()
     routing: tuple[RoutingChange, ...] = ()
@@ -164,7 +164,7 @@ class UnitPlan(Cut, ShapePlan):
             if not divides_among_devices(number):
                 lines.append(f"{number} KV heads cannot be divided among 2, 4, and 8 devices; 1, 2, 4, or a multiple of 8 can")
         notes, count = [Padding.indent(Text(line), 2) for line in lines[1:]], len(costs) - 1
-        routing = list[tuple[str, ...]]()
+        routing = []
         for source in self.routing:
             agreement = "" if source.agreement is None else f"{source.agreement:.1%}"
             cells = f"{source.gate_mass:.1%}", f"{source.orphans:.2%}", f"{source.unreached:,}", agreement
@@ -193,8 +193,8 @@ def _find_again(
     made_for: str,
     kinds: Mapping[str, UnitKind],
     before: Mapping[str, tuple[int, ...]],
-    units: Mapping[str, list[int]],
-    by_expert: Mapping[str, Indices],
+    units: UnitNumbers,
+    by_expert: IndicesByModule,
     model: nn.Module,
 ) -> Cut:
     """Finds the cut of a stored plan in a model, and raises if the units differ."""
@@ -219,7 +219,7 @@ def _pattern(name: str) -> str:
 
 
 def check_kinds(model: nn.Module, kinds: Collection[UnitKind]) -> None:
-    """Raises if a streamed model would lose hidden dimensions with heads or channels, or quantized weights.
+    """Raises for units that a streamed model cannot lose, or not together.
 
     The check of heads and channels needs a second copy of the model, without the hidden dimensions, which files do not hold.
     """

@@ -1,10 +1,10 @@
 """Plans pruning: `plan` chooses units by their scores, `plan_units` takes given units."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 from transformers import PreTrainedTokenizerBase
 
@@ -24,7 +24,7 @@ from billhook.importance.score import (
     sum_units,
 )
 from billhook.importance.taylor import Taylor
-from billhook.linalg import Indices
+from billhook.linalg import TensorsByName
 from billhook.model import apply_plan, check_replaceable, find_transformer, tokenizer_of
 from billhook.progress import OnProgress
 from billhook.pruning.amount import Amount
@@ -35,7 +35,21 @@ from billhook.pruning.plan import UnitPlan, check_kinds
 from billhook.pruning.removal import try_removal
 from billhook.pruning.target import RatioSearch
 from billhook.tracing.trace import trace
-from billhook.units import Chosen, Per, UnitKind, Units, check_any, find_units, kinds_of, mask, of_kind, unit_ids, units_of
+from billhook.units import (
+    Chosen,
+    Per,
+    UnitKind,
+    UnitNumbers,
+    Units,
+    UnitsByModule,
+    check_any,
+    find_units,
+    kinds_of,
+    mask,
+    of_kind,
+    unit_ids,
+    units_of,
+)
 from billhook.vocabulary.scores import token_scores
 
 
@@ -55,7 +69,7 @@ def plan(
     params: int | float | None = None,
     amount: Amount | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    scores: Mapping[str, Tensor] | None = None,
+    scores: TensorsByName | None = None,
     greedy: bool = False,
     loss: Loss | None = None,
     reduce: Reduce | None = None,
@@ -118,7 +132,7 @@ def plan_amount(
     amount: Amount,
     importance: Importance | None = None,
     batches: Batches | None = None,
-    scores: Mapping[str, Tensor] | None = None,
+    scores: TensorsByName | None = None,
     greedy: bool = False,
     loss: Loss | None = None,
     comm: Comm = SINGLE_PROCESS,
@@ -131,7 +145,7 @@ def plan_amount(
     """
     subject = find_transformer(model)
     if importance is not None and scores is None and not store_of(subject).trains:
-        check_supports_streaming(importance)
+        check_supports_streaming(importance)  # before a block is read
     if amount.blocks is None:
         if greedy:
             raise ValueError("greedy=True requires blocks. Set blocks, or remove greedy.")
@@ -163,7 +177,7 @@ def plan_from_search(
     search: RatioSearch,
     importance: Importance | None = None,
     batches: Batches | None = None,
-    scores: Mapping[str, Tensor] | None = None,
+    scores: TensorsByName | None = None,
     loss: Loss | None = None,
     comm: Comm = SINGLE_PROCESS,
     progress: OnProgress | None = None,
@@ -171,9 +185,9 @@ def plan_from_search(
 ) -> UnitPlan:
     """Plans units as `plan_amount` does, reusing a search of the unchanged model."""
     search.check()
-    sums, orders = Sums({}, {}), dict[str, Indices]()
+    sums, orders = Sums({}, {}), {}
     if scores is None:
-        model, units, amount, scores = search.model, search.removable(), search.amount, dict[str, Tensor]()
+        model, units, amount, scores = search.model, search.removable(), search.amount, {}
         if tokens := of_kind(units, "token"):
             batches = list(read_batches(batches, model))  # an iterator would be empty afterwards
             scores |= token_scores(model, tokens, batches, tokenizer or tokenizer_of(model), comm)
@@ -275,12 +289,12 @@ def count_blocks(model: nn.Module, amount: Amount) -> tuple[dict[str, Units], di
     return stacks, {name: len(blocks) for name, blocks in _lowest_blocks(stacks, equal_scores, amount).items()}
 
 
-def _lowest_blocks(stacks: Mapping[str, Units], scores: Mapping[str, Tensor], amount: Amount) -> dict[str, list[int]]:
+def _lowest_blocks(stacks: UnitsByModule, scores: TensorsByName, amount: Amount) -> UnitNumbers:
     ends, ratio = (amount.first, amount.last), amount.blocks or 0
     return choose(stacks, scores, ratio, amount.ranking, amount.min_units, ends=ends, name="blocks")
 
 
-def default_importance(model: nn.Module, units: Mapping[str, Units]) -> Importance:
+def default_importance(model: nn.Module, units: UnitsByModule) -> Importance:
     """Returns `REAP()` for experts that it can observe, `OutputNorm()`, or `Taylor()`.
 
     See docs/evidence/equal_size.md for a comparison.

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from billhook.engine import store_of
-from billhook.linalg import Indices, in_float64, over_dims
+from billhook.linalg import Indices, TensorsByName, in_float64, over_dims
 from billhook.model import (
     LOST_TOKENS,
     Change,
@@ -45,7 +45,7 @@ from billhook.model import (
 from billhook.pruning.cut import Cut, find_cut
 from billhook.pruning.reshape import candidate_shapes
 from billhook.tracing.trace import trace
-from billhook.units import PLURAL, Gate, consumer_columns
+from billhook.units import PLURAL, Gate, UnitNumbers, consumer_columns
 
 Scale = Callable[[Tensor], Tensor]
 """Maps old weight values to new ones."""
@@ -68,7 +68,7 @@ def remove(model: PreTrainedModel, cut: Cut, key: Callable[[], str] = str) -> li
     _check_tokens(model, cut)
     readers = set()  # consumer layers that do not lose output rows, too
     for layer in cut.all_units.values():
-        for reader in layer.readers if not layer.of_experts else ():
+        for reader in layer.own_readers:
             module = model.get_submodule(reader)
             if any(isinstance(hook, Gate) for hook in module._forward_pre_hooks.values()):
                 raise ValueError(f"units: {reader} has a mask or gates. Remove them first with mask.remove().")
@@ -149,11 +149,12 @@ def _cut_tensors(model: PreTrainedModel, cut: Cut, shape: Shape, key: Callable[[
         kept_of.setdefault(name, {})[dim] = positions
     parameters = dict(model.named_parameters())
     buffers = {name: selected(model.get_buffer(name), kept_of[name]) for name in kept_of if name not in parameters}
-    changes = {}
-    for name in kept_of:
-        if name in parameters:
-            select = partial(selected, kept=kept_of[name])
-            changes[name] = Change(select, partial(_selected_state, kept=kept_of[name]), select)
+
+    def change_to(kept: Mapping[int, Indices]) -> Change:
+        select = partial(selected, kept=kept)
+        return Change(select, lambda _, state: select(state), select)
+
+    changes = {name: change_to(kept) for name, kept in kept_of.items() if name in parameters}
     sizes = [
         (module, attribute)  # attributes with the size of the weight, as norms have
         for module in model.modules()
@@ -183,10 +184,6 @@ def selected(tensor: Tensor, kept: Mapping[int, Indices]) -> Tensor:
     return tensor
 
 
-def _selected_state(_: str, state: Tensor, kept: Mapping[int, Indices]) -> Tensor:
-    return selected(state, kept)
-
-
 def _drawn_ids(model: PreTrainedModel, cut: Cut) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Draws ids of unnamed tokens that stay, by input name, before and after the removal."""
     if cut.tokens is None:
@@ -194,7 +191,7 @@ def _drawn_ids(model: PreTrainedModel, cut: Cut) -> tuple[dict[str, Tensor], dic
     kept, size = cut.tokens
     unnamed = np.flatnonzero(~np.isin(kept, list(named_token_ids(model, size))))
     generator = np.random.default_rng(0)
-    before, after = dict[str, Tensor](), dict[str, Tensor]()
+    before, after = {}, {}
     for name, value in small_inputs(model).items():
         if "input_ids" in name:
             numbers = generator.choice(unnamed if len(unnamed) else np.arange(len(kept)), value.shape)
@@ -229,7 +226,7 @@ def _check_tokens(model: PreTrainedModel, cut: Cut) -> None:
                 )
 
 
-def _masked_answer(model: PreTrainedModel, cut: Cut, readers: Iterable[str], ids: Mapping[str, Tensor]) -> list[Tensor] | None:
+def _masked_answer(model: PreTrainedModel, cut: Cut, readers: Iterable[str], ids: TensorsByName) -> list[Tensor] | None:
     """Returns the output with removed units masked; None if nothing can be masked.
 
     Heads and channels are masked, and logits of removed tokens are left out. The hidden dimensions to remove are removed for this
@@ -258,41 +255,41 @@ def _masked_answer(model: PreTrainedModel, cut: Cut, readers: Iterable[str], ids
 def _zeroed_answer(
     model: PreTrainedModel,
     cut: Cut,
-    removed: Mapping[str, list[int]],
+    removed: UnitNumbers,
     readers: Iterable[str],
-    ids: Mapping[str, Tensor],
+    ids: TensorsByName,
 ) -> list[Tensor]:
     """Returns the output while the consumer columns of some units are zero."""
     store, layers, by_expert = store_of(model), cut.all_units, cut.by_expert
     in_blocks = _parameter_ids(store.blocks.values())
     columns = [read for read in consumer_columns(model, layers, removed, by_expert) if id(read[0]) not in in_blocks]
-    values = [weight.gather(dim, over_dims(positions, weight, dim)) for weight, dim, positions in columns]
+    values = [weight.gather(dim, index) for weight, dim, index in columns]
 
     @torch.no_grad()  # no_grad is per thread, and blocks may load in another
     def zero(block: nn.Module) -> list[nn.Parameter]:
         """Zeroes the consumer columns in a loaded block and returns their parameters."""
         parameters = _parameter_ids([block])
         reads = [read for read in consumer_columns(model, layers, removed, by_expert) if id(read[0]) in parameters]
-        for weight, dim, positions in reads:
-            weight.scatter_(dim, over_dims(positions, weight, dim), 0)
+        for weight, dim, index in reads:
+            weight.scatter_(dim, index, 0)
         return [weight for weight, _, _ in reads]
 
     try:
         with store.altered(zero):
-            for weight, dim, positions in columns:
-                weight.scatter_(dim, over_dims(positions, weight, dim), 0)
+            for weight, dim, index in columns:
+                weight.scatter_(dim, index, 0)
             return run_outputs(model, ids, readers)
     finally:
         # reversed, because two units may share columns
-        for (weight, dim, positions), old in reversed(list(zip(columns, values, strict=True))):
-            weight.scatter_(dim, over_dims(positions, weight, dim), old)
+        for (weight, dim, index), old in reversed(list(zip(columns, values, strict=True))):
+            weight.scatter_(dim, index, old)
 
 
 def _parameter_ids(modules: Iterable[nn.Module]) -> set[int]:
     return {id(parameter) for module in modules for parameter in module.parameters()}
 
 
-def _answer_or_differ(model: PreTrainedModel, readers: Iterable[str], ids: Mapping[str, Tensor]) -> list[Tensor]:
+def _answer_or_differ(model: PreTrainedModel, readers: Iterable[str], ids: TensorsByName) -> list[Tensor]:
     try:
         return run_outputs(model, ids, readers)
     except torch.OutOfMemoryError:
@@ -339,7 +336,7 @@ def _scales(model: PreTrainedModel, owner: str, numbers: Mapping[str, tuple[floa
     up = partial(torch.mul, other=ratio)
     if not _alike(_small_output(module, tokens, old), _small_output(module, tokens, new, up)):
         return None
-    scales: dict[str, Scale] = {f"{owner}.weight": up}
+    scales = {f"{owner}.weight": up}
     tied = any(other is not module and other._parameters.get("weight") is module.weight for other in model.modules())
     norm = _divided_norm(model, module.embedding_dim, ratio) if tied else {}
     return None if norm is None else scales | norm

@@ -1,6 +1,6 @@
 """Repairs a plan: refits linear layers to compensate for removed units or blocks."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Literal
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, read_batches
-from billhook.engine import SINGLE_PROCESS, Comm, LazyTensors, Reduce, Run, cpu_by_default, run_with_loss, store_of
+from billhook.engine import SINGLE_PROCESS, Comm, LazyTensors, ModulesByName, Reduce, Run, cpu_by_default, run_with_loss, store_of
 from billhook.model import (
     ModelPlan,
     Weights,
@@ -125,7 +125,7 @@ def _repaired(
         raise NoRepair(f"{error}") from error
     check_values(model, streamed=True)
     subject = find_transformer(model)
-    units, removed, behind = units_of(subject, trace(subject), ["head", "channel"]), list[str](), list[str]()
+    units, removed, behind = units_of(subject, trace(subject), ["head", "channel"]), [], []
     for stack, numbers in plan.units.items():
         writers = block_writers(subject, stack, units)
         removed += [name for number in numbers for name in writers[number]]
@@ -142,9 +142,9 @@ def _repaired(
     return weights.without([name for name in weights if name.startswith(removed_blocks)])
 
 
-def _runs(model: nn.Module, modules: Mapping[str, nn.Module], batches: Batches) -> list[Run]:
+def _runs(model: nn.Module, modules: ModulesByName, batches: Batches) -> list[Run]:
     """Returns runs with the non-padding tokens of some layers, named by their base layers."""
-    stored, runs = {name: _stored(model, name) for name in modules}, list[Run]()
+    stored, runs = {name: _stored(model, name) for name in modules}, []
     for batch in read_batches(batches, model):
         run = batch if isinstance(batch, Run) else run_with_loss(model, modules, batch)
         runs.append(replace(run, tokens={stored.get(name, name): mask for name, mask in run.tokens.items()}))
@@ -183,7 +183,7 @@ def repair_with(
     kept_inputs = {reader: torch.ones(size_of(subject.get_submodule(reader))[1], dtype=torch.bool) for reader in also}
     for name, removed in plan.units.items():
         layer = plan.all_units[name]
-        for reader in layer.readers if layer.kind in ("head", "channel") and not layer.of_experts else ():
+        for reader in layer.own_readers if layer.kind in ("head", "channel") else ():
             if is_linear(subject.get_submodule(_stored(subject, reader))) and (reader not in fixed or reader in also):
                 is_kept = torch.from_numpy(~np.isin(layer.index, removed))
                 kept_inputs[reader] = kept_inputs[reader] & is_kept if reader in kept_inputs else is_kept
@@ -194,8 +194,7 @@ def repair_with(
     if mixtures and not store_of(subject).holds_all:
         raise NoRepair("repair: experts of a streamed or sharded model cannot be refitted. Load the model into memory.")
     for layer in plan.all_units.values():
-        readers = () if layer.of_experts else layer.readers
-        modules = modules | dict(zip(readers, map(subject.get_submodule, readers), strict=True))
+        modules = modules | {reader: subject.get_submodule(reader) for reader in layer.own_readers}
     keep = {}
     for reader, is_kept in kept_inputs.items():
         modules[reader], keep[_stored(subject, reader)] = subject.get_submodule(reader), is_kept

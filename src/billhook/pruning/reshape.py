@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Collection, Iterator, Sequence
-from typing import Any
 
 import numpy as np
 from torch import nn
@@ -66,7 +65,7 @@ def _sizes_then(model: PreTrainedModel, cut: Cut) -> Sizes:
 
 def _built(model: PreTrainedModel, cut: Cut, usual: Shape, shape_before: Shape, tensors: Sizes) -> Iterator[tuple[Shape, Fields]]:
     """Yields shapes built by the class from changed configs, without adapters, if they fit."""
-    base, layers, now, wanted, certain = model, adapter_layers(model), shape_before.tensors, tensors, dict[str, int]()
+    base, layers, now, wanted, certain = model, adapter_layers(model), shape_before.tensors, tensors, {}
     if layers:
         base, certain = without_adapters(model), _certain(model, tensors)
         now = shape_of(base).tensors
@@ -100,7 +99,7 @@ def _fields(model: PreTrainedModel, cut: Cut, usual: Shape, wanted: Sizes) -> It
     }
     if "head" in _kinds(cut):
         fields.setdefault("head_dim", field(model.config, "head_dim"))  # many classes read it without declaring it
-    stated, unset, defaults = list[tuple[str, int]](), list[tuple[str, int]](), Fields()
+    stated, unset, defaults = [], [], Fields()
     for name, value in fields.items():
         for old, new in sorted({(old, new) for _, old, new in changes if old != new}):
             if value is None:
@@ -112,7 +111,7 @@ def _fields(model: PreTrainedModel, cut: Cut, usual: Shape, wanted: Sizes) -> It
             defaults[name] = used.pop()
     tokens = with_kept_tokens(model.config, *cut.tokens) if cut.tokens else {}
     # head counts of one config go together: some code only divides by the number of KV heads
-    now, head_counts = build(model, {}), list[Fields]()
+    now, head_counts = build(model, {}), []
     for heads in _head_fields(model, cut):
         for name, value in list(heads.items()):
             if (built := build(model, {name: value})) is not None and not built.is_between(now, wanted):
@@ -159,7 +158,7 @@ def _certain(model: PreTrainedModel, tensors: Sizes) -> dict[str, int]:
     certain: dict[str, int] = {}
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for name, module in model.named_modules():
-        layer: Any = module.get_base_layer() if is_adapter(module) else module
+        layer = module.get_base_layer() if is_adapter(module) else module
         size = tensors.get(names.get(id(layer._parameters.get("weight")), ""))
         stated = _stated_sizes(layer, size) if size is not None else {}
         if layer is not module:  # PEFT's layers use these names, and none for convolutions
@@ -188,7 +187,7 @@ def _meanings(
     model: PreTrainedModel, cut: Cut, shape_before: Shape, tensors: Sizes, certain: Collection[str]
 ) -> list[list[dict[str, int]]]:
     """Returns possible new integer attributes by meaning, the same wherever a class has them."""
-    numbers, prefixes = dict[str, dict[str, tuple[int, int]]](), dict[str, str]()
+    numbers, prefixes = {}, {}
     for name in cut.before:
         numbers[name], prefixes[name] = _numbers(cut, name, shape_before, tensors), _outermost_prefix(model, name)
     keys_of: dict[tuple[type, str, UnitKind], list[tuple[str, str]]] = {}
@@ -211,7 +210,7 @@ def _meanings(
                 # the last word of a meaning may be part of an attribute's name
                 rank = 0 if meaning.split()[-1] in attribute else 1 if meaning.startswith(".") else 3
                 ranked.append((rank, changed))
-        different: list[dict[str, int]] = []
+        different = []
         for _, values in sorted(ranked, key=lambda option: option[0]):
             different += [] if values in different else [values]
         if len(different) > 1:

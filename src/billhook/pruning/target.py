@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from billhook.arguments import percentage_hint
-from billhook.linalg import Indices
+from billhook.linalg import IndicesByModule, TensorsByName
 from billhook.model import Costs, costs_of, named_token_ids
 from billhook.pruning.amount import (
     MULTIPLES,
@@ -29,7 +29,7 @@ from billhook.pruning.choice import choose, protected_modules
 from billhook.pruning.cut import Cut, coupled_modules, find_cut, of_ranks, size_after
 from billhook.pruning.removal import try_removal
 from billhook.tracing.trace import trace
-from billhook.units import PLURAL, UnitKind, Units, of_kind, units_of, why_none
+from billhook.units import PLURAL, UnitKind, UnitNumbers, Units, UnitsByModule, of_kind, units_of, why_none
 
 MAX_CHANNEL_RATIO = 0.52
 """Largest channel ratio at which a budget is met by channels only: beyond it, SmolLM2 loses less if KV heads are removed, too
@@ -46,7 +46,7 @@ class RatioSearch:
         self.model, self.amount = model, amount
         self.first: Counts = {}
         self.structure = trace(model)
-        self.units: dict[str, Units] = units_of(model, self.structure, amount.kinds)
+        self.units = units_of(model, self.structure, amount.kinds)
         self.protected = protected_modules(model, self.units, amount)
         # units must keep multiples of a step, shared by modules with the same count, because one config field holds it
         most: dict[tuple[str, int], int] = {}
@@ -89,22 +89,21 @@ class RatioSearch:
             free |= {name: layer for name, layer in layers.items() if name not in bound}
         return free
 
-    def cut(self, scores: Mapping[str, Tensor], orders: Mapping[str, Indices] | None = None) -> Cut:
+    def cut(self, scores: TensorsByName, orders: IndicesByModule | None = None) -> Cut:
         """Finds the cut for some scores, and raises if it is out of reach or empty.
 
         `orders` are the channels of each expert by rank, `[experts, channels]`, of modules whose scores are those of ranks.
         """
         if self._ratios is None or self.amount.ranking == "global":
             self._ratios = self._find_ratios(scores)
-        cut = self._cut(scores, self._ratios)
+        cut = self._cut(scores, self._ratios, orders=orders)
         if not cut.units:
             ratios = ", ".join(f"{name}={ratio:g}" for name, ratio in self._ratios.items())
             rounded = "" if self.amount.round_to in ("auto", 1) else f" (round_to={self.amount.round_to})"
             step = max(self._steps.values(), default=1)
             kernel = "" if step == 1 else f" (the kernel of the experts requires multiples of {step})"
             raise ValueError(f"{ratios}{rounded} removes no unit from any module{kernel}. Raise the ratio.")
-        by_expert = of_ranks(orders or {}, cut.units)
-        return find_cut(self.model, self.structure, self.units, cut.units, by_expert=by_expert) if by_expert else cut
+        return cut
 
     def step(self, name: str) -> int:
         """Returns the multiple that the remaining channels of a module must have."""
@@ -130,7 +129,7 @@ class RatioSearch:
             raise ValueError(f"{target}={requested} is met already: the model has {current:,}. Use a smaller value.")
         return limit
 
-    def width_notes(self, scores: Mapping[str, Tensor], cut: Cut) -> tuple[str, ...]:
+    def width_notes(self, scores: TensorsByName, cut: Cut) -> tuple[str, ...]:
         """Returns notes on the widths after a cut, if `round_to` is `"auto"`."""
         if self.amount.round_to != "auto" or self._ratios is None:
             return ()
@@ -138,13 +137,13 @@ class RatioSearch:
         requested = {name: layer.count() - len(exact.get(name, [])) for name, layer in self.units.items()}
         return tuple(note for _, note in width_notes(cut, requested))
 
-    def choose(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float], amount: Amount) -> dict[str, list[int]]:
+    def choose(self, scores: TensorsByName, ratios: Mapping[str, float], amount: Amount) -> UnitNumbers:
         """Chooses units of several kinds by their scores, and rounds remaining numbers.
 
         Returns ascending unit numbers by module; for attention, query heads. Heads are scored as query heads or KV heads, as the
         name of the ratio says. Raises if a score is missing or NaN, or a module would keep fewer than `min_units`.
         """
-        removed: dict[str, list[int]] = {}
+        removed = {}
         for name, ratio in ratios.items():
             if not ratio:
                 continue
@@ -159,7 +158,7 @@ class RatioSearch:
                 unchanged = total == now or name not in amount.ratios
                 part = ratio if unchanged else max(0.0, ratio * total - (total - now)) / now
                 parts.setdefault(part, []).extend(names)
-            chosen: dict[str, list[int]] = {}
+            chosen: UnitNumbers = {}
             for part, names in parts.items():
                 chosen |= take(_subset(layers, names), ratio=part, ranking=amount.ranking)
             for coupled in coupled_modules(_subset(layers, chosen)):
@@ -174,16 +173,22 @@ class RatioSearch:
                     removed[layer] = layers[layer].query_heads(numbers) if per == "kv_head" else numbers
         return removed
 
-    def _cut(self, scores: Mapping[str, Tensor], ratios: Mapping[str, float], target: bool = False) -> Cut:
+    def _cut(
+        self,
+        scores: TensorsByName,
+        ratios: Mapping[str, float],
+        target: bool = False,
+        orders: IndicesByModule | None = None,
+    ) -> Cut:
         """Finds the cut of some ratios; for a budget, searched counts are not rounded."""
         exact = self.amount.open_ratios if target and self.amount.round_to == "auto" else ()
-        chosen: dict[str, list[int]] = {}
+        chosen: UnitNumbers = {}
         for amount, of_target in ((self.amount, False), (replace(self.amount, round_to=1), True)):
             ratios_of_pass = {name: ratio for name, ratio in ratios.items() if (name in exact) == of_target}
             chosen |= self.choose(scores, ratios_of_pass, amount)
-        return find_cut(self.model, self.structure, self.units, chosen)
+        return find_cut(self.model, self.structure, self.units, chosen, by_expert=of_ranks(orders or {}, chosen))
 
-    def _find_ratios(self, scores: Mapping[str, Tensor]) -> dict[str, float]:
+    def _find_ratios(self, scores: TensorsByName) -> dict[str, float]:
         """Returns the ratios that are set, and the ratios that meet the budget."""
         ratios, target, names = self.amount.ratios, self.amount.target, self.amount.open_ratios
         if target is None:
@@ -260,7 +265,7 @@ class RatioSearch:
         return value
 
 
-def _subset(units: Mapping[str, Units], names: Iterable[str]) -> dict[str, Units]:
+def _subset(units: UnitsByModule, names: Iterable[str]) -> dict[str, Units]:
     return {name: units[name] for name in names}
 
 

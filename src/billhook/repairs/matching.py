@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,7 @@ from billhook.engine import (
     Visitor,
     Walk,
     activation_files,
-    copy_cache,
+    call_with_copies,
     evaluating_without_grad,
     fresh_autocast_cache,
     overridden,
@@ -38,7 +38,7 @@ from billhook.engine import (
     tree_leaves,
     tree_map_only,
 )
-from billhook.linalg import float64_device
+from billhook.linalg import TensorDict, TensorsByName, float64_device
 from billhook.model import attention_for_all_dtypes, is_adapter
 from billhook.progress import OnProgress
 
@@ -117,7 +117,7 @@ class BlockMatching:
         check_fraction("held_out", self.held_out, "(0, 1)", "the batches")
         check_int("seed", self.seed, 0)
 
-    def num_steps(self, batches: float, least_steps: int = 0) -> int:
+    def num_steps(self, batches: float, least_steps: int) -> int:
         """Returns the number of steps for a block with this many training batches."""
         return self.steps or max(math.ceil(batches), least_steps)
 
@@ -182,8 +182,8 @@ class BlockTuning:
         self,
         matching: BlockMatching,
         block: nn.Module,
-        weights: Mapping[str, Tensor],
-        keeps: Mapping[str, Tensor],
+        weights: TensorsByName,
+        keeps: TensorsByName,
         comm: Comm = SINGLE_PROCESS,
         ties: Mapping[str, Tie] | None = None,
         least_steps: int = 1,
@@ -195,7 +195,7 @@ class BlockTuning:
         self.fixed = {name: _as_float32(tensor.detach()) for name, tensor in fixed if name not in weights}
         self.device = next(iter(self.tuned.values())).device
 
-    def __call__(self, tune: Sequence[BlockSample], held_out: Sequence[BlockSample]) -> dict[str, Tensor]:
+    def __call__(self, tune: Sequence[BlockSample], held_out: Sequence[BlockSample]) -> TensorDict:
         """Tunes on samples, and returns the float32 weights with the lowest held-out error."""
         batches, ranks = self.comm(torch.tensor([float(len(tune)), 1.0], device=self.device))
         steps = self.matching.num_steps(float(batches / ranks), self.least_steps)
@@ -242,16 +242,19 @@ class BlockTuning:
         """Returns the summed error of tokens, and their number."""
         inputs = sample.inputs, sample.goal, sample.counts
         (args, kwargs), goal, counts = tree_map_only(Tensor, lambda tensor: _as_float32(tensor.to(self.device)), inputs)
-        args, kwargs = tuple(map(copy_cache, args)), {name: copy_cache(value) for name, value in kwargs.items()}
+
+        def forward(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401 - as of a block
+            return functional_call(self.block, self.tuned | self.fixed, args, kwargs)
+
         with fresh_autocast_cache():  # Adam changes weights in place, so autocast's cached casts are stale
-            output = hidden_state(functional_call(self.block, self.tuned | self.fixed, args, kwargs))
+            output = hidden_state(call_with_copies(forward, args, kwargs))
         assert output is not None, "it has come out before"
         size = goal.square().sum(-1)
         errors = (output - goal).square().sum(-1) / torch.where(size > 0, size, 1)
         errors = errors if counts is None else errors[counts]
         return errors.sum(), torch.tensor(float(errors.numel()), device=errors.device).clamp(min=1)
 
-    def _state(self) -> dict[str, Tensor]:
+    def _state(self) -> TensorDict:
         return {name: weight.detach().clone() for name, weight in self.tuned.items()}
 
 
@@ -261,7 +264,7 @@ def hidden_state(output: object) -> Tensor | None:
 
 
 def block_mask(run: Run, block: str, output: Tensor) -> Tensor | None:
-    """Returns the mask of non-padding tokens of a block's output, `[batch, length]`; None if all count."""
+    """Returns the non-padding tokens of a block's output, `[batch, length]`; None for all."""
     own_first = sorted(run.tokens, key=lambda layer: not layer.startswith(f"{block}."))
     fitting = (run.tokens[layer].to(output.device) for layer in own_first if run.tokens[layer].shape == output.shape[:-1])
     return next(fitting, None)
@@ -315,30 +318,29 @@ def match_blocks(
     return values | matcher.new
 
 
+@dataclass(eq=False)
 class _BlockMatcher(Visitor):
     """Tunes each block that all runs have left. The second half of the runs is dense."""
 
     ends = 1  # one run continues to its end, to detect blocks that are called again
 
-    def __init__(
-        self,
-        model: nn.Module,
-        values: LazyTensors,
-        runs: Sequence[Run],
-        matching: BlockMatching,
-        comm: Comm,
-        ties: Mapping[str, Tie],
-        progress: OnProgress | None,
-    ) -> None:
-        self._model, self._store, self._values, self._runs, self._comm = model, store_of(model), values, runs, comm
-        self._matching, self._ties, self._progress = replace(matching, lr=matching.lr or REPAIRED_LR), ties, progress
-        self.untouched = range(len(runs), 2 * len(runs))
+    model: nn.Module
+    values: LazyTensors
+    runs: Sequence[Run]
+    matching: BlockMatching
+    comm: Comm
+    ties: Mapping[str, Tie]
+    progress: OnProgress | None
+
+    def __post_init__(self) -> None:
+        model, self._store, self.untouched = self.model, store_of(self.model), range(len(self.runs), 2 * len(self.runs))
+        self.matching = replace(self.matching, lr=self.matching.lr or REPAIRED_LR)
         holders = {
             (module, name): parameter for module in model.modules() for name, parameter in module.named_parameters(recurse=False)
         }
         separable = separable_blocks(model, holders.items())
         self.blocks = {name: module for name, module in model.named_modules() if module in separable}
-        self.new, self._tuned = LazyTensors({}), dict[str, Tensor]()
+        self.new, self._tuned = LazyTensors({}), TensorDict()
         self._block: nn.Module | None = None  # the block that runs are in, if blocks are loaded on demand
         self._outputs = BlockOutputs()
 
@@ -348,11 +350,11 @@ class _BlockMatcher(Visitor):
         for name, block in self.blocks.items():
             modules = {f"{name}.{part}".rstrip("."): module for part, module in block.named_modules()}
             inside |= dict.fromkeys(block.modules(), name)
-            changed = {part: module for part, module in modules.items() if part in self._values.modules}
+            changed = {part: module for part, module in modules.items() if part in self.values.modules}
             yield Site(block, changed, done=True)
             yield Site(block, modules, out=True)
-        for name in self._values.modules:
-            module = self._model.get_submodule(name)
+        for name in self.values.modules:
+            module = self.model.get_submodule(name)
             if module not in inside:
                 yield Site(module, {name: module}, done=True)
 
@@ -382,28 +384,28 @@ class _BlockMatcher(Visitor):
 
     def complete(self, site: Site) -> None:
         """Tunes the block that all runs have left."""
-        samples, name, differ = list[BlockSample](), next(iter(site.linears)), False
-        for run, inputs, output, goal in self._outputs.take(len(self._runs)):
-            samples.append(BlockSample(inputs, goal, block_mask(self._runs[run], name, goal), self._runs[run].source))
+        samples, name, differ = [], next(iter(site.linears)), False
+        for run, inputs, output, goal in self._outputs.take(len(self.runs)):
+            samples.append(BlockSample(inputs, goal, block_mask(self.runs[run], name, goal), self.runs[run].source))
             differ |= not torch.equal(output, goal)
         # each rank needs samples to tune on and samples to hold out
-        too_few, changed = self._comm(torch.tensor([float(len(samples) < 2), float(differ)], device=self._comm.device)).tolist()
+        too_few, changed = self.comm(torch.tensor([float(len(samples) < 2), float(differ)], device=self.comm.device)).tolist()
         known = any(part in self._tuned for part, _ in self._parameters(site))
         if changed and not known and not too_few:
             prefix, parameters = f"{name}.", dict(self._parameters(site))
-            start = {part: self._values[part] if part in self._values else value.detach() for part, value in parameters.items()}
+            start = {part: self.values[part] if part in self.values else value.detach() for part, value in parameters.items()}
             weights = {part.removeprefix(prefix): value.to(parameters[part].device) for part, value in start.items()}
             keeps = {part: value != 0 for part, value in weights.items()}
-            ties = {part.removeprefix(prefix): tie for part, tie in self._ties.items() if part in parameters}
+            ties = {part.removeprefix(prefix): tie for part, tie in self.ties.items() if part in parameters}
             with torch.inference_mode(False):  # tensors made in inference mode cannot have gradients
-                tuned = BlockTuning(self._matching, site.module, weights, keeps, self._comm, ties, LEAST_STEPS)(
-                    *self._matching.split(samples)
+                tuned = BlockTuning(self.matching, site.module, weights, keeps, self.comm, ties, LEAST_STEPS)(
+                    *self.matching.split(samples)
                 )
             new = {part: value.to(weights[part].dtype) for part, value in tuned.items()}
             if not all(torch.equal(value, weights[part]) for part, value in new.items()):
                 self._tuned |= {f"{prefix}{part}": value for part, value in new.items()}
-        if self._progress is not None:
-            self._progress(list(self.blocks).index(name) + 1, len(self.blocks))
+        if self.progress is not None:
+            self.progress(list(self.blocks).index(name) + 1, len(self.blocks))
 
     def _parameters(self, site: Site) -> Iterator[tuple[str, nn.Parameter]]:
         """Yields the parameters to tune, which exclude embeddings and layers with adapters."""
@@ -414,21 +416,23 @@ class _BlockMatcher(Visitor):
                     if parameter.is_floating_point():
                         yield f"{name}.{part}", parameter
 
-    def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
+    def parameters(self, site: Site) -> dict[str, TensorDict]:
         """Returns the new parameters of a stop: changed, or tuned where runs have left a block."""
-        new = {name: self._values.of_module(name) for name in site.linears}
+        new = {name: self.values.of_module(name) for name in site.linears}
         for name in site.linears if site.out else ():
             tuned = {part: f"{name}.{part}" for part, _ in site.linears[name].named_parameters(recurse=False)}
             new[name] |= {part: self._tuned[full] for part, full in tuned.items() if full in self._tuned}
         return new
 
 
-def too_few_batches(count: int, comm: Comm) -> ValueError:
-    """Returns the error for a rank with fewer than two batches, named with this rank's number."""
-    per_rank, this_rank = ("", "") if comm is SINGLE_PROCESS else (" on each rank", " on this rank")
-    return ValueError(
-        f"batches: match needs at least two batches{per_rank} (it holds some out), got {count}{this_rank}. Use smaller batches."
-    )
+def check_enough_batches(matching: BlockMatching | None, count: int, comm: Comm) -> None:
+    """Raises if a rank has fewer than two batches, of which some are held out."""
+    if matching is not None and min(comm.gather(count)) < 2:
+        per_rank, this_rank = ("", "") if comm is SINGLE_PROCESS else (" on each rank", " on this rank")
+        raise ValueError(
+            f"batches: match needs at least two batches{per_rank} (it holds some out), got {count}{this_rank}. Use smaller "
+            "batches."
+        )
 
 
 def raise_block_called_again(linear: str) -> NoReturn:

@@ -14,7 +14,7 @@ from functools import partial
 from itertools import chain
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from billhook.arguments import check_fraction, check_types
 from billhook.calibration.calibration import log_single_source
@@ -22,6 +22,7 @@ from billhook.engine import (
     SINGLE_PROCESS,
     Comm,
     LazyTensors,
+    ModulesByName,
     Run,
     Site,
     Walk,
@@ -35,9 +36,10 @@ from billhook.engine import (
     store_of,
     watch_call_order,
 )
+from billhook.linalg import TensorsByName
 from billhook.model import is_linear, size_of
 from billhook.progress import OnProgress
-from billhook.repairs.matching import BlockMatching, Tie, match_blocks, too_few_batches
+from billhook.repairs.matching import BlockMatching, Tie, check_enough_batches, match_blocks
 from billhook.repairs.residuals import NoRepair, check_tokens, not_refitted_message, too_few_tokens_message
 from billhook.repairs.visitor import LinearCalls, RepairVisitor, combine_calls, record_calls, residual_order
 
@@ -105,7 +107,7 @@ class RepairConfig:
 
 def repair_linears(
     model: nn.Module,
-    kept: Mapping[str, Tensor],
+    kept: TensorsByName,
     runs: Sequence[Run],
     repair: RepairConfig | None = None,
     comm: Comm = SINGLE_PROCESS,
@@ -153,8 +155,7 @@ def repair_linears(
     forwards, sources = [run.visit for run in runs], [run.source for run in runs]
     store, with_new_params = store_of(model), set(new_params.modules if new_params is not None else ())
     parts = repair.parts(len(runs), comm)
-    if repair.match is not None and any(count < 2 for count in comm.gather(len(runs))):
-        raise too_few_batches(len(runs), comm)
+    check_enough_batches(repair.match, len(runs), comm)
     log_single_source(model, sources)
     with evaluating_without_grad(model):
         calls, orderly = _shown(model, every, forwards, comm)
@@ -164,7 +165,8 @@ def repair_linears(
             _check_given(new_params, every, calls.calls, repeated)
             predecessors = dict.fromkeys(layers) | predecessors
         observed = _in_order(every, {*predecessors, *with_new_params, *layers})
-        visitor = RepairVisitor(observed, kept, predecessors, runs, repair.ridges, parts, comm, new_params, progress, store)
+        changed = new_params or LazyTensors({})
+        visitor = RepairVisitor(observed, kept, predecessors, runs, repair.ridges, parts, comm, changed, progress, store)
         forwards += [run.visit for run in dense or runs] if predecessors else []
         if not store.holds_all and orderly and not repeated:
             masks = hashlib.sha256(str([(name, keep.tolist()) for name, keep in kept.items()]).encode()).hexdigest()
@@ -189,7 +191,7 @@ def repair_linears(
 
 
 def _shown(
-    model: nn.Module, every: Mapping[str, nn.Module], forwards: Sequence[Callable[[], object]], comm: Comm
+    model: nn.Module, every: ModulesByName, forwards: Sequence[Callable[[], object]], comm: Comm
 ) -> tuple[LinearCalls, bool]:
     """Runs a model once; returns its calls, and whether its blocks are called in sequence."""
     store = store_of(model)
@@ -202,7 +204,7 @@ def _shown(
 def _refit(
     model: nn.Module,
     visitor: RepairVisitor,
-    repeated: Mapping[str, nn.Module],
+    repeated: ModulesByName,
     forwards: Sequence[Callable[[], object]],
     by_block: bool,
 ) -> LazyTensors:
@@ -221,12 +223,12 @@ def _refit(
     return visitor.finish() if by_block else LazyTensors.of(by_parameter({name: visitor.current(name) for name in refitted}))
 
 
-def _in_order(layers: Mapping[str, nn.Module], names: Set[str]) -> dict[str, nn.Module]:
+def _in_order(layers: ModulesByName, names: Set[str]) -> dict[str, nn.Module]:
     """Returns the layers of these names, in the order of `layers`."""
     return {name: linear for name, linear in layers.items() if name in names}
 
 
-def _check(model: nn.Module, kept: Mapping[str, Tensor]) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
+def _check(model: nn.Module, kept: TensorsByName) -> tuple[dict[str, nn.Module], dict[str, nn.Module]]:
     """Returns all linear layers of a model, and the masked layers; raises if a mask is wrong."""
     every = {name: module for name, module in model.named_modules() if is_linear(module)}
     for name, keep in kept.items():
@@ -244,9 +246,7 @@ def _check(model: nn.Module, kept: Mapping[str, Tensor]) -> tuple[dict[str, nn.M
     return every, _in_order(every, kept.keys())
 
 
-def _check_given(
-    new_params: LazyTensors, every: Mapping[str, nn.Module], calls: Mapping[str, int], repeated: Collection[str]
-) -> None:
+def _check_given(new_params: LazyTensors, every: ModulesByName, calls: Mapping[str, int], repeated: Collection[str]) -> None:
     for name in new_params.modules:
         if name not in every:
             raise ValueError(f"new_params: {name!r} is not an nn.Linear or Conv1D of the model.")

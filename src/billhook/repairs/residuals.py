@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import Self
 
-from billhook.engine import SINGLE_PROCESS, TOKENS, Comm, Run, add_products
+from billhook.engine import SINGLE_PROCESS, TOKENS, Comm, ModulesByName, Run, add_products
 from billhook.engine.passes import ActivationFiles, zeros
 from billhook.linalg import float64_device, widest_float
 
@@ -110,11 +110,6 @@ class ResidualStatistics:
         new.residual_squares = (removed @ removed_products[:, ~keep]).mul_(removed).sum(1)
         return new
 
-    @property
-    def means(self) -> tuple[Tensor, Tensor]:
-        """Means of x and r, `[in_features]` and `[out_features]`."""
-        return self.sums / self.tokens, self.residual_sums / self.tokens
-
     def error(self, update: Tensor | None, shift: Tensor | None = None, rows: slice = ALL_ROWS) -> Tensor:
         """Computes E |r - M x - b|^2 over some outputs, `[]`.
 
@@ -131,7 +126,7 @@ class ResidualStatistics:
                 error += (part @ self.products).sub_(residual, alpha=2).mul_(part).sum()
         error /= self.tokens
         if shift is not None:
-            x, r = self.means
+            x, r = self.sums / self.tokens, self.residual_sums / self.tokens  # means
             error += shift @ (shift - 2 * (r[rows] if update is None else r[rows] - update @ x))
         return error
 
@@ -190,9 +185,7 @@ class NoRepair(ValueError):
     """No layer can be refitted: no consumer layer, or too few batches or tokens."""
 
 
-def check_tokens(
-    layers: Mapping[str, nn.Module], needed: Mapping[str, int], runs: Sequence[Run], comm: Comm = SINGLE_PROCESS
-) -> None:
+def check_tokens(layers: ModulesByName, needed: Mapping[str, int], runs: Sequence[Run], comm: Comm = SINGLE_PROCESS) -> None:
     """Runs batches until a layer has enough non-padding tokens; raises if none has.
 
     Args:

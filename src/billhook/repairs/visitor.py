@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 from typing_extensions import Self
 
-from billhook.engine import ROWS, BlockStore, Comm, InputNorms, LazyTensors, Run, Site, Visitor, by_parameter
+from billhook.engine import ROWS, BlockStore, Comm, InputNorms, LazyTensors, ModulesByName, Run, Site, Visitor, by_parameter
 from billhook.engine.passes import ActivationFiles, zeros
-from billhook.linalg import float64_device, widest_float
-from billhook.model import is_pruned, matrix_of, to_layout, to_parameters
+from billhook.linalg import TensorDict, TensorsByName, float64_device, widest_float
+from billhook.model import matrix_of, sparse_support, to_layout, to_parameters
 from billhook.progress import OnProgress
 from billhook.repairs.least_squares import refit_linear
 from billhook.repairs.residuals import ResidualStatistics, TokenBuffer, as_float, non_padding
@@ -48,7 +48,7 @@ class LinearCalls:
     predecessors: dict[str, str | None]
 
 
-def record_calls(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> LinearCalls:
+def record_calls(layers: ModulesByName, run: Callable[[], object]) -> LinearCalls:
     """Runs a model once without gradients, and records the calls of its linear layers."""
     record = LinearCalls(dict.fromkeys(layers, 0), {})
 
@@ -137,13 +137,13 @@ class _Linear:
         fitted: Parameters after the refit, in memory layout.
     """
 
-    def __init__(self, module: nn.Module, new: Mapping[str, Tensor], keep: Tensor | None) -> None:
+    def __init__(self, module: nn.Module, new: TensorsByName, keep: Tensor | None) -> None:
         self.module = module
         self.dense = self.start = weight, bias = matrix_of(module)
         self.new = {part: value.to(weight.device) for part, value in new.items()}
         if new:
             self.start = to_layout(module, self.new["weight"]), None if bias is None else self.new["bias"]
-        self.fitted: dict[str, Tensor] = {}
+        self.fitted: TensorDict = {}
         self.keep: Tensor | None = None
         if keep is not None:
             self.keep = keep.to(weight.device)
@@ -160,6 +160,7 @@ class _Linear:
             self.buffers = [TokenBuffer(ResidualStatistics(*sizes, weight.device, files)) for _ in range(2)]
 
 
+@dataclass(eq=False)
 class RepairVisitor(Visitor):
     """Gathers input statistics of layers, and refits each when all runs have reached it.
 
@@ -184,52 +185,47 @@ class RepairVisitor(Visitor):
         new: Staged parameters.
     """
 
-    def __init__(
-        self,
-        layers: Mapping[str, nn.Module],
-        kept: Mapping[str, Tensor],
-        predecessors: Mapping[str, str | None],
-        runs: Sequence[Run],
-        ridges: Sequence[float],
-        parts: Sequence[int],
-        comm: Comm,
-        new_params: LazyTensors | None,
-        progress: OnProgress | None,
-        store: BlockStore,
-    ) -> None:
+    layers: ModulesByName
+    kept: TensorsByName
+    predecessors: Mapping[str, str | None]
+    runs: Sequence[Run]
+    ridges: Sequence[float]
+    parts: Sequence[int]
+    comm: Comm
+    new_params: LazyTensors
+    progress: OnProgress | None
+    store: BlockStore
+
+    def __post_init__(self) -> None:
         self.files: ActivationFiles | None = None
-        self._progress, self._done = progress, set[str]()
-        self.layers, self.kept, self._predecessors, self._runs = layers, kept, predecessors, runs
-        self._ridges, self._parts, self.comm = ridges, parts, comm
-        self._new_params, self._store = new_params or LazyTensors({}), store
-        self.untouched = range(len(runs), 2 * len(runs)) if predecessors else ()  # runs of the dense model
+        self.untouched = range(len(self.runs), 2 * len(self.runs)) if self.predecessors else ()  # runs of the dense model
         self._block: nn.Module | None = None  # the block that runs are in
         self.new = LazyTensors({})
         self._linears: dict[str, _Linear] = {}
         self._tokens = dict[int, Tensor]()  # indices of non-padding tokens, by id of their mask
         self._inputs: dict[str, dict[int, Tensor]] = {}
         self._residuals: dict[str, dict[int, Tensor]] = {}  # by layer and run, of the sum that the layer adds to
-        self._after = Counter(predecessors.values())
-        self._refitted, self._known = set[str](), set[str]()
+        self._after = Counter(self.predecessors.values())
+        self._done, self._refitted, self._known = set[str](), set[str](), set[str]()
 
     def take(self, names: Collection[str]) -> None:
         """Records the current weights of layers, and their given new parameters, before any run."""
         for name in names:  # in the same order on all ranks, which read sharded values together
-            self._linears[name] = _Linear(self.layers[name], self._new_params.of_module(name), self.kept.get(name))
+            self._linears[name] = _Linear(self.layers[name], self.new_params.of_module(name), self.kept.get(name))
 
     def inside(self, block: nn.Module | None) -> list[str]:
         """Returns the names of the layers in a block, or outside all blocks."""
-        return [name for name, linear in self.layers.items() if self._store.owner.get(linear) is block]
+        return [name for name, linear in self.layers.items() if self.store.owner.get(linear) is block]
 
     def enter(self, module: nn.Module) -> None:
         """Loads the block of a module, after staging the block that all runs have left."""
-        block = self._store.owner.get(module)
+        block = self.store.owner.get(module)
         if block is not None and block is not self._block:
             if self._block is not None:
                 self.stage()
-            self._block = self._store.load(module)
+            self._block = self.store.load(module)
             self.take(self.inside(block))
-            values, refitted = self._store.read_staged(block) or (LazyTensors({}), {})
+            values, refitted = self.store.read_staged(block) or (LazyTensors({}), {})
             for name in refitted:  # results of an earlier process, with or without a refit
                 self._known.add(name)
                 if refitted[name]:
@@ -237,7 +233,7 @@ class RepairVisitor(Visitor):
                     linear.fitted = {part: value.to(linear.dense[0].device) for part, value in values.of_module(name).items()}
                     self._refitted.add(name)
         elif block is not None:
-            self._store.load(block)
+            self.store.load(block)
 
     @torch.no_grad()
     def stage(self) -> None:
@@ -245,7 +241,7 @@ class RepairVisitor(Visitor):
         names = self.inside(self._block)
         new = {name: self.current(name) for name in names if name in self.kept}
         notes = {name: name in self._refitted for name in new}
-        self.new |= self._store.stage(self._block, by_parameter(new), notes)
+        self.new |= self.store.stage(self._block, by_parameter(new), notes)
         self._block = None
         for name in names:
             self._linears.pop(name, None)
@@ -255,7 +251,7 @@ class RepairVisitor(Visitor):
         if self._block is not None:
             self.stage()
         self.stage()
-        self._store.release()
+        self.store.release()
         return self.new
 
     @property
@@ -265,9 +261,9 @@ class RepairVisitor(Visitor):
 
     def observe(self, name: str, linear: nn.Module, inputs: Tensor, run: int) -> None:
         """Adds the inputs of a layer, or keeps them to compare. See `Visitor.observe`."""
-        if name in self._predecessors:
+        if name in self.predecessors:
             self._inputs.setdefault(name, {})[run] = inputs.detach()
-        elif name in self.kept and name not in self._known and run < len(self._runs):  # not from runs of the dense model
+        elif name in self.kept and name not in self._known and run < len(self.runs):  # not from runs of the dense model
             self._add(name, inputs, None, run, None)
 
     def complete(self, site: Site) -> None:
@@ -277,26 +273,26 @@ class RepairVisitor(Visitor):
             residuals = self._residuals_before(name, inputs)
             if name in self.kept and name not in self._known:
                 weights = self._token_weights(name, residuals)
-                for run in sorted(run for run in inputs if run < len(self._runs)):
+                for run in sorted(run for run in inputs if run < len(self.runs)):
                     self._add(name, inputs[run], residuals.get(run), run, weights.get(run))
                 self._refit(name)
             if name in self.kept:
                 self._done.add(name)
-                if self._progress is not None:
-                    self._progress(len(self._done), len(self.kept))
+                if self.progress is not None:
+                    self.progress(len(self._done), len(self.kept))
             if self._after[name]:
                 self._residuals[name] = self._residuals_after(name, inputs, residuals)
-            last = self._predecessors.get(name)
+            last = self.predecessors.get(name)
             self._after[last] -= 1
             if last is not None and not self._after[last]:
                 self._residuals.pop(last, None)
 
-    def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
+    def parameters(self, site: Site) -> dict[str, TensorDict]:
         """Returns the new parameters of a stop's layers, in memory layout."""
         new = {name: self.current(name) for name in site.linears}
         return {name: parameters for name, parameters in new.items() if parameters}
 
-    def current(self, name: str) -> dict[str, Tensor]:
+    def current(self, name: str) -> TensorDict:
         """Returns a layer's current parameters in memory layout, with zeros for removed inputs."""
         linear = self._linears[name]
         if linear.fitted or linear.keep is None:
@@ -306,19 +302,19 @@ class RepairVisitor(Visitor):
 
     def _add(self, name: str, inputs: Tensor, residual: Tensor | None, run: int, weights: Tensor | None) -> None:
         """Adds a call of a layer, with its residual; by default the output of removed inputs."""
-        linear, counts = self._linears[name], non_padding(self._runs[run], name, inputs)
+        linear, counts = self._linears[name], non_padding(self.runs[run], name, inputs)
         linear.begin(self.files)
         linear.norms.add(inputs, counts)
         if residual is None and len(linear.removed_index):
             residual = as_float(inputs[..., linear.removed_index]) @ as_float(linear.start[0][:, linear.removed_index]).t()
         tokens = None
         if counts is not None:  # layers with the same mask share the indices
-            mask = id(self._runs[run].tokens[name])
+            mask = id(self.runs[run].tokens[name])
             if mask not in self._tokens:
                 self._tokens[mask] = counts.flatten().nonzero().flatten()
             tokens = self._tokens[mask]
         kept = inputs[..., linear.kept_index] if len(linear.removed_index) else inputs
-        linear.buffers[self._parts[run]].add(kept, residual, tokens, weights)
+        linear.buffers[self.parts[run]].add(kept, residual, tokens, weights)
 
     def _token_weights(self, name: str, residuals: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """Computes token weights, `[...]`, from residuals, `[..., out_features]`, by run.
@@ -328,11 +324,11 @@ class RepairVisitor(Visitor):
         Cauchy's robust loss log(1 + s / m) in iteratively reweighted least squares, of which this is one iteration. Twice, so
         that a typical token has weight 1.
         """
-        squares, weights = dict[int, Tensor](), dict[int, Tensor]()
+        squares, weights = {}, {}
         sums = torch.zeros(2, dtype=torch.float64, device=float64_device(self._linears[name].start[0].device))
         for run, residual in residuals.items():
             squares[run] = square = residual.square().sum(-1, dtype=widest_float(residual.device))
-            keep = non_padding(self._runs[run], name, residual)
+            keep = non_padding(self.runs[run], name, residual)
             counts = square > 0 if keep is None else (square > 0) & keep
             sums += torch.stack([torch.where(counts, square, 1).log().sum(), counts.sum()]).to(sums.device)
         self.comm.sum_(sums)
@@ -357,9 +353,7 @@ class RepairVisitor(Visitor):
             weight, bias = linear.start
             remaining = weight[:, linear.kept_index].to(parts[0].tokens.device)
             bias = None if bias is None else bias.to(remaining.device)
-            support = remaining != 0
-            is_sparse = is_pruned(int((~support).sum()), support.numel())  # else single zeros need not stay
-            kept, bias = refit_linear(remaining, bias, parts, self._ridges, self.comm, support if is_sparse else None)
+            kept, bias = refit_linear(remaining, bias, parts, self.ridges, self.comm, sparse_support(remaining))
             fitted = torch.zeros_like(weight)
             fitted[:, linear.kept_index] = kept.to(fitted.device)
             linear.fitted = to_parameters(linear.module, fitted, bias)
@@ -370,9 +364,9 @@ class RepairVisitor(Visitor):
         linear = self._linears[name]
         (dense, dense_bias), (weight, bias) = linear.dense, linear.start
         shift = None if dense_bias is None or bias is None or bias is dense_bias else as_float(dense_bias) - as_float(bias)
-        earlier, pairs, residuals = self._residuals.get(self._predecessors.get(name) or "", {}), {}, {}
+        earlier, pairs, residuals = self._residuals.get(self.predecessors.get(name) or "", {}), {}, {}
         for run, pruned_inputs in sorted(inputs.items()):
-            dense_inputs = inputs.get(run + len(self._runs))
+            dense_inputs = inputs.get(run + len(self.runs))
             if dense_inputs is not None and pruned_inputs.shape == dense_inputs.shape:
                 pairs[run] = pruned_inputs, dense_inputs
                 dtype = torch.promote_types(pruned_inputs.dtype, torch.float32)

@@ -81,14 +81,14 @@ def find_blocks(search: RatioSearch, target: str, modules: Sequence[PrunableModu
     ((stack, numbered),) = stacks.items()
     count = numbered.count()
     blocks = Blocks(model, stack, writers=block_writers(model, stack, units))
-    inside = defaultdict[int, list[PrunableModule]](list)
+    inside = defaultdict(list)
     for module in modules:
         where = {block_of(search.units[name].name, [stack]) for name in module.names}
         if len(where) > 1:
             return Blocks(model, why=f"{module.name} is coupled to modules of other blocks")
         if (block := where.pop()) is not None:
             inside[block[1]].append(module)
-    costs = dict[object, tuple[int, str]]()  # of a block without, or the reason why it cannot be removed
+    costs = {}  # of a block without, or the reason why it cannot be removed
     for number in range(amount.first, count - amount.last):
         name, block_module = f"{stack}.{number} block", model.get_submodule(f"{stack}.{number}")
         parameters = tuple((part, parameter.shape, parameter.dtype) for part, parameter in block_module.named_parameters())

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -10,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.engine import Batch, Run, evaluating_without_grad, overridden, source_of, tree_leaves, tree_map_only
+from billhook.engine import Batch, ModulesByName, Run, evaluating_without_grad, overridden, source_of, tree_leaves, tree_map_only
 from billhook.repairs.repair import RepairConfig
 from billhook.report.predictions import Predictions, eval_logits
-from billhook.units import find_blocks
+from billhook.units import UnitNumbers, find_blocks
 
 SHARE = 0.2
 """Largest fraction of each source's batches to hold out."""
@@ -42,7 +43,7 @@ def split_batches(batches: Sequence[Any]) -> tuple[list[Any], list[Any]]:
             "batches: at least 3 examples, and 2 of each source, are required because some are held out; "
             f"got {', '.join(counts) or 'none'}. Pass more examples."
         )
-    chosen, config = list[int](), RepairConfig(held_out=SHARE)
+    chosen, config = [], RepairConfig(held_out=SHARE)
     for of_source in numbers.values():
         chosen += [of_source[number] for number in config.held_out_batches(len(of_source))]
     chosen.sort()
@@ -63,7 +64,7 @@ def _by_source(batches: Sequence[Any]) -> dict[str, list[int]]:
     return numbers
 
 
-def _too_few(numbers: Mapping[str, Sequence[int]]) -> bool:
+def _too_few(numbers: UnitNumbers) -> bool:
     return sum(map(len, numbers.values())) < 3 or any(len(of_source) < 2 for of_source in numbers.values())
 
 
@@ -104,7 +105,7 @@ def search_batches(batches: Sequence[Any], widest: int) -> list[Any]:
 def _size(batch: Any) -> tuple[int, int]:  # noqa: ANN401
     """Returns the number of examples of a batch and the tokens of each."""
     inputs = dict(batch) if isinstance(batch, Mapping) else batch
-    rows, length = list[int](), list[int]()
+    rows, length = [], []
     for leaf in tree_leaves(inputs):
         if isinstance(leaf, Tensor) and leaf.dim():
             rows.append(leaf.shape[0])
@@ -130,14 +131,14 @@ class Replay:
         blocks: The blocks, by name.
     """
 
-    def __init__(self, blocks: Mapping[str, nn.Module]) -> None:
+    def __init__(self, blocks: ModulesByName) -> None:
         self._blocks, self._size = dict(blocks), 0
         self._outputs = list[dict[str, Any]]()  # of each run, by block
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Records the block outputs of the next run, which happens within the `with` block."""
-        outputs, repeated = dict[str, Any](), False
+        outputs, repeated = {}, False
 
         def note(name: str, _: nn.Module, __: Any, output: Any) -> None:  # noqa: ANN401
             nonlocal repeated
@@ -246,6 +247,7 @@ def mean_over_sources(by_source: Mapping[str, float]) -> float:
     return sum(by_source.values()) / len(by_source)
 
 
+@dataclass(eq=False)
 class Perplexity:
     """Recorded losses of the dense model on batches, for comparison with a changed model.
 
@@ -258,21 +260,24 @@ class Perplexity:
         ValueError: If a loss is not finite.
     """
 
-    def __init__(self, model: PreTrainedModel, runs: Sequence[Run], broadcast: Broadcast = lambda value: value) -> None:
-        self._model, self._runs, self._broadcast = model, runs, broadcast
+    model: PreTrainedModel
+    runs: Sequence[Run]
+    broadcast: Broadcast = lambda value: value
+
+    def __post_init__(self) -> None:
         self._dense = self._losses()
         if not all(map(math.isfinite, self._dense)):
-            raise ValueError(f"batches: the loss of this {type(model).__name__} is NaN or infinite on a batch")
+            raise ValueError(f"batches: the loss of this {type(self.model).__name__} is NaN or infinite on a batch")
 
     def ratio(self) -> float:
         """Returns the perplexity relative to the dense model, a geometric mean over sources."""
         rises: dict[str, list[float]] = {}
-        for run, before, after in zip(self._runs, self._dense, self._losses(), strict=True):
+        for run, before, after in zip(self.runs, self._dense, self._losses(), strict=True):
             rises.setdefault(run.source, []).append(after - before)
         mean = mean_over_sources({source: sum(of_source) / len(of_source) for source, of_source in rises.items()})
         return math.exp(mean) if mean < math.log(1e9) else math.inf
 
     def _losses(self) -> list[float]:
-        with evaluating_without_grad(self._model):
-            losses: list[float] = self._broadcast([float(run.forward()) for run in self._runs])
+        with evaluating_without_grad(self.model):
+            losses: list[float] = self.broadcast([float(run.forward()) for run in self.runs])
         return losses

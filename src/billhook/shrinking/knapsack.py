@@ -64,6 +64,9 @@ class JointSlot:
         return dict(self.kept[level])
 
 
+Slots = Sequence[Slot | JointSlot]
+
+
 class Frontier:
     """The Pareto-optimal choices of levels in cost and loss.
 
@@ -73,7 +76,7 @@ class Frontier:
     ((0, 1), None)
     """
 
-    def __init__(self, slots: Sequence[Slot | JointSlot]) -> None:
+    def __init__(self, slots: Slots) -> None:
         self.costs, self.losses = np.zeros(1, dtype=np.int64), np.zeros(1)
         self._steps: list[tuple[NDArray[np.int64], NDArray[np.int64]]] = []
         for slot in slots:
@@ -102,17 +105,17 @@ class Frontier:
         return tuple(reversed(chosen))
 
 
-def cost(slots: Sequence[Slot | JointSlot], levels: Levels) -> int:
+def cost(slots: Slots, levels: Levels) -> int:
     """Returns the total cost of a choice of levels."""
     return sum(slot.costs[level] for slot, level in zip(slots, levels, strict=True))
 
 
-def loss(slots: Sequence[Slot | JointSlot], levels: Levels) -> float:
+def loss(slots: Slots, levels: Levels) -> float:
     """Returns the total loss of a choice of levels."""
     return sum(slot.losses[level] for slot, level in zip(slots, levels, strict=True))
 
 
-def kept_at(slots: Sequence[Slot | JointSlot], levels: Levels) -> dict[str, int]:
+def kept_at(slots: Slots, levels: Levels) -> dict[str, int]:
     """Returns the number of kept units of each module at a choice of levels."""
     return {name: kept for slot, level in zip(slots, levels, strict=True) for name, kept in slot.at(level).items()}
 
@@ -123,7 +126,7 @@ def join_slots(slots: Sequence[Slot]) -> Slot:
     >>> join_slots([Slot(("a",), (4, 2), (40, 20), (0.0, 0.5)), Slot(("b",), (4, 2), (40, 20), (0.0, 0.25))])
     Slot(names=('a', 'b'), kept=(4, 2), costs=(80, 40), losses=(0.0, 0.75))
     """
-    names, costs, losses = list[str](), list[int](), list[float]()
+    names, costs, losses = list[str](), [], []
     for slot in slots:
         names += slot.names
     for level in range(len(slots[0].kept)):
@@ -222,7 +225,7 @@ MOVES = 3
 """Maximum number of slots whose level is raised in one mutation."""
 
 
-def mutate(slots: Sequence[Slot | JointSlot], levels: Levels, limit: int, random: Random) -> Levels | None:
+def mutate(slots: Slots, levels: Levels, limit: int, random: Random) -> Levels | None:
     """Trades units between slots within the limit; returns None if it fails."""
     chosen = list(levels)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from billhook.engine import runs_of
 from billhook.importance.score import Importance, make_run, rank_channels, scores_of, sum_units
-from billhook.linalg import Indices
+from billhook.linalg import IndicesByModule
 from billhook.model import expert_layers
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.divergence import Broadcast, Divergence
@@ -41,7 +41,7 @@ class Measurement:
 
     scope: SearchScope
     scores: Mapping[str, Tensor]
-    orders: Mapping[str, Indices]
+    orders: IndicesByModule
     divergence: Divergence
     cache: VariantCache
     losses: dict[str, list[float]]
@@ -97,7 +97,7 @@ def measure(
     sums = sum_units(model, units, importance, batches, None, "kv_head")
     orders = broadcast(rank_channels(sums))
     scores = broadcast(scores_of(importance, sums))
-    settings: list[object] = [str(repair and replace(repair, match=None)), search.amount.round_to, len(batches)]
+    settings = [str(repair and replace(repair, match=None)), search.amount.round_to, len(batches)]
     cache_folder = folder and folder / cache_key(model, settings, scores, [*batches, *held_out])
     writers = {block.name: scope.blocks.writers[block.number] for block in scope.blocks.removable}
     cache = VariantCache(model, cache_folder, writers)

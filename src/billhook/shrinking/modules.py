@@ -13,7 +13,7 @@ from billhook.pruning.choice import rank_units
 from billhook.pruning.cut import coupled_modules, find_cut, size_after
 from billhook.pruning.removal import try_removal
 from billhook.pruning.target import RatioSearch
-from billhook.units import UnitKind, Units
+from billhook.units import UnitKind, UnitNumbers, Units, UnitsByModule
 
 PARTS = 8
 """Levels keep multiples of one part in this many of a module."""
@@ -60,6 +60,9 @@ class PrunableModule:
         return tuple(sorted({min(self.allowed, key=lambda kept: abs(kept - size)) for size in sizes}, reverse=True))
 
 
+PrunableModules = Sequence[PrunableModule]
+
+
 def find_modules(search: RatioSearch, target: str, uniform: bool = False) -> list[PrunableModule]:
     """Finds the modules that may keep fewer units, with the cost of each unit.
 
@@ -75,20 +78,26 @@ def find_modules(search: RatioSearch, target: str, uniform: bool = False) -> lis
     Raises:
         ValueError: If no module may keep fewer units.
     """
-    model, free, modules, consumed = search.model, search.removable(), list[PrunableModule](), set[str]()
+    model, free, modules, consumed = search.model, search.removable(), [], set[str]()
     for names in coupled_modules(free):
         layers = [free[name] for name in names]
-        consumers = [consumer for layer in layers if not layer.of_experts for consumer in layer.readers]
+        consumers = [consumer for layer in layers for consumer in layer.own_readers]
         if not all(layer.readers for layer in layers) or not all(is_linear(model.get_submodule(name)) for name in consumers):
             continue
         cost = _unit_cost(search, names, target)
-        module = _prunable_module(search, free[names[0]], names, cost, uniform)
+        units, amount = layers[0], search.amount
+        count, step = units.count("kv_head"), search.step(names[0]) if units.kind == "channel" else 1
+        divided = uniform and amount.round_to == "auto" and units.kind == "head"
+        smaller = (n for n in range(count - 1, amount.min_units - 1, -1) if n % step == 0)
+        allowed = (count, *(n for n in smaller if not divided or divides_among_devices(n)))
+        module = PrunableModule(tuple(names), units.kind, count, allowed, cost)
+        module = replace(module, levels=module.grid())
         if len(module.allowed) > 1 and cost > 0 and consumed.isdisjoint(consumers_of(module, free)):
             modules.append(module)
             consumed.update(consumers_of(module, free))
-    refusals = dict[UnitKind, str]()  # by kind, if the model does not run at the lowest numbers of units
+    refusals = {}  # by kind, if the model does not run at the lowest numbers of units
     for of_kind in group_by(modules, lambda module: module.kind):
-        removed = dict[str, list[int]]()
+        removed = UnitNumbers()
         for module in of_kind:
             removed |= any_removed(module, search.units, module.allowed[-1])
         try:
@@ -106,26 +115,12 @@ def find_modules(search: RatioSearch, target: str, uniform: bool = False) -> lis
     )
 
 
-def _prunable_module(search: RatioSearch, units: Units, names: list[str], cost: int, uniform: bool) -> PrunableModule:
-    """Returns coupled modules as a prunable module."""
-    amount = search.amount
-    count, step = units.count("kv_head"), search.step(names[0]) if units.kind == "channel" else 1
-    divided = uniform and amount.round_to == "auto" and units.kind == "head"
-    allowed = tuple(
-        n
-        for n in range(count, 0, -1)
-        if n == count or (n % step == 0 and n >= amount.min_units and (not divided or divides_among_devices(n)))
-    )
-    module = PrunableModule(tuple(names), units.kind, count, allowed, cost)
-    return replace(module, levels=module.grid())
-
-
-def consumers_of(module: PrunableModule, units: Mapping[str, Units]) -> list[str]:
+def consumers_of(module: PrunableModule, units: UnitsByModule) -> list[str]:
     """Returns the names of a module's consumer layers."""
     return list(dict.fromkeys(consumer for name in module.names for consumer in units[name].readers))
 
 
-def units_by_name(modules: Iterable[PrunableModule], units: Mapping[str, Units]) -> dict[str, Units]:
+def units_by_name(modules: Iterable[PrunableModule], units: UnitsByModule) -> dict[str, Units]:
     """Returns the units of some modules by name."""
     return {name: units[name] for module in modules for name in module.names}
 
@@ -145,9 +140,7 @@ def _unit_cost(search: RatioSearch, names: Sequence[str], target: str) -> int:
     return total // step
 
 
-def removed_units(
-    module: PrunableModule, units: Mapping[str, Units], scores: Mapping[str, Tensor], kept: int
-) -> dict[str, list[int]]:
+def removed_units(module: PrunableModule, units: UnitsByModule, scores: Mapping[str, Tensor], kept: int) -> UnitNumbers:
     """Returns the units (or query heads) with the lowest scores, to keep this number of units."""
     if kept == module.count:
         return {}
@@ -156,17 +149,17 @@ def removed_units(
     return {name: units[name].query_heads(lowest) if module.kind == "head" else lowest for name in module.names}
 
 
-def any_removed(module: PrunableModule, units: Mapping[str, Units], kept: int) -> dict[str, list[int]]:
+def any_removed(module: PrunableModule, units: UnitsByModule, kept: int) -> UnitNumbers:
     """Returns the units to remove without regard to scores."""
     return removed_units(module, units, {name: torch.zeros(module.count) for name in module.names}, kept)
 
 
-def unit_counts(modules: Sequence[PrunableModule], kept: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+def unit_counts(modules: PrunableModules, kept: Mapping[str, int]) -> dict[str, tuple[int, int]]:
     """Returns by module name the number of units before and after."""
     return {name: (module.count, kept[module.name]) for module in modules for name in module.names}
 
 
-def uniform_groups(modules: Sequence[PrunableModule], uniform: bool) -> list[list[PrunableModule]]:
+def uniform_groups(modules: PrunableModules, uniform: bool) -> list[list[PrunableModule]]:
     """Groups the modules that share a level: each module alone, or all of a kind and size."""
     return (
         group_by(modules, lambda module: (module.kind, module.count, module.allowed))
@@ -175,7 +168,7 @@ def uniform_groups(modules: Sequence[PrunableModule], uniform: bool) -> list[lis
     )
 
 
-def group_by(modules: Sequence[PrunableModule], key: Callable[[PrunableModule], object]) -> list[list[PrunableModule]]:
+def group_by(modules: PrunableModules, key: Callable[[PrunableModule], object]) -> list[list[PrunableModule]]:
     """Groups modules by a key."""
     groups: dict[object, list[PrunableModule]] = {}
     for module in modules:

@@ -134,7 +134,7 @@ def search_within(
     choices, curve, tried = choose(measurement, search, seed, limit)
     if repair is None or len(choices) == 1:
         return SearchResult(choices[0], plan_choice(measurement, limit, choices[0], repair_batches, repair), limit, curve, tried)
-    refit, losses, results = replace(repair, match=None), list[float](), list[SearchResult]()
+    refit, losses, results = replace(repair, match=None), [], []
     for kept in choices:
         planned = plan_choice(measurement, limit, kept, repair_batches, refit)
         results.append(SearchResult(kept, planned, limit, curve, tried))

@@ -13,10 +13,8 @@ from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from billhook.engine import LazyTensors, store_of
-from billhook.linalg import Indices, over_dims
 from billhook.model import (
     ShapePlan,
-    UpdateOptimizers,
     Weights,
     change_blockwise,
     check_changeable,
@@ -36,8 +34,7 @@ from billhook.repairs.repair import RepairConfig
 from billhook.repairs.residuals import NoRepair, not_refitted_message, strip_argument
 from billhook.shrinking.measurement import Measurement
 from billhook.shrinking.modules import removed_units, uniform_groups
-from billhook.shrinking.scope import SearchScope
-from billhook.units import consumer_columns, mask
+from billhook.units import UnitNumbers, consumer_columns, mask
 
 
 @dataclass(frozen=True)
@@ -86,15 +83,9 @@ def plan_choice(
     """
     if repair is not None:
         measurement.progress.enter("repairing the selected model")
-    scope, numbers = measurement.scope, dict[str, list[int]]()
-    blocks, levels = scope.blocks, dict(kept)
-    for group in uniform_groups(scope.modules, scope.uniform):  # modules of removed blocks match the kept ones in the config
-        number = max(kept[module.name] for module in group) or group[0].count
-        levels |= {module.name: number for module in group if not kept[module.name]}
-    for module in scope.modules:
-        numbers |= removed_units(module, scope.search.units, measurement.scores, levels[module.name])
+    scope, blocks = measurement.scope, measurement.scope.blocks
     removed_blocks = [block.number for block in blocks.removed(kept)]
-    planned = plan_removal(scope, limit, numbers, removed_blocks, of_ranks(measurement.orders, numbers))
+    planned = plan_removal(measurement, limit, kept, removed_blocks)
     behind = writers_behind(blocks.writers, removed_blocks)
     if repair is None or not (planned.units.units or behind):
         return planned
@@ -112,23 +103,23 @@ def plan_choice(
     return replace(planned, weights=weights or None, not_refitted=not_refitted_message(not_refitted))
 
 
-def plan_removal(
-    scope: SearchScope,
-    limit: int,
-    numbers: Mapping[str, list[int]],
-    removed_blocks: Sequence[int],
-    by_expert: Mapping[str, Indices] | None = None,
-) -> ShrinkPlan:
+def plan_removal(measurement: Measurement, limit: int, kept: Mapping[str, int], removed_blocks: Sequence[int]) -> ShrinkPlan:
     """Plans the removal of units and blocks, as tried on the meta device.
 
     Args:
-        scope: The prunable modules and blocks.
+        measurement: Losses of the variants.
         limit: Largest allowed cost; above it, a ValueError is raised.
-        numbers: The units to remove, by module.
+        kept: Number of kept units by module, 0 if its block is removed.
         removed_blocks: Numbers of the blocks to remove.
-        by_expert: Channels to remove from each expert, by module. See `Cut`.
     """
+    scope, numbers, levels = measurement.scope, UnitNumbers(), dict(kept)
     search, target = scope.search, scope.target
+    for group in uniform_groups(scope.modules, scope.uniform):  # modules of removed blocks match the kept ones in the config
+        number = max(kept[module.name] for module in group) or group[0].count
+        levels |= {module.name: number for module in group if not kept[module.name]}
+    for module in scope.modules:
+        numbers |= removed_units(module, search.units, measurement.scores, levels[module.name])
+    by_expert = of_ranks(measurement.orders, numbers)
     cut = find_cut(search.model, search.structure, search.units, numbers, by_expert=by_expert)
     costs, blocks = search.costs(cut), None
     remaining = int(getattr(costs[1], target))
@@ -157,9 +148,9 @@ def simulated(model: PreTrainedModel, planned: ShrinkPlan) -> Iterator[None]:
             by_expert = cut.by_expert if isinstance(cut, UnitPlan) else {}
             if units := {name: numbers for name, numbers in cut.units.items() if name not in by_expert}:
                 stack.enter_context(mask(model, units, dict.fromkeys(cut.kinds.values())))
-            for weight, dim, positions in consumer_columns(model, planned.units.all_units, by_expert, by_expert):
+            for weight, dim, index in consumer_columns(model, planned.units.all_units, by_expert, by_expert):
                 value = values.get(names[weight], weight.detach())
-                values |= {names[weight]: value.scatter(dim, over_dims(positions, value, dim), 0)}
+                values |= {names[weight]: value.scatter(dim, index, 0)}
         stack.enter_context(store_of(model).computing_with(values))
         yield
 
@@ -169,7 +160,7 @@ def apply_plans(
 ) -> None:
     """Applies plans in order, all or none. See `apply`."""
     check_changeable(model)
-    subject, follows = find_transformer(model), list[UpdateOptimizers]()
+    subject, follows = find_transformer(model), []
     undone = store_of(subject).restored_on_error(), restored_on_error(model)
     with torch.inference_mode(mode=False), with_weights(subject, without_inference_tensors(weights)), undone[0], undone[1]:
         for shape_plan in plans:

@@ -15,6 +15,7 @@ from billhook.shrinking.knapsack import (
     JointSlot,
     Levels,
     Slot,
+    Slots,
     cost,
     join_slots,
     kept_at,
@@ -23,7 +24,7 @@ from billhook.shrinking.knapsack import (
     pareto_slot,
     sizes_at_limit,
 )
-from billhook.shrinking.modules import PrunableModule, uniform_groups
+from billhook.shrinking.modules import PrunableModule, PrunableModules, uniform_groups
 
 SEVERAL = (0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 """Numbers of removed blocks to start from: estimated losses of single blocks do not predict their joint loss."""
@@ -44,7 +45,7 @@ class Space:
         lost: Estimated loss of removing these blocks.
     """
 
-    slots: Sequence[Slot | JointSlot]
+    slots: Slots
     rest: int
     removed: Sequence[Block] = ()
     lost: float = 0.0
@@ -76,7 +77,7 @@ class Space:
         """Returns the best levels within a limit if exactly these blocks are removed."""
         removed = frozenset(blocks)
         if removed not in self._frontiers:
-            decided = list[Slot | JointSlot]()
+            decided = []
             for slot in self.slots:
                 if isinstance(slot, JointSlot) and 0 in slot.at(-1).values():  # with only its last level, or without it
                     levels_left = slice(-1, None) if _goes(slot, removed) else slice(0, -1)
@@ -105,7 +106,7 @@ def _goes(slot: Slot | JointSlot, blocks: Collection[str]) -> bool:
     return any(slot.at(-1).get(name) == 0 for name in blocks)
 
 
-def make_slots(modules: Sequence[PrunableModule], losses: Losses, uniform: bool) -> list[Slot]:
+def make_slots(modules: PrunableModules, losses: Losses, uniform: bool) -> list[Slot]:
     """Returns a slot for each module, or for all modules of a kind and size."""
 
     def slot(module: PrunableModule) -> Slot:
@@ -114,18 +115,18 @@ def make_slots(modules: Sequence[PrunableModule], losses: Losses, uniform: bool)
     return [join_slots(list(map(slot, group))) for group in uniform_groups(modules, uniform)]
 
 
-def full_cost(slots: Sequence[Slot | JointSlot]) -> int:
+def full_cost(slots: Slots) -> int:
     """Returns the cost of slots with all units."""
     return cost(slots, (0,) * len(slots))
 
 
-def modules_outside(modules: Sequence[PrunableModule], blocks: Sequence[Block]) -> list[PrunableModule]:
+def modules_outside(modules: PrunableModules, blocks: Sequence[Block]) -> list[PrunableModule]:
     """Returns the modules outside some blocks."""
     inside = {name for block in blocks for name in block.modules}
     return [module for module in modules if module.name not in inside]
 
 
-def free_space(modules: Sequence[PrunableModule], losses: Losses, blocks: Sequence[Block], now: int) -> list[Space]:
+def free_space(modules: PrunableModules, losses: Losses, blocks: Sequence[Block], now: int) -> list[Space]:
     """Returns the space of non-uniform candidates."""
     slots: list[Slot | JointSlot] = list(make_slots(modules_outside(modules, blocks), losses, uniform=False))
     for block in blocks:
@@ -142,9 +143,9 @@ def with_removal(slots: Sequence[Slot], block: Block, lost: float) -> JointSlot:
     return pareto_slot([*options, (0, lost, nothing)])
 
 
-def uniform_spaces(modules: Sequence[PrunableModule], losses: Losses, blocks: Sequence[Block], now: int) -> list[Space]:
+def uniform_spaces(modules: PrunableModules, losses: Losses, blocks: Sequence[Block], now: int) -> list[Space]:
     """Returns a uniform space for each number of removed blocks, least important first."""
-    ranked, spaces = sorted(blocks, key=lambda block: losses[block.name][-1]), list[Space]()
+    ranked, spaces = sorted(blocks, key=lambda block: losses[block.name][-1]), []
     for count in range(len(ranked) + 1):
         removed = ranked[:count]
         slots = make_slots(modules_outside(modules, removed), losses, uniform=True)
@@ -175,7 +176,7 @@ def initial_points(spaces: Sequence[Space], limit: int, ranked: Sequence[Block])
     return points
 
 
-def uniform_points(space: Space, modules: Sequence[PrunableModule], losses: Losses, more: int) -> list[Point]:
+def uniform_points(space: Space, modules: PrunableModules, losses: Losses, more: int) -> list[Point]:
     """Returns the best uniform choice as a point of a non-uniform space, or no point.
 
     Args:
@@ -192,7 +193,7 @@ def uniform_points(space: Space, modules: Sequence[PrunableModule], losses: Loss
     return [(0, space.nearest({module.name: module.saves(kept[module.name]) for module in modules}))]
 
 
-def single_kind_points(modules: Sequence[PrunableModule], losses: Losses, more: int) -> list[Point]:
+def single_kind_points(modules: PrunableModules, losses: Losses, more: int) -> list[Point]:
     """Returns the best uniform points that prune a single kind of unit, and no block.
 
     Args:
@@ -200,7 +201,7 @@ def single_kind_points(modules: Sequence[PrunableModule], losses: Losses, more: 
         losses: Losses by module and level.
         more: Allowed cost minus the current cost, usually negative.
     """
-    kinds, slots, points = {module.name: module.kind for module in modules}, make_slots(modules, losses, True), list[Point]()
+    kinds, slots, points = {module.name: module.kind for module in modules}, make_slots(modules, losses, True), []
     for kind in dict.fromkeys(kinds.values()):
         of_kind = []
         for slot in slots:
@@ -245,7 +246,7 @@ BLOCKS = (0, 1, 2, 4)
 """Numbers of removed blocks for which uniform levels are added that just meet the budget."""
 
 
-def size_costs(modules: Sequence[PrunableModule], uniform: bool) -> list[dict[int, int]]:
+def size_costs(modules: PrunableModules, uniform: bool) -> list[dict[int, int]]:
     """Returns by slot the cost of each number of units that its modules may keep."""
     costs = []
     for group in uniform_groups(modules, uniform):
@@ -253,13 +254,13 @@ def size_costs(modules: Sequence[PrunableModule], uniform: bool) -> list[dict[in
     return costs
 
 
-def budget_sizes(modules: Sequence[PrunableModule], blocks: Sequence[Block], now: int, limit: int) -> dict[str, set[int]]:
+def budget_sizes(modules: PrunableModules, blocks: Sequence[Block], now: int, limit: int) -> dict[str, set[int]]:
     """Returns by module further uniform numbers of units that just meet a limit."""
     met: dict[str, set[int]] = {}
     for count in BLOCKS:
         if count > len(blocks):
             continue
-        left, levels = modules_outside(modules, blocks[:count]), list[Sequence[int]]()
+        left, levels = modules_outside(modules, blocks[:count]), []
         groups = uniform_groups(left, uniform=True)
         within = limit - now + sum(block.cost for block in blocks[:count])
         for group in groups:
@@ -274,7 +275,7 @@ def budget_sizes(modules: Sequence[PrunableModule], blocks: Sequence[Block], now
     return met
 
 
-def round_channels(modules: Sequence[PrunableModule], kept: Mapping[str, int], spare: int = 0) -> dict[str, int]:
+def round_channels(modules: PrunableModules, kept: Mapping[str, int], spare: int = 0) -> dict[str, int]:
     """Rounds uniform channels down to larger multiples if that removes at most 3% more.
 
     The 3% are relative to the channels that the budget allows, which may lie between two allowed numbers.

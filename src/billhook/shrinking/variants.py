@@ -11,6 +11,7 @@ import os
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from billhook.engine import (
 )
 from billhook.importance.obs import watch_blockwise
 from billhook.importance.score import make_run
-from billhook.linalg import Indices, float64_device
+from billhook.linalg import IndicesByModule, TensorDict, TensorsByName, float64_device
 from billhook.model import ExpertLinear, holder_of, matrix_of, to_parameters
 from billhook.pruning.block_plan import zero_weights
 from billhook.pruning.cut import of_ranks
@@ -43,14 +44,17 @@ from billhook.repairs.least_squares import bias_shift, choose_ridge, error_witho
 from billhook.repairs.repair import RepairConfig
 from billhook.repairs.residuals import ResidualStatistics, check_tokens
 from billhook.shrinking.divergence import Divergence
-from billhook.shrinking.modules import PrunableModule, any_removed, consumers_of, removed_units, units_by_name
+from billhook.shrinking.modules import PrunableModule, PrunableModules, any_removed, consumers_of, removed_units, units_by_name
 from billhook.shrinking.scope import Progress
-from billhook.units import Units
+from billhook.units import UnitNumbers, UnitsByModule
 
 FORMAT = 4
 MEASURED = "measured.json"
+ByVariant = dict[tuple[str, int], float]
+"""Values by module and number of kept units."""
 
 
+@dataclass(eq=False)
 class VariantCache:
     """The variants of all modules of a model, which itself stays unchanged.
 
@@ -65,10 +69,14 @@ class VariantCache:
         measured: By module and number of kept units, the measured loss of the whole model.
     """
 
-    def __init__(self, model: PreTrainedModel, folder: Path | None, writers: Mapping[str, Sequence[str]]) -> None:
-        self.model, self._folder, self._writers = model, folder, writers
-        self.errors: dict[tuple[str, int], float] = {}
-        self.measured: dict[tuple[str, int], float] = {}
+    model: PreTrainedModel
+    folder: Path | None
+    writers: Mapping[str, Sequence[str]]
+
+    def __post_init__(self) -> None:
+        folder = self.folder
+        self.errors: ByVariant = {}
+        self.measured: ByVariant = {}
         self._weights: dict[tuple[str, int], LazyTensors] = {}
         if folder is None:
             return
@@ -94,16 +102,16 @@ class VariantCache:
             names = ", ".join(file.name for file in damaged[:3]) + (f" and {len(damaged) - 3} more" if damaged[3:] else "")
             warnings.warn(f"variant_cache: cannot read {names} in '{folder}'. What they held is recomputed.", stacklevel=2)
 
-    def add(self, module: str, kept: int, error: float, weights: Mapping[str, Tensor]) -> None:
+    def add(self, module: str, kept: int, error: float, weights: TensorsByName) -> None:
         """Adds a variant."""
         self.errors[module, kept] = error
-        if self._folder is None:
+        if self.folder is None:
             self._weights[module, kept] = store_of(self.model).stage(None, weights, device=torch.device("cpu"))
             return
         tensors = {name: value.cpu() for name, value in weights.items()}
-        unfinished = self._folder / f"unfinished-{os.getpid()}"
+        unfinished = self.folder / f"unfinished-{os.getpid()}"
         save_file(tensors, unfinished, {"errors": _to_json({(module, kept): error})})
-        replace_file(unfinished, self._folder / f"{module}.{kept}.safetensors")
+        replace_file(unfinished, self.folder / f"{module}.{kept}.safetensors")
 
     def lost(self, module: str, kept: int, divergence: Divergence) -> float:
         """Returns the measured loss of a variant, or of removing a block (0), with all else dense.
@@ -116,19 +124,19 @@ class VariantCache:
         if (module, kept) not in self.measured:
             with self.assembled({module: kept}):
                 self.measured[module, kept] = max(divergence.mean(self.weights(module, kept)), 0.0)
-            if self._folder is not None:
-                unfinished = self._folder / f"unfinished-{os.getpid()}"
+            if self.folder is not None:
+                unfinished = self.folder / f"unfinished-{os.getpid()}"
                 unfinished.write_text(_to_json(self.measured))
-                replace_file(unfinished, self._folder / MEASURED)
+                replace_file(unfinished, self.folder / MEASURED)
         return self.measured[module, kept]
 
     def weights(self, module: str, kept: int) -> LazyTensors:
         """Returns the parameters of a variant; empty if the module keeps all units."""
         if not kept:
-            return zero_weights(self.model, self._writers.get(module, ()))
-        if self._folder is None or (module, kept) not in self.errors:
+            return zero_weights(self.model, self.writers.get(module, ()))
+        if self.folder is None or (module, kept) not in self.errors:
             return self._weights.get((module, kept), LazyTensors({}))
-        tensors = load_file(self._folder / f"{module}.{kept}.safetensors")
+        tensors = load_file(self.folder / f"{module}.{kept}.safetensors")
         return LazyTensors.of({name: value.to(self.model.get_parameter(name).device) for name, value in tensors.items()})
 
     def forget(self) -> None:
@@ -147,26 +155,26 @@ class VariantCache:
         return store_of(self.model).computing_with(values)
 
 
-def cache_key(model: PreTrainedModel, settings: object, scores: Mapping[str, Tensor], batches: Sequence[Any]) -> str:
+def cache_key(model: PreTrainedModel, settings: object, scores: TensorsByName, batches: Sequence[Any]) -> str:
     """Returns a hash of model, config, settings, scores, and batches."""
     of_sources = [(source_of(batch), batch) for batch in batches]
     return fingerprint(FORMAT, identity_of(model), settings, scores, of_sources)[:16]
 
 
-def _to_json(values: Mapping[tuple[str, int], float]) -> str:
+def _to_json(values: ByVariant) -> str:
     return json.dumps([[module, kept, value] for (module, kept), value in values.items()])
 
 
-def _from_json(text: str) -> dict[tuple[str, int], float]:
+def _from_json(text: str) -> ByVariant:
     return {(module, kept): value for module, kept, value in json.loads(text)}
 
 
 def fill_cache(
     cache: VariantCache,
-    modules: Sequence[PrunableModule],
-    units: Mapping[str, Units],
-    scores: Mapping[str, Tensor],
-    orders: Mapping[str, Indices],
+    modules: PrunableModules,
+    units: UnitsByModule,
+    scores: TensorsByName,
+    orders: IndicesByModule,
     runs: Sequence[Run],
     repair: RepairConfig | None,
     progress: Progress,
@@ -193,7 +201,7 @@ def fill_cache(
         if levels:
             missing[module] = levels
     waiting, watched = list(missing), units_by_name(missing, units)
-    moments: dict[str, list[ResidualStatistics]] = {}  # by consumer layer, one for each part of the batches
+    moments = {}  # by consumer layer, one for each part of the batches
 
     def note(run: int, _: str, linear: str, inputs: Tensor, tokens: Tensor | None) -> None:
         if linear not in moments:
@@ -207,31 +215,26 @@ def fill_cache(
             if not set(linears) <= set(passed):
                 continue
             waiting.remove(module)
-            layers = {name: model.get_submodule(name) for name in linears}
-            unreached = {name for name, layer in layers.items() if isinstance(layer, ExpertLinear) and name not in moments}
-            refits = {name: ConsumerRefit(model, name, moments.pop(name, ())) for name in linears if name not in unreached}
+            refits = {name: ConsumerRefit(model, name, moments.pop(name, ())) for name in linears}
             grid = module.grid()  # ridge penalties are chosen at the middle level
             middle = kept_inputs(module, units, removed_units(module, units, scores, grid[len(grid) // 2]), orders)
             for name, refit in refits.items():
                 refit.choose(middle[name], repair.ridges if repair else ())
             total = max(sum(refit.total for refit in refits.values()), torch.finfo(torch.float64).tiny)
             for kept in missing[module]:
-                error, weights, stacks = 0.0, dict[str, dict[str, Tensor]](), dict[str, Tensor]()
+                error, weights = 0.0, TensorDict()
                 for name, keep in kept_inputs(module, units, removed_units(module, units, scores, kept), orders).items():
-                    layer = layers[name]
+                    of_layer, new = refits[name].refitted(keep)
+                    error += of_layer
+                    layer = refits[name].linear
                     if not isinstance(layer, ExpertLinear):
-                        of_layer, weights[name] = refits[name].refitted(keep)
-                        error += of_layer
+                        weights |= by_parameter({name: new})
                         continue
-                    stack = stacks.setdefault(layer.stacked(name), getattr(*holder_of(layer)).detach().clone())
-                    if name in refits:
-                        of_layer, new = refits[name].refitted(keep)
-                        error += of_layer
-                        layer.of_stack(stack).copy_(new["weight"])
-                    else:
-                        layer.of_stack(stack)[:, ~keep] = 0
-                cache.add(module.name, kept, error / total, by_parameter(weights) | stacks)
-                del weights, stacks
+                    if (stack := layer.stacked(name)) not in weights:
+                        weights[stack] = getattr(*holder_of(layer)).detach().clone()
+                    layer.of_stack(weights[stack]).copy_(new["weight"])
+                cache.add(module.name, kept, error / total, weights)
+                del weights
             del refits  # before the Gram matrices of the next module exist
             progress.advance()
 
@@ -244,7 +247,7 @@ def fill_cache(
         make({consumer for module in modules for consumer in consumers_of(module, units)})
 
 
-def check_token_count(search: RatioSearch, modules: Sequence[PrunableModule], batches: Sequence[Any]) -> None:
+def check_token_count(search: RatioSearch, modules: PrunableModules, batches: Sequence[Any]) -> None:
     """Raises an error if there are too few tokens for refits at the highest pruned level.
 
     Args:
@@ -261,7 +264,7 @@ def check_token_count(search: RatioSearch, modules: Sequence[PrunableModule], ba
         check_tokens(linears, needed, [make_run(model, units, batch) for batch in batches])
 
 
-def tokens_needed(search: RatioSearch, modules: Sequence[PrunableModule]) -> dict[str, int]:
+def tokens_needed(search: RatioSearch, modules: PrunableModules) -> dict[str, int]:
     """Returns the tokens that each consumer's refit needs: its inputs at the top level.
 
     Experts are left out, as their refits stay near the old weights if they receive few tokens.
@@ -277,10 +280,10 @@ def tokens_needed(search: RatioSearch, modules: Sequence[PrunableModule]) -> dic
 
 def kept_inputs(
     module: PrunableModule,
-    units: Mapping[str, Units],
-    removed: Mapping[str, Sequence[int]],
-    orders: Mapping[str, Indices] | None = None,
-) -> dict[str, Tensor]:
+    units: UnitsByModule,
+    removed: UnitNumbers,
+    orders: IndicesByModule | None = None,
+) -> TensorDict:
     """Returns a mask of the kept inputs of each consumer layer, bool, `[in_features]`."""
     kept = {}
     for name in module.names:
@@ -294,6 +297,8 @@ def kept_inputs(
 class ConsumerRefit:
     """Refits a consumer layer without some of its inputs.
 
+    A matrix of an expert without tokens to fit to, or held-out tokens, keeps its weights.
+
     Args:
         model: The model.
         name: Name of the linear layer.
@@ -301,36 +306,39 @@ class ConsumerRefit:
     """
 
     def __init__(self, model: PreTrainedModel, name: str, parts: Sequence[ResidualStatistics]) -> None:
-        if not sum(float(part.tokens) for part in parts):
+        self.model, self.linear, self._ridge = model, model.get_submodule(name), math.inf
+        tokens, is_expert = [float(part.tokens) for part in parts], isinstance(self.linear, ExpertLinear)
+        if not is_expert and not sum(tokens):
             raise ValueError(f"batches: {name} received no non-padding token")
         bad = sum(int((~part.products.diagonal().isfinite()).sum()) for part in parts)
         if bad:
             raise ValueError(f"batches: {bad} input features of {name} are NaN or infinite")
-        self.model, self.linear, self._ridge = model, model.get_submodule(name), math.inf
-        self._parts = parts
+        self._parts = () if is_expert and not all(tokens) else parts
         weight, bias = self._matrix()
-        self._centred = bias is not None and not isinstance(self.linear, ExpertLinear)  # whose inputs are scaled by gates
+        self._centred = bias is not None and not is_expert  # whose inputs are scaled by gates
         nothing = self._without(torch.zeros(weight.shape[1], dtype=torch.bool))
-        self.total = float(error_without_refit(nothing, self._centred))
+        self.total = float(error_without_refit(nothing, self._centred)) if nothing else 0.0
 
     def choose(self, keep: Tensor, ridges: Sequence[float]) -> None:
         """Chooses the ridge penalty of lowest held-out error; without choices, there is no refit."""
-        self._ridge = choose_ridge(self._without(keep), self._centred, ridges)
+        if self._parts:
+            self._ridge = choose_ridge(self._without(keep), self._centred, ridges)
 
-    def refitted(self, keep: Tensor) -> tuple[float, dict[str, Tensor]]:
+    def refitted(self, keep: Tensor) -> tuple[float, TensorDict]:
         """Returns the held-out error E |W x - W' x|^2, and parameters fitted to all batches.
 
         If the layer has a bias, which corrects means, the error is about the means.
         """
-        *fit, held_out = parts = self._without(keep)
-        error = float(residual_error(self._change(fit), fit, held_out, self._centred))
-        weight, bias = self._matrix()
-        change = self._change(parts)
-        if bias is not None and self._centred and self._ridge < math.inf:
-            bias = bias.double() + bias_shift(change, parts)
+        (weight, bias), error = self._matrix(), 0.0
         keep = keep.to(weight.device)
-        new = torch.zeros_like(weight, dtype=torch.float64)
-        new[:, keep] = change + weight[:, keep]
+        new = torch.where(keep, weight.double(), 0)
+        if parts := self._without(keep):
+            *fit, held_out = parts
+            error = float(residual_error(self._change(fit), fit, held_out, self._centred))
+            change = self._change(parts)
+            if bias is not None and self._centred and self._ridge < math.inf:
+                bias = bias.double() + bias_shift(change, parts)
+            new[:, keep] += change
         return error, to_parameters(self.linear, new, bias)
 
     def _without(self, keep: Tensor) -> list[ResidualStatistics]:

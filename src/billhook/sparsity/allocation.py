@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import partial
-from typing import ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from billhook.arguments import check_fraction, check_number, check_types
+from billhook.engine import ModulesByName
 from billhook.model import size_of
 from billhook.sparsity.criteria import Wanda
 from billhook.sparsity.masks import check_amount
@@ -30,7 +30,7 @@ class Allocation(ABC):
         measures: Whether `allocate` needs a result of `measure` for each block.
     """
 
-    measures: ClassVar[bool] = False
+    measures = False
 
     def measure(self, scores: Sequence[Tensor]) -> float:
         """Measures a block.
@@ -135,7 +135,7 @@ class OWL(Allocation):
         {'0.up': 0.6, '1.up': 0.4}
     """
 
-    measures: ClassVar[bool] = True
+    measures = True
     lam: float = 0.08
     multiple: float = 5.0
 
@@ -178,7 +178,7 @@ class OWL(Allocation):
 
 def allocate_sparsities(settings: WalkSettings, amount: float, allocation: Allocation) -> dict[str, float]:
     """Returns the sparsity of each linear layer; layers that no batch reaches get the average."""
-    blocks, measured = settings.blocks, dict[int, float]()
+    blocks, measured = settings.blocks, {}
     if allocation.measures:
         visitor = settings.walk("none", partial(_MeasuringVisitor, allocation))
         measured = settings.comm.decide(lambda: visitor.measured)  # ranks may round floats differently
@@ -195,7 +195,7 @@ class _MeasuringVisitor(PruningVisitor):
         super().__init__(Wanda(), {}, "unstructured", None, settings, shared)
         self.allocation, self.measured, self.blocks = allocation, dict[int, float](), settings.blocks
 
-    def finish(self, linears: Mapping[str, nn.Module]) -> None:
+    def finish(self, linears: ModulesByName) -> None:
         """Measures the blocks of these linear layers."""
         for block, site in enumerate(self.blocks):
             scores = []

@@ -6,7 +6,6 @@ https://arxiv.org/abs/2406.07831), algorithms 1 and 2.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -101,9 +100,9 @@ class ALPS(Criterion):
     penalty: float = 0.1
     steps: int = 300
     refits: int = 10
-    needs: ClassVar[type[Statistics] | None] = InputGram
-    updates: ClassVar[bool] = True
-    copies: ClassVar[int] = 10  # of float32; eigenvectors are found in float64
+    needs = InputGram
+    updates = True
+    copies = 10  # of float32; eigenvectors are found in float64
 
     def __post_init__(self) -> None:
         check_types(ALPS, vars(self))
@@ -173,8 +172,8 @@ class Refit(Criterion):
     steps: int = 10
     damping: float = 0.01
     compares: Comparison = field(default="row", init=False, repr=False)
-    needs: ClassVar[type[Statistics] | None] = InputGram
-    updates: ClassVar[bool] = True
+    needs = InputGram
+    updates = True
 
     def __post_init__(self) -> None:
         check_types(Refit, vars(self))

@@ -14,6 +14,7 @@ from billhook.engine import (
     SINGLE_PROCESS,
     Comm,
     InputGram,
+    ModulesByName,
     Run,
     Sequential,
     find_sites,
@@ -31,7 +32,7 @@ from billhook.model import (
     prunable,
     stacks_of,
 )
-from billhook.repairs.matching import too_few_batches
+from billhook.repairs.matching import check_enough_batches
 from billhook.sparsity.allocation import Uniform
 from billhook.sparsity.criteria import Criterion
 from billhook.sparsity.masks import parse_pattern
@@ -123,19 +124,13 @@ def make_runs(model: nn.Module, batches: Batches | None, comm: Comm, criterion: 
     if batches is None and comm is not SINGLE_PROCESS:
         raise ValueError(f"batches=None: {problem} Pass batches.")
     runs = runs_of(model, read_batches(batches, model))
-    too_few = int(options.match is not None and len(runs) < 2)
-    counts = torch.tensor([len(runs), too_few], device=next(model.parameters()).device)
-    count, any_too_few = comm(counts).tolist()
-    if not count:
+    if not any(comm.gather(len(runs))):
         raise ValueError(f"batches is empty: {problem} Pass at least one batch.")
-    if any_too_few:
-        raise too_few_batches(len(runs), comm)
+    check_enough_batches(options.match, len(runs), comm)
     return runs
 
 
-def expected_tokens(
-    criterion: Criterion, layers: Mapping[str, nn.Module], runs: Sequence[Run], comm: Comm
-) -> dict[str, tuple[int, int]]:
+def expected_tokens(criterion: Criterion, layers: ModulesByName, runs: Sequence[Run], comm: Comm) -> dict[str, tuple[int, int]]:
     """Returns the numbers of tokens and inputs of each layer, if known before any run.
 
     Empty if they are unknown, or the criterion does not solve for weights, which needs as many tokens as inputs.
@@ -229,7 +224,7 @@ def check_streamed(model: nn.Module, comm: Comm) -> None:
         raise ValueError("reduce is not supported for a streamed model, because ranks would write the same folder. Use one rank.")
 
 
-def unsupported_weights(model: nn.Module, linears: Mapping[str, nn.Module]) -> dict[str, tuple[int, ...]]:
+def unsupported_weights(model: nn.Module, linears: ModulesByName) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of weights of several matrices that are not stacked experts."""
     inside = {module for site in find_sites(model, linears, "block") for module in site.module.modules()}
     shapes = dict[str, tuple[int, ...]]()

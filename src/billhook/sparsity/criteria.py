@@ -36,8 +36,8 @@ class Criterion(ABC):
 
     compares: Comparison
     needs: ClassVar[type[Statistics] | None] = None
-    updates: ClassVar[bool] = False
-    copies: ClassVar[int] = 4
+    updates = False
+    copies = 4
 
     def __post_init__(self) -> None:
         check_one_of("compares", self.compares, Comparison)
@@ -174,7 +174,7 @@ class Wanda(Criterion):
     """
 
     compares: Comparison = "row"
-    needs: ClassVar[type[Statistics] | None] = InputNorms
+    needs = InputNorms
 
     def score(self, weight: Tensor, statistics: Statistics | None = None) -> Tensor:
         """Computes |W_ij| ||X_j||, float32, `[out_features, in_features]`."""
@@ -228,7 +228,7 @@ class RIA(Criterion):
 
     exponent: float = 0.5
     compares: Comparison = "layer"
-    needs: ClassVar[type[Statistics] | None] = InputNorms
+    needs = InputNorms
 
     def __post_init__(self) -> None:
         check_types(RIA, vars(self))

@@ -12,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 from billhook.adapters.masked import mask_adapters, unmask_adapters
 from billhook.arguments import check_types
 from billhook.engine import full_tensor, local, reshard, sharded_as
+from billhook.linalg import TensorDict
 from billhook.model import weight_holders
 from billhook.sparsity.weight_plan import pack_mask, unpack_mask
 
@@ -20,7 +21,7 @@ class EnforcedMasks:
     """Masks of a model's linear layers, a byte per weight, and the hooks that enforce them."""
 
     def __init__(self) -> None:
-        self._masks: dict[str, Tensor] = {}
+        self._masks: TensorDict = {}
         self._saved: Mapping[str, Any] = {}  # masks of a checkpoint, a bit per weight, until the memory layout is known
         self._packed: dict[str, Any] = {}  # masks in checkpoint format, cached by the first save
         self._models: list[nn.Module] = []
@@ -31,7 +32,7 @@ class EnforcedMasks:
         self._hooks: list[RemovableHandle] = []
 
     @property
-    def masks(self) -> dict[str, Tensor]:
+    def masks(self) -> TensorDict:
         """Masks by linear layer, or by stack of experts, bool, as the weights are laid out."""
         return self._masks or {name: _unpacked(saved, torch.device("cpu")) for name, saved in self._saved.items()}
 
@@ -51,7 +52,7 @@ class EnforcedMasks:
         for masked in self._models if adapted else ():
             unmask_adapters(masked, adapted)
         # saved masks are unpacked one after the other, each sharded like its weight
-        holders, restored = _holders(model) if self._saved else {}, dict[str, Tensor]()
+        holders, restored = _holders(model) if self._saved else {}, {}
         for name, saved in self._saved.items():
             weight = _weight(holders[name]) if name in holders else None
             mask = _unpacked(saved, torch.device("cpu") if weight is None else weight.device)
@@ -94,7 +95,7 @@ class EnforcedMasks:
         """Follows new shapes; in new weights, zeros are kept at zero."""
         if not self._masks or not self._models:
             return
-        mask_of, masks = {id(weight): self._masks[name] for name, weight in self._weights.items()}, dict[str, Tensor]()
+        mask_of, masks = {id(weight): self._masks[name] for name, weight in self._weights.items()}, {}
         masked = {self._holders[0][name] for name in self._masks}
         for name, holder in _holders(self._models[0]).items():
             weight = _weight(holder)
@@ -230,7 +231,7 @@ def _averaged_by(optimizer: Optimizer, pairs: Iterable[tuple[nn.Parameter, Tenso
     Its `eval()` and `train()` mix them into the weights.
     Defazio et al., The Road Less Scheduled (2024), https://arxiv.org/abs/2405.15682: x = (1 - 1/b) z + y/b, with y the weight.
     """
-    copies, masks = list[Tensor](), list[Tensor]()
+    copies, masks = [], []
     for weight, mask in pairs if callable(getattr(optimizer, "eval", None)) else ():
         copy = optimizer.state.get(weight, {}).get("z")
         if isinstance(copy, Tensor):

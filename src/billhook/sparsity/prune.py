@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, log_once
@@ -18,10 +18,10 @@ from billhook.model import (
     check_changeable,
     expert_layers,
     holder_of,
-    is_convolution,
     size_of,
-    to_layout,
+    view_in,
     weight_of,
+    weight_view,
 )
 from billhook.progress import OnProgress
 from billhook.repairs.matching import (
@@ -203,7 +203,7 @@ class MatchingVisitor(PruningVisitor):
             super().complete(site)
             return
         linears = {name: linear for name, linear in site.linears.items() if name in self.pruned}
-        samples = list[BlockSample]()
+        samples = []
         for run, inputs, _, goal in self._outputs.take(self._batches):
             samples.append(
                 BlockSample(inputs, goal, self._counting(goal.shape[:-1], goal, run, site.module), self.settings.runs[run].source)
@@ -214,27 +214,18 @@ class MatchingVisitor(PruningVisitor):
         if self.comm(torch.tensor([float(len(samples) < 2)], device=weight_of(next(iter(linears.values()))).device)):
             return
         names = {id(parameter): name for name, parameter in site.module.named_parameters()}
-        holders = {name: getattr(*holder_of(linear)) for name, linear in linears.items()}
-        parameters = {name: names[id(parameter)] for name, parameter in holders.items()}
-        weights, keeps = dict[str, Tensor](), dict[str, Tensor]()
+        weights, keeps, parameters = {}, {}, {}
         for name, linear in linears.items():
-            weight, keep = self.pruned[name].weight(weight_of(linear)), self.pruned[name].keep(weight_of(linear))
-            key = parameters[name]
-            if not isinstance(linear, ExpertLinear):
-                weights[key], keeps[key] = to_layout(linear, weight), to_layout(linear, keep)
-                continue
+            stored, old, pruned = getattr(*holder_of(linear)), weight_view(linear), self.pruned[name]
+            key = parameters[name] = names[id(stored)]
             if key not in weights:
-                weights[key], keeps[key] = holders[name].detach().clone(), torch.ones_like(holders[name], dtype=torch.bool)
-            linear.of_stack(weights[key]).copy_(weight)
-            linear.of_stack(keeps[key]).copy_(keep)
+                weights[key], keeps[key] = stored.detach().clone(), torch.ones_like(stored, dtype=torch.bool)
+            view_in(linear, weights[key]).copy_(pruned.weight(old))
+            view_in(linear, keeps[key]).copy_(pruned.keep(old))
         with torch.inference_mode(False):  # tensors made in inference mode cannot have gradients
             tuning = BlockTuning(self.matching, site.module, weights, keeps, self.comm)
             weights.clear()  # copied by BlockTuning
             tuned = tuning(*self.matching.split(samples))
         for name, linear in linears.items():  # rounded to the dtype of the old weights
-            old, new = weight_of(linear), tuned[parameters[name]]
-            if isinstance(linear, ExpertLinear):
-                new = linear.of_stack(new)
-            else:
-                new = new.movedim(1, -1).flatten(1) if is_convolution(linear) else to_layout(linear, new)
+            old, new = weight_of(linear), view_in(linear, tuned[parameters[name]]).flatten(1)
             self.pruned[name] = PrunedLayer.of(old, new.to(old.dtype), self.pruned[name].keep(old))

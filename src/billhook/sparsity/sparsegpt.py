@@ -5,7 +5,6 @@ The weight is transposed, `[in_features, out_features]`, so that a column of the
 
 import warnings
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -142,8 +141,8 @@ class SparseGPT(Criterion):
     damping: float = 0.01
     block_size: int = 128
     compares: Comparison = field(default="layer", init=False, repr=False)
-    needs: ClassVar[type[Statistics] | None] = InputGram
-    updates: ClassVar[bool] = True
+    needs = InputGram
+    updates = True
 
     def __post_init__(self) -> None:
         check_types(SparseGPT, vars(self))

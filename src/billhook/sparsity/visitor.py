@@ -29,6 +29,7 @@ from billhook.engine import (
     BlockStore,
     Comm,
     LazyTensors,
+    ModulesByName,
     Run,
     Sequential,
     Site,
@@ -89,7 +90,7 @@ class WalkSettings:
     """
 
     model: nn.Module
-    layers: Mapping[str, nn.Module]
+    layers: ModulesByName
     runs: Sequence[Run]
     comm: Comm
     offload: torch.device | None
@@ -168,7 +169,7 @@ class WalkSettings:
         pruned_first, other_layers = dict[str, nn.Module](), dict[str, nn.Module]()
         for name, linear in self.layers.items():
             (pruned_first if at_once or name in called_again else other_layers)[name] = linear
-        new: dict[str, Tensor] = {}
+        new = {}
         if pruned_first:
             site = Site(self.model, pruned_first, False if called_again else None, self.tied)
             Walk([site], visitor, self.comm)(forwards)
@@ -187,6 +188,7 @@ class WalkSettings:
         return set().union(*(site.linears for site in walk.again))
 
 
+@dataclass(eq=False)
 class PruningVisitor(Visitor):
     """Gathers input statistics, and prunes each layer of a stop when all runs have reached it.
 
@@ -208,17 +210,15 @@ class PruningVisitor(Visitor):
         statistics: Incomplete input statistics, by the first layer that uses them.
     """
 
-    def __init__(
-        self,
-        criterion: Criterion,
-        sparsities: Mapping[str, float],
-        pattern: str,
-        progress: OnProgress | None,
-        settings: WalkSettings,
-        shared: bool,
-    ) -> None:
-        self.criterion, self.sparsities, self.pattern, self.progress = criterion, sparsities, pattern, progress
-        self.settings, self.store, self.comm, self.shared = settings, settings.store, settings.comm, shared
+    criterion: Criterion
+    sparsities: Mapping[str, float]
+    pattern: str
+    progress: OnProgress | None
+    settings: WalkSettings
+    shared: bool
+
+    def __post_init__(self) -> None:
+        self.store, self.comm = self.settings.store, self.settings.comm
         self.pruned: dict[str, PrunedLayer] = {}
         self.tokens: dict[str, tuple[int, int]] = {}
         self.statistics: dict[str, Statistics | GroupedStatistics] = {}
@@ -263,14 +263,14 @@ class PruningVisitor(Visitor):
     @torch.no_grad()
     def stage(self) -> None:
         """Stages the pruned layers of the current block, or of the layers outside all blocks."""
-        linears, new = self.settings.layers, dict[str, PrunedLayer]()
+        linears, new = self.settings.layers, {}
         for name, pruned in self.pruned.items():
             # a layer outside the store's model stays in memory
             if self.store.owner.get(linears[name]) is self._block and linears[name] in self._names:
                 new[name] = pruned
         if not self.store.blocks or self._staged.issuperset(new):  # in memory there is nothing to stage
             return
-        values, kept = dict[str, Tensor](), dict[str, int]()
+        values, kept = {}, {}
         for name, pruned in new.items():
             weight, kept[name] = self._weight(name), pruned.kept
             values[f"bits {weight}"] = pruned.read_bits()
@@ -331,7 +331,7 @@ class PruningVisitor(Visitor):
     def complete(self, site: Site) -> None:
         """Prunes the linear layers of a stop that had tokens."""
         self._sum(site)
-        reached = dict[str, nn.Module]()
+        reached = {}
         for name, linear in site.linears.items():
             tokens = int(self.statistics[self._source[name]].tokens) if name in self._source else 0
             if isinstance(linear, ExpertLinear) and tokens < FEWEST and self.criterion.compares != "global":
@@ -361,7 +361,7 @@ class PruningVisitor(Visitor):
         if any(differ or not agreed.items() >= rank_sources.items() for rank_sources, differ in ranks):
             raise InputsDiffer
         self._source |= agreed
-        sums, used = list[Tensor](), set(agreed.values())
+        sums, used = [], set(agreed.values())
         for name, linear in site.linears.items():
             if name in used:
                 if name not in self.statistics:  # zeros on a rank that has not called it
@@ -369,13 +369,13 @@ class PruningVisitor(Visitor):
                 sums += self.statistics[name].tensors()
         self.comm.sum_(*sums)
 
-    def finish(self, linears: Mapping[str, nn.Module]) -> None:
+    def finish(self, linears: ModulesByName) -> None:
         """Prunes linear layers whose statistics are complete, or are not needed.
 
         Raises:
             ValueError: If a weight or statistics are not finite, or the criterion changes weights that it must keep.
         """
-        divided, solved = self.criterion.updates and self.comm.size > 1, dict[str, PrunedLayer]()
+        divided, solved = self.criterion.updates and self.comm.size > 1, {}
         if divided:  # solving for weights takes longer than sending them; its cost is rows x width^2 + width^3
             costs = [width**2 * (rows + width) for rows, width in map(size_of, linears.values())]
             for (name, linear), is_own in zip(linears.items(), self.comm.owned_pieces(costs), strict=True):
@@ -426,7 +426,7 @@ class PruningVisitor(Visitor):
 
     def parameters(self, site: Site) -> dict[str, dict[str, Tensor]]:
         """Returns the new weights of a stop's layers, in memory layout."""
-        new: dict[str, dict[str, Tensor]] = {}
+        new = {}
         for name, linear in site.linears.items():
             if name in self.pruned:
                 weight = self.pruned[name].weight(weight_of(linear))
@@ -441,7 +441,7 @@ class GlobalPruningVisitor(PruningVisitor):
         super().__init__(*args)
         self._seen: dict[str, Statistics | GroupedStatistics | None] = {}
 
-    def finish(self, linears: Mapping[str, nn.Module]) -> None:
+    def finish(self, linears: ModulesByName) -> None:
         """Keeps the statistics of linear layers."""
         self._seen |= {name: self.statistics_of(name) for name in linears}
 

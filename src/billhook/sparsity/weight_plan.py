@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,14 +25,14 @@ from typing_extensions import Self
 from billhook.display import text_table
 from billhook.engine import LazyTensors, Read, fingerprint, fresh_autocast_cache, local, reshard, sharded_as, store_of
 from billhook.model import (
-    ExpertLinear,
     ModelPlan,
     Weights,
     expert_layers,
     holder_of,
     prunable,
     size_of,
-    to_layout,
+    stored_name,
+    view_in,
     weight_view,
     with_weights,
 )
@@ -71,8 +71,7 @@ class PrunedLayer:
     @property
     def bits(self) -> np.ndarray:
         """The mask, 8 weights to a byte."""
-        bits: np.ndarray = self.read_bits().cpu().numpy()
-        return bits
+        return self.read_bits().cpu().numpy()
 
     @property
     def values(self) -> Tensor | None:
@@ -161,8 +160,7 @@ def pack_mask(mask: Tensor) -> np.ndarray:
     bits = torch.zeros_like(columns[0])
     for number, column in enumerate(columns):
         bits |= column << (7 - number)
-    on_host: np.ndarray = bits.cpu().numpy()
-    return on_host
+    return bits.cpu().numpy()
 
 
 def unpack_mask(bits: np.ndarray, size: int, device: torch.device) -> Tensor:
@@ -200,7 +198,7 @@ class WeightPlan(ModelPlan):
         by_magnitude: Tokens of each matrix of an expert that was pruned by magnitude because it received too few.
     """
 
-    kind: ClassVar[str] = "weights"
+    kind = "weights"
     model: str
     criterion: str
     pattern: str
@@ -239,7 +237,7 @@ class WeightPlan(ModelPlan):
     def _read(cls, plain: Mapping[str, Any], model: nn.Module) -> Self:
         try:
             kind, criterion, pattern = (str(plain[name]) for name in ("model", "criterion", "pattern"))
-            shapes, pruned = dict[str, tuple[int, ...]](), dict[str, PrunedLayer]()
+            shapes, pruned = {}, {}
             for name, part in plain["pruned"].items():
                 shapes[name] = tuple(map(int, part["shape"]))
                 pruned[name] = PrunedLayer.from_json(part, math.prod(shapes[name]))
@@ -263,22 +261,17 @@ class WeightPlan(ModelPlan):
         The experts of a module have one mask for each parameter that stacks their matrices, such as `mlp.experts.down_proj`.
         """
         with expert_layers(model):
-            linears, masks = self._linears(model), dict[str, Tensor]()
-            stacks = defaultdict[str, list[tuple[ExpertLinear, PrunedLayer]]](list)
+            linears, masks = self._linears(model), {}
+            stored = defaultdict(list)
             for name, part in self.pruned.items():
-                linear = linears[name]
-                if isinstance(linear, ExpertLinear):
-                    stacks[linear.stacked(name)].append((linear, part))
-                else:
-                    weight = weight_view(linear)
-                    masks[name] = to_layout(linear, sharded_as(part.keep(weight), weight))
-            for name, experts in stacks.items():
-                stack = getattr(*holder_of(experts[0][0]))
-                mask = torch.ones(stack.shape, dtype=torch.bool, device=stack.device)
-                for expert, part in experts:
-                    keep = expert.of_stack(mask)
+                stored[stored_name(name, linears[name])].append((linears[name], part))
+            for name, layers in stored.items():
+                weight = getattr(*holder_of(layers[0][0]))
+                mask = torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
+                for linear, part in layers:
+                    keep = view_in(linear, mask)
                     keep.copy_(part.keep(keep))
-                masks[name] = sharded_as(mask, stack)
+                masks[name] = sharded_as(mask, weight)
         return masks
 
     @torch.no_grad()
@@ -296,7 +289,7 @@ class WeightPlan(ModelPlan):
         Raises:
             ValueError: If the plan was not made for this model.
         """
-        store, layers_of_block = store_of(model), defaultdict[nn.Module | None, list[str]](list)
+        store, layers_of_block = store_of(model), defaultdict(list)
         with expert_layers(model):
             linears = self._linears(model)
             for name in reversed(list(self.pruned)):  # last layers first: after an interrupt the rest still has its old inputs
@@ -335,7 +328,7 @@ class WeightPlan(ModelPlan):
 
     def _renderables(self) -> list[RenderableType]:
         """Shows similar layers in a row: count, shape, and range of sparsity."""
-        sparsities: dict[tuple[str, tuple[int, ...]], list[float]] = defaultdict(list)
+        sparsities = defaultdict(list)
         for name, part in self.pruned.items():
             size = math.prod(self.shapes[name])
             sparsities[re.sub(r"\b\d+\b", "*", name), self.shapes[name]].append(1 - part.kept / size if size else 0.0)

@@ -14,4 +14,4 @@ from billhook.units.find import (
     why_none,
 )
 from billhook.units.gates import Gate, Mask, consumer_columns, mask, place_gates, zero_units
-from billhook.units.units import PLURAL, Part, Per, UnitKind, Units, counts, parts_of, plural
+from billhook.units.units import PLURAL, Part, Per, UnitKind, UnitNumbers, Units, UnitsByModule, counts, parts_of, plural

@@ -46,7 +46,7 @@ def _find_names(subject: nn.Module, example_inputs: Mapping[str, Any] | None) ->
         for name, module in subject.named_modules()
         if isinstance(module, nn.ModuleList) and len(module) and None not in module._modules.values()
     }
-    calls: dict[str, list[_Call]] = defaultdict(list)
+    calls = defaultdict(list)
 
     def record_call(name: str, number: int, _: nn.Module, args: Any, kwargs: Any, output: Any) -> None:  # noqa: ANN401
         if (states := hidden_states([*args, *kwargs.values()])) is not None:

@@ -14,11 +14,11 @@ from billhook.linalg import Indices
 from billhook.model import find_transformer, is_adapter, is_convolution, stacks_of
 from billhook.tracing.axes import leaves
 from billhook.tracing.coupling import Structure
-from billhook.tracing.groups import Group, Member, common_module
-from billhook.tracing.roles import Attention, Part
+from billhook.tracing.groups import Group, common_module
+from billhook.tracing.roles import Attention
 from billhook.tracing.trace import Inputs, trace
 from billhook.units.blocks import find_blocks
-from billhook.units.units import Per, UnitKind, Units, axis_numbers, plural
+from billhook.units.units import Per, UnitKind, UnitNumbers, Units, UnitsByModule, axis_numbers, plural
 
 Chosen = Mapping[int, Iterable[int]] | Mapping[str, Iterable[int]] | Mapping[int | str, Iterable[int]] | Iterable[int]
 """Unit numbers by module name or position in `find_units`, or unit numbers of the only module."""
@@ -65,20 +65,20 @@ def find_units(model: nn.Module, kind: UnitKind | Iterable[UnitKind], example_in
 
 def kinds_of(kind: UnitKind | Iterable[UnitKind]) -> list[UnitKind]:
     """Returns the kinds as a list without duplicates. Raises for other values."""
-    kinds: list[UnitKind] = list(dict.fromkeys([kind] if isinstance(kind, str) else kind))
+    kinds = list(dict.fromkeys([kind] if isinstance(kind, str) else kind))
     for legal in kinds:
         check_one_of("kind", legal, UnitKind)
     return kinds
 
 
-def check_any(model: nn.Module, structure: Structure | None, units: Mapping[str, Units], kinds: Collection[UnitKind]) -> None:
+def check_any(model: nn.Module, structure: Structure | None, units: UnitsByModule, kinds: Collection[UnitKind]) -> None:
     """Raises for a model without units of some kinds."""
     if not units:
         why = "".join(why_none(model, structure, kind) for kind in kinds) if structure is not None else ""
         raise ValueError(f"model: {type(model).__name__} has no {plural(kinds)}{why}")
 
 
-def check_belongs(model: nn.Module, units: Mapping[str, Units]) -> None:
+def check_belongs(model: nn.Module, units: UnitsByModule) -> None:
     """Raises for units of another model."""
     modules = {name for name, _ in model.named_modules(remove_duplicate=False)}
     for module, layer in units.items():
@@ -106,12 +106,12 @@ def units_of(model: nn.Module, structure: Structure, kinds: Iterable[UnitKind]) 
     return units
 
 
-def of_kind(units: Mapping[str, Units], *kinds: UnitKind) -> dict[str, Units]:
+def of_kind(units: UnitsByModule, *kinds: UnitKind) -> dict[str, Units]:
     """Returns the units of some kinds."""
     return {name: layer for name, layer in units.items() if layer.kind in kinds}
 
 
-def unit_ids(units: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> dict[str, list[int]]:
+def unit_ids(units: UnitsByModule, chosen: Chosen, per: Per = "head") -> UnitNumbers:
     """Returns chosen units by module, sorted and unique. KV heads become query heads."""
     check_one_of("per", per, Per)
     names, what = list(units), plural(layer.kind for layer in units.values())
@@ -120,7 +120,7 @@ def unit_ids(units: Mapping[str, Units], chosen: Chosen, per: Per = "head") -> d
         if len(names) > 1:
             raise ValueError(f"{what}: numbers without a module, pass {{module: [numbers]}}; there are {order}")
         chosen = {names[0]: chosen}
-    result: dict[str, list[int]] = {}
+    result: UnitNumbers = {}
     for module, numbers in chosen.items():
         known = module in units if isinstance(module, str) else type(module) is int and 0 <= module < len(names)
         if not known:
@@ -158,7 +158,7 @@ def why_not(model: nn.Module, structure: Structure, group: Group) -> str:
     path = group.where.split(".")
     if not any(isinstance(_at(model, path[:end]), nn.ModuleList) for end in range(len(path))):
         return "are in no block"
-    convolutions: dict[int, list[nn.Module]] = defaultdict(list)  # by their number of groups
+    convolutions = defaultdict(list)  # by their number of groups
     for member in group.members:
         module = _at(model, member.name.split(".")[:-1])
         if isinstance(module, nn.modules.conv._ConvNd):
@@ -177,7 +177,7 @@ def why_not(model: nn.Module, structure: Structure, group: Group) -> str:
 
 def _units_of_group(model: nn.Module, structure: Structure, group: Group, kind: UnitKind) -> Units:
     members = tuple({(m.name, m.dim): m for m in group.members if not m.buffer}.values())
-    readers, indices = dict[int, str](), list[Indices]()
+    readers, indices = dict[int, str](), []
     for member in members:
         if member.reads:
             index = group.index(member)
@@ -213,8 +213,8 @@ def _at(model: nn.Module, path: Sequence[str]) -> nn.Module:
 
 def find_heads(model: nn.Module, structure: Structure) -> dict[str, Units]:
     """Returns the heads of attention modules in call order; raises for none or unclear ones."""
-    layers: dict[str, Units] = {}
-    seen: set[tuple[str, ...]] = set()
+    layers = {}
+    seen = set()
     for attention in structure.attention:
         heads = _heads(model, structure, attention)
         if heads.readers not in seen:
@@ -226,7 +226,7 @@ def find_heads(model: nn.Module, structure: Structure) -> dict[str, Units]:
 
 
 def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Units:
-    by_leaves: dict[int, list[Part]] = defaultdict(list)
+    by_leaves = defaultdict(list)
     for part in attention.o:
         axis = structure.axes[part.name][part.dim]
         by_leaves[len(set(attention.heads) & set(leaves(axis)))].append(part)
@@ -254,7 +254,7 @@ def _heads(model: nn.Module, structure: Structure, attention: Attention) -> Unit
         if len(path) > 1 and isinstance(_at(model, path[:-1]), nn.MultiheadAttention):
             raise ValueError(f"model: {part.name} is read by torch.nn.MultiheadAttention at once, so no gate can stand before it")
         modules[_reader(model, part.name)] = None
-    members: dict[tuple[str, int], Member] = {}
+    members = {}
     for group in structure.groups:
         for member in group.members if group.leaf in query else ():
             if member.name.startswith(f"{name}.") and not member.buffer:

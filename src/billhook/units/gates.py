@@ -6,7 +6,7 @@ Reference: Are Sixteen Heads Really Better than One? (Michel, Levy & Neubig, 201
 2.2, equation 1: MHAtt(x, q) = sum over h of gate_h Att_h(x, q). Channels are gated in the same way.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any, Protocol, runtime_checkable
@@ -19,12 +19,12 @@ from typing_extensions import Self
 
 from billhook.arguments import check_types
 from billhook.engine import fresh_autocast_cache, local, reshard, sharded_as
-from billhook.linalg import Indices
+from billhook.linalg import IndicesByModule, over_dims
 from billhook.model import find_transformer, read_dim
 from billhook.tracing.trace import Inputs
 from billhook.units.blocks import skip
 from billhook.units.find import Chosen, check_belongs, find_units, unit_ids
-from billhook.units.units import PLURAL, Per, UnitKind, Units
+from billhook.units.units import PLURAL, Per, UnitKind, UnitNumbers, Units, UnitsByModule
 
 
 class Gate:
@@ -64,7 +64,7 @@ class Mask:
         units: The masked units by module. For attention modules, query heads.
     """
 
-    def __init__(self, units: dict[str, list[int]], handles: list[RemovableHandle]) -> None:
+    def __init__(self, units: UnitNumbers, handles: list[RemovableHandle]) -> None:
         self.units = units
         self._handles = handles
 
@@ -87,7 +87,7 @@ class Planned(Protocol):
     """A plan of units, as returned by `plan` and `plan_units`."""
 
     @property
-    def units(self) -> Mapping[str, list[int]]:
+    def units(self) -> UnitNumbers:
         """The chosen units by module."""
 
     @property
@@ -96,7 +96,7 @@ class Planned(Protocol):
 
 
 @contextmanager
-def gates(model: nn.Module, units: Mapping[str, Units], per: Per = "head") -> Iterator[dict[str, Tensor]]:
+def gates(model: nn.Module, units: UnitsByModule, per: Per = "head") -> Iterator[dict[str, Tensor]]:
     """Places a differentiable gate on every unit within the context.
 
     Args:
@@ -181,7 +181,7 @@ def mask(
 
 
 def place_gates(
-    model: nn.Module, units: Mapping[str, Units], gates: Mapping[str, Tensor], per: Per = "head", fixed: bool = False
+    model: nn.Module, units: UnitsByModule, gates: Mapping[str, Tensor], per: Per = "head", fixed: bool = False
 ) -> list[RemovableHandle]:
     """Places gates, `[units]`, before consumers; gates that are not `fixed` have gradients."""
     handles = []
@@ -194,7 +194,7 @@ def place_gates(
 
 def _open_gates(model: nn.Module, units: Units, per: Per = "head") -> Tensor:
     """Returns gates of 1. Raises for units without a consumer module."""
-    if not units.readers or units.of_experts:
+    if not units.own_readers:
         what = PLURAL[units.kind]
         raise ValueError(
             f"{what}: no single module consumes the {what} of {units.name or 'the model'}, so they cannot be masked."
@@ -213,18 +213,18 @@ def zero_units(model: nn.Module, units: Chosen, kind: UnitKind = "head", per: Pe
     removed = unit_ids(layers, units, per)
     reshard(subject)
     with torch.no_grad():
-        for weight, dim, positions in consumer_columns(subject, layers, removed):
-            read = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device).index_fill_(dim, positions, True)
+        for weight, dim, index in consumer_columns(subject, layers, removed):
+            read = torch.zeros(weight.shape, dtype=torch.bool, device=weight.device).scatter_(dim, index, True)
             local(weight).masked_fill_(local(sharded_as(read, weight)), 0)
 
 
 def consumer_columns(
     model: nn.Module,
-    layers: Mapping[str, Units],
-    units: Mapping[str, Sequence[int]] | Mapping[str, Indices],
-    by_expert: Mapping[str, Indices] | None = None,
+    layers: UnitsByModule,
+    units: UnitNumbers | IndicesByModule,
+    by_expert: IndicesByModule | None = None,
 ) -> Iterator[tuple[nn.Parameter, int, Tensor]]:
-    """Yields the parameters that consume units, with dimension and positions, also of each expert."""
+    """Yields the parameters that consume units, with dimension and index of `gather`."""
     for name, numbers in units.items():
         for member in layers[name].members_by_unit():
             if member.reads:
@@ -234,4 +234,5 @@ def consumer_columns(
                     positions = np.stack([np.flatnonzero(np.isin(unit_of, lost)) for lost in by_expert[name]])
                 else:
                     positions = np.flatnonzero(np.isin(unit_of, numbers))
-                yield weight, member.dim, torch.from_numpy(positions).to(weight.device)
+                index = torch.from_numpy(positions).to(weight.device)
+                yield weight, member.dim, over_dims(index, weight, member.dim)

@@ -66,6 +66,11 @@ class Units:
     def __post_init__(self) -> None:
         check_types(Units, vars(self))
 
+    @property
+    def own_readers(self) -> tuple[str, ...]:
+        """The readers that are modules of the model, also outside of `expert_layers`."""
+        return () if self.of_experts else self.readers
+
     def __repr__(self) -> str:
         return f"Units({self.kind!r}, {' and '.join(f'{number:,}' for number in counts(self))} in {self.name!r})"
 
@@ -127,6 +132,12 @@ class Units:
         return keys[[int(np.flatnonzero(self.index == unit)[0]) for unit in range(len(self.kv_of))]]
 
 
+UnitsByModule = Mapping[str, Units]
+"""Units by the name of their module."""
+UnitNumbers = dict[str, list[int]]
+"""Numbers of units by the name of their module."""
+
+
 def counts(units: Units) -> tuple[int, ...]:
     """Returns the number of units. For attention, of query heads and KV heads."""
     return (units.count(), units.count("kv_head")) if units.kind == "head" else (units.count(),)
@@ -185,7 +196,7 @@ class Part:
         return sums.index_add_(0, self.units, positions.detach().cpu().double())[: self.count]
 
 
-def parts_of(model: nn.Module, units: Mapping[str, Units], per: Per) -> list[Part]:
+def parts_of(model: nn.Module, units: UnitsByModule, per: Per) -> list[Part]:
     """Returns the parameter dimensions of all units. Raises for units without any."""
     names: dict[int, str] = {}
     parameters = dict(model.named_parameters(remove_duplicate=False))

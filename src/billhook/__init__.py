@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from billhook.pruning.amount import Amount as Amount
     from billhook.pruning.planning import plan as plan
     from billhook.pruning.repair import repair as repair
+    from billhook.repairs.polish import Polish as Polish
     from billhook.repairs.repair import RepairConfig as RepairConfig
     from billhook.shrinking.result import Budget as Budget, Search as Search
     from billhook.shrinking.shrink import shrink as shrink
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from billhook.callbacks import Degradation as Degradation, Export as Export, Report as Report, Shrinking as Shrinking
     from billhook.training.module import TransformerModule as TransformerModule
     from billhook.training.data import TextDataModule as TextDataModule
+    from billhook.training.polish import polish as polish
 
 else:
     import importlib.util
@@ -76,6 +78,7 @@ else:
         "billhook.pruning.amount": "Amount",
         "billhook.pruning.planning": "plan",
         "billhook.pruning.repair": "repair",
+        "billhook.repairs.polish": "Polish",
         "billhook.repairs.repair": "RepairConfig",
         "billhook.shrinking.result": "Budget Search",
         "billhook.shrinking.shrink": "shrink",
@@ -90,6 +93,7 @@ else:
         "WeightPruning Degradation Export Report Shrinking",
         "billhook.training.module": "TransformerModule",
         "billhook.training.data": "TextDataModule",
+        "billhook.training.polish": "polish",
     }
     _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names.split()}
     __all__ = ["schedules", *_NAMESPACES, *_MODULE_OF]

@@ -8,8 +8,9 @@ from billhook.training.data import ClassificationDataModule, TextDataModule
 from billhook.training.distillation import Distillation
 from billhook.training.images import ImageDataModule
 from billhook.training.module import TransformerModule
+from billhook.training.targets import Targets
 
 __all__ = [
-    "ClassificationDataModule", "Distillation", "ImageDataModule", "LoRA", "ShapeInCheckpoint", "TextDataModule",
-    "TransformerModule", "load_from_checkpoint", "mask_adapters", "merge",
+    "ClassificationDataModule", "Distillation", "ImageDataModule", "LoRA", "ShapeInCheckpoint", "Targets",
+    "TextDataModule", "TransformerModule", "load_from_checkpoint", "mask_adapters", "merge",
 ]  # fmt: skip

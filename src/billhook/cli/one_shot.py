@@ -9,11 +9,10 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from tempfile import mkdtemp
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.arguments import parse_memory
@@ -22,6 +21,8 @@ from billhook.atomic_folder import check_not_source, check_target, replacement_n
 from billhook.calibration.calibration import MIXED, Calibration, check_other_texts, evaluation_batches, num_self_generated
 from billhook.calibration.generated import GENERATED, KEPT, can_generate, check_can_generate
 from billhook.checkpoints.save import load, save
+from billhook.cli.effort import EXAMPLES as EXAMPLES_OF
+from billhook.cli.effort import Effort
 from billhook.cli.examples import EXAMPLES, Examples, LabeledData, TextOptions
 from billhook.cli.interruption import text_folder
 from billhook.cli.machine import device_of, file_progress, model_progress
@@ -45,9 +46,13 @@ from billhook.progress import format_duration, progress_bar
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.repair import RepairOption
 from billhook.repairs.matching import EVALUATIONS, LEAST_STEPS, BlockMatching
+from billhook.repairs.polish import Polish
 from billhook.report.degradation import DenseReference, TextDegradation, accuracy, degradation_table, degradation_warning
 from billhook.report.generation import generates
 from billhook.report.predictions import BYTES as PREDICTIONS
+
+if TYPE_CHECKING:
+    from billhook.training.targets import Targets
 
 WARMUP_TOKENS = 8
 """Tokens of a first example that is not timed: it also pays for initialization."""
@@ -104,6 +109,7 @@ class OneShot:
         streams: If False, the command does not support streamed models.
         repair: Settings of the repair. With `match`, a batch of text is a single example, because each step takes a batch.
         as_text: If True, text is measured in bits per byte, because the model will have another tokenizer.
+        effort: How much is done so that the result stays close to the dense model. None polishes nothing.
 
     Raises:
         ValueError: If an option is not legal, before anything is computed.
@@ -120,12 +126,17 @@ class OneShot:
         streams: bool = False,
         repair: RepairOption = None,
         as_text: bool = False,
+        effort: Effort | None = None,
     ) -> None:
         check_target(out)
         check_not_source(model_path(name), out)
         options.check_sources()
         if options.stream:
             check_streamed(options, streams, offload)
+        self.polish = None if effort is None else polish_of(effort, options, calibrates, offload)
+        self._targets: Targets | None = None
+        self._times = 1 if effort is None else EXAMPLES_OF[effort.effort]
+        calibrates, refits = calibrates or self.polish is not None, refits or self.polish is not None
         self.name, self.out, self.options, self.calibrates, self._as_text = name, out, options, calibrates, as_text
         self.device = torch.device("cpu") if options.stream and options.device == "auto" else device_of(options.device)
         with file_progress(f"opening {name}" if options.stream else f"loading {name}"):
@@ -188,7 +199,7 @@ class OneShot:
             share = self._supplement
             weights = [(1 - share) / len(texts)] * len(texts) + [share / len(others)] * len(others)
         sources = [*texts, *others]
-        count = options.examples or (EXAMPLES if texts else DEFAULT_EXAMPLES * len(others))
+        count = options.examples or self._times * (EXAMPLES if texts else DEFAULT_EXAMPLES * len(others))
         return Calibration(
             sources if len(sources) > 1 else sources[0],
             weights,
@@ -272,7 +283,8 @@ class OneShot:
         print(f"Model: {self.name} ({self.model.num_parameters():,} parameters)\nPlan:")
         # without calibration data, tokens are counted in text, which their step names
         calibration = [self._calibration_step] if self.calibrates or not self._as_text else []
-        for step in (*steps, *calibration, *measure, *streams, f"save to {self.out}{replacement_note(self.out)}"):
+        polishes = [f"polish {self.polish}"] if self.polish is not None else []
+        for step in (*steps, *polishes, *calibration, *measure, *streams, f"save to {self.out}{replacement_note(self.out)}"):
             print(f"  {step}", flush=True)
         for line in self._expected_times():  # which takes a while for a large model
             print(f"  {line}")
@@ -428,6 +440,20 @@ class OneShot:
             with progress_bar("measuring"):
                 return None if batches is None else accuracy(self.model, batches)
 
+    def predict(self, batches: Sequence[Batch]) -> None:
+        """Stores the model's predictions before the model changes, if it is polished.
+
+        Args:
+            batches: The calibration batches. Without any they are read.
+        """
+        if self.polish is None:
+            return
+        from billhook.training.targets import Targets  # Lightning takes seconds to import
+
+        with model_progress(self.model, "predicting", "examples") as progress:
+            targets = Targets.of(self.model, batches or self.batches(), progress)
+        self._targets = targets if targets.can_hold_out else None
+
     def measure_degradation(self, before: Before) -> Degradation:
         """Measures degradation on each text, or accuracy; None without an earlier measurement."""
         if isinstance(before, DenseReference):
@@ -445,6 +471,12 @@ class OneShot:
             lines: Lines to print before the results.
             not_refitted: Why layers were not refitted, for the record.
         """
+        if self.polish is not None and self._targets is not None:
+            from billhook.training.polish import polish
+
+            with progress_bar("polishing", "steps") as progress:
+                polished = polish(self.model, self._targets, how=self.polish, progress=progress)
+            what, record, lines = f"{what}; {polished.words}", {**record, "polish": polished.to_json()}, (*lines, polished.text())
         event: dict[str, Any] = {"what": what, "before": self.sizes, "after": sizes_of(self.model)}
         if not_refitted:
             event["not_refitted"] = not_refitted
@@ -507,16 +539,34 @@ class OneShot:
             return None
         return load_preprocessor(name) if self.of_images else load_tokenizer(name)
 
-    def training_loader(self, examples: int, batch_size: int, calibrated: Sequence[Batch], before: Before) -> DataLoader[Any]:
-        """Returns training data: the calibration examples, and more from the same files."""
-        generator = torch.Generator().manual_seed(self.options.seed)
+    def training_batches(self, examples: int, calibrated: Sequence[Batch], before: Before) -> list[Batch]:
+        """Returns the calibration examples and more from the same files, without those that are measured."""
         if self.metric == "accuracy":
-            return self._labeled.training_loader(batch_size, generator)
+            data = LabeledData(
+                replace(self.options, examples=examples), self.model, model_path(self.options.tokenizer or self.name), self.length
+            )
+            return [Batch(batch, data.source("train")) for batch in data.calibration_batches()]
         measured = {tuple(ids.tolist()) for _, ids in before.rows} if isinstance(before, DenseReference) else set()
-        batches: list[Any] = list(calibrated)
+        batches = list(calibrated)
         if files := [source for name, source in self.calibration.named.items() if name not in (GENERATED, MIXED)]:
             tokens = (examples + len(measured)) * self.length
             batches += replace(self.calibration, sources=files, weights=None, tokens=tokens).read(self.model, self.trimmed)
-        all_ids = {tuple(ids.tolist()): ids.cpu() for batch in batches for ids in batch["input_ids"]}  # each example once
-        data: Any = [dict.fromkeys(("input_ids", "labels"), ids) for key, ids in all_ids.items() if key not in measured]
-        return DataLoader(data, batch_size, shuffle=True, generator=generator)
+        rows = {tuple(ids.tolist()): (batch.source, ids) for batch in batches for ids in batch["input_ids"]}  # each example once
+        return [Batch({"input_ids": ids[None]}, source) for key, (source, ids) in rows.items() if key not in measured]
+
+
+def polish_of(effort: Effort, options: TextOptions, calibrates: bool, offload: bool) -> Polish | None:
+    """Returns the settings of a command's polish, if it can polish.
+
+    Raises:
+        ValueError: If a polish is asked for of a model that is not in memory.
+    """
+    asked = effort.polish not in ("auto", None)
+    if asked and (options.stream or offload):
+        raise ValueError(
+            f"polish={effort.polish} needs all weights in memory, so it does not go with stream or offload. Remove it, and train "
+            "the result with billhook fit and distillation."
+        )
+    if options.stream or offload or not (asked or calibrates or options.data is not None):
+        return None
+    return effort.polishing

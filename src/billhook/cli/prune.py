@@ -1,5 +1,8 @@
 """`billhook prune`: prunes individual weights of a checkpoint."""
 
+from dataclasses import replace
+
+from billhook.cli.effort import Effort
 from billhook.cli.examples import LabeledOptions
 from billhook.cli.machine import model_progress
 from billhook.cli.one_shot import OneShot
@@ -23,6 +26,7 @@ def prune(
     out: str,
     examples: LabeledOptions,
     options: PruneOptions,
+    effort: Effort,
     criterion: Criterion | None = None,
     sparsity: float | None = None,
     pattern: str = "unstructured",
@@ -39,6 +43,7 @@ def prune(
         out: Output folder. It must be new, empty, or an earlier billhook checkpoint, which is replaced.
         examples: Calibration and evaluation data, and the device.
         options: Which layers are pruned, and how calibration statistics are computed.
+        effort: How close the result stays to the dense model.
         criterion: Scores the weights: `Wanda` (the default), or any other `Criterion`, including a custom class.
         sparsity: Fraction of each linear layer's weights to zero, in [0, 1). Not with an N:M pattern.
         pattern: "unstructured", or "N:M" to keep N of every M consecutive inputs, such as 2:4.
@@ -52,9 +57,10 @@ def prune(
     amount = check_amount(sparsity, pattern)
     folder = check_folder(activations)
     criterion = criterion or Wanda()
+    options = replace(options, match=effort.match(options.match))
     allocation, match = options.allocation, options.match
     calibrates = needs_data(criterion) or options.needs_data
-    work = OneShot(model, out, examples, offload, calibrates=calibrates, streams=True)
+    work = OneShot(model, out, examples, offload, calibrates=calibrates, streams=True, effort=effort)
     store_of(work.model).check_writes_values()
     if match is not None:
         check_examples(work, 2, "match")
@@ -79,6 +85,8 @@ def prune(
     spill_folder = work.spill(statistics, runs=2 if match else int(options.sequential == "layer"))
     before = None if dry_run else work.measure()
     data = work.batches(dry_run) if calibrates else work.calibration
+    if not dry_run:
+        work.predict(data if isinstance(data, list) else [])
     with model_progress(work.model, "pruning", "linear layers") as progress:
         plan = prune_weights(
             work.model,

@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from billhook.arguments import check_int
+from billhook.cli.effort import Effort
 from billhook.cli.examples import Examples
 from billhook.cli.one_shot import OneShot
 from billhook.cli.streamed import REMOVE_PASSES, Passes, batch_count, check_scored, statistics_bytes
@@ -15,6 +16,9 @@ from billhook.progress import progress_bar
 from billhook.pruning.amount import Ranking
 from billhook.pruning.choice import check_choice, choose, choose_including
 from billhook.pruning.planning import plan_units
+from billhook.pruning.repair import RepairOption, repair_if_requested
+from billhook.repairs.repair import RepairConfig
+from billhook.shrinking.divergence import split_examples
 from billhook.units import Per, find_units, mask
 
 
@@ -22,6 +26,7 @@ def prune_heads(
     model: str,
     out: str,
     examples: Examples,
+    effort: Effort,
     ratio: float | None = None,
     importance: Importance | None = None,
     ranking: Ranking = "layer",
@@ -29,6 +34,7 @@ def prune_heads(
     min_heads: int = 1,
     rounds: int = 1,
     normalize: bool = True,
+    repair: RepairOption = "auto",
     dry_run: bool = False,
 ) -> None:
     """Removes the least important attention heads of a model, and saves it.
@@ -40,6 +46,7 @@ def prune_heads(
         model: A folder, a Hub name, or "tiny".
         out: Output folder. It must be new, empty, or an earlier billhook checkpoint, which is replaced.
         examples: Calibration and evaluation data, and the device.
+        effort: How close the result stays to the dense model.
         ratio: Fraction of heads to remove, in [0, 1), rounded down.
         importance: Scores the heads: `GateGradient` (the paper's, the default), or any other `Importance`, including a custom
             class. With `stream`, one without gradients, such as `OutputNorm`.
@@ -49,6 +56,8 @@ def prune_heads(
         min_heads: Minimum number of heads to keep in each layer.
         rounds: Number of score-and-prune rounds.
         normalize: If true, divides the scores of each layer by their L2 norm, as in the paper.
+        repair: Least-squares repair of the output projections (see `RepairConfig`). "auto" does what `effort` says if there are
+            enough examples; null keeps the old weights, as in the paper.
         dry_run: If true, scores the heads, prints the plan, and writes nothing.
 
     Raises:
@@ -61,7 +70,11 @@ def prune_heads(
     check_int("rounds", rounds)
     importance = importance or GateGradient()
     check_scored(examples, importance)
-    work = OneShot(model, out, examples, calibrates=importance.needs_data, streams=True)
+    repair = effort.repair(repair) if importance.needs_data or isinstance(repair, RepairConfig) else None
+    calibrates = importance.needs_data or repair is not None
+    work = OneShot(
+        model, out, examples, refits=repair is not None, calibrates=calibrates, streams=True, repair=repair, effort=effort
+    )
     heads = find_units(work.model, "head")
     # reports an impossible ratio, and heads that cannot be removed, before any scoring
     scores = {name: torch.zeros(units.count(per)) for name, units in heads.items()}
@@ -92,6 +105,17 @@ def prune_heads(
     if dry_run:
         work.print_dry_run(plan.text())
         return
-    apply(work.model, plan)
+    rows = batches if len(batches) > 1 else split_examples(batches)
+    with progress_bar("refitting", "layers") as progress:
+        weights, why = repair_if_requested(work.model, plan, rows, repair, progress=progress)
+    work.predict(batches)
+    apply(work.model, plan, weights=weights)
     settings = {"by": str(importance), "ranking": ranking, "per": per, "rounds": rounds}
-    work.save(before, f"without {plan.words}", {"heads": plan.to_json()["units"], "importance": settings}, plan.text())
+    repaired = None if weights is None else str(RepairConfig() if repair == "auto" else repair)
+    work.save(
+        before,
+        f"without {plan.words}",
+        {"heads": plan.to_json()["units"], "importance": settings, "repair": repaired},
+        plan.text(),
+        not_refitted=why,
+    )

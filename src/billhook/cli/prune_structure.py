@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import check_int
 from billhook.calibration.calibration import MIXED
+from billhook.cli.effort import Effort
 from billhook.cli.examples import Examples
 from billhook.cli.one_shot import COUNTED, Before, OneShot
 from billhook.cli.refit import meta_batches, remaining_inputs, repair_limits
@@ -88,6 +89,7 @@ def prune_structure(
     out: str,
     amount: RemoveOptions,
     examples: Examples,
+    effort: Effort,
     block_importance: Importance | None = None,
     importance: Importance | None = None,
     rounds: int = 1,
@@ -105,14 +107,15 @@ def prune_structure(
         out: Output folder. It must be new, empty, or an earlier billhook checkpoint, which is replaced.
         amount: How much to remove.
         examples: Calibration and evaluation data, and the device.
+        effort: How close the result stays to the dense model.
         block_importance: Scores the blocks: `BlockInfluence` (ShortGPT, https://arxiv.org/abs/2403.03853, the default), or
             `Ablation`, one forward pass per block.
         importance: Scores the units: `OutputNorm`, `Taylor` (LLM-Pruner), or any other `Importance`, including a custom class.
             Defaults to `OutputNorm`, to `REAP` for experts, or to `Taylor` for experts of a custom class or with other units.
             With `stream`, one without gradients.
         rounds: Number of score-and-prune rounds.
-        repair: Least-squares repair of consumer layers, and of the output layers of blocks behind removed ones. "auto" uses
-            `RepairConfig()` if linear layers read the units and there are enough examples. null keeps the old weights.
+        repair: Least-squares repair of consumer layers, and of the output layers of blocks behind removed ones. "auto" does
+            what `effort` says if linear layers read the units and there are enough examples. null keeps the old weights.
         dry_run: If true, prints the first plan and writes nothing.
 
     Raises:
@@ -120,9 +123,13 @@ def prune_structure(
     """
     check_int("rounds", rounds)
     check_scored(examples, block_importance, importance)
+    repair, calibrates = effort.repair(repair), amount.blocks_only is not None or amount.within_blocks is not None
+    if not calibrates:  # tokens that text needs least are removed, and nothing else
+        repair, effort = None, replace(effort, polish=None)
     refits, required, as_text = repair is not None, repair != "auto", amount.tokens_only is not None
-    calibrates = amount.blocks_only is not None or amount.within_blocks is not None
-    work = OneShot(model, out, examples, refits=refits, calibrates=calibrates, streams=True, repair=repair, as_text=as_text)
+    work = OneShot(
+        model, out, examples, refits=refits, calibrates=calibrates, streams=True, repair=repair, as_text=as_text, effort=effort
+    )
     check_kinds(work.model, amount.kinds)
     if isinstance(repair, RepairConfig):
         store_of(work.model).check_writes_values()
@@ -179,6 +186,7 @@ def prune_structure(
         if actual_limits and actual_limits != expected_limits:
             print(actual_limits)  # a text is shorter than requested
     before = None if dry_run else work.measure()
+    predicted = dry_run
     plans, words, refitted, not_refitted = list[dict[str, Any]](), list[str](), False, list[str]()
     for plan in _plans(work, before, batches, amount, within_blocks, block_importance, importance, rounds):
         if dry_run:
@@ -192,6 +200,9 @@ def prune_structure(
             batches[:] = work.batches() if needs_data and within_blocks is not None else []  # in the tokens that are left
             words.append(f"{plan.words} ({work.removed_share(plan)})")
             continue
+        if not predicted:  # by the dense model, or by what is left of it without tokens
+            work.predict(batches)
+            predicted = True
         rows = batches if len(batches) > 1 else split_examples(batches)
         with progress_bar("refitting", "layers") as progress:
             weights, why = repair_if_requested(work.model, plan, rows, repair, progress=progress)
@@ -265,19 +276,20 @@ def prune_vocabulary(
     """
     if not tokens:
         raise ValueError(f"tokens={tokens}: pass the fraction of the vocabulary to remove, in (0, 1), with --tokens.")
-    prune_structure(model, out, RemoveOptions(tokens=tokens, round_to=round_to), examples, repair=None, dry_run=dry_run)
+    prune_structure(model, out, RemoveOptions(tokens=tokens, round_to=round_to), examples, Effort(polish=None), dry_run=dry_run)
 
 
 def prune_blocks(
     model: str,
     out: str,
     examples: Examples,
+    effort: Effort,
     blocks: int | float | None = None,
     importance: Importance | None = None,
     greedy: bool = False,
     first: int = 0,
     last: int = 0,
-    repair: RepairOption = None,
+    repair: RepairOption = "auto",
     dry_run: bool = False,
 ) -> None:
     """Removes the least important blocks of a model, and saves it.
@@ -290,6 +302,7 @@ def prune_blocks(
         model: A folder, a Hub name, or "tiny".
         out: Output folder. It must be new, empty, or an earlier billhook checkpoint, which is replaced.
         examples: Calibration and evaluation data, and the device.
+        effort: How close the result stays to the dense model.
         blocks: Number of blocks to remove (int), or fraction (float, in [0, 1), rounded down). In an encoder-decoder, from each
             of the two stacks.
         importance: Scores the blocks: `BlockInfluence` (the paper's, the default), `Ablation`, one forward pass per block, or any
@@ -297,8 +310,8 @@ def prune_blocks(
         greedy: If true, removes one block at a time and rescores the rest. Costs one scoring pass per removed block.
         first: Number of blocks to protect at the start of each stack.
         last: Number of blocks to protect at the end of each stack.
-        repair: Least-squares repair of the output layers of blocks behind removed ones (see `RepairConfig`). "auto" uses
-            `RepairConfig()` if there are enough examples. Defaults to null, which keeps the old weights, as in the paper.
+        repair: Least-squares repair of the output layers of blocks behind removed ones (see `RepairConfig`). "auto" does
+            what `effort` says if there are enough examples; null keeps the old weights, as in the paper.
         dry_run: If true, prints the plan and writes nothing.
 
     Raises:
@@ -307,4 +320,4 @@ def prune_blocks(
     if not blocks:
         raise ValueError(f"blocks={blocks}: pass the number of blocks to remove, or a fraction in (0, 1), with --blocks.")
     amount = RemoveOptions(blocks=blocks, first=first, last=last, greedy=greedy)
-    prune_structure(model, out, amount, examples, block_importance=importance, repair=repair, dry_run=dry_run)
+    prune_structure(model, out, amount, examples, effort, block_importance=importance, repair=repair, dry_run=dry_run)

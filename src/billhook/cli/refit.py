@@ -11,6 +11,9 @@ from billhook.pruning.cut import Cut
 from billhook.pruning.target import RatioSearch
 from billhook.repairs.residuals import NoRepair
 
+NOT_REPAIRED = "no repair:"
+"""First words of a plan line on a repair that is not possible."""
+
 
 def meta_batches(work: OneShot) -> list[Batch]:
     """Returns batches without values, of the size of the calibration batches."""
@@ -90,7 +93,7 @@ def repair_limits(
     if problem and required:
         raise NoRepair(f"{problem} Or use --repair null.")
     if problem:
-        return f"no repair: {problem}"
+        return f"{NOT_REPAIRED} {problem}"
     if not short:
         return ""
     layers = f"up to {len(short)} of {len(needed)} consumer layers"

@@ -3,27 +3,24 @@
 import json
 import shutil
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from billhook.arguments import check_int, check_number
-from billhook.checkpoints.pretrained import Task
+from billhook.cli.effort import Effort
 from billhook.cli.examples import Examples
 from billhook.cli.interruption import default_variant_cache
 from billhook.cli.machine import check_file
-from billhook.cli.one_shot import Before, OneShot, degradation_text
+from billhook.cli.one_shot import OneShot, degradation_text
 from billhook.cli.refit import meta_batches, repair_limits
 from billhook.cli.streamed import matching_of
-from billhook.engine import Batch
 from billhook.model import stacks_of
 from billhook.progress import progress_bar
 from billhook.repairs.matching import LEAST_STEPS
-from billhook.report.generation import generates
+from billhook.repairs.polish import Polish, Trained
 from billhook.shrinking.divergence import split_batches
 from billhook.shrinking.result import Budget, Search
 from billhook.shrinking.scope import Progress, SearchScope
@@ -35,11 +32,11 @@ from billhook.units import PLURAL
 
 @dataclass(frozen=True)
 class Recovery:
-    """Recovery training on the calibration texts, with the dense model as a teacher.
+    """Recovery training: a longer polish, on more of the calibration texts.
 
     Args:
-        recover: Number of training steps. 0 disables recovery training.
-        recover_lr: Peak learning rate. Defaults to 1e-4, or 1e-3 with LoRA.
+        recover: Number of training steps, in place of those of `polish`. 0 disables recovery training.
+        recover_lr: Peak learning rate. Defaults to that of `Polish`.
         recover_lora: If true, trains LoRA adapters, which are merged at the end, instead of all weights.
         recover_batch_size: Examples per step.
 
@@ -58,16 +55,10 @@ class Recovery:
         if self.recover_lr is not None:
             check_number("recover_lr", self.recover_lr, above=0)
 
-    def task_of(self, model: PreTrainedModel) -> Task:
-        """Returns the training task of a model, or raises if there is none."""
-        if "SequenceClassification" in type(model).__name__:
-            return "sequence-classification"
-        if not generates(model):
-            raise ValueError(
-                f"recover={self.recover} does not support {type(model).__name__}, only causal language models and text "
-                "classifiers. Train it in your own LightningModule with the callback Shrinking."
-            )
-        return "causal-lm"
+    def polish(self, seed: int) -> Polish | None:
+        """Returns the settings of the training; None without it."""
+        trains: Trained = "lora" if self.recover_lora else "all"
+        return Polish(self.recover, trains, self.recover_lr, self.recover_batch_size, seed) if self.recover else None
 
 
 def search_space(scope: SearchScope, steps: int, budget: str | None) -> str:
@@ -141,6 +132,7 @@ def shrink(
     model: str,
     out: str,
     examples: Examples,
+    effort: Effort,
     recovery: Recovery,
     budget: Budget,
     search: Search,
@@ -160,6 +152,7 @@ def shrink(
         model: A folder, a Hub name, or "tiny".
         out: Output folder. It must be new, empty, or an earlier billhook checkpoint, which is replaced.
         examples: Calibration and evaluation data, and the device.
+        effort: How close the result stays to the dense model.
         recovery: Recovery training of the smaller model.
         budget: The most that may remain.
         search: Settings of the search.
@@ -176,9 +169,10 @@ def shrink(
     folder = VariantFolder(out, variant_cache)
     check_int("seed", examples.seed, 0)
     check_file("plot", plot, ".png")
-    work = OneShot(model, out, examples, refits=search.repair is not None, repair=search.repair)
+    search = replace(search, repair=effort.repair(search.repair))
     if recovery.recover:
-        recovery.task_of(work.model)
+        effort = replace(effort, polish=recovery.polish(examples.seed))
+    work = OneShot(model, out, examples, refits=search.repair is not None, repair=search.repair, effort=effort)
     scope = SearchScope.find(work.model, budget.amount(search), layers == "uniform")
     repair_batches, _ = split_batches(meta_batches(work))
     limits, steps = "", [f"search for the best model within {budget.words}"]
@@ -188,8 +182,6 @@ def shrink(
         steps += [limits] * bool(limits)
         if (matching := matching_of(search.repair)) is not None:
             steps.append(work.matching_step(matching, LEAST_STEPS))
-    if recovery.recover:
-        steps.append(f"train for {recovery.recover:,} recovery steps")
     work.print_plan(*steps)
     if dry_run:
         most_steps = scope.most_steps(search.generations, search.candidates)
@@ -201,6 +193,10 @@ def shrink(
     if not_repaired and not limits.startswith("no repair:"):
         print(not_repaired)  # a text is shorter than requested
     before = work.measure()
+    trained = list(batches)
+    if recovery.recover:
+        trained = work.training_batches(recovery.recover * recovery.recover_batch_size, batches, before)
+    work.predict(trained)
     with folder.created():
         phases = [""]
         with progress_bar("shrinking", "steps", lambda: phases[-1], steady=False) as report:
@@ -209,28 +205,15 @@ def shrink(
         shrunk = replace(shrunk, not_refitted=shrunk.not_refitted or not_repaired)
         settings = {"layers": layers, "importance": str(search.importance or "OBS()"), "repair": str(repair) if repair else None}
         what = f"without {shrunk.words}: {shrunk.budget}"
-        what += f"; {recovery.recover:,} recovery steps" if recovery.recover else ""
-        recovered, *lines = _recover(work, recovery, batches, before) if recovery.recover else ({},)
-        record = {"shrink": shrunk.to_json() | settings} | recovered
-        work.save(before, what, record, shrunk.text(), *lines, not_refitted=shrunk.not_refitted)
+        record: dict[str, Any] = {"shrink": shrunk.to_json() | settings}
+        lines = [shrunk.text()]
+        if recovery.recover:
+            degradation = work.measure_degradation(before)
+            plain = [text.to_json() for text in degradation] if isinstance(degradation, list) else degradation
+            record["recovery"] = asdict(recovery) | {"before": plain}
+            lines += ["Before recovery training:", degradation_text(before, degradation) or ""]
+        work.save(before, what, record, *lines, not_refitted=shrunk.not_refitted)
     if plot is not None:
         from billhook.plots.pareto import pareto  # matplotlib takes a second to import
 
         pareto(shrunk).savefig(plot)
-
-
-def _recover(
-    work: OneShot, recovery: Recovery, batches: Sequence[Batch], before: Before
-) -> tuple[dict[str, Any], str, str | None, str]:
-    """Trains the smaller model; returns the record, and lines on the degradation before."""
-    from billhook.cli.recovery import recover  # Lightning takes seconds to import
-
-    degradation, seed = work.measure_degradation(before), work.options.seed
-    loader = work.training_loader(recovery.recover * recovery.recover_batch_size, recovery.recover_batch_size, batches, before)
-    with progress_bar("recovering", "steps") as progress:
-        task, steps, lr, lora = recovery.task_of(work.model), recovery.recover, recovery.recover_lr, recovery.recover_lora
-        recover(work.model, task, steps, lr, lora, work.name, loader, work.device, seed, progress)
-    plain = [text.to_json() for text in degradation] if isinstance(degradation, list) else degradation
-    after = f"After {recovery.recover:,} recovery steps on {len(loader.dataset):,} examples:"  # type: ignore[arg-type]
-    record = {"recovery": asdict(recovery) | {"before": plain}}
-    return record, "Before recovery training:", degradation_text(before, degradation), after

@@ -53,5 +53,3 @@ class Polish:
 def lr_of(how: Polish) -> float:
     """Returns the learning rate that a polish begins with."""
     return LR[how.trains] if how.lr is None else how.lr
-
-

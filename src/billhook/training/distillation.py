@@ -55,8 +55,8 @@ class Distillation:
     """
 
     teacher: str | None = None
-    temperature: float = 2.0
-    weight: float = 0.5
+    temperature: float = 1.0
+    weight: float = 1.0
     hidden: float = 0.0
 
     def __post_init__(self) -> None:

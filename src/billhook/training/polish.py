@@ -6,7 +6,9 @@ https://arxiv.org/abs/2312.15230). The step back toward the start is that of WiS
 https://arxiv.org/abs/2109.01903).
 """
 
+import logging
 import math
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -28,7 +30,7 @@ from billhook.adapters.masked import mask_nonzero
 from billhook.adapters.merge import has_adapters, merge
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches
-from billhook.engine import evaluating_without_grad, store_of
+from billhook.engine import evaluating_without_grad, overridden, store_of
 from billhook.fit.run import isolated_rng
 from billhook.model import find_transformer, is_linear, is_pruned, weight_holders, weight_of
 from billhook.progress import OnProgress
@@ -76,9 +78,13 @@ class Polished:
     def text(self) -> str:
         """Returns a line about the held-out divergence."""
         sources = ", ".join(f"{name or 'data'} {self.before[name]:.4f} -> {self.after[name]:.4f}" for name in self.before)
+        return f"Polish: {self.words}. Divergence from the dense model on held-out calibration examples: {sources}"
+
+    @property
+    def words(self) -> str:
+        """What was trained, as part of a sentence."""
         what = {"scales": "scales", "lora": "LoRA", "all": "all weights"}[self.how.trains]
-        part = f", {self.share:.0%} of the way" if self.share < 1 else ""
-        return f"Polished {what} in {self.steps} steps{part}. Divergence from the dense model, on held-out examples: {sources}"
+        return f"{what} polished in {self.steps} steps" + (f", {self.share:.0%} of the way" if self.share < 1 else "")
 
 
 def polish(
@@ -118,11 +124,13 @@ def polish(
         raise ValueError(f"polish: {len(train)} examples are too few, as one of each source is held out. Pass at least two.")
     with isolated_rng(), _in_float32(subject), _as_before(subject):
         torch.manual_seed(how.seed)
-        module = _PolishModule(subject, how, held_out, progress)
+        lora = LoRA(dropout=0.0) if how.trains == "lora" else None
+        module = _PolishModule(subject, lr=lr_of(how), weight_decay=0.0, warmup=WARMUP, decay="linear", lora=lora)
+        module.prepare(how, held_out, progress)
         try:
             device = subject.device
             while True:
-                trainer(device, how.steps, how.batch_size).fit(module, _in_turn(train, how))
+                _fit(module, _in_turn(train, how), device, how)
                 subject.to(device)  # type: ignore[arg-type]  # Lightning has moved it to the CPU
                 if not module.has_risen or how.lr is not None or module.lr <= lr_of(how) / SMALLER**RESTARTS:
                     return module.choose()
@@ -134,28 +142,33 @@ def polish(
             module.fold()
 
 
-def trainer(device: torch.device, steps: int, batches_per_step: int) -> pl.Trainer:
-    """Returns a Lightning trainer of one device, which prints and writes nothing."""
-    return pl.Trainer(
-        accelerator=device.type,
-        devices=1 if device.index is None else [device.index],
-        max_steps=steps,
-        max_epochs=-1,
-        accumulate_grad_batches=batches_per_step,
-        gradient_clip_val=1.0,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
+def _fit(module: pl.LightningModule, examples: DataLoader[Any], device: torch.device, how: Polish) -> None:
+    """Trains on one device, and prints and writes nothing."""
+    lightning = logging.getLogger("lightning.pytorch")
+    with warnings.catch_warnings(), overridden(lightning, disabled=True):
+        warnings.filterwarnings("ignore", "Found .* in eval mode")  # as intended
+        trainer = pl.Trainer(
+            accelerator=device.type,
+            devices=1 if device.index is None else [device.index],
+            max_steps=how.steps,
+            max_epochs=-1,
+            limit_val_batches=0,
+            accumulate_grad_batches=how.batch_size,
+            gradient_clip_val=1.0,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, examples, val_dataloaders=[])
 
 
 class _PolishModule(TransformerModule):
     """Trains a model toward targets, and keeps the best state on held-out ones."""
 
-    def __init__(self, model: PreTrainedModel, how: Polish, held_out: Sequence[Target], progress: OnProgress | None) -> None:
-        lora = LoRA(dropout=0.0) if how.trains == "lora" else None
-        super().__init__(model, lr=lr_of(how), weight_decay=0.0, warmup=WARMUP, decay="linear", lora=lora)
+    def prepare(self, how: Polish, held_out: Sequence[Target], progress: OnProgress | None) -> None:
+        """Chooses the parameters to train, and keeps their start."""
+        model = self.model
         self.how, self.held_out, self.progress = how, by_source(held_out), progress
         self.checks = {how.steps * number // CHECKS for number in range(1, CHECKS + 1)}
         self.scales, self.scaled = nn.ParameterList(), list[nn.Module]()

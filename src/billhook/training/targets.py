@@ -131,6 +131,11 @@ class Targets:
             run_side_by_side(subject, [partial(predict, number) for number in range(len(examples))])
         return cls([targets[number] for number in range(len(examples))])
 
+    @property
+    def can_hold_out(self) -> bool:
+        """True if a source has more than one example."""
+        return any(len(examples) > 1 for examples in self.by_source.values())
+
     def split(self, held_out: int) -> tuple[list[Target], list[Target]]:
         """Returns the examples to train on, and of each source one in `held_out`, evenly spaced, at least one."""
         train, held = list[Target](), list[Target]()

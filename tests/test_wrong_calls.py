@@ -92,7 +92,7 @@ def legal(name):
             "masks": {},
         },
         **{"texts": bh.Calibration(), "name": "a", "checkpoint_path": "nowhere.ckpt", "index": np.zeros(1), "kv_of": np.zeros(1)},
-        **{"in_features": 4, "totals": {}, "counts": {}},
+        **{"in_features": 4, "totals": {}, "counts": {}, "dense": bh.training.Targets([]), "examples": []},
         **dict.fromkeys(("readers", "leaves", "kv_leaves", "members"), ()),
     }
     needed = [key for key, own in inspect.signature(PUBLIC[name]).parameters.items() if own.default is own.empty]

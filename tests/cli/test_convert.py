@@ -13,7 +13,7 @@ from kit.cli import blocks, drawn, option, perplexity, small_llama, tokenizer
 from kit.printed import assert_printed
 from kit.published import record_of
 
-SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "3"]
+SHORT = ["--effort", "fast", "--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "3"]
 IDS = torch.arange(40).view(2, 20)
 
 

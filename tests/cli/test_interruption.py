@@ -16,7 +16,7 @@ from kit.cli import pytestmark as quiet
 
 pytestmark = quiet
 
-SHORT = ["--length", "16", "--examples", "24", "--evaluate", "0", "--batch_size", "4"]
+SHORT = ["--polish", "null", "--length", "16", "--examples", "24", "--evaluate", "0", "--batch_size", "4"]
 SHRINK = ["--params", "0.95", "--generations", "0", "--candidates", "1", *SHORT]
 
 

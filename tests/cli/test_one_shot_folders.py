@@ -12,7 +12,7 @@ from billhook.cli.main import main
 from kit.cli import pytestmark, small_llama  # noqa: F401 - of short fits
 from kit.fits import llama, write_text
 
-SHORT = ["--length", "16", "--examples", "4", "--device", "cpu"]
+SHORT = ["--polish", "null", "--length", "16", "--examples", "4", "--device", "cpu"]
 HALF = ["--criterion", "Magnitude", "--sparsity", "0.5", "--evaluate", "0"]
 COMMANDS = {
     "prune": ["--sparsity", "0.5"],

@@ -10,7 +10,7 @@ import transformers
 from billhook.cli.main import main
 from kit.cli import QUICK, option, pytestmark, small_llama  # noqa: F401 - of short fits
 
-SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "1"]
+SHORT = ["--polish", "null", "--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +69,7 @@ def test_structure_shows_a_bar_for_each_step(small, tmp_path, bars, capsys):
 @pytest.mark.parametrize(
     ("words", "step", "of"),
     [
-        (["prune-heads", "--ratio", "0.5"], "scoring", "batches"),
+        (["prune-heads", "--ratio", "0.5", "--repair", "null"], "scoring", "batches"),
         (["prune", "--sparsity", "0.5"], "pruning", "linear layers"),
     ],
 )

@@ -10,7 +10,7 @@ import billhook as bh
 from billhook.cli.main import main
 from kit.cli import option, small_llama
 
-SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5"]
+SHORT = ["--polish", "null", "--length", "16", "--examples", "6", "--evaluate", "5"]
 GENERATES = "is not supported with stream=True: to generate text, a streamed model would be read once per token"
 
 

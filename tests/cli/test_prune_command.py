@@ -14,7 +14,7 @@ from kit.fits import write_text
 from kit.printed import assert_printed
 from kit.published import record_of
 
-SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5"]
+SHORT = ["--effort", "fast", "--length", "16", "--examples", "6", "--evaluate", "5"]
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from kit.printed import assert_printed
 from kit.published import record_of
 from kit.shaped import bert
 
-SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "4"]
+SHORT = ["--effort", "fast", "--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "4"]
 LABELS = 3
 
 
@@ -157,6 +157,7 @@ def test_settings(small, files, tmp_path, capsys):
 
 def test_a_classifier_and_its_accuracy(classifier, table, tmp_path, capsys):
     line = ["--ratio", "0.75", *option(table), "--examples", "10", "--batch_size", "4", "--evaluate", "17", "--rounds", "2"]
+    line += ["--effort", "fast"]
     record = prune(classifier, tmp_path / "out", *line)
     dense, model = (bh.load(folder).eval() for folder in (classifier, tmp_path / "out"))
     assert type(model) is transformers.BertForSequenceClassification

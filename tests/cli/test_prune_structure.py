@@ -19,10 +19,10 @@ from kit.cli import blocks, drawn, option, perplexity, small_llama
 from kit.printed import assert_printed
 from kit.published import record_of
 
-SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "4"]
+SHORT = ["--polish", "null", "--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "4"]
 
 
-OFF = ["--repair", "null"]
+OFF = ["--effort", "fast"]
 IDS = torch.arange(40).view(2, 20)
 
 
@@ -87,7 +87,7 @@ def test_a_target_in_rounds(small, files, tmp_path):
 def test_what_stays_makes_up_for_what_goes(small, files, tmp_path):
     """By default, and better than not, on text that it has not seen."""
     text = ["--supplement", "0", *option(files)]
-    arguments = ["--channels", "0.5", "--length", "16", "--examples", "24", "--evaluate", "8", *text]
+    arguments = ["--polish", "null", "--channels", "0.5", "--length", "16", "--examples", "24", "--evaluate", "8", *text]
     repaired, not_repaired = prune(small, tmp_path / "one", *arguments), prune(small, tmp_path / "other", *arguments, *OFF)
     assert repaired["importance"]["repair"].startswith("RepairConfig(")
     assert not_repaired["importance"]["repair"] is None

@@ -12,7 +12,7 @@ from kit.cli import blocks, drawn, option, small_llama
 from kit.printed import assert_printed
 from kit.published import record_of
 
-SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "4"]
+SHORT = ["--effort", "fast", "--length", "16", "--examples", "6", "--evaluate", "5", "--batch_size", "4"]
 
 
 @pytest.fixture(scope="module")

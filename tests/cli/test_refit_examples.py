@@ -51,7 +51,7 @@ def test_too_few_examples_are_refused_before_the_work(small, files, tmp_path, mo
     for name in ("batches", "measure"):
         monkeypatch.setattr(f"billhook.cli.one_shot.OneShot.{name}", lambda self: pytest.fail("too late"))
     cuts = CUTS | {
-        "convert": ["--num_key_value_heads", "1", "--method", "mean", "--repair", "{}"],
+        "convert": ["--num_key_value_heads", "1", "--method", "mean", "--repair", "RepairConfig"],
         "prune": ["--sparsity", "0.5", "--match", "{}"],
     }
     must = ["--repair", "RepairConfig"] if command in ("shrink", "prune-structure") else []

@@ -14,7 +14,7 @@ from billhook.engine import files as streams
 from billhook.engine.tensors import TensorFiles
 from kit.cli import option, small_llama
 
-SHORT = ["--length", "16", "--examples", "6", "--evaluate", "5"]
+SHORT = ["--polish", "null", "--length", "16", "--examples", "6", "--evaluate", "5"]
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ from billhook.adapters.masked import mask_nonzero
 from billhook.adapters.merge import has_adapters, merge
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches
-from billhook.engine import evaluating_without_grad, overridden, store_of
+from billhook.engine import evaluating_without_grad, store_of
 from billhook.fit.run import isolated_rng
 from billhook.model import find_transformer, is_linear, is_pruned, weight_holders, weight_of
 from billhook.progress import OnProgress
@@ -145,7 +145,9 @@ def polish(
 def _fit(module: pl.LightningModule, examples: DataLoader[Any], device: torch.device, how: Polish) -> None:
     """Trains on one device, and prints and writes nothing."""
     lightning = logging.getLogger("lightning.pytorch")
-    with warnings.catch_warnings(), overridden(lightning, disabled=True):
+    level = lightning.level
+    lightning.setLevel(logging.WARNING)
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Found .* in eval mode")  # as intended
         trainer = pl.Trainer(
             accelerator=device.type,
@@ -160,7 +162,10 @@ def _fit(module: pl.LightningModule, examples: DataLoader[Any], device: torch.de
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        trainer.fit(module, examples, val_dataloaders=[])
+        try:
+            trainer.fit(module, examples, val_dataloaders=[])
+        finally:
+            lightning.setLevel(level)
 
 
 class _PolishModule(TransformerModule):

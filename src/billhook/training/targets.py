@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 from typing_extensions import Self
 
+from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine import (
     Run,
@@ -99,6 +100,9 @@ class Targets:
     """
 
     examples: Sequence[Target]
+
+    def __post_init__(self) -> None:
+        check_types(Targets, vars(self))
 
     @classmethod
     def of(cls, model: nn.Module, batches: Batches, progress: OnProgress | None = None) -> Self:

@@ -22,21 +22,6 @@ pytestmark = quiet
 
 SHORT = ["--polish", "null", "--length", "16", "--examples", "24", "--evaluate", "4", "--batch_size", "4"]
 SHORT += ["--generations", "1", "--candidates", "2"]
-    "--polish",
-    "null",
-    "--length",
-    "16",
-    "--examples",
-    "24",
-    "--evaluate",
-    "4",
-    "--batch_size",
-    "4",
-    "--generations",
-    "1",
-    "--candidates",
-    "2",
-]
 
 
 @pytest.fixture(scope="module")

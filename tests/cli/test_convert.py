@@ -39,7 +39,11 @@ def test_by_svd_with_perplexity_before_and_after(small, files, tmp_path, capsys)
         torch.testing.assert_close(again(IDS).logits, dense(IDS).logits)
     assert record["perplexity"]["after"] == pytest.approx(perplexity(again, held_out), rel=1e-4)
     assert record["plans"] == [plan.to_json()]
-    assert [(one["source"], one["inside"]) for one in record["degradation"]] == [("train", True), ("generated", False)]
+    assert [(one["source"], one["inside"]) for one in record["degradation"]] == [
+        ("train", True),
+        ("generated", False),
+        ("unseen", False),
+    ]
     assert record["calibration"]["sources"] == {split: Path(path).name for split, path in files.items()}
     what = record["events"][0]["what"]
     assert what.startswith("4 -> 1 KV heads in 2 attention modules (svd; rotary frequencies stay)")
@@ -64,7 +68,7 @@ def test_a_method_that_needs_no_data_is_calibrated_on_none(small, tmp_path, caps
     with torch.no_grad():
         assert torch.equal(bh.load(tmp_path / "out")(IDS).logits, dense(IDS).logits)
     measured = [(one["source"], one["inside"]) for one in record["degradation"]]
-    assert measured == [("mixed", False), ("generated", False)]
+    assert measured == [("mixed", False), ("generated", False), ("unseen", False)]
     assert "calibration" not in record
     said = capsys.readouterr().out
     assert "convert 4 KV heads to 2 in 2 attention modules (method: mean)\n  no calibration data needed\n" in said

@@ -46,10 +46,10 @@ def test_structure_shows_a_bar_for_each_step(small, tmp_path, bars, capsys):
         f"loading {small}": None,
         "reading packaged text": None,
         "generating text": (5 * 17, 5 * 17, "tokens"),  # what it is measured on, the last
-        "measuring": (10, 10, "examples"),
+        "measuring": (15, 15, "examples"),
         "scoring": (6, 6, "batches"),
         "refitting": (2, 2, "layers"),
-        "measuring again": (10, 10, "examples"),
+        "measuring again": (15, 15, "examples"),
         "saving and verifying": None,
     }
     said = capsys.readouterr().out
@@ -78,7 +78,7 @@ def test_others_show_bars_too(small, files, tmp_path, bars, capsys, words, step,
     main([command, str(small), str(tmp_path / "out"), *more, *SHORT, *option(files)])
     done, total, counted = bars[step]
     assert (done, counted) == (total, of)
-    assert bars["measuring again"] == (10, 10, "examples")  # of two texts
+    assert bars["measuring again"] == (15, 15, "examples")  # of three texts
     said = capsys.readouterr().out
     assert said.index("save to ") < said.index("perplexity on")
     assert ("billhook fit" in said) == (command != "prune"), "training would undo zeros"
@@ -156,5 +156,6 @@ def test_how_long_the_examples_take_is_said_before(small, tmp_path, monkeypatch,
     main(line)
     assert told == [8, 16]
     plan = capsys.readouterr().out.partition("\n\n")[0]
-    times = "about 2 min per calibration pass over 6 examples (3x with gradients)", "about 7 min to measure 10 examples twice"
-    assert plan.endswith("\n  ".join(times))
+    forwards = 2 * 6 + 2 * 15  # scores, and three texts measured twice
+    fast, repaired = 20 * forwards / 60, 20 * (forwards + 3 * 6) / 60
+    assert plan.endswith(f"\n  about {repaired:.0f} min in all (--effort fast: {fast:.0f} min)")

@@ -56,7 +56,7 @@ def test_the_same_as_in_memory(small, files, tmp_path, capsys, arguments):
     found = [bh.load(tmp_path / name).state_dict() for name in "ab"]
     assert all(torch.equal(found[1][name], one) for name, one in found[0].items())
     assert memory["perplexity"] == pytest.approx(streamed["perplexity"], rel=1e-6)
-    assert [one["source"] for one in streamed["degradation"]] == ["train"]  # what the model writes is not measured on
+    assert [one["source"] for one in streamed["degradation"]] == ["train", "unseen"]  # what the model writes is not measured on
     assert memory["events"] == streamed["events"]
     assert not (tmp_path / ".b.parts").exists()
 
@@ -70,7 +70,8 @@ def test_without_data_it_reads_packaged_text_and_the_model_writes_none(small, tm
     ran("prune", small, tmp_path / "c", "--sparsity", "0.5", "--examples", "6", "--length", "16", "--evaluate", "2", "--stream")
     record = json.loads((tmp_path / "c" / "billhook.json").read_text())
     assert record["calibration"]["sources"] == "mixed"
-    assert [(one["source"], one["inside"], one["rows"]) for one in record["degradation"]] == [("mixed", True, 2)]
+    measured = [(one["source"], one["inside"], one["rows"]) for one in record["degradation"]]
+    assert measured == [("mixed", True, 2), ("unseen", False, 2)]
     shutil.copytree(small, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
     with pytest.raises(SystemExit, match="data=None: '.*bare' has no tokenizer to read text with. Pass --tokenizer and --data."):
         ran("prune", tmp_path / "bare", tmp_path / "d", "--sparsity", "0.5", "--stream")

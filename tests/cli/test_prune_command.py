@@ -56,6 +56,7 @@ def test_a_checkpoint_with_half_of_the_weights_and_its_perplexity(tmp_path, data
     assert [(one["source"], one["inside"], one["rows"]) for one in record["degradation"]] == [
         ("train", True, 5),
         ("generated", False, 5),
+        ("unseen", False, 5),
     ]
     card = (tmp_path / "out" / "README.md").read_text()
     (event,) = record["events"]

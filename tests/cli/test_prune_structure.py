@@ -105,8 +105,8 @@ def test_beside_one_text_linears_are_refitted_to_other_text(small, files, tmp_pa
     record = prune(small, tmp_path / "out", "--channels", "0.5", *SHORT, *option(files))
     read, inside = record["calibration"], {one["source"]: one["inside"] for one in record["degradation"]}
     assert (read["sources"], read["weights"]) == ([without_folders(files), "mixed", "generated"], [0.5, 0.25, 0.25])
-    assert inside == {Path(files["train"]).stem: True, "mixed": True, "generated": True}
-    assert "Only text of the calibration sources was measured." in (tmp_path / "out" / "README.md").read_text()
+    assert inside == {Path(files["train"]).stem: True, "mixed": True, "generated": True, "unseen": False}
+    assert "Only text of the calibration sources was measured." not in (tmp_path / "out" / "README.md").read_text()
     dense = bh.load(small)
     text = bh.Calibration([files, "mixed", "generated"], [2, 1, 1], 6 * 16, 16, 2, tokenizer=str(small))
     batches = [Batch(one | {"labels": one["input_ids"]}, one.source) for one in text.read(dense)]
@@ -136,7 +136,7 @@ def test_several_texts_share_what_the_model_does_not_write(small, two_texts, tmp
     assert (record["calibration"]["sources"], record["calibration"]["weights"]) == (without_folders(named), weights)
     assert list(Counter(source_of(one) for one in read[0]).values()) == rows
     inside = {one["source"]: one["inside"] for one in record["degradation"]}
-    supplement = {"mixed": True, "generated": True} if weights else {"generated": False}
+    supplement = {"mixed": True, "generated": True, "unseen": False} if weights else {"generated": False, "unseen": False}
     assert inside == {"one": True, "other": True, **supplement}
 
 
@@ -144,7 +144,7 @@ def test_with_what_the_model_writes_among_the_texts_shares_are_equal(small, two_
     texts = ["generated", two_texts[0]]
     record = prune(small, tmp_path / "out", "--channels", "0.5", *SHORT, "--data", json.dumps(texts))
     assert (record["calibration"]["sources"], record["calibration"]["weights"]) == (without_folders(texts), None)
-    assert {one["inside"] for one in record["degradation"]} == {True}
+    assert {one["source"]: one["inside"] for one in record["degradation"]} == {"generated": True, "one": True, "unseen": False}
 
 
 @pytest.mark.parametrize(

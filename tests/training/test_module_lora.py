@@ -263,7 +263,7 @@ class TestYaml:
         assert callbacks_in("config.yaml") == ["Export", "Report"]
         held = yaml.safe_load(Path("config.yaml").read_text())["model"]["init_args"]
         assert held["lora"] == {"r": 8, "alpha": 16.0, "dropout": 0.05, "target": "all-linear"}
-        assert held["distillation"] == {"teacher": None, "temperature": 2.0, "weight": 0.8, "hidden": 0.0}
+        assert held["distillation"] == {"teacher": None, "temperature": 1.0, "weight": 0.8, "hidden": 0.0}
         assert transformers.AutoModelForCausalLM.from_pretrained("outputs/model")
         saved = json.loads(Path("outputs/model/billhook.json").read_text())["saved"]
         assert saved["adapters"] == "merged adapters of 28 layers in place, all in full, because none is sparse"

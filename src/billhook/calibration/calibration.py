@@ -29,7 +29,9 @@ Source = str | dict[str, str | list[str]]
 Sources: TypeAlias = Source | Table | Sequence[Source | Table]
 """One source or several; in Python also objects of `datasets`."""
 MIXED = "mixed"
-"""Name of the packaged text of ten kinds."""
+"""Name of the packaged text of eight kinds."""
+UNSEEN = "unseen"
+"""Name of the packaged text of two more kinds, which is only evaluated on."""
 SHOWN = 4
 """Most files of a split that appear in the name of a source."""
 
@@ -68,10 +70,10 @@ def name_sources(sources: Sources, taken: Collection[str] = ()) -> dict[str, Sou
             info = (table["train"] if isinstance(table, Mapping) else table).info
             known = (info.dataset_name if info.dataset_name != info.builder_name else None) or "dataset"  # of files it is "json"
             numbered = chain([known], (f"{known} {number}" for number in count(2)))
-            name = next(free for free in numbered if free not in {*by_name, *taken, GENERATED, MIXED})
+            name = next(free for free in numbered if free not in {*by_name, *taken, GENERATED, MIXED, UNSEEN})
         else:
             name = _of_files(source)
-        if name in (GENERATED, MIXED) and source != name:
+        if name in (GENERATED, MIXED, UNSEEN) and source != name:
             raise ValueError(f"sources: '{source}' has the reserved name '{name}'. Rename the file.")
         if name in by_name or any(source is another for another in by_name.values()):
             raise ValueError(
@@ -99,7 +101,7 @@ class Calibration:
     A model that is pruned and repaired on one domain degrades on others. Use sources like the text that the model is for.
 
     Args:
-        sources: One source or several: `"generated"` (self-generated text), `"mixed"` (packaged text of ten kinds), `"tiny"`
+        sources: One source or several: `"generated"` (self-generated text), `"mixed"` (packaged text of eight kinds), `"tiny"`
             (Shakespeare), a file (.txt, .jsonl, .csv, .parquet), a glob (`"chats/*.jsonl"`), a folder, a Hub name (`"name"` or
             `"name:config"`), or files by split; in Python also a `Dataset` or `DatasetDict`, named after its
             `info.dataset_name`, or `"dataset"`. Calibration uses the split `train`; `held_out` uses `test` or `validation`.
@@ -199,14 +201,15 @@ class Calibration:
         batches = []
         for name, wanted in self.examples(length).items():
             if name == GENERATED:
-                examples, seed = (wanted, self.seed) if held_out is None else (held_out, self.seed + 1)
+                most = None if held_out is None else max(min(held_out, MEASURED // length), 1)  # as generating takes long
+                examples, seed = (wanted, self.seed) if most is None else (most, self.seed + 1)
                 batches += generated(
                     subject, examples=examples, length=length, batch_size=self.batch_size, seed=seed, folder=folder
                 )
             else:
                 tokenizer = tokenizer or tokenizer_of(subject, self.tokenizer)
                 check_tokenizer(subject, tokenizer)
-                with progress_bar(f"reading {'packaged text' if name == MIXED else name}"):
+                with progress_bar(f"reading {'packaged text' if name in (MIXED, UNSEEN) else name}"):
                     tokens = self._text(name, wanted, held_out, length, tokenizer)
                 check_ids(subject, tokens)
                 batches += [Batch({"input_ids": ids}, name) for ids in torch.split(tokens, self.batch_size)]
@@ -365,4 +368,4 @@ def _others(calibration: Calibration, also: OtherTexts) -> dict[str, Source | Ta
 
 def num_self_generated(calibration: Calibration, rows: int, length: int) -> int:
     """Returns the number of self-generated evaluation examples; fewer next to other texts."""
-    return rows if GENERATED in calibration.named else max(min(rows, MEASURED // length), 1)
+    return max(min(rows, MEASURED // length), 1)

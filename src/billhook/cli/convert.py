@@ -15,6 +15,9 @@ from billhook.pruning.repair import RepairOption
 from billhook.repairs.repair import RepairConfig
 from billhook.shrinking.divergence import split_examples
 
+SVD_PASSES = 6
+"""About how many calibration passes the statistics of heads and the comparison of methods take."""
+
 
 def convert(
     model: str,
@@ -81,7 +84,7 @@ def convert(
     if repair is not None and known is not None:
         limits = repair_limits(work, known.widths, meta_batches(work), required)
         steps.append(limits or work.repair_step(repair, "attention output projections and MLPs"))
-    work.print_plan(*steps, passes=passes)
+    work.print_plan(*steps, passes=passes, cost=SVD_PASSES if method.turns else 0, repairs=repair is not None)
     if dry_run:
         work.print_dry_run(plan.text())
         return

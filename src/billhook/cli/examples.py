@@ -33,7 +33,7 @@ class TextOptions:
 
     Args:
         data: Calibration data (split train) and evaluation data (split test, else validation, else other examples): "generated"
-            for self-generated text, "mixed" for packaged text of ten kinds, "tiny", a file or glob, a Hub name, a folder, files
+            for self-generated text, "mixed" for packaged text of eight kinds, "tiny", a file or glob, a Hub name, a folder, files
             by split such as '{train: a.txt, test: b.txt}', or several of these with equal shares, such as `generated a.txt`. For
             a text classifier, a table with texts and labels. For an image classifier, a folder with one subfolder per class, or a
             table such as `.parquet` files. Defaults to "mixed" and "generated" in equal parts, or "mixed" with `stream`.

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from billhook.arguments import parse_memory
 from billhook.assets import model_path
 from billhook.atomic_folder import check_not_source, check_target, replacement_note
-from billhook.calibration.calibration import MIXED, Calibration, check_other_texts, evaluation_batches, num_self_generated
+from billhook.calibration.calibration import MIXED, UNSEEN, Calibration, check_other_texts, evaluation_batches, num_self_generated
 from billhook.calibration.generated import GENERATED, KEPT, can_generate, check_can_generate
 from billhook.checkpoints.save import load, save
 from billhook.cli.effort import EXAMPLES as EXAMPLES_OF
@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 
 WARMUP_TOKENS = 8
 """Tokens of a first example that is not timed: it also pays for initialization."""
+REPAIR_PASSES = 3
+"""About how many calibration passes a repair takes, with its solvers."""
 LONG = 120.0
 """Seconds from which the expected time is printed."""
 DEFAULT_EXAMPLES = 40
@@ -133,6 +135,7 @@ class OneShot:
         options.check_sources()
         if options.stream:
             check_streamed(options, streams, offload)
+        self._matching_passes = 0.0
         self.polish = None if effort is None else polish_of(effort, options, calibrates, offload)
         self._targets: Targets | None = None
         self._times = 1 if effort is None else EXAMPLES_OF[effort.effort]
@@ -186,7 +189,7 @@ class OneShot:
         """Packaged and self-generated text that the command uses without data, or next to it."""
         if self.options.data is not None and not self._supplement:
             return []
-        reads = may_have_preprocessor(self.options.tokenizer or self.name)
+        reads = may_have_preprocessor(self._tokenizer_name)
         writes = can_generate(self.model) and not self.options.stream
         return [MIXED] * reads + [GENERATED] * (writes or not reads)
 
@@ -254,14 +257,22 @@ class OneShot:
         batches, held_out = len(sources), sum(matching.is_held_out(sources))
         steps = matching.num_steps(batches - held_out, least_steps)
         # two runs of the model; for each block, forward and backward per step, and the held-out batches before and in between
-        passes = 2 + (3 * steps + (1 + EVALUATIONS) * held_out) / batches
+        self._matching_passes = 2 + (3 * steps + (1 + EVALUATIONS) * held_out) / batches
         memory = ""
         if not self.of_images:  # each example's input of a block, its output, and its target
             numbers = sum(self.example_counts.values()) * self.length * text_config(self.model.config).hidden_size
             memory = f" and {3 * numbers * self.model.dtype.itemsize / 1e6:,.1f} MB"
-        return f"reconstruct each block in {steps} steps (takes about {passes:.3g} calibration passes{memory})"
+        return f"reconstruct each block in {steps} steps (takes about {self._matching_passes:.3g} calibration passes{memory})"
 
-    def print_plan(self, *steps: str, passes: int = 1, exact: bool = True, unknown: Sequence[object] = ()) -> None:
+    def print_plan(
+        self,
+        *steps: str,
+        passes: int = 1,
+        exact: bool = True,
+        unknown: Sequence[object] = (),
+        cost: float = 2,
+        repairs: bool = False,
+    ) -> None:
         """Prints the steps of the command before it runs them.
 
         Args:
@@ -269,6 +280,8 @@ class OneShot:
             passes: Number of passes over a streamed model that the steps need.
             exact: If False, `passes` is an upper bound.
             unknown: Importances that need an unknown number of further passes.
+            cost: About how many calibration passes the change itself takes, without a repair.
+            repairs: Whether layers are refitted.
         """
         data = self.options.data or self.options.also
         examples = f"{self.options.evaluate} examples per text"
@@ -286,32 +299,46 @@ class OneShot:
         polishes = [f"polish {self.polish}"] if self.polish is not None else []
         for step in (*steps, *polishes, *calibration, *measure, *streams, f"save to {self.out}{replacement_note(self.out)}"):
             print(f"  {step}", flush=True)
-        for line in self._expected_times():  # which takes a while for a large model
+        if line := self._expected_time(cost, repairs):  # which takes a while for a large model
             print(f"  {line}")
         print(flush=True)
 
-    def _expected_times(self) -> list[str]:
-        """Times a forward pass, and returns lines on the expected time if it is long."""
+    def _expected_time(self, cost: float, repairs: bool) -> str:
+        """Times a forward pass, and returns a line on the time of the whole command if it is long."""
         calibrated = sum(self.example_counts.values()) if self.calibrates else 0
         measured = self._measured_count if self._measures else 0
         if self.options.stream or self._offloaded_blocks or not (calibrated or measured):
-            return []
+            return ""
         time_forward(self.model, WARMUP_TOKENS)
         each = time_forward(self.model, self.length)
-        if each * (calibrated + 2 * measured) < LONG:
-            return []
-        lines = []
-        if calibrated:
-            duration = format_duration(each * calibrated)
-            lines.append(f"about {duration} per calibration pass over {calibrated} examples (3x with gradients)")
-        if measured:
-            lines.append(f"about {format_duration(2 * each * measured)} to measure {measured} examples twice")
-        return lines
+        fast = whole = cost * calibrated + 2 * measured
+        whole += calibrated * (REPAIR_PASSES * repairs + self._matching_passes)
+        if self.polish is not None:  # the dense model's predictions, forward and backward of each step, and the held-out examples
+            whole += 2 * calibrated + 3 * self.polish.steps * self.polish.batch_size
+        if each * whole < LONG:
+            return ""
+        saved = f" (--effort fast: {format_duration(each * fast)})" if whole > fast else ""
+        return f"about {format_duration(each * whole)} in all{saved}"
+
+    def _more_labeled(self, examples: int) -> LabeledData:
+        """Returns labeled data with another number of calibration examples."""
+        return LabeledData(replace(self.options, examples=examples), self.model, model_path(self._tokenizer_name), self.length)
+
+    @property
+    def _tokenizer_name(self) -> str:
+        return self.options.tokenizer or self.name
+
+    @property
+    def _reads_unseen(self) -> bool:
+        """True if packaged text of kinds that no command calibrates on is measured, too."""
+        return may_have_preprocessor(self._tokenizer_name) and UNSEEN not in self.calibration.named
 
     @property
     def _measured_count(self) -> int:
         """Number of examples that the model is measured on, if the texts are long enough."""
-        texts = 1 if self.metric == "accuracy" else len(self.calibration.named) + len(self.options.also or ())
+        texts = (
+            1 if self.metric == "accuracy" else len(self.calibration.named) + len(self.options.also or ()) + self._reads_unseen
+        )
         return texts * self.options.evaluate
 
     @property
@@ -382,8 +409,7 @@ class OneShot:
         Examples that the model is measured on are left out.
         """
         if self.metric == "accuracy":
-            options, folder = replace(self.options, examples=COUNTED), model_path(self.options.tokenizer or self.name)
-            data = LabeledData(options, self.model, folder, self.length)
+            data = self._more_labeled(COUNTED)
             batches = [Batch(batch, data.source("train")) for batch in data.calibration_batches()]
         else:
             sources = list(self.counted_sources.values())
@@ -418,7 +444,7 @@ class OneShot:
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The tokenizer of the model, or the one that is left of it."""
-        return self.trimmed or load_tokenizer(self.options.tokenizer or self.name)
+        return self.trimmed or load_tokenizer(self._tokenizer_name)
 
     def measure(self) -> Before:
         """Measures the dense model: accuracy, or predictions on texts; None if it does neither."""
@@ -428,8 +454,9 @@ class OneShot:
         with self._on_device():
             if self.metric == "perplexity":
                 options = self.options
+                also = [*(options.also or ()), *[UNSEEN] * self._reads_unseen]
                 rows = evaluation_batches(
-                    self.calibration, self.model, options.evaluate, options.also, None, not options.stream, self._text_folder
+                    self.calibration, self.model, options.evaluate, also, None, not options.stream, self._text_folder
                 )
                 others = self.counted_sources if self._as_text else ()
                 calibrated = list(self.calibration.named if self.calibrates else others)
@@ -531,7 +558,7 @@ class OneShot:
 
     def _preprocessor(self) -> Preprocessor | None:
         """Loads the tokenizer or image processor to save with the model, if there is one."""
-        name = self.options.tokenizer or self.name
+        name = self._tokenizer_name
         if self.trimmed is not None:
             return self.trimmed
         if not may_have_preprocessor(name):
@@ -542,9 +569,7 @@ class OneShot:
     def training_batches(self, examples: int, calibrated: Sequence[Batch], before: Before) -> list[Batch]:
         """Returns the calibration examples and more from the same files, without those that are measured."""
         if self.metric == "accuracy":
-            data = LabeledData(
-                replace(self.options, examples=examples), self.model, model_path(self.options.tokenizer or self.name), self.length
-            )
+            data = self._more_labeled(examples)
             return [Batch(batch, data.source("train")) for batch in data.calibration_batches()]
         measured = {tuple(ids.tolist()) for _, ids in before.rows} if isinstance(before, DenseReference) else set()
         batches = list(calibrated)

@@ -87,7 +87,7 @@ def prune_heads(
     passes = Passes(REMOVE_PASSES)
     passes.add_scoring(rounds, importance, total, batch_count(work.example_counts.values(), examples.batch_size))
     step = f"remove {count:,} of {total:,} {kind} (importance: {importance})"
-    work.print_plan(step, passes=passes.known, unknown=passes.unknown)
+    work.print_plan(step, passes=passes.known, unknown=passes.unknown, cost=3 * rounds, repairs=repair is not None)
     if dry_run and work.must_generate:
         work.print_dry_run()
         return

@@ -172,7 +172,7 @@ def prune_structure(
         if needed is not None:
             expected_limits = repair_limits(work, needed, meta_batches(work), required, experts)
             steps.append(expected_limits or work.repair_step(repair, "experts" if experts else "consumer layers"))
-    work.print_plan(*steps, passes=passes.known, exact=required, unknown=passes.unknown)
+    work.print_plan(*steps, passes=passes.known, exact=required, unknown=passes.unknown, cost=2 * rounds, repairs=refits)
     needs_data = any(scorer.needs_data for scorer in (block_importance, importance) if scorer is not None)
     if dry_run and needs_data and work.must_generate:
         work.print_dry_run()
@@ -264,8 +264,8 @@ def prune_vocabulary(
     Args:
         model: A folder, a Hub name, or "tiny".
         out: Output folder. It must be new, empty, or an earlier billhook checkpoint, which is replaced.
-        examples: Text to count tokens in, evaluation data, and the device. Packaged text of ten kinds is added to `data`, unless
-            `supplement` is 0.
+        examples: Text to count tokens in, evaluation data, and the device. Packaged text is added to `data`, unless `supplement`
+            is 0.
         tokens: Fraction of the vocabulary to remove, in (0, 1).
         round_to: The number of tokens that remain becomes a multiple of this: "auto" (the largest of 256, 128, 64, and 32 that is
             near), or a number; 1 turns rounding off.

@@ -83,6 +83,8 @@ def search_space(scope: SearchScope, steps: int, budget: str | None) -> str:
     return "\n".join([*lines, f"  at most {steps:,} search steps"])
 
 
+HELD_OUT = 0.25
+"""About what share of the examples each step of a search runs."""
 MARKER = "billhook-variants.json"
 """File that identifies a variant cache next to an output; a folder of that name without it is not touched."""
 
@@ -182,9 +184,10 @@ def shrink(
         steps += [limits] * bool(limits)
         if (matching := matching_of(search.repair)) is not None:
             steps.append(work.matching_step(matching, LEAST_STEPS))
-    work.print_plan(*steps)
+    most_steps = scope.most_steps(search.generations, search.candidates)
+    # each module is refitted at some levels on one pass, and each step runs the held-out examples
+    work.print_plan(*steps, cost=3 + most_steps * HELD_OUT, repairs=search.repair is not None)
     if dry_run:
-        most_steps = scope.most_steps(search.generations, search.candidates)
         work.print_dry_run(search_space(scope, most_steps, None if budget.max_loss is None else budget.words))
         return
     batches = work.batches()

@@ -28,7 +28,7 @@ from billhook.progress import OnProgress
 TOP = 64
 """Number of classes whose probabilities are stored, the most likely ones; the rest is stored as one probability."""
 LEAST_REST = 1e-6
-"""Smallest probability of the rest, below which its share of the divergence is not computed."""
+"""Smallest probability of the rest that is told apart from zero."""
 
 
 class Target(NamedTuple):
@@ -37,8 +37,8 @@ class Target(NamedTuple):
     Attributes:
         inputs: The model's inputs, one example.
         source: Name of the example's source.
-        values: Log-probabilities of the most likely classes, float16, `[positions, top]`; or, for a model without logits, its
-            token states, bfloat16, `[positions, hidden]`.
+        values: Log-probabilities of the most likely classes and of all others together, float16, `[positions, top + 1]`; or, for
+            a model without logits, its token states, bfloat16, `[positions, hidden]`.
         classes: The most likely classes, int32, `[positions, top]`; None for token states.
     """
 
@@ -69,18 +69,24 @@ def outputs_of(run: Run) -> tuple[Tensor, bool]:
 def divergence(model: nn.Module, target: Target) -> Tensor:
     """Returns the divergence of a model from the dense model on an example, the mean over positions, float32, `[]`.
 
-    With logits it is KL(p || q) in nats, where the classes beyond the `TOP` most likely ones count as one class:
-    sum_k p_k (log p_k - log q_k) + r (log r - log s), with r = 1 - sum_k p_k and s = 1 - sum_k q_k. It is a lower bound of the
-    KL divergence over all classes. For a model without logits it is 1 - cosine of the token states.
+    With logits it is KL(p || q) = sum_k p_k (log p_k - log q_k) in nats, where all classes but the `TOP` most likely ones of the
+    dense model count as one. It is a lower bound of the divergence over all classes. For a model without logits it is 1 - cosine
+    of the token states.
     """
     values, _ = outputs_of(runs_of(model, [target.inputs])[0])
     stored = target.values.to(values.device).float()
     if target.classes is None:
         return 1 - cosine_similarity(values.float(), stored, dim=-1).mean()
-    log_q = values.float().gather(-1, target.classes.to(values.device).long()) - values.float().logsumexp(-1, keepdim=True)
-    p, rest_q = stored.exp(), (1 - log_q.exp().sum(-1)).clamp_min(LEAST_REST)
-    rest_p = (1 - p.sum(-1)).clamp_min(LEAST_REST)
-    return ((p * (stored - log_q)).sum(-1) + rest_p * (rest_p.log() - rest_q.log())).mean()
+    log_p = stored.log_softmax(-1)  # as rounded logarithms do not sum to one
+    log_q = _with_rest(values.float(), target.classes.to(values.device).long())
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+
+
+def _with_rest(logits: Tensor, classes: Tensor) -> Tensor:
+    """Returns log-probabilities of some classes, `[positions, top]`, and of all others together: `[positions, top + 1]`."""
+    logs = logits.gather(-1, classes) - logits.logsumexp(-1, keepdim=True)
+    rest = (1 - logs.exp().sum(-1, keepdim=True)).clamp_min(LEAST_REST)
+    return torch.cat([logs, rest.log()], -1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,8 +130,8 @@ class Targets:
             inputs, source = examples[number]
             values, is_logits = outputs_of(runs_of(subject, [inputs])[0])
             if is_logits:
-                logs, classes = values.float().log_softmax(-1).topk(min(TOP, values.shape[-1]))
-                targets[number] = Target(inputs, source, logs.half().cpu(), classes.int().cpu())
+                classes = values.topk(min(TOP, values.shape[-1])).indices
+                targets[number] = Target(inputs, source, _with_rest(values.float(), classes).half().cpu(), classes.int().cpu())
             else:
                 targets[number] = Target(inputs, source, values.bfloat16().cpu(), None)
             if progress is not None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from billhook.pruning.amount import Amount as Amount
     from billhook.pruning.planning import plan as plan
     from billhook.pruning.repair import repair as repair
-    from billhook.repairs.polish import Polish as Polish
+    from billhook.repairs.polish import PolishConfig as PolishConfig
     from billhook.repairs.repair import RepairConfig as RepairConfig
     from billhook.shrinking.result import Budget as Budget, Search as Search
     from billhook.shrinking.shrink import shrink as shrink
@@ -78,7 +78,7 @@ else:
         "billhook.pruning.amount": "Amount",
         "billhook.pruning.planning": "plan",
         "billhook.pruning.repair": "repair",
-        "billhook.repairs.polish": "Polish",
+        "billhook.repairs.polish": "PolishConfig",
         "billhook.repairs.repair": "RepairConfig",
         "billhook.shrinking.result": "Budget Search",
         "billhook.shrinking.shrink": "shrink",

@@ -113,7 +113,7 @@ class TestPolish:
         smaller.model.layers[1].train()
         before, logits, random = state(smaller), all_logits(dense, rows), torch.get_rng_state()
         distance = (all_logits(smaller, rows) - logits).square().mean()
-        result = bh.polish(smaller, Targets.of(dense, rows), how=bh.Polish(steps=30, trains=trains))
+        result = bh.polish(smaller, Targets.of(dense, rows), how=bh.PolishConfig(steps=30, trains=trains))
         assert state(smaller) == before
         assert torch.equal(torch.get_rng_state(), random)
         assert max(result.after.values()) < max(result.before.values())
@@ -123,7 +123,7 @@ class TestPolish:
     def test_what_is_reported_is_what_the_model_has_afterward(self, dense):
         smaller, targets = cut(dense), Targets.of(dense, batches())
         _, held_out = targets.split(8)
-        result = bh.polish(smaller, targets, how=bh.Polish(steps=9))
+        result = bh.polish(smaller, targets, how=bh.PolishConfig(steps=9))
         for source, after in result.after.items():
             with torch.no_grad():
                 measured = [float(divergence(smaller, one)) for one in held_out if one.source == source]
@@ -132,16 +132,16 @@ class TestPolish:
     def test_the_same_twice_and_a_second_time(self, dense):
         targets = Targets.of(dense, batches())
         twins = cut(dense), cut(dense)
-        results = [bh.polish(one, targets, how=bh.Polish(steps=6)) for one in twins]
+        results = [bh.polish(one, targets, how=bh.PolishConfig(steps=6)) for one in twins]
         assert results[0] == results[1]
         assert all(torch.equal(*pair) for pair in zip(*(values(one).values() for one in twins), strict=True))
-        again = bh.polish(twins[0], targets, how=bh.Polish(steps=6))
+        again = bh.polish(twins[0], targets, how=bh.PolishConfig(steps=6))
         assert again.before == pytest.approx(results[0].after, rel=1e-4)
 
     def test_what_makes_it_worse_is_not_kept(self, dense):
         smaller, targets = cut(dense), Targets.of(dense, batches())
         before = values(smaller)
-        result = bh.polish(smaller, targets, how=bh.Polish(steps=6, trains="all", lr=30.0))
+        result = bh.polish(smaller, targets, how=bh.PolishConfig(steps=6, trains="all", lr=30.0))
         assert (result.share, result.after) == (0.0, result.before)
         assert all(torch.equal(before[name], value) for name, value in smaller.state_dict().items())
 
@@ -150,12 +150,12 @@ class TestPolish:
         bh.prune(dense, bh.Magnitude(), sparsity=0.5)
         target = Targets.of(llama(**SMALL).eval(), batches())
         zeros = {name: value == 0 for name, value in dense.named_parameters()}
-        bh.polish(dense, target, how=bh.Polish(steps=4, trains=trains))
+        bh.polish(dense, target, how=bh.PolishConfig(steps=4, trains=trains))
         assert all((value[zeros[name]] == 0).all() for name, value in dense.named_parameters())
 
     def test_half_precision_stays_and_ties_too(self, dense):
         model = llama(**SMALL, tie_word_embeddings=True).to(torch.bfloat16).eval()
-        bh.polish(model, Targets.of(dense, batches()), how=bh.Polish(steps=4, trains="all"))
+        bh.polish(model, Targets.of(dense, batches()), how=bh.PolishConfig(steps=4, trains="all"))
         assert {value.dtype for value in model.parameters()} == {torch.bfloat16}
         assert model.lm_head.weight is model.model.embed_tokens.weight
 
@@ -170,7 +170,7 @@ class TestPolish:
                 raise RuntimeError("stopped")
 
         with pytest.raises(RuntimeError, match="stopped"):
-            bh.polish(smaller, targets, how=bh.Polish(steps=6, trains=trains), progress=stop)
+            bh.polish(smaller, targets, how=bh.PolishConfig(steps=6, trains=trains), progress=stop)
         assert state(smaller) == before
         assert all(torch.equal(kept[name], value) for name, value in smaller.state_dict().items())
 
@@ -185,7 +185,7 @@ class TestPolish:
             smaller = cut(model)
             ids = [torch.randint(1, 50, (2, 8)) for _ in range(4)]
             rows = [{"input_ids": one} | ({"labels": one} if model is t5 else {}) for one in ids]
-            result = bh.polish(smaller, model, rows, bh.Polish(steps=6))
+            result = bh.polish(smaller, model, rows, bh.PolishConfig(steps=6))
             assert result.after[""] <= result.before[""]
 
     def test_what_cannot_be_polished_is_refused(self, dense, tmp_path):
@@ -208,7 +208,7 @@ def test_sources_are_drawn_in_turn(dense):
 
     rows = [*batches(2, rows=8, sources=("long",)), *batches(1, rows=2, sources=("short",))]
     train, held_out = Targets.of(dense, rows).split(8)
-    drawn = list(_in_turn(train, bh.Polish(steps=10)))
+    drawn = list(_in_turn(train, bh.PolishConfig(steps=10)))
     assert [one.source for one in drawn] == ["long", "short"] * 10
     kept = {id(one.values) for one in held_out}
     assert not any(id(one.values) in kept for one in drawn)

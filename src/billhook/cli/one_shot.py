@@ -46,7 +46,7 @@ from billhook.progress import format_duration, progress_bar
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.repair import RepairOption
 from billhook.repairs.matching import EVALUATIONS, LEAST_STEPS, BlockMatching
-from billhook.repairs.polish import Polish
+from billhook.repairs.polish import PolishConfig
 from billhook.report.degradation import DenseReference, TextDegradation, accuracy, degradation_table, degradation_warning
 from billhook.report.generation import generates
 from billhook.report.predictions import BYTES as PREDICTIONS
@@ -580,7 +580,7 @@ class OneShot:
         return [Batch({"input_ids": ids[None]}, source) for key, (source, ids) in rows.items() if key not in measured]
 
 
-def polish_of(effort: Effort, options: TextOptions, calibrates: bool, offload: bool) -> Polish | None:
+def polish_of(effort: Effort, options: TextOptions, calibrates: bool, offload: bool) -> PolishConfig | None:
     """Returns the settings of a command's polish, if it can polish.
 
     Raises:

@@ -20,7 +20,7 @@ from billhook.cli.streamed import matching_of
 from billhook.model import stacks_of
 from billhook.progress import progress_bar
 from billhook.repairs.matching import LEAST_STEPS
-from billhook.repairs.polish import Polish, Trained
+from billhook.repairs.polish import PolishConfig, Trained
 from billhook.shrinking.divergence import split_batches
 from billhook.shrinking.result import Budget, Search
 from billhook.shrinking.scope import Progress, SearchScope
@@ -36,7 +36,7 @@ class Recovery:
 
     Args:
         recover: Number of training steps, in place of those of `polish`. 0 disables recovery training.
-        recover_lr: Peak learning rate. Defaults to that of `Polish`.
+        recover_lr: Peak learning rate. Defaults to that of `PolishConfig`.
         recover_lora: If true, trains LoRA adapters, which are merged at the end, instead of all weights.
         recover_batch_size: Examples per step.
 
@@ -55,10 +55,10 @@ class Recovery:
         if self.recover_lr is not None:
             check_number("recover_lr", self.recover_lr, above=0)
 
-    def polish(self, seed: int) -> Polish | None:
+    def polish(self, seed: int) -> PolishConfig | None:
         """Returns the settings of the training; None without it."""
         trains: Trained = "lora" if self.recover_lora else "all"
-        return Polish(self.recover, trains, self.recover_lr, self.recover_batch_size, seed) if self.recover else None
+        return PolishConfig(self.recover, trains, self.recover_lr, self.recover_batch_size, seed) if self.recover else None
 
 
 def search_space(scope: SearchScope, steps: int, budget: str | None) -> str:

@@ -14,8 +14,8 @@ SMALLER, RESTARTS = 3.0, 2
 
 
 @dataclass(frozen=True)
-class Polish:
-    """Trains a smaller model toward the dense model's predictions, right after it was pruned, converted, or repaired.
+class PolishConfig:
+    """Settings of a polish, which trains a smaller model toward the dense model.
 
     The loss is KL(dense || model) of the predictions at temperature 1, without labels. Without logits, it is 1 - cosine of the
     token states. All sources of the data are drawn equally often. The result is the point between start and end that is
@@ -33,6 +33,10 @@ class Polish:
 
     Raises:
         ValueError: If a number is out of range, or `trains` is not one of these.
+
+    Example:
+        >>> import billhook as bh
+        >>> longer = bh.PolishConfig(steps=300, trains="all")
     """
 
     steps: int = 60
@@ -42,7 +46,7 @@ class Polish:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_types(Polish, vars(self))
+        check_types(PolishConfig, vars(self))
         check_int("steps", self.steps)
         check_one_of("trains", self.trains, LR)
         check_number("lr", lr_of(self), above=0)
@@ -50,6 +54,6 @@ class Polish:
         check_int("seed", self.seed, 0)
 
 
-def lr_of(how: Polish) -> float:
+def lr_of(how: PolishConfig) -> float:
     """Returns the learning rate that a polish begins with."""
     return LR[how.trains] if how.lr is None else how.lr

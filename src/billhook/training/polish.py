@@ -1,4 +1,4 @@
-"""Polish: a few training steps of the smaller model toward the dense model's predictions, without labels.
+"""Trains a smaller model toward the dense model's predictions, without labels.
 
 A global step after local repairs, as in Puzzle (Bercovich et al., 2024, https://arxiv.org/abs/2411.19146) and Minitron
 (Muralidharan et al., 2024, https://arxiv.org/abs/2407.14679), on few parameters, as in PERP (Zimmer et al., 2023,
@@ -34,7 +34,7 @@ from billhook.engine import evaluating_without_grad, store_of
 from billhook.fit.run import isolated_rng
 from billhook.model import find_transformer, is_linear, is_pruned, weight_holders, weight_of
 from billhook.progress import OnProgress
-from billhook.repairs.polish import RESTARTS, SMALLER, Polish, lr_of
+from billhook.repairs.polish import RESTARTS, SMALLER, PolishConfig, lr_of
 from billhook.sparsity.enforcement import hold_masks
 from billhook.tracing.trace import trace
 from billhook.training.module import TransformerModule
@@ -43,7 +43,7 @@ from billhook.units import units_of
 
 WARMUP, BETAS = 0.1, (0.9, 0.95)
 HELD_OUT = 8
-"""One example in so many is held out, of each source."""
+"""One example of this number is held out, of each source."""
 CHECKS = 3
 """How often the held-out examples are measured during the steps."""
 SHARES = 0.25, 0.5, 0.75
@@ -63,7 +63,7 @@ class Polished:
         after: Mean held-out divergence of each source at the end.
     """
 
-    how: Polish
+    how: PolishConfig
     steps: int
     lr: float
     share: float
@@ -82,7 +82,7 @@ class Polished:
 
     @property
     def words(self) -> str:
-        """What was trained, as part of a sentence."""
+        """Describes what was trained, as part of a sentence."""
         what = {"scales": "scales", "lora": "LoRA", "all": "all weights"}[self.how.trains]
         return f"{what} polished in {self.steps} steps" + (f", {self.share:.0%} of the way" if self.share < 1 else "")
 
@@ -91,7 +91,7 @@ def polish(
     model: PreTrainedModel,
     dense: Targets | PreTrainedModel,
     batches: Batches | None = None,
-    how: Polish | None = None,
+    how: PolishConfig | None = None,
     progress: OnProgress | None = None,
 ) -> Polished:
     """Trains a smaller model toward the dense model's predictions, in place.
@@ -100,7 +100,7 @@ def polish(
         model: The smaller model, in memory, without adapters.
         dense: The dense model, or its predictions (`Targets.of`, made before the model was changed).
         batches: Batches of forward inputs, or a `Calibration`, for a dense model. At least two examples of one source.
-        how: Settings. Defaults to `Polish()`.
+        how: Settings. Defaults to `PolishConfig()`.
         progress: Callback with the number of finished steps and the total.
 
     Raises:
@@ -111,12 +111,12 @@ def polish(
         >>> model, batches = bh.load("tiny"), [{"input_ids": torch.arange(i, i + 32)[None]} for i in range(4)]
         >>> dense = bh.training.Targets.of(model, batches)
         >>> bh.apply(model, bh.plan(model, bh.importance.WeightNorm(), channels=0.25))
-        >>> result = bh.polish(model, dense, how=bh.Polish(steps=3))
+        >>> result = bh.polish(model, dense, how=bh.PolishConfig(steps=3))
         >>> result.after[""] <= result.before[""]
         True
     """
     check_types(polish, locals())
-    subject, how = find_transformer(model), how or Polish()
+    subject, how = find_transformer(model), how or PolishConfig()
     check_can_polish(subject)
     targets = dense if isinstance(dense, Targets) else Targets.of(dense, batches or [], progress)
     train, held_out = targets.split(HELD_OUT)
@@ -142,7 +142,7 @@ def polish(
             module.fold()
 
 
-def _fit(module: pl.LightningModule, examples: DataLoader[Any], device: torch.device, how: Polish) -> None:
+def _fit(module: pl.LightningModule, examples: DataLoader[Any], device: torch.device, how: PolishConfig) -> None:
     """Trains on one device, and prints and writes nothing."""
     lightning = logging.getLogger("lightning.pytorch")
     level = lightning.level
@@ -171,7 +171,7 @@ def _fit(module: pl.LightningModule, examples: DataLoader[Any], device: torch.de
 class _PolishModule(TransformerModule):
     """Trains a model toward targets, and keeps the best state on held-out ones."""
 
-    def prepare(self, how: Polish, held_out: Sequence[Target], progress: OnProgress | None) -> None:
+    def prepare(self, how: PolishConfig, held_out: Sequence[Target], progress: OnProgress | None) -> None:
         """Chooses the parameters to train, and keeps their start."""
         model = self.model
         self.how, self.held_out, self.progress = how, by_source(held_out), progress
@@ -219,7 +219,7 @@ class _PolishModule(TransformerModule):
         return divergence(self.model, batch)
 
     def on_train_batch_end(self, outputs: object, batch: Target, batch_idx: int) -> None:
-        """Keeps the state with the lowest held-out divergence of the worst source, and stops when it rises."""
+        """Keeps the state that is best for the worst source, and stops if it only rises."""
         if self.trainer.global_step == self.taken:
             return  # a batch of a step that needs more batches
         self.taken = self.trainer.global_step
@@ -239,7 +239,7 @@ class _PolishModule(TransformerModule):
         self.lowest, self.taken = math.inf, 0
 
     def choose(self) -> Polished:
-        """Goes to the point between the start and the best state that is best on held-out examples."""
+        """Goes to the best point between the start and the best state."""
         candidates = {0.0: self.before}
         for share in (*SHARES, 1.0) if self.best is not self.start else ():
             self.interpolate(share)
@@ -276,7 +276,7 @@ class _PolishModule(TransformerModule):
 
 
 def consumers(model: nn.Module) -> list[nn.Module]:
-    """Returns the linear layers whose only inputs are heads or channels, each once, without those that share a weight."""
+    """Finds linear layers whose only inputs are heads or channels and that share no weight."""
     holders = Counter(id(part) for module in model.modules() for part in module._parameters.values())
     units = units_of(model, trace(model), ["head", "channel"]).values()
     names = dict.fromkeys(reader for layer in units if not layer.of_experts for reader in layer.readers)
@@ -300,8 +300,8 @@ def check_can_polish(model: nn.Module) -> None:
         raise ValueError("polish: the model has adapters. Merge them first with bh.training.merge.")
 
 
-def _in_turn(examples: Sequence[Target], how: Polish) -> DataLoader[Any]:
-    """Returns `steps` batches of examples, one of each source in turn, each source in random order again and again."""
+def _in_turn(examples: Sequence[Target], how: PolishConfig) -> DataLoader[Any]:
+    """Draws examples of all steps: of each source in turn, each in random order."""
     generator = torch.Generator().manual_seed(how.seed)
     sources = cycle([_shuffled(group, generator) for group in by_source(examples).values()])
     drawn: Any = [next(next(sources)) for _ in range(how.steps * how.batch_size)]
@@ -316,7 +316,7 @@ def _shuffled(examples: Sequence[Target], generator: torch.Generator) -> Iterato
 
 @contextmanager
 def _in_float32(model: nn.Module) -> Iterator[None]:
-    """Keeps parameters in float32 within a `with` block, as small steps are lost in half precision."""
+    """Keeps parameters in float32, because half precision loses small steps."""
     dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
     for parameter in model.parameters():
         parameter.data = parameter.data.float()

@@ -1,4 +1,4 @@
-"""What a dense model predicts, computed once and stored: the target of a polish."""
+"""Stores what a dense model predicts, for a polish."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -50,7 +50,7 @@ class Target(NamedTuple):
 
 
 def outputs_of(run: Run) -> tuple[Tensor, bool]:
-    """Returns what a model is used for at non-padding positions: logits `[positions, classes]`, or token states.
+    """Returns logits, `[positions, classes]`, or else token states, at non-padding positions.
 
     The second value is True for logits.
 
@@ -68,7 +68,7 @@ def outputs_of(run: Run) -> tuple[Tensor, bool]:
 
 
 def divergence(model: nn.Module, target: Target) -> Tensor:
-    """Returns the divergence of a model from the dense model on an example, the mean over positions, float32, `[]`.
+    """Returns the mean divergence from the dense model on an example, float32, `[]`.
 
     With logits it is KL(p || q) = sum_k p_k (log p_k - log q_k) in nats, where all classes but the `TOP` most likely ones of the
     dense model count as one. It is a lower bound of the divergence over all classes. For a model without logits it is 1 - cosine
@@ -84,7 +84,7 @@ def divergence(model: nn.Module, target: Target) -> Tensor:
 
 
 def _with_rest(logits: Tensor, classes: Tensor) -> Tensor:
-    """Returns log-probabilities of some classes, `[positions, top]`, and of all others together: `[positions, top + 1]`."""
+    """Returns log-probabilities of some classes, and of all others together."""
     logs = logits.gather(-1, classes) - logits.logsumexp(-1, keepdim=True)
     rest = (1 - logs.exp().sum(-1, keepdim=True)).clamp_min(LEAST_REST)
     return torch.cat([logs, rest.log()], -1)
@@ -148,7 +148,7 @@ class Targets:
         return any(len(examples) > 1 for examples in self.by_source.values())
 
     def split(self, held_out: int) -> tuple[list[Target], list[Target]]:
-        """Returns the examples to train on, and of each source one in `held_out`, evenly spaced, at least one."""
+        """Returns the examples to train on, and one in `held_out` of each source, evenly spaced."""
         train, held = list[Target](), list[Target]()
         for examples in self.by_source.values():
             count = max(1, len(examples) // held_out) if len(examples) > 1 else 0
@@ -177,6 +177,6 @@ def _split(batch: Any) -> list[Any]:  # noqa: ANN401
 
 
 def _plain(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Returns inputs on the CPU, copied, so that the batch that they are a part of is not kept."""
+    """Copies inputs to the CPU, so that the batch that they are a part of is not kept."""
     copied: dict[str, Any] = tree_map_only(Tensor, lambda tensor: tensor.detach().cpu().clone(), inputs)
     return copied

@@ -304,7 +304,7 @@ class OneShot:
         print(flush=True)
 
     def _expected_time(self, cost: float, repairs: bool) -> str:
-        """Times a forward pass, and returns a line on the time of the whole command if it is long."""
+        """Returns a line on the time of the whole command, if it is long."""
         calibrated = sum(self.example_counts.values()) if self.calibrates else 0
         measured = self._measured_count if self._measures else 0
         if self.options.stream or self._offloaded_blocks or not (calibrated or measured):
@@ -567,7 +567,7 @@ class OneShot:
         return load_preprocessor(name) if self.of_images else load_tokenizer(name)
 
     def training_batches(self, examples: int, calibrated: Sequence[Batch], before: Before) -> list[Batch]:
-        """Returns the calibration examples and more from the same files, without those that are measured."""
+        """Returns the calibration examples and others of the same files that are not measured."""
         if self.metric == "accuracy":
             data = self._more_labeled(examples)
             return [Batch(batch, data.source("train")) for batch in data.calibration_batches()]

@@ -1,4 +1,4 @@
-"""Settings of a polish: training of the smaller model toward the dense model's predictions."""
+"""Settings of a polish: training of the smaller model toward the dense model."""
 
 from dataclasses import dataclass
 from typing import Literal

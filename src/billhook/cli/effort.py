@@ -37,7 +37,7 @@ class Effort:
         check_types(Effort, vars(self))
 
     def repair(self, repair: RepairOption) -> RepairOption:
-        """Returns the settings of the repair, for "auto" those of this level."""
+        """Resolves the settings of the repair: "auto" depends on the level."""
         if repair != "auto" or self.effort == "default":
             return repair
         return None if self.effort == "fast" else RepairConfig(match=BlockMatching())

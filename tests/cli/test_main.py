@@ -1,5 +1,6 @@
 import runpy
 import shlex
+import subprocess
 import sys
 from pathlib import Path
 
@@ -215,3 +216,29 @@ class TestRefused:
         Path("wrong.yaml").write_text("trainer:\n  max_stepz: 3\n")
         told = self.told(line, capsys)
         assert [word for word in words if word not in told] == []
+
+
+def test_the_stored_help_is_that_of_the_parser(tmp_path):
+    """In a process of its own, as classes are listed in the order of their imports."""
+    subprocess.run([sys.executable, str(ROOT / ".ci/help_texts.py"), str(tmp_path)], check=True)
+    stored = Path(bh.__file__).with_name("cli") / "help"
+    for command in COMMANDS:
+        made = (tmp_path / f"{command}.txt").read_text()
+        assert made == (stored / f"{command}.txt").read_text(), "python .ci/help_texts.py stores it"
+
+
+@pytest.mark.parametrize(
+    "words", [["shrink", "--help"], ["prune", "tiny", "out", "--sparsty", "0.5"]], ids=["help", "an unknown option"]
+)
+def test_what_needs_no_model_imports_no_torch(words):
+    code = f"""
+import sys
+from billhook.cli.main import main
+try:
+    main({words!r})
+except SystemExit as ended:
+    assert ended.code == 2
+assert not {{"torch", "transformers", "lightning"}} & set(sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "usage: billhook shrink" in done.stdout or "Did you mean '--sparsity'?" in done.stderr

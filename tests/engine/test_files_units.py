@@ -22,7 +22,7 @@ def folder(tmp_path, request):
     return written(request.param, tmp_path / "dense")
 
 
-@pytest.mark.daily("LlamaForCausalLM-*", "T5*-OutputNorm")
+@pytest.mark.daily("LlamaForCausalLM-OBS", "T5*-OutputNorm")
 @pytest.mark.parametrize("importance", IMPORTANCES, ids=lambda one: type(one).__name__)
 def test_the_same_bytes_without_units(folder, tmp_path, importance):
     check_the_same(folder, tmp_path, importance, **KINDS[type(bh.load(folder))])

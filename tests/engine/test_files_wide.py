@@ -31,7 +31,7 @@ def test_the_same_bytes_without_experts_and_their_channels(tmp_path, kind, amoun
     check_the_same(written(kind, tmp_path / "dense"), tmp_path, bh.importance.WeightNorm(), **amounts)
 
 
-@pytest.mark.daily("LlamaForCausalLM-OutputNorm*", "T5*")
+@pytest.mark.daily("T5*")
 @pytest.mark.parametrize(
     ("kind", "importance"),
     [(kind, one) for kind, some in STREAMS.items() for one in some],

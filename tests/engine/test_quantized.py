@@ -70,6 +70,7 @@ def original_of(name, removed):
     return name, [number for number in range(8) if number not in removed[parts[2]]] if has_rows else None
 
 
+@pytest.mark.daily("deepseek_v3-*", "gpt_oss-*")
 @pytest.mark.parametrize(("family", "block"), CASES)
 def test_kept_experts_are_stored_as_they_were(family, block, tmp_path):
     torch.manual_seed(0)

@@ -1,15 +1,27 @@
 """The `billhook` program: Lightning's subcommands, and commands for checkpoints."""
 
 import os
+import re
 import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NoReturn
 
 import billhook
 from billhook.cli.interruption import Terminated, sigterm_as_interrupt
-from billhook.cli.options import COMMANDS, LIGHTNING, billhook_error, command_of, description, in_options, run, unknown_command
+from billhook.cli.options import (
+    COMMANDS,
+    LIGHTNING,
+    billhook_error,
+    command_of,
+    description,
+    in_options,
+    run,
+    suggestion,
+    unknown_command,
+)
 from billhook.cli.recipes import config_files, config_warnings, resolve_recipes
 
 
@@ -31,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(description(), end="")
         return
     command = words[0] if words else ""
+    if command in COMMANDS:
+        answer_at_once(command, words[1:])
     if command not in (*LIGHTNING, *COMMANDS) and not command.startswith("-"):
         sys.stderr.write(f"billhook: {unknown_command(command, [*LIGHTNING, *COMMANDS])}\n")
         sys.exit(2)
@@ -61,6 +75,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         message = f"billhook {command}: {in_options(command, str(raised or error))}"
         sys.exit("\n".join([message, *getattr(error, "__notes__", ())]))
+
+
+def answer_at_once(command: str, words: Sequence[str]) -> None:
+    """Ends with the stored help, or with an error for an unknown option, without torch."""
+    text = Path(__file__).with_name("help").joinpath(f"{command}.txt").read_text(encoding="utf-8")
+    if list(words) in (["-h"], ["--help"]):
+        print(text, end="")
+        sys.exit()
+    known = set(re.findall(r"(?<![\w-])--([A-Za-z_]\w*)", text)) | {"help"}
+    given = [word[2:].split("=")[0] for word in words if word.startswith("--")]
+    if unknown := [name for name in given if name.split(".")[0].rstrip("+") not in known]:
+        lines = [f"unknown option '--{name}'.{suggestion(name, sorted(known), '--')}" for name in unknown]
+        sys.stderr.write(
+            "\n".join([f"billhook {command}: {lines[0]}", *lines[1:], f"`billhook {command} --help` lists all options.\n"])
+        )
+        sys.exit(2)
 
 
 def _end(command: str, interrupt: KeyboardInterrupt) -> NoReturn:

@@ -21,7 +21,7 @@ from billhook.model import stacks_of
 from billhook.progress import progress_bar
 from billhook.repairs.matching import LEAST_STEPS
 from billhook.repairs.polish import PolishConfig, Trained
-from billhook.shrinking.divergence import split_batches
+from billhook.shrinking.divergence import TOKENS, split_batches
 from billhook.shrinking.result import Budget, Search
 from billhook.shrinking.scope import Progress, SearchScope
 from billhook.shrinking.shrink import Layers, check_variant_cache, resolve_repair, run_shrink
@@ -83,8 +83,6 @@ def search_space(scope: SearchScope, steps: int, budget: str | None) -> str:
     return "\n".join([*lines, f"  at most {steps:,} search steps"])
 
 
-HELD_OUT = 0.25
-"""About what share of the examples each step of a search runs."""
 MARKER = "billhook-variants.json"
 """File that identifies a variant cache next to an output; a folder of that name without it is not touched."""
 
@@ -185,8 +183,9 @@ def shrink(
         if (matching := matching_of(search.repair)) is not None:
             steps.append(work.matching_step(matching, LEAST_STEPS))
     most_steps = scope.most_steps(search.generations, search.candidates)
-    # each module is refitted at some levels on one pass, and each step runs the held-out examples
-    work.print_plan(*steps, cost=3 + most_steps * HELD_OUT, repairs=search.repair is not None)
+    # modules are refitted at all levels, and each step runs the held-out tokens
+    cost = 2 + most_steps * TOKENS / (work.length * sum(work.example_counts.values()))
+    work.print_plan(*steps, cost=cost, repairs=search.repair is not None)
     if dry_run:
         work.print_dry_run(search_space(scope, most_steps, None if budget.max_loss is None else budget.words))
         return

@@ -237,7 +237,7 @@ from billhook.cli.main import main
 try:
     main({words!r})
 except SystemExit as ended:
-    assert ended.code == 2
+    assert ended.code in (0, 2)
 assert not {{"torch", "transformers", "lightning"}} & set(sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -82,7 +82,7 @@ def answer_at_once(command: str, words: Sequence[str]) -> None:
     text = Path(__file__).with_name("help").joinpath(f"{command}.txt").read_text(encoding="utf-8")
     if list(words) in (["-h"], ["--help"]):
         print(text, end="")
-        sys.exit()
+        sys.exit(0)
     known = set(re.findall(r"(?<![\w-])--([A-Za-z_]\w*)", text)) | {"help"}
     given = [word[2:].split("=")[0] for word in words if word.startswith("--")]
     if unknown := [name for name in given if name.split(".")[0].rstrip("+") not in known]:

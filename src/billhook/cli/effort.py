@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from billhook.arguments import check_one_of, check_types
+from billhook.cli.examples import TextOptions
 from billhook.pruning.repair import RepairOption
 from billhook.repairs.matching import BlockMatching
 from billhook.repairs.polish import PolishConfig
@@ -46,9 +47,24 @@ class Effort:
         """Returns the settings of block-wise reconstruction of pruned weights."""
         return BlockMatching() if match is None and self.effort == "best" else match
 
-    @property
-    def polishing(self) -> PolishConfig | None:
-        """The settings of the polish."""
+    def polish_for(self, options: TextOptions, calibrates: bool, offload: bool) -> PolishConfig | None:
+        """Returns the settings of the polish, if the command can polish.
+
+        Args:
+            options: Data options of the command.
+            calibrates: Whether the command has calibration data without a polish.
+            offload: Whether blocks are in CPU memory.
+
+        Raises:
+            ValueError: If a polish is asked for of a model that is not in memory.
+        """
+        if isinstance(self.polish, PolishConfig) and (options.stream or offload):
+            raise ValueError(
+                f"polish={self.polish} needs all weights in memory, so it does not go with stream or offload. Remove it, and "
+                "train the result with billhook fit and distillation."
+            )
         if self.polish != "auto":
             return self.polish
+        if options.stream or offload or not (calibrates or options.data is not None):
+            return None
         return {"fast": None, "default": PolishConfig(), "best": PolishConfig(trains="all")}[self.effort]

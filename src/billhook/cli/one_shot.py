@@ -46,7 +46,6 @@ from billhook.progress import format_duration, progress_bar
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.repair import RepairOption
 from billhook.repairs.matching import EVALUATIONS, LEAST_STEPS, BlockMatching
-from billhook.repairs.polish import PolishConfig
 from billhook.report.degradation import DenseReference, TextDegradation, accuracy, degradation_table, degradation_warning
 from billhook.report.generation import generates
 from billhook.report.predictions import BYTES as PREDICTIONS
@@ -136,7 +135,7 @@ class OneShot:
         if options.stream:
             check_streamed(options, streams, offload)
         self._matching_passes = 0.0
-        self.polish = None if effort is None else polish_of(effort, options, calibrates, offload)
+        self.polish = None if effort is None else effort.polish_for(options, calibrates, offload)
         self._targets: Targets | None = None
         self._times = 1 if effort is None else EXAMPLES_OF[effort.effort]
         calibrates, refits = calibrates or self.polish is not None, refits or self.polish is not None
@@ -578,20 +577,3 @@ class OneShot:
             batches += replace(self.calibration, sources=files, weights=None, tokens=tokens).read(self.model, self.trimmed)
         rows = {tuple(ids.tolist()): (batch.source, ids) for batch in batches for ids in batch["input_ids"]}  # each example once
         return [Batch({"input_ids": ids[None]}, source) for key, (source, ids) in rows.items() if key not in measured]
-
-
-def polish_of(effort: Effort, options: TextOptions, calibrates: bool, offload: bool) -> PolishConfig | None:
-    """Returns the settings of a command's polish, if it can polish.
-
-    Raises:
-        ValueError: If a polish is asked for of a model that is not in memory.
-    """
-    asked = effort.polish not in ("auto", None)
-    if asked and (options.stream or offload):
-        raise ValueError(
-            f"polish={effort.polish} needs all weights in memory, so it does not go with stream or offload. Remove it, and train "
-            "the result with billhook fit and distillation."
-        )
-    if options.stream or offload or not (asked or calibrates or options.data is not None):
-        return None
-    return effort.polishing

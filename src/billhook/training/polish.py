@@ -30,7 +30,7 @@ from billhook.adapters.masked import mask_nonzero
 from billhook.adapters.merge import has_adapters, merge
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches
-from billhook.engine import evaluating_without_grad, store_of
+from billhook.engine import evaluating, evaluating_without_grad, store_of
 from billhook.fit.run import isolated_rng
 from billhook.model import find_transformer, is_linear, is_pruned, weight_holders, weight_of
 from billhook.progress import OnProgress
@@ -148,7 +148,7 @@ def _fit(module: pl.LightningModule, examples: DataLoader[Any], device: torch.de
     level = lightning.level
     lightning.setLevel(logging.WARNING)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Found .* in eval mode")  # as intended
+        warnings.filterwarnings("ignore", "Found .* in eval mode")  # which no step changes
         trainer = pl.Trainer(
             accelerator=device.type,
             devices=1 if device.index is None else [device.index],
@@ -188,7 +188,6 @@ class _PolishModule(TransformerModule):
                 self.scales.append(scale)
                 self.scaled.append(layer)
                 self.hooks.append(layer.register_forward_pre_hook(partial(_scaled, scale)))
-        model.train(False)  # dropout would add noise that the stored predictions do not have
         self.trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
         self.start = self.best = self._state()
         self.before: dict[str, float] = {}
@@ -216,7 +215,8 @@ class _PolishModule(TransformerModule):
 
     def training_step(self, batch: Target, batch_idx: int) -> Tensor:  # type: ignore[override]
         """Returns the divergence on an example, `[]`."""
-        return divergence(self.model, batch)
+        with evaluating(self.model):  # without dropout, as the stored predictions, and without a KV cache
+            return divergence(self.model, batch)
 
     def on_train_batch_end(self, outputs: object, batch: Target, batch_idx: int) -> None:
         """Keeps the state that is best for the worst source, and stops if it only rises."""

@@ -45,10 +45,11 @@ def with_lora_on_experts(model, *parameters):
     return model
 
 
-def test_zeros_of_experts_stay_when_adapters_of_their_parameter_are_merged():
+@pytest.mark.parametrize("parameters", [["gate_up_proj"], ["gate_up_proj", "down_proj"]], ids=["one", "both"])
+def test_zeros_of_experts_stay_when_adapters_of_their_parameters_are_merged(parameters):
     model, batches = build_family("mixtral"), [{"input_ids": tokens(8, 24)}]
     masks = bh.prune(model, bh.Wanda(), batches, 0.5).masks(model)
-    model = with_lora_on_experts(model, "gate_up_proj")
+    model = with_lora_on_experts(model, *parameters)
     held = bh.hold_masks(model, torch.optim.AdamW(model.parameters()), {f"base_model.model.{n}": m for n, m in masks.items()})
     held.detach()
     expected = copy.deepcopy(model).merge_and_unload()
@@ -59,15 +60,15 @@ def test_zeros_of_experts_stay_when_adapters_of_their_parameter_are_merged():
         torch.testing.assert_close(weight, weight_named(expected, name) * mask)
 
 
-def test_adapters_of_a_parameter_of_experts_are_refused_where_they_would_count_twice():
-    model = with_lora_on_experts(build_family("mixtral"), "gate_up_proj", "down_proj")
+def test_experts_with_an_adapter_on_their_parameter_are_refused_by_other_changes():
+    model, batches = with_lora_on_experts(build_family("mixtral"), "gate_up_proj", "down_proj"), [{"input_ids": tokens(8, 24)}]
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="experts has a nested adapter and cannot be merged separately"):
-        merge(model)
     with pytest.raises(
         ValueError, match=r"parameter of base_model.*experts.0.gate_up_proj has an adapter. Prune the model before"
     ):
         bh.prune(model, bh.Magnitude(), sparsity=0.5)
+    with pytest.raises(ValueError, match=r"parameters of model.*experts have an adapter \(target_parameters\)"):
+        bh.plan(model, bh.importance.REAP(), batches, experts=0.25)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     bh.prune(model, bh.Magnitude(), sparsity=0.5, options=bh.PruneOptions(skip=["*.experts.*"]))
 

@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -123,7 +124,8 @@ def merge(model: nn.Module, masks: Mapping[str, Tensor] | None = None) -> Merged
         merged adapters of 1 layer in place, zeros kept; no update was lost
     """
     check_types(merge, locals())
-    layers = require_adapters(model)
+    on_parameters = any(stacks_of(base_of(layer)) for layer in adapter_layers(model).values())
+    layers = find_adapters(model) if on_parameters else require_adapters(model)
     if merged := next((name for name, layer in layers.items() if layer.merged), None):
         raise ValueError(
             f"model: the adapters of {merged} are merged already, so its zero weights are unknown. Unmerge them first."
@@ -182,7 +184,8 @@ def _merged_in_turn(model: nn.Module) -> Iterator[Merged]:
         for layer in layers:
             if store.owner.get(base_of(layer)) is not block:
                 continue
-            layer.merged_adapters.clear()  # set when the block was loaded before
+            for wrapper in _wrappers(layer):
+                wrapper.merged_adapters.clear()  # set when the block was loaded before
             if (name := names.get(layer)) is None:
                 _into(type(layer).__name__, layer)
             else:
@@ -202,8 +205,8 @@ def _merged_in_turn(model: nn.Module) -> Iterator[Merged]:
             yield Merged(subject, ordered_error, tuple(filter(pruned.__contains__, on_layers)))
     finally:
         back()
-        for layer in layers:
-            layer.merged_adapters.clear()
+        for wrapper in chain.from_iterable(map(_wrappers, layers)):
+            wrapper.merged_adapters.clear()
         for parameter, values in kept:
             parameter.data.copy_(values)
 
@@ -215,7 +218,8 @@ def _check_mergeable(model: nn.Module) -> None:
         if not is_adapter(module) or module.merged:
             continue
         base: Any = base_of(module)
-        if "forward" in vars(module) or getattr(module, "base_layer", base) is not base:
+        nested = getattr(module, "base_layer", base) is not base and not stacks_of(base)
+        if "forward" in vars(module) or nested:
             why = "a replaced forward" if "forward" in vars(module) else "a nested adapter"
             raise ValueError(f"model: the adapter of {name} has {why} and cannot be merged separately")
         if any(owners[id(parameter)] > 1 for parameter in base.parameters(recurse=False)):
@@ -246,11 +250,19 @@ def _into(name: str, layer: Any) -> None:  # noqa: ANN401
     stacks = [base_of(layer).get_parameter(stack).data for stack in stacks_of(base_of(layer))]
     zeros = [(stack, stack == 0) for stack in stacks if is_pruned(int((stack == 0).sum()), stack.numel())]
     try:
-        layer.merge()
+        for wrapper in _wrappers(layer):
+            wrapper.merge()
     except (NotImplementedError, RuntimeError) as error:
         raise ValueError(f"model: the adapters of {name} cannot be merged: {error}") from error
     for stack, removed in zeros:
         stack.masked_fill_(removed, 0)
+
+
+def _wrappers(layer: Any) -> Iterator[Any]:  # noqa: ANN401
+    """Yields a layer with adapters, and those inside it, as PEFT nests the adapters of several parameters of experts."""
+    while is_adapter(layer):
+        yield layer
+        layer = getattr(layer, "base_layer", None)
 
 
 def _removed(model: nn.Module, merges: bool = True) -> nn.Module:

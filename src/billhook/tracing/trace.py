@@ -16,6 +16,7 @@ from billhook.arguments import check_types
 from billhook.engine import check_one_device, cpu_by_default
 from billhook.model import (
     attention_of,
+    base_of,
     cached,
     check_dense,
     compute_every_expert,
@@ -23,8 +24,10 @@ from billhook.model import (
     find_transformer,
     from_config,
     from_name,
+    is_adapter,
     make_inputs,
     set_attention,
+    stacks_of,
     stand_ins_in,
     to_meta,
 )
@@ -112,6 +115,12 @@ def _run(meta_model: nn.Module, outside: Shapes, example_inputs: Inputs | None, 
         tape.assumed["the config is of a quantized model: traced as not quantized, bytes included"] = 1
     noted = _noted(args, vocab if isinstance(meta_model, PreTrainedModel) else None)
     named = {key: _noted(value, vocab if "input_ids" in key else None) for key, value in kwargs.items()}
+    for name, module in meta_model.named_modules():
+        if is_adapter(module) and stacks_of(base_of(module)):  # torch cannot parametrize on the meta device
+            raise ValueError(
+                f"model: parameters of {name} have an adapter (target_parameters), which cannot be traced. Merge it first with "
+                "bh.training.merge, or attach it after the model is changed."
+            )
     try:
         with recording(tape, meta_model, everything):
             output = meta_model(*noted, **named)

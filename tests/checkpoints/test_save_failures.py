@@ -169,6 +169,7 @@ def test_a_command_says_that_the_disk_is_full(files, tmp_path, monkeypatch):
     before = listing(tmp_path)
     monkeypatch.setattr(transformers.modeling_utils, "safe_save_file", lambda *_, **__: _raise(FULL))
     words = ["--sparsity", "0.5", "--criterion", "Magnitude", "--evaluate", "0", "--data", json.dumps(files), "--length", "16"]
+    words += ["--polish", "null"]
     with pytest.raises(SystemExit) as stopped:
         main(["prune", str(tmp_path / "source"), str(tmp_path / "out"), *words])
     assert stopped.value.code == f"billhook prune: {FULL}"

@@ -259,7 +259,7 @@ def _into(name: str, layer: Any) -> None:  # noqa: ANN401
 
 
 def _wrappers(layer: Any) -> Iterator[Any]:  # noqa: ANN401
-    """Yields a layer with adapters and those inside it, one for each parameter of experts."""
+    """Yields nested layers with adapters, one for each parameter of experts."""
     while is_adapter(layer):
         yield layer
         layer = getattr(layer, "base_layer", None)

@@ -85,7 +85,7 @@ ELEMENTS = 2**22  # number of values that are read at once
 
 @dataclass(frozen=True)
 class _Stored:
-    """Where a tensor is: its file, its name there, and the positions that are left, by dimension."""
+    """Location of a tensor: its file, its name there, and the remaining positions."""
 
     file: str
     name: str

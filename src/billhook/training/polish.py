@@ -82,7 +82,7 @@ class Polished:
 
     @property
     def words(self) -> str:
-        """Describes what was trained, as part of a sentence."""
+        """Describes the trained parameters and the steps, as part of a sentence."""
         what = {"scales": "scales", "lora": "LoRA", "all": "all weights"}[self.how.trains]
         return f"{what} polished in {self.steps} steps" + (f", {self.share:.0%} of the way" if self.share < 1 else "")
 

@@ -1,4 +1,4 @@
-"""Stores what a dense model predicts, for a polish."""
+"""Stores the predictions of a dense model, for a polish."""
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -33,7 +33,7 @@ LEAST_REST = 1e-6
 
 
 class Target(NamedTuple):
-    """An example and what the dense model predicts for it.
+    """An example with the predictions of the dense model.
 
     Attributes:
         inputs: The model's inputs, one example.

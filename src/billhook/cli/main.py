@@ -84,8 +84,8 @@ def answer_at_once(command: str, words: Sequence[str]) -> None:
         print(text, end="")
         sys.exit(0)
     known = set(re.findall(r"(?<![\w-])--([A-Za-z_]\w*)", text)) | {"help"}
-    given = [word[2:].split("=")[0] for word in words if word.startswith("--")]
-    if unknown := [name for name in given if name.split(".")[0].rstrip("+") not in known]:
+    names = [word[2:].split("=")[0] for word in words if word.startswith("--")]
+    if unknown := [name for name in names if name.split(".")[0].rstrip("+") not in known]:
         lines = [f"unknown option '--{name}'.{suggestion(name, sorted(known), '--')}" for name in unknown]
         sys.stderr.write(
             "\n".join([f"billhook {command}: {lines[0]}", *lines[1:], f"`billhook {command} --help` lists all options.\n"])

@@ -310,14 +310,14 @@ class OneShot:
             return ""
         time_forward(self.model, WARMUP_TOKENS)
         each = time_forward(self.model, self.length)
-        fast = whole = cost * calibrated + 2 * measured
-        whole += calibrated * (REPAIR_PASSES * repairs + self._matching_passes)
+        fast = passes = cost * calibrated + 2 * measured
+        passes += calibrated * (REPAIR_PASSES * repairs + self._matching_passes)
         if self.polish is not None:  # the dense model's predictions, forward and backward of each step, and the held-out examples
-            whole += 2 * calibrated + 3 * self.polish.steps * self.polish.batch_size
-        if each * whole < LONG:
+            passes += 2 * calibrated + 3 * self.polish.steps * self.polish.batch_size
+        if each * passes < LONG:
             return ""
-        saved = f" (--effort fast: {format_duration(each * fast)})" if whole > fast else ""
-        return f"about {format_duration(each * whole)} in all{saved}"
+        saved = f" (--effort fast: {format_duration(each * fast)})" if passes > fast else ""
+        return f"about {format_duration(each * passes)} in all{saved}"
 
     def _more_labeled(self, examples: int) -> LabeledData:
         """Returns labeled data with another number of calibration examples."""

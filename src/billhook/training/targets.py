@@ -124,7 +124,7 @@ class Targets:
             ValueError: If the model has neither logits nor token states.
         """
         subject = find_transformer(model)
-        examples = [(_plain(one), source_of(batch)) for batch in read_batches(batches, subject) for one in _split(batch)]
+        examples = [(_plain(inputs), source_of(batch)) for batch in read_batches(batches, subject) for inputs in _split(batch)]
         targets: dict[int, Target] = {}
 
         def predict(number: int) -> None:
@@ -149,13 +149,13 @@ class Targets:
 
     def split(self, held_out: int) -> tuple[list[Target], list[Target]]:
         """Returns the examples to train on, and one in `held_out` of each source, evenly spaced."""
-        train, held = list[Target](), list[Target]()
+        train, held_out_examples = list[Target](), list[Target]()
         for examples in self.by_source.values():
             count = max(1, len(examples) // held_out) if len(examples) > 1 else 0
             chosen = {int((number + 0.5) * len(examples) / count) for number in range(count)}
-            held += [example for number, example in enumerate(examples) if number in chosen]
+            held_out_examples += [example for number, example in enumerate(examples) if number in chosen]
             train += [example for number, example in enumerate(examples) if number not in chosen]
-        return train, held
+        return train, held_out_examples
 
     @property
     def by_source(self) -> dict[str, list[Target]]:

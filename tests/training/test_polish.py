@@ -190,6 +190,11 @@ class TestPolish:
 
     def test_what_cannot_be_polished_is_refused(self, dense, tmp_path):
         targets = Targets.of(dense, batches())
+        wider = llama(**(SMALL | {"vocab_size": 300}))
+        before = values(wider)
+        with pytest.raises(ValueError, match="the model has 300 outputs for each position, and the dense model had 200"):
+            bh.polish(wider, targets)
+        assert all(torch.equal(before[name], value) for name, value in wider.state_dict().items())
         with pytest.raises(ValueError, match="1 examples are too few"):
             bh.polish(dense, Targets(targets.examples[:1]))
         adapted = copy.deepcopy(dense)

@@ -41,12 +41,14 @@ class Target(NamedTuple):
         values: Log-probabilities of the most likely classes and of all others together, float16, `[positions, top + 1]`; or, for
             a model without logits, its token states, bfloat16, `[positions, hidden]`.
         classes: The most likely classes, int32, `[positions, top]`; None for token states.
+        width: Number of classes, or size of a token state.
     """
 
     inputs: dict[str, Any]
     source: str
     values: Tensor
     classes: Tensor | None
+    width: int
 
 
 def outputs_of(run: Run) -> tuple[Tensor, bool]:
@@ -73,8 +75,16 @@ def divergence(model: nn.Module, target: Target) -> Tensor:
     With logits it is KL(p || q) = sum_k p_k (log p_k - log q_k) in nats, where all classes but the `TOP` most likely ones of the
     dense model count as one. It is a lower bound of the divergence over all classes. For a model without logits it is 1 - cosine
     of the token states.
+
+    Raises:
+        ValueError: If the outputs of the models differ in size.
     """
     values, _ = outputs_of(runs_of(model, [target.inputs])[0])
+    if values.shape[-1] != target.width:
+        raise ValueError(
+            f"polish: the model has {values.shape[-1]:,} outputs for each position, and the dense model had {target.width:,}. "
+            "Predict with the dense model after tokens or hidden dimensions are removed, and before other units are."
+        )
     stored = target.values.to(values.device).float()
     if target.classes is None:
         return 1 - cosine_similarity(values.float(), stored, dim=-1).mean()
@@ -130,11 +140,10 @@ class Targets:
         def predict(number: int) -> None:
             inputs, source = examples[number]
             values, is_logits = outputs_of(runs_of(subject, [inputs])[0])
-            if is_logits:
-                classes = values.topk(min(TOP, values.shape[-1])).indices
-                targets[number] = Target(inputs, source, _with_rest(values.float(), classes).half().cpu(), classes.int().cpu())
-            else:
-                targets[number] = Target(inputs, source, values.bfloat16().cpu(), None)
+            classes = values.topk(min(TOP, values.shape[-1])).indices if is_logits else None
+            stored = values.bfloat16() if classes is None else _with_rest(values.float(), classes).half()
+            stored_classes = None if classes is None else classes.int().cpu()
+            targets[number] = Target(inputs, source, stored.cpu(), stored_classes, values.shape[-1])
             if progress is not None:
                 progress(len(targets), len(examples))
 

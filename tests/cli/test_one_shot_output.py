@@ -151,7 +151,7 @@ def test_an_earlier_checkpoint_is_named_before_the_work_and_other_folders_are_ne
 
 def test_how_long_the_examples_take_is_said_before(small, tmp_path, monkeypatch, capsys):
     told = []
-    monkeypatch.setattr("billhook.cli.one_shot.time_forward", lambda model, length: told.append(length) or 20.0)
+    monkeypatch.setattr("billhook.cli.command_plan.time_forward", lambda model, length: told.append(length) or 20.0)
     line = ["prune-structure", str(small), str(tmp_path / "out"), "--channels", "0.5", "--dry_run", *SHORT]
     main(line)
     assert told == [8, 16]

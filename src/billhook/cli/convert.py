@@ -1,5 +1,6 @@
 """`billhook convert`: reduces the KV heads of a checkpoint."""
 
+from billhook.cli.command_plan import print_dry_run, print_plan, refit_passes, repair_step
 from billhook.cli.effort import Effort
 from billhook.cli.examples import Examples
 from billhook.cli.machine import model_progress
@@ -83,10 +84,10 @@ def convert(
     steps = [f"convert {plan.before} KV heads to {plan.after} in {len(plan.layers)} attention modules (method: {plan.method})"]
     if repair is not None and known is not None:
         limits = repair_limits(work, known.widths, meta_batches(work), required)
-        steps.append(limits or work.repair_step(repair, "attention output projections and MLPs"))
-    work.print_plan(*steps, passes=passes, cost=SVD_PASSES if method.turns else 0, repairs=repair is not None)
+        steps.append(limits or repair_step(work, repair, "attention output projections and MLPs"))
+    print_plan(work, *steps, passes=passes, cost=SVD_PASSES if method.turns else 0, refits=refit_passes(work, repair))
     if dry_run:
-        work.print_dry_run(plan.text())
+        print_dry_run(work, plan.text())
         return
     print(plan.text())
     if type(method) is Mean and repair is None:

@@ -1,7 +1,6 @@
 """Shared steps of one-shot commands: load, calibrate, measure, change, measure, save."""
 
 import shutil
-import time
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -17,8 +16,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.arguments import parse_memory
 from billhook.assets import model_path
-from billhook.atomic_folder import check_not_source, check_target, replacement_note
-from billhook.calibration.calibration import MIXED, UNSEEN, Calibration, check_other_texts, evaluation_batches, num_self_generated
+from billhook.atomic_folder import check_not_source, check_target
+from billhook.calibration.calibration import MIXED, UNSEEN, Calibration, check_other_texts, evaluation_batches
 from billhook.calibration.generated import GENERATED, KEPT, can_generate, check_can_generate
 from billhook.checkpoints.save import load, save
 from billhook.cli.effort import EXAMPLES as EXAMPLES_OF
@@ -26,8 +25,8 @@ from billhook.cli.effort import Effort
 from billhook.cli.examples import EXAMPLES, Examples, LabeledData, TextOptions
 from billhook.cli.interruption import text_folder
 from billhook.cli.machine import device_of, file_progress, model_progress
-from billhook.cli.streamed import batch_count, check_streamed, io_summary, matching_of
-from billhook.engine import Batch, evaluating, find_sites, fits, store_of, zeros_of
+from billhook.cli.streamed import check_streamed, matching_of
+from billhook.engine import Batch, find_sites, fits, store_of, zeros_of
 from billhook.model import (
     PRUNED,
     Preprocessor,
@@ -36,16 +35,14 @@ from billhook.model import (
     load_tokenizer,
     may_have_preprocessor,
     prunable,
-    small_inputs,
     stream,
     text_config,
     tokenizer_of,
     weight_of,
 )
-from billhook.progress import format_duration, progress_bar
+from billhook.progress import progress_bar
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.repair import RepairOption
-from billhook.repairs.matching import EVALUATIONS, LEAST_STEPS, BlockMatching
 from billhook.report.degradation import DenseReference, TextDegradation, accuracy, degradation_table, degradation_warning
 from billhook.report.generation import generates
 from billhook.report.predictions import BYTES as PREDICTIONS
@@ -53,12 +50,6 @@ from billhook.report.predictions import BYTES as PREDICTIONS
 if TYPE_CHECKING:
     from billhook.training.targets import Targets
 
-WARMUP_TOKENS = 8
-"""Tokens of a first example that is not timed: it also pays for initialization."""
-REPAIR_PASSES = 3
-"""About how many calibration passes a repair takes, with its solvers."""
-LONG = 120.0
-"""Seconds from which the expected time is printed."""
 DEFAULT_EXAMPLES = 40
 """Number of examples of each default text, without data."""
 COUNTED = 4_000_000
@@ -70,17 +61,6 @@ Before = DenseReference | float | None
 """Measurement of the dense model: predictions on texts, an accuracy, or None."""
 Degradation = list[TextDegradation] | float | None
 """Measurement of the changed model: degradation on each text, an accuracy, or None."""
-
-
-@torch.no_grad()
-def time_forward(model: PreTrainedModel, length: int) -> float:
-    """Returns the seconds of a forward pass on one example of random tokens."""
-    inputs = small_inputs(model, 1, length)
-    with evaluating(model):
-        start = time.monotonic()
-        outputs = model(**inputs, return_dict=True)
-        float(outputs[0].sum())  # waits for an asynchronous device
-        return time.monotonic() - start
 
 
 def sizes_of(model: PreTrainedModel) -> dict[str, int | None]:
@@ -134,31 +114,30 @@ class OneShot:
         options.check_sources()
         if options.stream:
             check_streamed(options, streams, offload)
-        self._matching_passes = 0.0
         self.polish = None if effort is None else effort.polish_for(options, calibrates, offload)
         self._targets: Targets | None = None
         self._times = 1 if effort is None else EXAMPLES_OF[effort.effort]
         calibrates, refits = calibrates or self.polish is not None, refits or self.polish is not None
-        self.name, self.out, self.options, self.calibrates, self._as_text = name, out, options, calibrates, as_text
+        self.name, self.out, self.options, self.calibrates, self.as_text = name, out, options, calibrates, as_text
         self.device = torch.device("cpu") if options.stream and options.device == "auto" else device_of(options.device)
         with file_progress(f"opening {name}" if options.stream else f"loading {name}"):
             self.model = stream(name, out, options.dtype, self.device) if options.stream else load(name, options.dtype)
-        self._offloaded_blocks: list[nn.Module] = []
+        self.offloaded_blocks: list[nn.Module] = []
         if offload:
-            self._offloaded_blocks = [site.module for site in find_sites(self.model, prunable(self.model), "block")]
+            self.offloaded_blocks = [site.module for site in find_sites(self.model, prunable(self.model), "block")]
         elif not options.stream:
             self.model.to(self.device)  # type: ignore[arg-type]
         self.length, self._text_folder = options.length_for(self.model), text_folder(out)
         self.trimmed: PreTrainedTokenizerBase | None = None
         self._counts = dict[str, torch.Tensor]()
-        self._labeled = LabeledData(options, self.model, model_path(options.tokenizer or name), self.length)
-        self.of_images = self._labeled.of_images
+        self.labeled = LabeledData(options, self.model, model_path(options.tokenizer or name), self.length)
+        self.of_images = self.labeled.of_images
         if options.tokenizer is not None:
             if self.of_images:
                 kind = type(self.model).__name__
                 raise ValueError(f"tokenizer={options.tokenizer!r}: {kind} classifies images. Remove --tokenizer.")
             tokenizer_of(self.model, options.tokenizer)
-        classifies = isinstance(options, Examples) and self._labeled.is_classifier
+        classifies = isinstance(options, Examples) and self.labeled.is_classifier
         self.metric = "accuracy" if classifies or self.of_images else "perplexity"
         if matching_of(repair) is not None and self.metric == "perplexity":
             self.options = options = replace(options, batch_size=1)
@@ -227,7 +206,7 @@ class OneShot:
         if self.options.memory is None:
             return None
         store, memory = store_of(self.model), parse_memory("memory", self.options.memory)
-        calibrated, measured = sum(self.example_counts.values()), self._measured_count * self._measures
+        calibrated, measured = sum(self.example_counts.values()), self.measured_count * self.measures
         text, itemsize = text_config(self.model.config), self.model.dtype.itemsize
         logits = 4 * self.length * text.vocab_size
         hidden = max(calibrated, measured) * self.length * text.hidden_size * itemsize
@@ -242,82 +221,7 @@ class OneShot:
     @property
     def example_counts(self) -> dict[str, int]:
         """Number of calibration examples of each source; labeled data has no name."""
-        return {"": self._labeled.count} if self.metric == "accuracy" else self.calibration.examples(self.length)
-
-    def repair_step(self, repair: RepairOption, what: str) -> str:
-        """Returns the line of the plan about a repair of some layers."""
-        refit, matching = f"refit {what} by least squares", matching_of(repair)
-        return refit if matching is None else f"{refit}, then {self.matching_step(matching, LEAST_STEPS)}"
-
-    def matching_step(self, matching: BlockMatching, least_steps: int = 0) -> str:
-        """Returns the line of the plan about block-wise reconstruction, with its time and memory."""
-        numbers_of_batches = {name: batch_count([count], self.options.batch_size) for name, count in self.example_counts.items()}
-        sources = [name for name, number in numbers_of_batches.items() for _ in range(number)]
-        batches, held_out = len(sources), sum(matching.is_held_out(sources))
-        steps = matching.num_steps(batches - held_out, least_steps)
-        # two runs of the model; for each block, forward and backward per step, and the held-out batches before and in between
-        self._matching_passes = 2 + (3 * steps + (1 + EVALUATIONS) * held_out) / batches
-        memory = ""
-        if not self.of_images:  # each example's input of a block, its output, and its target
-            numbers = sum(self.example_counts.values()) * self.length * text_config(self.model.config).hidden_size
-            memory = f" and {3 * numbers * self.model.dtype.itemsize / 1e6:,.1f} MB"
-        return f"reconstruct each block in {steps} steps (takes about {self._matching_passes:.3g} calibration passes{memory})"
-
-    def print_plan(
-        self,
-        *steps: str,
-        passes: int = 1,
-        exact: bool = True,
-        unknown: Sequence[object] = (),
-        cost: float = 2,
-        repairs: bool = False,
-    ) -> None:
-        """Prints the steps of the command before it runs them.
-
-        Args:
-            steps: The steps up to calibrating, measuring, and saving.
-            passes: Number of passes over a streamed model that the steps need.
-            exact: If False, `passes` is an upper bound.
-            unknown: Importances that need an unknown number of further passes.
-            cost: About how many calibration passes the change itself takes, without a repair.
-            repairs: Whether layers are refitted.
-        """
-        data = self.options.data or self.options.also
-        examples = f"{self.options.evaluate} examples per text"
-        if self.metric == "accuracy":
-            examples = f"{self.options.evaluate} examples"
-        elif not data:
-            examples += " (--data FILE uses your text)"
-        metric = "bits per byte" if self._as_text and self.metric == "perplexity" else self.metric
-        measure = [f"measure {metric} before and after, on {examples}"] if self._measures else []
-        store, more = store_of(self.model), 2 * self._measures
-        streams = [] if store.holds_all else [io_summary(store, passes + more, exact, unknown)]
-        print(f"Model: {self.name} ({self.model.num_parameters():,} parameters)\nPlan:")
-        # without calibration data, tokens are counted in text, which their step names
-        calibration = [self._calibration_step] if self.calibrates or not self._as_text else []
-        polishes = [f"polish {self.polish}"] if self.polish is not None else []
-        for step in (*steps, *polishes, *calibration, *measure, *streams, f"save to {self.out}{replacement_note(self.out)}"):
-            print(f"  {step}", flush=True)
-        if line := self._expected_time(cost, repairs):  # which takes a while for a large model
-            print(f"  {line}")
-        print(flush=True)
-
-    def _expected_time(self, cost: float, repairs: bool) -> str:
-        """Returns a line on the time of the whole command, if it is long."""
-        calibrated = sum(self.example_counts.values()) if self.calibrates else 0
-        measured = self._measured_count if self._measures else 0
-        if self.options.stream or self._offloaded_blocks or not (calibrated or measured):
-            return ""
-        time_forward(self.model, WARMUP_TOKENS)
-        each = time_forward(self.model, self.length)
-        fast = passes = cost * calibrated + 2 * measured
-        passes += calibrated * (REPAIR_PASSES * repairs + self._matching_passes)
-        if self.polish is not None:  # the dense model's predictions, forward and backward of each step, and the held-out examples
-            passes += 2 * calibrated + 3 * self.polish.steps * self.polish.batch_size
-        if each * passes < LONG:
-            return ""
-        saved = f" (--effort fast: {format_duration(each * fast)})" if passes > fast else ""
-        return f"about {format_duration(each * passes)} in all{saved}"
+        return {"": self.labeled.count} if self.metric == "accuracy" else self.calibration.examples(self.length)
 
     def _more_labeled(self, examples: int) -> LabeledData:
         """Returns labeled data with another number of calibration examples."""
@@ -333,35 +237,22 @@ class OneShot:
         return may_have_preprocessor(self._tokenizer_name) and UNSEEN not in self.calibration.named
 
     @property
-    def _measured_count(self) -> int:
+    def measured_count(self) -> int:
         """Number of examples that the model is measured on, if the texts are long enough."""
         texts = (
             1 if self.metric == "accuracy" else len(self.calibration.named) + len(self.options.also or ()) + self._reads_unseen
         )
         return texts * self.options.evaluate
 
-    @property
-    def _calibration_step(self) -> str:
-        if not self.calibrates:
-            return "no calibration data needed"
-        if self.metric == "accuracy":
-            return f"calibrate on {self._labeled.count} examples (source: {self._labeled.source('train')})"
-        counts = self.example_counts
-        names = {name: {GENERATED: "self-generated text", MIXED: "packaged text"}.get(name, name) for name in counts}
-        sources = f"source: {next(iter(names.values()))}"
-        if len(counts) > 1:
-            sources = "sources: " + ", ".join(f"{count} from {names[name]}" for name, count in counts.items())
-        return f"calibrate on {sum(counts.values())} examples of {self.length} tokens ({sources})"
-
     def batches(self, dry_run: bool = False) -> list[Batch]:
         """Reads the calibration batches; keeps self-generated text, except in a dry run."""
         if self.metric == "perplexity":
             batches = self.calibration.read(self.model, self.trimmed, None if dry_run else self._text_folder)
             return [Batch(batch | {"labels": batch["input_ids"].clone()}, batch.source) for batch in batches]
-        return list(self._labeled.calibration_batches())
+        return list(self.labeled.calibration_batches())
 
     @property
-    def _measures(self) -> bool:
+    def measures(self) -> bool:
         """True if accuracy or perplexity is measured."""
         return self.uses_data and self.options.evaluate > 0 and (self.metric == "accuracy" or generates(self.model))
 
@@ -370,26 +261,9 @@ class OneShot:
         """True if calibration data is self-generated by default; a dry run does not generate it."""
         return self.calibrates and self.options.data is None and GENERATED in self.other_texts
 
-    def print_dry_run(self, plan: str = "") -> None:
-        """Prints the plan of a dry run, and how many tokens the command would generate."""
-        if plan:
-            print(f"{plan}\n")
-        print(f"Dry run: {self.out} was not written.")
-        tokens = dict[str, int]()
-        if self.metric == "perplexity" and can_generate(self.model):
-            if self.calibrates:
-                tokens["calibration"] = self.example_counts.get(GENERATED, 0) * self.length
-            if self._measures and not self.options.stream:
-                tokens["evaluation"] = num_self_generated(self.calibration, self.options.evaluate, self.length) * self.length
-        if total := sum(tokens.values()):
-            purposes = " and ".join(purpose for purpose, count in tokens.items() if count)
-            print(f"Without --dry_run, the model first generates {total:,} tokens for {purposes}.")
-            if not plan:
-                print("With --data FILE, a dry run prints the whole plan.")
-
     def _on_device(self) -> AbstractContextManager[None]:
         """Runs the blocks of an offloaded model on the device within a `with` block."""
-        return store_of(self.model).on(self.device, self._offloaded_blocks) if self._offloaded_blocks else nullcontext()
+        return store_of(self.model).on(self.device, self.offloaded_blocks) if self.offloaded_blocks else nullcontext()
 
     @property
     def counted_sources(self) -> dict[str, Any]:
@@ -438,7 +312,7 @@ class OneShot:
             folder = mkdtemp()
             weakref.finalize(self, shutil.rmtree, folder)
             tokenizer.save_pretrained(folder)
-            self._labeled = LabeledData(self.options, self.model, folder, self.length)
+            self.labeled = LabeledData(self.options, self.model, folder, self.length)
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -448,7 +322,7 @@ class OneShot:
     def measure(self) -> Before:
         """Measures the dense model: accuracy, or predictions on texts; None if it does neither."""
         _ = self.sizes  # are counted before the model changes
-        if not self._measures:
+        if not self.measures:
             return None
         with self._on_device():
             if self.metric == "perplexity":
@@ -457,12 +331,12 @@ class OneShot:
                 rows = evaluation_batches(
                     self.calibration, self.model, options.evaluate, also, None, not options.stream, self._text_folder
                 )
-                others = self.counted_sources if self._as_text else ()
+                others = self.counted_sources if self.as_text else ()
                 calibrated = list(self.calibration.named if self.calibrates else others)
                 with model_progress(self.model, "measuring", "examples") as progress:
-                    tokenizer = self.tokenizer if self._as_text else None
+                    tokenizer = self.tokenizer if self.as_text else None
                     return DenseReference(self.model, rows, calibrated, progress=progress, tokenizer=tokenizer)
-            batches = self._labeled.measured_batches()
+            batches = self.labeled.measured_batches()
             with progress_bar("measuring"):
                 return None if batches is None else accuracy(self.model, batches)
 
@@ -508,7 +382,7 @@ class OneShot:
             event["not_refitted"] = not_refitted
         record = {"events": [event], **record}
         if self.uses_data:
-            data = self.calibration.to_json() if self.metric == "perplexity" else self._labeled.to_json()
+            data = self.calibration.to_json() if self.metric == "perplexity" else self.labeled.to_json()
             if self._counts:
                 data["counted_tokens"] = {name: int(count.sum()) for name, count in self._counts.items()}
                 if not self.calibrates:  # all of the text is counted
@@ -523,7 +397,7 @@ class OneShot:
                 metric, (old, new) = "bits_per_byte", bits
             record["degradation"], warning = [text.to_json() for text in degradation], degradation_warning(degradation)
         elif degradation is not None:
-            examples = len(self._labeled.measured_rows)
+            examples = len(self.labeled.measured_rows)
         record[metric] = {"before": old, "after": new, "examples": examples}
         if reused := store_of(self.model).reused:
             print(f"Reused {reused} block{'s' * (reused > 1)} from an interrupted run.")
@@ -534,7 +408,7 @@ class OneShot:
                 file.unlink()
             self._text_folder.rmdir()
         warning = warning and f"Warning: {warning}"
-        used = self._labeled.used(self.calibrates, degradation is not None) if self.metric == "accuracy" else []
+        used = self.labeled.used(self.calibrates, degradation is not None) if self.metric == "accuracy" else []
         for line in (*lines, *used, degradation_text(before, degradation), warning):
             if line:
                 print(line)

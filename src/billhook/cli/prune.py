@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from billhook.cli.command_plan import matching_passes, matching_step, print_dry_run, print_plan
 from billhook.cli.effort import Effort
 from billhook.cli.examples import LabeledOptions
 from billhook.cli.machine import model_progress
@@ -75,12 +76,13 @@ def prune(
         if not is_convolution(layer) and not isinstance(layer, ExpertLinear)
     }
     step = f"prune linear layers to {100 * amount:.4g}% sparsity ({pattern}) with {criterion}"
-    steps = [step] + ([] if match is None else [work.matching_step(match)])
+    steps = [step] + ([] if match is None else [matching_step(work, match)])
     if not work.of_images and solves_for_weights(criterion) and (warning := too_few_tokens(criterion, counts)):
         steps.append(warning)
-    work.print_plan(*steps, passes=_passes(criterion, allocation))
+    refits = 0.0 if match is None else matching_passes(work, match)[1]
+    print_plan(work, *steps, passes=_passes(criterion, allocation), refits=refits)
     if dry_run and work.must_generate:
-        work.print_dry_run()
+        print_dry_run(work)
         return
     spill_folder = work.spill(statistics, runs=2 if match else int(options.sequential == "layer"))
     before = None if dry_run else work.measure()
@@ -108,7 +110,7 @@ def prune(
         )
         lines.append(f"Sparsity: {plan.sparsity:.4f} ({reason})")
     if dry_run:
-        work.print_dry_run("\n".join(lines))
+        print_dry_run(work, "\n".join(lines))
         return
     record = {"criterion": plan.criterion, "pattern": pattern, "sparsity": plan.sparsity, "sequential": options.sequential}
     record |= {"match": str(match)} if match else {}

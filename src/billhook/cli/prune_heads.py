@@ -5,6 +5,7 @@ from functools import partial
 import torch
 
 from billhook.arguments import check_int
+from billhook.cli.command_plan import print_dry_run, print_plan, refit_passes
 from billhook.cli.effort import Effort
 from billhook.cli.examples import Examples
 from billhook.cli.one_shot import OneShot
@@ -87,9 +88,9 @@ def prune_heads(
     passes = Passes(REMOVE_PASSES)
     passes.add_scoring(rounds, importance, total, batch_count(work.example_counts.values(), examples.batch_size))
     step = f"remove {count:,} of {total:,} {kind} (importance: {importance})"
-    work.print_plan(step, passes=passes.known, unknown=passes.unknown, cost=3 * rounds, repairs=repair is not None)
+    print_plan(work, step, passes=passes.known, unknown=passes.unknown, cost=3 * rounds, refits=refit_passes(work, repair))
     if dry_run and work.must_generate:
-        work.print_dry_run()
+        print_dry_run(work)
         return
     if examples.stream:
         work.spill(statistics_bytes(work.model, importance))
@@ -103,7 +104,7 @@ def prune_heads(
         removed = choose_including(select, removed, scores)
     plan = plan_units(work.model, removed, per=per)
     if dry_run:
-        work.print_dry_run(plan.text())
+        print_dry_run(work, plan.text())
         return
     rows = batches if len(batches) > 1 else split_examples(batches)
     with progress_bar("refitting", "layers") as progress:

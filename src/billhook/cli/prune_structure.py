@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import check_int
 from billhook.calibration.calibration import MIXED
+from billhook.cli.command_plan import print_dry_run, print_plan, refit_passes, repair_step
 from billhook.cli.effort import Effort
 from billhook.cli.examples import Examples
 from billhook.cli.one_shot import COUNTED, Before, OneShot
@@ -145,7 +146,7 @@ def prune_structure(
         one_by_one = " one at a time" * amount.greedy
         steps.append(f"remove blocks{one_by_one}: blocks={amount.blocks} (importance: {block_importance})")
         if refits:
-            steps.append(work.repair_step(repair, "output layers of blocks behind them"))
+            steps.append(repair_step(work, repair, "output layers of blocks behind them"))
     if amount.tokens_only is not None:
         without_tokens = try_removal(work.model, RatioSearch(work.model, amount.tokens_only).check())
         Vocabulary(work.tokenizer)  # raises for tokenizers that cannot lose tokens
@@ -171,11 +172,19 @@ def prune_structure(
         experts = lose and not examples.stream and any(map(stacks_of, work.model.modules()))
         if needed is not None:
             expected_limits = repair_limits(work, needed, meta_batches(work), required, experts)
-            steps.append(expected_limits or work.repair_step(repair, "experts" if experts else "consumer layers"))
-    work.print_plan(*steps, passes=passes.known, exact=required, unknown=passes.unknown, cost=2 * rounds, repairs=refits)
+            steps.append(expected_limits or repair_step(work, repair, "experts" if experts else "consumer layers"))
+    print_plan(
+        work,
+        *steps,
+        passes=passes.known,
+        exact=required,
+        unknown=passes.unknown,
+        cost=2 * rounds,
+        refits=refit_passes(work, repair),
+    )
     needs_data = any(scorer.needs_data for scorer in (block_importance, importance) if scorer is not None)
     if dry_run and needs_data and work.must_generate:
-        work.print_dry_run()
+        print_dry_run(work)
         return
     batches = work.batches(dry_run) if needs_data or not dry_run else []
     if examples.stream:  # after reading text, whose memory is free again
@@ -190,7 +199,7 @@ def prune_structure(
     plans, words, refitted, not_refitted = list[dict[str, Any]](), list[str](), False, list[str]()
     for plan in _plans(work, before, batches, amount, within_blocks, block_importance, importance, rounds):
         if dry_run:
-            work.print_dry_run(plan.text())
+            print_dry_run(work, plan.text())
             return
         print(plan.text())
         if isinstance(plan, UnitPlan) and plan.tokens is not None:

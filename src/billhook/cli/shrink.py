@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from billhook.arguments import check_int, check_number
+from billhook.cli.command_plan import matching_step, print_dry_run, print_plan, refit_passes
 from billhook.cli.effort import Effort
 from billhook.cli.examples import Examples
 from billhook.cli.interruption import default_variant_cache
@@ -181,13 +182,13 @@ def shrink(
         limits = repair_limits(work, needed, repair_batches, search.repair != "auto", experts)
         steps += [limits] * bool(limits)
         if (matching := matching_of(search.repair)) is not None:
-            steps.append(work.matching_step(matching, LEAST_STEPS))
+            steps.append(matching_step(work, matching, LEAST_STEPS))
     most_steps = scope.most_steps(search.generations, search.candidates)
     # modules are refitted at all levels, and each step runs the held-out tokens
     cost = 2 + most_steps * TOKENS / (work.length * sum(work.example_counts.values()))
-    work.print_plan(*steps, cost=cost, repairs=search.repair is not None)
+    print_plan(work, *steps, cost=cost, refits=refit_passes(work, search.repair))
     if dry_run:
-        work.print_dry_run(search_space(scope, most_steps, None if budget.max_loss is None else budget.words))
+        print_dry_run(work, search_space(scope, most_steps, None if budget.max_loss is None else budget.words))
         return
     batches = work.batches()
     repair_batches, held_out = split_batches(batches)

@@ -19,7 +19,7 @@ from billhook.arguments import check_fraction
 CPU_BLOCK, DEVICE_BLOCK = 2**18, 2**24
 """Scores per block: small enough for a core's cache, large enough to use an accelerator."""
 
-FEWEST = 16  # tokens of an expert for which the statistics of its inputs are used
+FEWEST = 16  # tokens from which Wanda's norms prune an expert better than magnitude (docs/evidence/experts.md)
 HOST = "cpu"
 """Device on which NumPy selects and packs, up to ten times faster than torch; on others torch does, without a host sync."""
 

@@ -83,6 +83,8 @@ class Polished:
     @property
     def words(self) -> str:
         """Describes the trained parameters and the steps, as part of a sentence."""
+        if not self.share:
+            return "a polish brought no held-out text nearer, and was undone"
         what = {"scales": "scales", "lora": "LoRA", "all": "all weights"}[self.how.trains]
         return f"{what} polished in {self.steps} steps" + (f", {self.share:.0%} of the way" if self.share < 1 else "")
 

@@ -56,6 +56,8 @@ def test_a_switch_may_have_its_value_behind_an_equals_sign(given, word, value):
         (["--sizes", "[1, 8]"], "sizes", [1, 8]),
         (["--sizes=[1, 8]"], "sizes", [1, 8]),
         (["--files", "a, b.txt", "12"], "files", ["a, b.txt", "12"]),
+        (["--files", "a", "--files", "b", "c"], "files", ["a", "b", "c"]),
+        (["--data", "a.txt", "--data=b.txt"], "data", ["a.txt", "b.txt"]),
         (["--skip", "*.down_proj"], "skip", "*.down_proj"),
         (["--skip", "*.down_proj", "lm_head"], "skip", ["*.down_proj", "lm_head"]),
         (["--data", "{train: a.txt}"], "data", {"train": "a.txt"}),

@@ -226,20 +226,26 @@ def _to_jsonargparse(words: Sequence[str], kinds: dict[str, Any], positional: in
     first = next(iter(kinds), "")
     runs = [[first]]  # each option with its values; the first run has the arguments before all options
     joined = set()  # numbers of the runs with `=`, whose switches already have a value
+    values = runs[0]
     for word in words:
-        if word.startswith("--"):
-            joined |= {len(runs)} if "=" in word else set()
-            runs.append(word.removeprefix("--").split("=", 1))
-        elif word.startswith("-"):
-            runs.append([word])
+        if not word.startswith("-"):
+            values.append(word)
+            continue
+        name, *value = word.removeprefix("--").split("=", 1)
+        earlier = [run for run in runs[1:] if run[0] == name and len(runs[0]) > positional and _list_types(kinds.get(name))]
+        if earlier:  # `--data a --data b` means `--data a b`
+            values = earlier[0]
+            values += value
         else:
-            runs[-1].append(word)
+            joined |= {len(runs)} if value else set()
+            values = [name, *value]
+            runs.append(values)
     complete = len(runs[0]) > positional
     made = []
     for number, (name, *values) in enumerate(runs):
         kind = kinds.get(name)
         option = "" if number == 0 and (positional or not first) else name if name.startswith("-") else f"--{name}="
-        list_types = [member for member in (kind, *get_args(kind)) if get_origin(member) is list]
+        list_types = _list_types(kind)
         element = get_args(list_types[0])[0] if list_types else None
         single = set(get_args(kind)) - {*list_types, NoneType}
         # a list or a single value: a list only after all required arguments, as these may follow it
@@ -255,6 +261,11 @@ def _to_jsonargparse(words: Sequence[str], kinds: dict[str, Any], positional: in
         else:
             made += values
     return made
+
+
+def _list_types(kind: object) -> list[Any]:
+    """Returns the list types among the types of an option."""
+    return [member for member in (kind, *get_args(kind)) if get_origin(member) is list]
 
 
 def _as_yaml(value: str, element: object) -> str:

@@ -39,7 +39,7 @@ def test_cells_can_be_read_and_name_what_there_is(name):
     assert [unknown for cell in cells for unknown in unknown_in(Block(name, 1, "python", cell))] == []
 
 
-PICTURES = {"convert": 2, "heads": 3, "prune": 4}
+PICTURES = {"convert": 1, "heads": 2, "prune": 1}
 
 
 @pytest.mark.nightly

@@ -61,6 +61,17 @@ def test_the_screen_says_which_method_was_taken_and_how_the_frequencies_change(f
     assert record["events"][0]["what"].endswith("; rope_type: default -> longrope)")
 
 
+def test_the_longest_text_is_told_in_one_option(files, tmp_path, capsys):
+    how = ["--num_key_value_heads", "1", "--supplement", "0", "--method", "svd", *SHORT, *option(files)]
+    record = convert("tiny", tmp_path / "out", *how, "--context", "64")
+    assert re.search(r"\n  angles change by up to [\d.]+ radians over 64 tokens, ", capsys.readouterr().out)
+    dense = bh.load("tiny")
+    plan = bh.convert_kv_heads(dense, 1, bh.kv_methods.SVD(context=64), drawn(blocks(files["train"]), 3))
+    assert record["plans"] == [plan.to_json()]
+    with torch.no_grad():
+        assert torch.equal(bh.load(tmp_path / "out")(IDS).logits, dense(IDS).logits)
+
+
 def test_a_method_that_needs_no_data_is_calibrated_on_none(small, tmp_path, capsys):
     record = convert(small, tmp_path / "out", "--num_key_value_heads", "2", "--length", "16", "--evaluate", "2")
     dense = bh.load(small)
@@ -104,6 +115,7 @@ def test_a_model_that_writes_nothing_needs_no_data(tmp_path, capsys):
         (["--num_key_value_heads", "0"], "num_key_value_heads=0 must be a whole number of at least 1"),
         (["--num_key_value_heads", "3"], "num_key_value_heads=3 must be smaller than 4 and divide .* Use 1, 2"),
         (["--num_key_value_heads", "1", "--method", "first", "--repair", "RepairConfig"], "repair goes with method 'mean'"),
+        (["--num_key_value_heads", "1", "--context", "64"], "context=64 needs method=svd, got mean. Add --method svd"),
         (["--num_key_value_heads", "1", "--layers", "[7]"], "layers: there is no 7; there are 0 to 1"),
     ],
 )

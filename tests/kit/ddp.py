@@ -78,6 +78,15 @@ def experts():
     )
 
 
+def polished():
+    """Weights become zero, and the others are polished."""
+    options = {"calibration": [(ids,) for ids in draw(8, 4, 12, seed=1)], "measure_batches": 0}
+    polish = bh.PolishConfig(steps=4, trains="all")
+    return Fit(
+        FitOfTuples, lambda: bh.WeightPruning(sparsity=0.5, at=2, polish=polish, **options), lambda one: told([one]), steps=4
+    )
+
+
 def shrinking():
     """On batches of the user's own, of which every process reads all."""
     options = {"at": 2, "calibration": [(one,) for one in draw(5, 4, 12, seed=1)], "generations": 2, "candidates": 3}
@@ -112,6 +121,7 @@ FITS = {
     "heads in rounds": head_pruning(),
     "structure": structured_pruning(),
     "experts": experts(),
+    "polish": polished(),
     "shrink": shrinking(),
     "KV heads in stages": with_own_batches([1, 3], heads=[2, 1], method="svd"),
     "degradation": degraded(),

@@ -20,6 +20,7 @@ EVENTS = {
     "heads": lambda at: bh.HeadPruning(0.5, at=at, **FEW),
     "masked": lambda at: bh.HeadPruning(0.5, at=at, remove="never", **FEW),
     "structure": lambda at: bh.StructuredPruning(bh.Amount(channels=0.5, kv_heads=0.5), at=at, **FEW),
+    "polished": lambda at: bh.StructuredPruning(bh.Amount(channels=0.5), at=at, polish=bh.PolishConfig(steps=3), **FEW),
     "shrink": lambda at: shrinks.Shrinking(params=0.83, round_to=12, generations=1, candidates=2, repair=None, at=at, **FEW),
     "depth": lambda at: bh.DepthPruning(1, at=at, **FEW),
     "mean": lambda at: bh.KVHeadConversion(2, at=at, measure_batches=FEW["measure_batches"]),
@@ -52,6 +53,7 @@ AFTER = {
     "masked": (2, 16, 16, 24, 2, 0.0),
     "structure": (2, 8, 8, 12, 0, 0.0),
     "shrink": OneOf(*WAYS.values()),  # whichever loses least
+    "polished": (2, 16, 16, 12, 0, 0.0),
     "depth": (1, 16, 16, 24, 0, 0.0),
     "mean": (2, 16, 8, 24, 0, 0.0),
     "svd": (2, 16, 8, 24, 0, 0.0),

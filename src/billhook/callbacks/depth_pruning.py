@@ -6,6 +6,7 @@ from functools import partial
 from torch.optim import Optimizer
 
 from billhook.arguments import check_types
+from billhook.callbacks.polishing import PolishingCallback
 from billhook.engine import blockwise
 from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event
@@ -20,12 +21,13 @@ from billhook.pruning.amount import Amount
 from billhook.pruning.block_plan import BlockPlan
 from billhook.pruning.planning import count_blocks, plan_amount
 from billhook.pruning.repair import RepairOption
+from billhook.repairs.polish import PolishConfig
 from billhook.schedules import Schedule
 from billhook.tracing.trace import trace
 from billhook.units import find_units, units_of
 
 
-class DepthPruning(ShapeCallback):
+class DepthPruning(PolishingCallback, ShapeCallback):
     """Removes the least important transformer blocks at a given step.
 
     Implements ShortGPT during training. Blocks are scored on calibration data. Optimizer state is remapped, checkpoints store
@@ -43,6 +45,7 @@ class DepthPruning(ShapeCallback):
         last: Number of blocks to protect at the end of each stack.
         repair: Least-squares repair of the output layers of blocks behind removed ones (see `RepairConfig`). `"auto"` uses
             `RepairConfig()` if there are enough examples. Defaults to None, which keeps the old weights, as in the paper.
+        polish: Training toward the model before the event, on the calibration data (see `PolishConfig`). Defaults to None (off).
         calibration: Calibration data: batches, a `Calibration`, or a number of training examples. Defaults to 128 examples.
         measure_batches: Validation batches to run before and after each event. Defaults to all; 0 disables it.
 
@@ -65,6 +68,7 @@ class DepthPruning(ShapeCallback):
         first: int = 0,
         last: int = 0,
         repair: RepairOption = None,
+        polish: PolishConfig | None = None,
         calibration: CalibrationLike = None,
         measure_batches: int | None = None,
     ) -> None:
@@ -83,6 +87,7 @@ class DepthPruning(ShapeCallback):
         self.at = at
         self.greedy = greedy
         self.repair = repair
+        self.polish = polish
         self.plan: BlockPlan | None = None
         super().__init__(FitCalibration.of(calibration), measure_batches)
 

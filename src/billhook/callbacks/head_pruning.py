@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from billhook.arguments import check_fraction, check_one_of, check_types
 from billhook.callbacks.export import Export
 from billhook.callbacks.head_masking import HeadMasking, Heads
+from billhook.callbacks.polishing import PolishingCallback
 from billhook.engine import blockwise, sizes_only
 from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event, State, log_event
@@ -31,7 +32,9 @@ from billhook.pruning.choice import HeadOptions, choose, choose_including
 from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import plan_units
 from billhook.pruning.repair import RepairOption
+from billhook.repairs.polish import PolishConfig
 from billhook.schedules import Schedule
+from billhook.training.targets import Targets as Predictions
 from billhook.units import Units, find_units
 
 
@@ -169,7 +172,7 @@ def _mode(name: str) -> Mode:
 Remove = Literal["end", "rounds", "never"]
 
 
-class HeadPruning(HeadMasking):
+class HeadPruning(PolishingCallback, HeadMasking):
     """Masks the least important attention heads during training, then removes them.
 
     Heads are scored again for each round, on training examples and the training loss. The ratio always refers to the original
@@ -190,6 +193,8 @@ class HeadPruning(HeadMasking):
         repair: Least-squares repair of the consumer layers when heads are removed (see `RepairConfig`). `"auto"` uses
             `RepairConfig()` if there are enough examples. Defaults to None, which keeps the old weights, as in the paper. With
             several rounds, it requires `remove="rounds"`, because training adapts to masked heads.
+        polish: Training toward the model before heads are removed, on the calibration data (see `PolishConfig`). Defaults to None
+            (off). With several rounds, it requires `remove="rounds"`.
         calibration: Calibration data: batches, a `Calibration`, or a number of training examples. Defaults to 128 examples.
         measure_batches: Validation batches to run before and after each event. Defaults to all; 0 disables it.
 
@@ -209,6 +214,7 @@ class HeadPruning(HeadMasking):
         remove: Remove = "end",
         stop: StopWhenWorse | None = None,
         repair: RepairOption = None,
+        polish: PolishConfig | None = None,
         calibration: CalibrationLike = None,
         measure_batches: int | None = None,
     ) -> None:
@@ -226,14 +232,16 @@ class HeadPruning(HeadMasking):
                 f"measure_batches=0 disables the validation that monitor={stop.monitor!r} needs. Use None or a positive number."
             )
         several = isinstance(ratio, Schedule) or isinstance(at, Schedule)
-        if repair is not None and (remove == "never" or (remove == "end" and several)):
-            removal = f"remove={remove!r}" + " and several rounds" * several
-            raise ValueError(f"repair={repair!r} cannot be combined with {removal}. Use remove='rounds'.")
+        for name, setting in (("repair", repair), ("polish", polish)):
+            if setting is not None and (remove == "never" or (remove == "end" and several)):
+                removal = f"remove={remove!r}" + " and several rounds" * several
+                raise ValueError(f"{name}={setting!r} cannot be combined with {removal}. Use remove='rounds'.")
         self.ratio = ratio
         self.at = at
         self.remove = remove
         self.stop = stop
         self.repair = repair
+        self.polish = polish
         self.cuts_tensors = remove != "never"
         self.per = self.options.per
         self.importance = importance or GateGradient()
@@ -341,10 +349,18 @@ class HeadPruning(HeadMasking):
             if len(self.events) == num_events:  # no event was completed
                 self.mask(fit.module, earlier)
             raise
-        event["after"] |= after
+        event["after"] |= self.validate(fit) if "polish" in event else after
         log_event(fit, event)
         metric = next(iter(before), "") if self.stop is None else self.stop.monitor
         self.record.note(self.heads, metric, before, event["after"])
+
+    def predictions(self, fit: Fit) -> Predictions:
+        """Returns the predictions of the model with all of its heads, masked ones too."""
+        self.unmask()
+        try:
+            return super().predictions(fit)
+        finally:
+            self.mask(fit.module, self.heads)
 
     def _choose(self, fit: Fit, ratio: float) -> Heads:
         """Returns the heads to mask, including masked heads; records the scores."""

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from billhook.adapters.merge import adapter_layers
 from billhook.arguments import check_int, check_types
+from billhook.callbacks.polishing import PolishingCallback
 from billhook.engine import sizes_only
 from billhook.fit.calibration import BatchAndLoss, CalibrationLike, FitCalibration
 from billhook.fit.event import Event, log_event
@@ -28,6 +29,7 @@ from billhook.kv_heads.convert import batches_needed, check_repair, equal_heads,
 from billhook.kv_heads.methods import HINT, KVMethod, Mean, Name, method_of
 from billhook.kv_heads.plan import KVHeadPlan, plan_kv_heads
 from billhook.model import Shape, Weights, apply_plan, changed_names, check_replaceable, find_transformer, shape_of
+from billhook.repairs.polish import PolishConfig
 from billhook.repairs.repair import RepairConfig
 
 
@@ -38,7 +40,7 @@ def _precisely(fit: Fit, loss: Any, model: nn.Module, batch: Any) -> Tensor:  # 
     return value
 
 
-class KVHeadConversion(ShapeCallback):
+class KVHeadConversion(PolishingCallback, ShapeCallback):
     """Converts attention to fewer KV heads at given steps, before uptraining.
 
     Optimizer state is remapped, checkpoints store the shape, and a resumed run ends like an uninterrupted run. The optimizer
@@ -57,6 +59,7 @@ class KVHeadConversion(ShapeCallback):
             `"mean"` otherwise.
         repair: Least-squares repair of consumer layers and MLPs (see `RepairConfig`). Defaults to None (off).
         encoder: If True, also converts the self-attention of an encoder-decoder's encoder, unlike the paper.
+        polish: Training toward the model before each stage, on the calibration data (see `PolishConfig`). Defaults to None (off).
         calibration: Calibration data: batches, a `Calibration`, or a number of training examples. Defaults to 32 examples.
             Optional for `"aligned"` and similarity grouping.
         measure_batches: Validation batches to run before and after each event. Defaults to all; 0 disables it.
@@ -77,6 +80,7 @@ class KVHeadConversion(ShapeCallback):
         at: At | list[At] = "start",
         method: KVMethod | Name | None = None,
         repair: RepairConfig | None = None,
+        polish: PolishConfig | None = None,
         encoder: bool = False,
         calibration: CalibrationLike = None,
         measure_batches: int | None = None,
@@ -87,6 +91,7 @@ class KVHeadConversion(ShapeCallback):
         self.num_key_value_heads = num_key_value_heads
         self.method = chosen
         self.repair = repair
+        self.polish = polish
         self.encoder = encoder
         at_list = [*at] if isinstance(at, list | tuple) else [at]
         for entry in at_list:
@@ -98,7 +103,7 @@ class KVHeadConversion(ShapeCallback):
             check_int("num_key_value_heads", number)
         if any(before <= after or before % after for before, after in pairwise(self.heads)):
             raise ValueError(f"num_key_value_heads={self.heads}: each stage must be smaller than the one before and divide it.")
-        self.at = [0 if entry == "start" and self.needs_data else entry for entry in at_list]
+        self.at = [0 if entry == "start" and (self.needs_data or polish is not None) else entry for entry in at_list]
         self._stages: list[int] = []  # the step of each
         self._done: set[int] = set()  # indices of finished stages
         self._replaced: list[weakref.ref[nn.Parameter]] = []  # at the start; an optimizer that holds one would not train the new
@@ -201,6 +206,7 @@ class KVHeadConversion(ShapeCallback):
 
     def check_data(self, fit: Fit) -> None:
         """Raises `ValueError` if there are too few batches, or they can be read only once."""
+        self.check_polish(fit)
         least, what = batches_needed(self.method, self.repair)
         if not least:
             return

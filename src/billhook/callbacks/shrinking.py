@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from billhook.adapters.merge import adapter_layers, adapters_removed, base_layer_name, is_initial_lora
 from billhook.arguments import check_types
+from billhook.callbacks.polishing import PolishingCallback
 from billhook.engine import LazyTensors, Run, blockwise, run_with_loss, store_of, tree_leaves
 from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event, describe_callback, log_event, percent_change, record_not_refitted
@@ -22,6 +23,7 @@ from billhook.fit.targets import At, check_at
 from billhook.importance.obs import OBS
 from billhook.model import expert_layers, is_linear, signature
 from billhook.pruning.planning import plan_units
+from billhook.repairs.polish import PolishConfig
 from billhook.shrinking.divergence import search_batches, split_batches
 from billhook.shrinking.measurement import Measurement, measure
 from billhook.shrinking.result import Budget, Search, Shrunk
@@ -32,7 +34,7 @@ from billhook.shrinking.shrink_plan import ShrinkPlan, apply_plans
 from billhook.shrinking.variants import cache_key
 
 
-class Shrinking(ShapeCallback):
+class Shrinking(PolishingCallback, ShapeCallback):
     """Searches for the best model within a budget at a given step, and applies it.
 
     Runs `bh.shrink` during training, so that training recovers the loss. With `TransformerModule(distillation=...)`, the dense
@@ -48,6 +50,8 @@ class Shrinking(ShapeCallback):
         at: When to apply it: a step (int), a fraction of training (float), or `"start"` (before the first step).
         calibration: Calibration data: batches, a `Calibration`, or a number of training examples. Defaults to 128 examples.
             A fifth is held out for measuring.
+        polish: Training toward the dense model on the calibration data, after the search (see `PolishConfig`). Defaults to None
+            (off).
         search: Search settings, such as `Search(generations=0)`. Defaults to `Search()`.
         measure_batches: Validation batches to run before and after each event. Defaults to all; 0 disables it.
 
@@ -70,11 +74,13 @@ class Shrinking(ShapeCallback):
         at: At = "start",
         calibration: CalibrationLike = None,
         search: Search | None = None,
+        polish: PolishConfig | None = None,
         measure_batches: int | None = None,
     ) -> None:
         check_types(Shrinking, locals())
         check_at(at)
         self.budget, self.layers, self.at, self.search = budget, layers, at, search or Search()
+        self.polish = polish
         self.amount = budget.amount(self.search)
         super().__init__(FitCalibration.of(calibration), measure_batches)
 

@@ -8,6 +8,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from billhook.arguments import check_int, check_types
+from billhook.callbacks.polishing import PolishingCallback
 from billhook.engine import blockwise
 from billhook.fit.calibration import CalibrationLike, FitCalibration
 from billhook.fit.event import Event, log_event, percent_change, record_not_refitted
@@ -22,12 +23,13 @@ from billhook.pruning.plan import UnitPlan
 from billhook.pruning.planning import default_importance, plan_from_search
 from billhook.pruning.repair import RepairOption
 from billhook.pruning.target import Baseline, RatioSearch
+from billhook.repairs.polish import PolishConfig
 from billhook.repairs.repair import RepairConfig
 from billhook.report.summary import parameter_count
 from billhook.schedules import Schedule
 
 
-class StructuredPruning(ShapeCallback):
+class StructuredPruning(PolishingCallback, ShapeCallback):
     """Removes the least important heads, channels, experts, or hidden dimensions.
 
     Coupled groups come from dependency tracing (`bh.trace`). Units are scored again for each round, on training examples and the
@@ -45,6 +47,7 @@ class StructuredPruning(ShapeCallback):
             alone, as for experts.
         repair: Least-squares repair of the consumer layers (see `RepairConfig`). `"auto"` uses `RepairConfig()` if scores come
             from examples and there are enough of them. None keeps the old weights, as in the paper.
+        polish: Training toward the model before each round, on the calibration data (see `PolishConfig`). Defaults to None (off).
         calibration: Calibration data: batches, a `Calibration`, or a number of training examples. Defaults to 128 examples.
         measure_batches: Validation batches to run before and after each event. Defaults to all; 0 disables it.
 
@@ -66,6 +69,7 @@ class StructuredPruning(ShapeCallback):
         rounds: int = 1,
         importance: Importance | None = None,
         repair: RepairOption = "auto",
+        polish: PolishConfig | None = None,
         calibration: CalibrationLike = None,
         measure_batches: int | None = None,
     ) -> None:
@@ -80,7 +84,7 @@ class StructuredPruning(ShapeCallback):
         check_at(at)
         check_int("rounds", rounds)
         self.amount, self.at, self.rounds = amount, at, rounds
-        self.importance, self.repair = importance, repair
+        self.importance, self.repair, self.polish = importance, repair, polish
         super().__init__(FitCalibration.of(calibration), measure_batches)
 
     def reset(self) -> None:

@@ -8,18 +8,21 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from billhook.adapters.masked import find_adapters, mask_nonzero, masked_by_zeros, require_plain_adapters
 from billhook.adapters.merge import adapters_removed
 from billhook.arguments import check_types
+from billhook.callbacks.polishing import PolishingCallback
 from billhook.engine import blockwise, full_tensor, reshard, zeros_by_name
 from billhook.fit.calibration import CalibrationLike, FitCalibration
-from billhook.fit.event import Event, EventCallback, ShapeFollower, log_event
+from billhook.fit.event import Event, ShapeFollower, log_event
 from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_identical, comm_of, fail_together
 from billhook.fit.shape_event import check_no_shape_changes
 from billhook.fit.targets import At, check_at, round_targets
 from billhook.model import ExpertLinear, expert_layers, find_transformer
+from billhook.repairs.polish import PolishConfig
 from billhook.schedules import Schedule
 from billhook.sparsity.checks import check_matching, check_pruning, needs_data, unsupported_weights
 from billhook.sparsity.criteria import Criterion, Wanda
@@ -30,7 +33,7 @@ from billhook.sparsity.prune import prune
 from billhook.sparsity.weight_plan import WeightPlan
 
 
-class WeightPruning(EventCallback, ShapeFollower):
+class WeightPruning(PolishingCallback, ShapeFollower):
     """Prunes individual weights at given steps and keeps them at zero during training.
 
     Sparsity always refers to all weights, so rounds do not compound. Masks are enforced under momentum, weight decay, gradient
@@ -44,6 +47,7 @@ class WeightPruning(EventCallback, ShapeFollower):
         at: When to prune: a step (int), a fraction of training (float), `"start"`, or a schedule of progress from 0 to 1.
         calibration: Calibration data: batches, a `Calibration`, or a number of training examples. Defaults to 128 examples.
         options: Layers to prune and inputs to score them on, as in `prune`. Defaults to `PruneOptions()`.
+        polish: Training toward the model before each round, on the calibration data (see `PolishConfig`). Defaults to None (off).
         mask_adapters: If True, restricts LoRA on pruned layers to unpruned weights, during and after training, so that merging
             loses no part of it.
         measure_batches: Validation batches to run before and after each event. Defaults to all; 0 disables it.
@@ -63,6 +67,7 @@ class WeightPruning(EventCallback, ShapeFollower):
         at: At | Schedule = "start",
         calibration: CalibrationLike = None,
         options: PruneOptions | None = None,
+        polish: PolishConfig | None = None,
         mask_adapters: bool = False,
         measure_batches: int | None = None,
     ) -> None:
@@ -75,7 +80,7 @@ class WeightPruning(EventCallback, ShapeFollower):
                 "None as sparsity."
             )
         self.criterion, self.sparsity, self.pattern, self.at = criterion or Wanda(), sparsity, pattern, at
-        self.options, self.mask_adapters = options or PruneOptions(), mask_adapters
+        self.options, self.polish, self.mask_adapters = options or PruneOptions(), polish, mask_adapters
         if self.options.match is not None:
             check_matching(self.criterion, self.options.sequential)
         self._hold, self._adapted, self._weights = EnforcedMasks(), list[str](), list[str]()
@@ -153,11 +158,11 @@ class WeightPruning(EventCallback, ShapeFollower):
         with fail_together(fit, "WeightPruning"):
             pruning = self._plan(fit, self._steps[step])
             check_identical(fit, "WeightPruning", "the masks", pruning.decided)
-            event = self.record_event(fit, metrics, partial(self._apply, model, pruning, step))
+        event = self.run_change(fit, metrics, partial(self._apply, model, pruning, step))
         event["after"] |= {"sparsity": pruning.sparsity} | self.validate(fit)
         log_event(fit, event)
 
-    def _apply(self, model: nn.Module, pruning: WeightPlan, step: int) -> str:
+    def _apply(self, model: nn.Module, pruning: WeightPlan, step: int, _: list[Optimizer]) -> str:
         self._hold.hold(pruning.masks(model), partial(pruning.apply, model))
         self.last_event_step, self.last_target = step, self._steps[step]
         amount = f"sparsity {pruning.sparsity:.4f} in {len(pruning.pruned)} linear layers"

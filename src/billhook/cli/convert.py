@@ -1,5 +1,7 @@
 """`billhook convert`: reduces the KV heads of a checkpoint."""
 
+from dataclasses import replace
+
 from billhook.cli.command_plan import print_dry_run, print_plan, refit_passes, repair_step
 from billhook.cli.effort import Effort
 from billhook.cli.examples import Examples
@@ -9,7 +11,7 @@ from billhook.cli.refit import NOT_REPAIRED, check_examples, meta_batches, repai
 from billhook.cli.streamed import refit_bytes
 from billhook.engine import store_of
 from billhook.kv_heads.convert import batches_needed, check_repair, find_attentions, heads_and_method, prepare_heads
-from billhook.kv_heads.methods import HINT, KVMethod, Mean, Name, method_of
+from billhook.kv_heads.methods import HINT, SVD, KVMethod, Mean, Name, method_of
 from billhook.kv_heads.plan import plan_kv_heads
 from billhook.model import apply
 from billhook.pruning.repair import RepairOption
@@ -32,6 +34,7 @@ def convert(
     encoder: bool = False,
     dry_run: bool = False,
     kv_cache_bytes: float | None = None,
+    context: int | None = None,
 ) -> None:
     """Converts a model to grouped-query or multi-query attention, and saves it.
 
@@ -55,6 +58,8 @@ def convert(
         encoder: If true, also converts the encoder of an encoder-decoder. The paper does not.
         dry_run: If true, prints the plan and writes nothing.
         kv_cache_bytes: Largest share of the KV cache that stays, in (0, 1), instead of `num_key_value_heads`.
+        context: Longest text in tokens, for "svd". Rotary frequencies that are nearly equal over so many tokens become equal, so
+            less is lost if texts are shorter than the model allows. Defaults to the model's maximum.
 
     Raises:
         ValueError: If an argument is not legal, or the model cannot be converted, before anything is written.
@@ -62,6 +67,10 @@ def convert(
     if (num_key_value_heads is None) == (kv_cache_bytes is None):
         raise ValueError("Pass num_key_value_heads, such as 1 for multi-query attention, or kv_cache_bytes, such as 0.5.")
     named = method_of("svd" if method is None and kv_cache_bytes is not None else method, examples.data is not None)
+    if context is not None:
+        if not isinstance(named, SVD):
+            raise ValueError(f"context={context} needs method=svd, got {named}. Add --method svd, or remove --context.")
+        named = replace(named, context=context)
     required = isinstance(repair, RepairConfig)
     resolved = effort.repair(repair) if required or (examples.data is not None and named.candidates) else None
     repair = RepairConfig() if resolved == "auto" else resolved

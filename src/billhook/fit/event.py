@@ -27,6 +27,7 @@ from billhook.calibration.calibration import Calibration
 from billhook.fit.calibration import FitCalibration
 from billhook.fit.callback import FitCallback, ShapeSavingCallback
 from billhook.fit.fit import Fit, Metrics
+from billhook.fit.ranks import fail_together
 from billhook.fit.targets import Targets, remaining_rounds, round_targets
 from billhook.report.summary import summary
 from billhook.schedules import Schedule
@@ -131,7 +132,8 @@ class EventCallback(ShapeSavingCallback, ABC):
 
     def run_change(self, fit: Fit, metrics: Metrics, change: ModelChange) -> Event:
         """Makes a change, and returns its event; see `record_event`."""
-        return self.record_event(fit, metrics, partial(change, fit.optimizers))
+        with fail_together(fit, type(self).__name__):
+            return self.record_event(fit, metrics, partial(change, fit.optimizers))
 
     @property
     def needs_data(self) -> bool:

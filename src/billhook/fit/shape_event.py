@@ -12,7 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 from billhook.engine import WRAPPED, Run, class_of, sizes_only
 from billhook.fit.event import Event, EventCallback, ModelChange, ShapeFollower
 from billhook.fit.fit import Fit
-from billhook.fit.ranks import check_close, comm_of, fail_together
+from billhook.fit.ranks import check_close, comm_of
 from billhook.model import ModelPlan, Weights, check_replaceable, check_unhooked
 from billhook.pruning.repair import RepairOption, repair_if_requested
 
@@ -98,7 +98,7 @@ class ShapeCallback(EventCallback):
 
     def run_change(self, fit: Fit, metrics: dict[str, float], change: ModelChange) -> Event:
         """Changes model and optimizers, also under DDP and FSDP2; see `record_event`."""
-        with fit.reshaping(self.blockwise), fail_together(fit, type(self).__name__):
+        with fit.reshaping(self.blockwise):
             event = super().run_change(fit, metrics, change)
         for callback in fit.callbacks(ShapeFollower):
             callback.follow()

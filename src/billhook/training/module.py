@@ -173,8 +173,8 @@ class TransformerModule(ShapeInCheckpoint, pl.LightningModule):
             16, dropout 0.05, all linear layers; the paper's `lr` is 1e-4), `{r: 16}` changes a setting, and `class_path` selects
             a `peft.LoraConfig`. A classification head is trained in full.
         distillation: Adds a teacher to the loss: (1 - weight) CE + weight T^2 KL(teacher || student) + hidden MSE. See
-            `Distillation`. `{}` uses temperature T 2, weight 0.5, hidden 0, and the current model, before pruning, as the
-            teacher. If the model is pruned already, name the teacher: `{teacher: FOLDER, weight: 0.9}`. Every step runs a
+            `Distillation`. `{}` uses temperature T 1, weight 1, hidden 0, and the current model, before pruning, as the teacher.
+            If the model is pruned already, name the teacher: `{teacher: FOLDER, weight: 0.9}`. Every step runs a
             forward pass of the teacher, whose weights stay in memory. `train_loss` is the sum and `train_kl` its KL term;
             validation is unchanged.
         trainable: Parameters to train: `"all"` (except parameters that are frozen in a `PreTrainedModel`), `"attention"`

@@ -19,6 +19,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.utilities.types import OptimizerLRSchedulerConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -159,6 +160,7 @@ def _fit(module: pl.LightningModule, examples: DataLoader[Any], device: torch.de
             limit_val_batches=0,
             accumulate_grad_batches=how.batch_size,
             gradient_clip_val=1.0,
+            plugins=[LightningEnvironment()],  # a cluster's would expect its own number of devices
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

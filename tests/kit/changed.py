@@ -42,7 +42,6 @@ CHANGES: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[PreTrainedMode
     "experts": (partial(build, "qwen3_moe", num_hidden_layers=1), without({0: [0, 2, 4, 6]})),
     "t5": (partial(kv_zoo.build, "t5", num_layers=1), with_kv_heads(1)),
     "gpt_neox": (partial(kv_zoo.build, "gpt_neox", num_hidden_layers=1), without({0: [0]})),
-    "bloom": (partial(kv_zoo.build, "bloom", n_layer=1), without({0: [0]})),
     "opt": (partial(kv_zoo.build, "opt"), without({0: [0]})),
     "gpt2": (partial(gpt2, n_head=8), without({0: [0, 1]})),
 }

@@ -295,10 +295,11 @@ def change_blockwise(
 
 def snapshot_with_store(model: nn.Module) -> Callable[[], None]:
     """Returns a function that restores a model and the store of its blocks."""
-    ways = snapshot(model), store_of(model).snapshot()
+    store_back = store_of(model).snapshot()  # first, because it releases the loaded block, whose weights would be kept
+    model_back = snapshot(model)
 
     def back() -> None:
-        for way in ways:
-            way()
+        model_back()
+        store_back()
 
     return back

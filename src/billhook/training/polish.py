@@ -79,13 +79,14 @@ class Polished:
     def text(self) -> str:
         """Returns a line about the held-out divergence."""
         sources = ", ".join(f"{name or 'data'} {self.before[name]:.4f} -> {self.after[name]:.4f}" for name in self.before)
-        return f"Polish: {self.words}. Divergence from the dense model on held-out calibration examples: {sources}"
+        done = f"Polish: {self.words}" if self.share else self.words.capitalize()
+        return f"{done}. Divergence from the dense model on held-out calibration examples: {sources}"
 
     @property
     def words(self) -> str:
         """Describes the trained parameters and the steps, as part of a sentence."""
         if not self.share:
-            return "a polish brought no held-out text nearer, and was undone"
+            return "polish undone, because it brought no held-out text nearer"
         what = {"scales": "scales", "lora": "LoRA", "all": "all weights"}[self.how.trains]
         return f"{what} polished in {self.steps} steps" + (f", {self.share:.0%} of the way" if self.share < 1 else "")
 

@@ -141,6 +141,7 @@ def _symmetries(model: nn.Module, projections: Projections, call: Call, keys: Se
         inputs = heads.shape[2] * (len(heads) if kind == "o" else 1)
         drawn[kind] = torch.randn(heads.shape, generator=generator, dtype=heads.dtype).to(heads.device) / math.sqrt(inputs)
     before = HeadTensors(**drawn)
+    del heads  # for memory, as below
     attended = []
     modules = set(model.get_submodule(projections.name).modules())
 
@@ -153,18 +154,22 @@ def _symmetries(model: nn.Module, projections: Projections, call: Call, keys: Se
             attended.append(result[0] if as_projected else result[0][:0])
         return result
 
+    _put(model, projections, before)
     with attention_functions_as(attend):
-        expected, read_heads = _output(model, projections, call, before)
+        expected, read_heads = _output(model, projections, call)
     interface = len(attended) == len(read_heads) == 1 and torch.equal(attended[0].flatten(), read_heads[0].flatten())
+    attended.clear()
+    read_heads.clear()
 
-    def same(after: HeadTensors) -> bool:
-        output, _ = _output(model, projections, call, after)
+    def same() -> bool:
+        output, _ = _output(model, projections, call)
         return bool((output - expected).norm() <= TOLERANCE * expected.norm())
 
     def keys_mix(matrices: Tensor) -> bool:
         matrices = matrices.to(before.k.device)
         inverse = torch.linalg.inv(matrices).mT.repeat_interleave(projections.queries, 0)
-        return same(replace(before, k=matrices @ before.k, q=inverse @ before.q))
+        _put(model, projections, replace(before, k=matrices @ before.k, q=inverse @ before.q))
+        return same()
 
     # another factor for each head, which no norm over all heads lets pass
     factors = torch.linspace(0.5, 2, count, dtype=torch.float64)[:, None, None] * torch.eye(width, dtype=torch.float64)
@@ -173,8 +178,10 @@ def _symmetries(model: nn.Module, projections: Projections, call: Call, keys: Se
     values = (Mixing(tuple(range(value_width))),)
     matrices = _drawn(values, count, value_width, generator).to(before.v.device)
     inverse = torch.linalg.inv(matrices).repeat_interleave(projections.queries, 0)
-    values_mix = same(replace(before, v=matrices @ before.v, o=before.o @ inverse))
-    return Symmetries(mixed_keys, values if values_mix else (), same(before.in_order([*range(1, count), 0])), interface)
+    _put(model, projections, replace(before, v=matrices @ before.v, o=before.o @ inverse))
+    values_mix = same()
+    _put(model, projections, before.in_order([*range(1, count), 0]))
+    return Symmetries(mixed_keys, values if values_mix else (), same(), interface)
 
 
 def _drawn(symmetry: Symmetry, heads: int, width: int, generator: torch.Generator) -> Tensor:
@@ -189,8 +196,14 @@ def _drawn(symmetry: Symmetry, heads: int, width: int, generator: torch.Generato
     return matrices
 
 
-def _output(model: nn.Module, projections: Projections, call: Call, heads: HeadTensors) -> tuple[Tensor, list[Tensor]]:
-    """Runs a module with these heads on noise; returns `[calls * tokens, hidden]`, and heads."""
+def _put(model: nn.Module, projections: Projections, heads: HeadTensors) -> None:
+    """Writes heads into the weights of a module."""
+    for kind, rows in projections.kinds.items():
+        put_heads(matrix_of(model.get_submodule(rows.linear)), rows, vars(heads)[kind])
+
+
+def _output(model: nn.Module, projections: Projections, call: Call) -> tuple[Tensor, list[Tensor]]:
+    """Runs a module on noise; returns `[calls * tokens, hidden]`, and heads."""
     outputs = []
     read_heads = []
     module = model.get_submodule(projections.name)
@@ -200,11 +213,9 @@ def _output(model: nn.Module, projections: Projections, call: Call, heads: HeadT
         read_heads.append(args[0].flatten(0, -2)[:, projections.o.index.flatten()])
         outputs.append(output.flatten(0, -2))
 
-    for kind, rows in projections.kinds.items():
-        put_heads(matrix_of(model.get_submodule(rows.linear)), rows, vars(heads)[kind])
     args, kwargs = tree_map_only((Tensor, Cache), _as_float64, call)
     with ExitStack() as stack:
-        stack.enter_context(torch.autocast(heads.k.device.type, enabled=False))
+        stack.enter_context(torch.autocast(matrix_of(reader)[0].device.type, enabled=False))
         stack.enter_context(_Float64Numbers())
         for number, linear in enumerate(dict.fromkeys(rows.linear for rows in (projections.q, projections.k, projections.v))):
             stack.callback(model.get_submodule(linear).register_forward_pre_hook(partial(_with_noise, number)).remove)

@@ -216,19 +216,23 @@ class BlockTuning:
                 share = 1 - abs((2 * step - 1) / steps - 1)  # of the maximum step size: linear warmup and decay
                 for group in optimizer.param_groups:
                     group["lr"] = share * group["most"]
-                with torch.enable_grad():
-                    error, count = self._error(tune[queue.pop()])
-                    gradients = torch.autograd.grad(error / count, list(self.tuned.values()), allow_unused=True)
-                for (name, weight), gradient in zip(self.tuned.items(), gradients, strict=True):
-                    gradient = torch.zeros_like(weight) if gradient is None else gradient * self.keeps[name]
-                    weight.grad = self.ties[name](gradient) if name in self.ties else gradient
-                self.comm.sum_(*(weight.grad for weight in self.tuned.values() if weight.grad is not None))
-                optimizer.step()
+                self._step(optimizer, tune[queue.pop()])
                 if step == 1 and not any(weight.grad.any() for weight in self.tuned.values() if weight.grad is not None):
                     break  # the block is removed: its output layers are zero
                 if step in evaluated_steps and (measured := self._measured(held_out)) < best:
                     best, state = measured, self._state()
         return state
+
+    def _step(self, optimizer: torch.optim.Adam, sample: BlockSample) -> None:
+        """Tunes on a sample. Its gradients end with this call, so that no memory holds them while errors are measured."""
+        with torch.enable_grad():
+            error, count = self._error(sample)
+            gradients = torch.autograd.grad(error / count, list(self.tuned.values()), allow_unused=True)
+        for (name, weight), gradient in zip(self.tuned.items(), gradients, strict=True):
+            gradient = torch.zeros_like(weight) if gradient is None else gradient * self.keeps[name]
+            weight.grad = self.ties[name](gradient) if name in self.ties else gradient
+        self.comm.sum_(*(weight.grad for weight in self.tuned.values() if weight.grad is not None))
+        optimizer.step()
 
     @torch.no_grad()
     def _measured(self, samples: Sequence[BlockSample]) -> float:

@@ -83,8 +83,8 @@ class TestSlicedEqualsMasked:
         gone = {place: a_third(one.count(), number) for number, (place, one) in enumerate(channels.items())}
         for place in (place for place, one in channels.items() if one.of_experts):
             gone[place] = gone[place][: len(gone[place]) // 4 * 4]  # widths that the kernel of experts takes
-        linear = dict(zip((place for place, one in channels.items() if not one.of_experts), modules, strict=True))
-        fused = dict(zip((place for place, one in channels.items() if one.of_experts), parameters, strict=True))
+        linear = dict(zip((place for place, one in channels.items() if one.own_readers), modules, strict=True))
+        fused = dict(zip((place for place, one in channels.items() if not one.own_readers), parameters, strict=True))
         by_name = {(linear | fused)[place]: own for place, own in gone.items()}
         heads = {}
         if name not in NO_HEADS:

@@ -58,8 +58,8 @@ def convert(
         encoder: If true, also converts the encoder of an encoder-decoder. The paper does not.
         dry_run: If true, prints the plan and writes nothing.
         kv_cache_bytes: Largest share of the KV cache that stays, in (0, 1), instead of `num_key_value_heads`.
-        context: Longest text in tokens, for "svd". Rotary frequencies that are nearly equal over that many tokens become equal, so
-            less is lost if texts are shorter than the model allows. Defaults to the model's maximum.
+        context: Longest text in tokens, for "svd". Rotary frequencies that are nearly equal over that many tokens become equal,
+            so less is lost if texts are shorter than the model allows. Defaults to the model's maximum.
 
     Raises:
         ValueError: If an argument is not legal, or the model cannot be converted, before anything is written.

@@ -63,9 +63,9 @@ class TextDataModule(TokenizedModule):
     not fill a block are dropped. Examples without a token in the loss are dropped too.
 
     Args:
-        data: `"tiny"` or `"mixed"` (packaged text, the latter of eight kinds), a Hub name (`"name"` or `"name:config"`), a folder, a file, a glob of files
-            (`"chats/*.jsonl"`), files by split, as in `{train: [a.jsonl, b.jsonl], validation: c.jsonl}`, or a list of these.
-            In Python also a `Dataset` or `DatasetDict` of `datasets`, streaming or not.
+        data: `"tiny"` or `"mixed"` (packaged text, the latter of eight kinds), a Hub name (`"name"` or `"name:config"`), a
+            folder, a file, a glob of files (`"chats/*.jsonl"`), files by split, as in `{train: [a.jsonl, b.jsonl], validation:
+            c.jsonl}`, or a list of these. In Python also a `Dataset` or `DatasetDict` of `datasets`, streaming or not.
         tokenizer: Name or folder of a tokenizer. Defaults to the tokenizer saved with the model in training.
         length: Tokens per example.
         batch_size: Number of blocks per batch and device.

@@ -10,7 +10,7 @@ import billhook as bh
 from billhook.cli.main import main
 from kit.cli import option, small_llama
 
-SHORT = ["--polish", "null", "--length", "16", "--examples", "6", "--evaluate", "5"]
+SHORT = ["--polish", "null", "--length", "16", "--examples", "6", "--evaluate", "5", "--supplement", "0"]
 GENERATES = "is not supported with stream=True: to generate text, a streamed model would be read once per token"
 
 
@@ -38,14 +38,12 @@ def ran(command, model, out, *arguments):
             "auto",
             "--repair",
             "RepairConfig",
-            "--supplement",
-            "0",
             "--batch_size",
             "1",
         ],
         ["prune-blocks", "--blocks", "1"],
         ["prune-heads", "--ratio", "0.5", "--importance", "OutputNorm"],
-        ["prune-structure", "--channels", "0.25", "--blocks", "1", "--importance", "OBS", "--supplement", "0"],
+        ["prune-structure", "--channels", "0.25", "--blocks", "1", "--importance", "OBS"],
     ],
     ids=lambda a: a[0],
 )

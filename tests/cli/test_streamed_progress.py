@@ -14,7 +14,7 @@ from billhook.engine import files as streams
 from billhook.engine.tensors import TensorFiles
 from kit.cli import option, small_llama
 
-SHORT = ["--polish", "null", "--length", "16", "--examples", "6", "--evaluate", "5"]
+SHORT = ["--polish", "null", "--length", "16", "--examples", "6", "--evaluate", "5", "--supplement", "0"]
 
 
 @pytest.fixture
@@ -87,10 +87,12 @@ def test_the_plan_says_what_is_read_and_written(files, tmp_path, capsys, read, h
 
 
 REMOVALS = {
-    "prune-heads --ratio 0.5 --importance OutputNorm": 5,  # scored in two, masked, cut and compared
+    "prune-heads --ratio 0.5 --importance OutputNorm --repair null": 5,  # scored in two, masked, cut and compared
+    "prune-heads --ratio 0.5 --importance OutputNorm --repair RepairConfig": 7,  # and refitted in two
     "prune-structure --channels 0.25 --importance OBS --repair RepairConfig": 6,  # scored in one, and refitted in two
     "prune-structure --residual 0.25 --importance WeightNorm --repair null": 4,  # scored in one, cut, and compared twice
-    "prune-blocks --blocks 1 --first 1 --importance Ablation": 6 * 5 + 12,  # six batches with all blocks, and without each
+    "prune-blocks --blocks 1 --first 1 --importance Ablation --repair null": 6 * 5
+    + 12,  # six batches with all blocks, and without each
 }
 
 

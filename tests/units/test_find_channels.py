@@ -33,10 +33,10 @@ def test_in_every_family(name):
     model = make(name)
     found = find_units(model, ["channel", "residual", "expert"])
     channels = of_kind(found, "channel")
-    assert [one.readers[0] for one in channels.values() if not one.of_experts] == down_projections(model)
-    assert all(len(one.readers) == 1 for one in channels.values() if not one.of_experts)
+    assert [one.own_readers[0] for one in channels.values() if one.own_readers] == down_projections(model)
+    assert all(len(one.own_readers) <= 1 for one in channels.values())
     parameter, dim = HELD.get(name, ("-", 0))
-    held = [[(m.name, m.dim) for m in one.members if m.reads] for one in channels.values() if one.of_experts]
+    held = [[(m.name, m.dim) for m in one.members if m.reads] for one in channels.values() if not one.own_readers]
     assert held == [[(own, dim)] for own, _ in model.named_parameters() if own.endswith(parameter)]
     assert bool(channels) == (name not in WITHOUT_CHANNELS)
     for one in channels.values():

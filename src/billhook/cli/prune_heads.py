@@ -5,11 +5,19 @@ from functools import partial
 import torch
 
 from billhook.arguments import check_int
-from billhook.cli.command_plan import print_dry_run, print_plan, refit_passes
+from billhook.cli.command_plan import print_dry_run, print_plan, refit_passes, repair_step
 from billhook.cli.effort import Effort
 from billhook.cli.examples import Examples
 from billhook.cli.one_shot import OneShot
-from billhook.cli.streamed import REMOVE_PASSES, Passes, batch_count, check_scored, statistics_bytes
+from billhook.cli.streamed import (
+    REMOVE_PASSES,
+    Passes,
+    batch_count,
+    check_scored,
+    refit_bytes,
+    repair_passes,
+    statistics_bytes,
+)
 from billhook.importance.gate_gradient import GateGradient
 from billhook.importance.score import Importance, make_run, score_units
 from billhook.model import apply
@@ -85,15 +93,20 @@ def prune_heads(
     plan_units(work.model, removed, per=per)
     total, count = sum(map(len, scores.values())), sum(map(len, removed.values()))
     kind = "heads" if per == "head" else "KV heads and their query heads"
-    passes = Passes(REMOVE_PASSES)
+    passes = Passes(REMOVE_PASSES + repair_passes(repair))
     passes.add_scoring(rounds, importance, total, batch_count(work.example_counts.values(), examples.batch_size))
-    step = f"remove {count:,} of {total:,} {kind} (importance: {importance})"
-    print_plan(work, step, passes=passes.known, unknown=passes.unknown, cost=3 * rounds, refits=refit_passes(work, repair))
+    steps = [f"remove {count:,} of {total:,} {kind} (importance: {importance})"]
+    steps += [] if repair is None else [repair_step(work, repair, "the layers that read them")]
+    exact = repair != "auto"
+    print_plan(
+        work, *steps, exact=exact, passes=passes.known, unknown=passes.unknown, cost=3 * rounds, refits=refit_passes(work, repair)
+    )
     if dry_run and work.must_generate:
         print_dry_run(work)
         return
     if examples.stream:
-        work.spill(statistics_bytes(work.model, importance))
+        solved, sums = refit_bytes(work.model, repair)
+        work.spill(max(statistics_bytes(work.model, importance), solved), sums, 2 * (repair is not None))
     batches, before = work.batches(dry_run) if work.calibrates else [], None if dry_run else work.measure()
     runs = [make_run(work.model, heads, batch) for batch in batches]
     removed = {}
@@ -109,6 +122,8 @@ def prune_heads(
     rows = batches if len(batches) > 1 else split_examples(batches)
     with progress_bar("refitting", "layers") as progress:
         weights, why = repair_if_requested(work.model, plan, rows, repair, progress=progress)
+    if why:
+        print(why)
     work.predict(batches)
     apply(work.model, plan, weights=weights)
     settings = {"by": str(importance), "ranking": ranking, "per": per, "rounds": rounds}

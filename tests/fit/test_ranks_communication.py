@@ -46,7 +46,8 @@ def sent_in(model, work):
 def test_criteria(model, criterion, reckoned):
     found = sent_in(model, lambda model, comm: bh.prune(model, criterion, batches(), sparsity=0.5, reduce=comm, dry_run=True))
     blocks, number = len(model.model.layers), len(linears(model))
-    numbers = 48 * number + blocks * 2 * MESSAGE if criterion.needs else 0  # of tokens, and of which linears read the same
+    # of tokens, of which linears read the same, and of batches
+    numbers = 48 * number + (2 * blocks + 2) * MESSAGE if criterion.needs else 0
     assert reckoned(model) <= sum(found) <= reckoned(model) + numbers
     # of each block: where runs wait, which linears read the same, and statistics (tokens are integers); of each linear that
     # is solved for, its weights and its mask; of all: how many batches there are, how many tokens, and where runs wait

@@ -222,6 +222,8 @@ def rank_channels(sums: Sums, comm: Comm = SINGLE_PROCESS) -> dict[str, Indices]
 
     Experts have channels of their own at each position. Their sums are replaced by those of each rank, the lowest first.
     """
+    if not sums.experts:
+        return {}
     ranked = {name: totals.sort(dim=1, stable=True) for name, totals in sums.experts.items() if totals.any()}
     sums.totals |= {name: of_module.values.sum(0) for name, of_module in ranked.items()}
     return comm.decide(lambda: {name: of_module.indices.numpy() for name, of_module in ranked.items()})

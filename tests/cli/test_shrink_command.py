@@ -56,8 +56,9 @@ def test_a_budget_with_its_record_and_picture(small, files, tmp_path, capsys, mo
     assert record["shrink"]["layers"] == "uniform"
     assert shown[0] == (0, shown[0][1], "scoring")  # how many there are is known from the start
     assert shown[0][1] > 0
-    phases = list(dict.fromkeys(phase for *_, phase in shown))
-    assert [one.split()[0] for one in phases] == ["scoring", "refitting", "measuring", "searching", "repairing"]
+    phases = list(dict.fromkeys(phase.split()[0] for *_, phase in shown))
+    assert phases == ["scoring", "refitting", "measuring", "searching", "repairing"]
+    assert re.fullmatch(r"repairing the selected model, (\d+) of \1 layers", shown[-1][2])
 
 
 @pytest.mark.parametrize(

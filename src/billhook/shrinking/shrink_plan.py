@@ -81,6 +81,10 @@ def plan_choice(
         repair_batches: Batches for fitting.
         repair: Settings of the refits; None keeps the old weights.
     """
+
+    def repaired(done: int, total: int) -> None:
+        measurement.progress.enter(f"repairing the selected model, {done} of {total} layers")
+
     if repair is not None:
         measurement.progress.enter("repairing the selected model")
     scope, blocks = measurement.scope, measurement.scope.blocks
@@ -93,7 +97,14 @@ def plan_choice(
     zeros = zero_weights(scope.model, [name for number in removed_blocks for name in blocks.writers[number]])
     try:
         refitted = repair_with(
-            scope.model, planned.units, repair_batches, repair, new_params=zeros, also=behind, not_repaired=not_refitted
+            scope.model,
+            planned.units,
+            repair_batches,
+            repair,
+            new_params=zeros,
+            also=behind,
+            progress=repaired,
+            not_repaired=not_refitted,
         )
     except NoRepair as error:
         reason = f"not repaired: {strip_argument(error)}"

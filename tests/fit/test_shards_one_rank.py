@@ -114,6 +114,15 @@ def test_a_module_that_an_earlier_fit_has_sharded_is_converted(tmp_path, alone):
     assert is_sharded(lit)
 
 
+def test_an_event_that_is_to_polish_is_refused_before_the_first_step(tmp_path, alone):
+    callback = bh.StructuredPruning(bh.Amount(channels=0.5), at=1, polish=bh.PolishConfig(steps=2), calibration=4)
+    run = trainer(tmp_path, [callback], max_steps=2, strategy=alone, limit_val_batches=0)
+    with pytest.raises(ValueError, match="polish: a streamed or sharded model cannot be polished.*billhook fit and distillation"):
+        run.fit(Own())
+    assert run.global_step == 0
+    assert callback.events == []
+
+
 LATER = {
     "blocks": lambda **given: bh.DepthPruning(1, at=2, **given),
     "channels": lambda **given: bh.StructuredPruning(bh.Amount(channels=0.5), at=2, repair=None, **given),

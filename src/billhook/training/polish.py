@@ -31,7 +31,7 @@ from billhook.adapters.masked import mask_nonzero
 from billhook.adapters.merge import has_adapters, merge
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches
-from billhook.engine import evaluating, evaluating_without_grad, store_of
+from billhook.engine import evaluating, evaluating_without_grad, is_sharded, store_of
 from billhook.fit.run import isolated_rng
 from billhook.model import find_transformer, is_linear, is_pruned, weight_holders, weight_of
 from billhook.progress import OnProgress
@@ -296,7 +296,7 @@ def _scaled(scale: Tensor, layer: nn.Module, arguments: tuple[Tensor, ...]) -> t
 
 def check_can_polish(model: nn.Module) -> None:
     """Raises if a model cannot be polished: it is in files, sharded, or has adapters."""
-    if not store_of(model).trains or not store_of(model).holds_all:
+    if not store_of(model).holds_all or is_sharded(model):
         raise ValueError(
             "polish: a streamed or sharded model cannot be polished, because training needs all weights at once. Save it, and "
             "train it with billhook fit and distillation."

@@ -49,7 +49,8 @@ def cells(record):
             before, after = text["bits_per_byte"]
             shown[text["source"]] = f"{after / before:.3f}x bits per byte"
         else:
-            shown[text["source"]] = f"{ratio:.2f}x ± {error:.2f}"
+            digits = 2 if error >= 0.005 else 3
+            shown[text["source"]] = f"{ratio:.{digits}f}x ± {error:.{digits}f}"
     return " and ".join(value for name, value in shown.items() if name not in OTHER), shown["unseen"]
 
 

@@ -75,6 +75,7 @@ def test_two_processes_prune_the_heads_that_one_does(of_two, files, tmp_path, na
         torch.testing.assert_close(state[own], value, atol=2e-4, rtol=1e-3)
 
 
+@pytest.mark.daily("structure", "polish")
 @pytest.mark.parametrize("name", ["structure", "experts", "polish", "shrink", "KV heads in stages"])
 def test_two_processes_change_shapes_as_one_does(of_two, files, tmp_path, name):
     state, done = of_two(name)

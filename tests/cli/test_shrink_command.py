@@ -156,10 +156,10 @@ def sure(tmp_path_factory):
 
 @pytest.mark.nightly
 @pytest.mark.parametrize(
-    ("trained", "given"),
-    [("all weights", ["--recover_lr", "1e-3"]), ("LoRA", ["--recover_lora", "--dtype", "bfloat16"])],
+    ("trained", "given", "nearer"),
+    [("all weights", ["--recover_lr", "1e-3"], 1.2), ("LoRA", ["--recover_lora", "--dtype", "bfloat16"], 1.05)],
 )
-def test_recovery_by_distillation(sure, files, tmp_path, capsys, trained, given):
+def test_recovery_by_distillation(sure, files, tmp_path, capsys, trained, given, nearer):
     options = ["--params", "0.94", "--recover", "20", "--recover_batch_size", "8", *given]
     torch.manual_seed(3)
     main(["shrink", str(sure), str(tmp_path / "out"), *options, *SHORT, *option(files)])
@@ -167,7 +167,7 @@ def test_recovery_by_distillation(sure, files, tmp_path, capsys, trained, given)
     record, said = json.loads((tmp_path / "out" / "billhook.json").read_text()), capsys.readouterr().out
     recovery, after = record["recovery"], record["degradation"]
     assert recovery["recover"] == 20
-    assert recovery["before"][0]["kl"] > 1.05 * after[0]["kl"]
+    assert recovery["before"][0]["kl"] > nearer * after[0]["kl"]
     assert said.index("Before recovery training:") < said.index(f"Polish: {trained} polished in 20 steps")
     assert said.count("perplexity on") == 2
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()

@@ -91,8 +91,7 @@ REMOVALS = {
     "prune-heads --ratio 0.5 --importance OutputNorm --repair RepairConfig": 7,  # and refitted in two
     "prune-structure --channels 0.25 --importance OBS --repair RepairConfig": 6,  # scored in one, and refitted in two
     "prune-structure --residual 0.25 --importance WeightNorm --repair null": 4,  # scored in one, cut, and compared twice
-    "prune-blocks --blocks 1 --first 1 --importance Ablation --repair null": 6 * 5
-    + 12,  # six batches with all blocks, and without each
+    "prune-blocks --blocks 1 --first 1 --importance Ablation --repair null": 6 * 5 + 12,  # whole, and without each
 }
 
 

@@ -58,8 +58,8 @@ class KVHeadConversion(PolishingCallback, ShapeCallback):
             `"auto"`, or a custom `KVMethod`. See `convert_kv_heads`. Defaults to `"auto"` with `calibration`, and to
             `"mean"` otherwise.
         repair: Least-squares repair of consumer layers and MLPs (see `RepairConfig`). Defaults to None (off).
-        encoder: If True, also converts the self-attention of an encoder-decoder's encoder, unlike the paper.
         polish: Training toward the model before each stage, on the calibration data (see `PolishConfig`). Defaults to None (off).
+        encoder: If True, also converts the self-attention of an encoder-decoder's encoder, unlike the paper.
         calibration: Calibration data: batches, a `Calibration`, or a number of training examples. Defaults to 32 examples.
             Optional for `"aligned"` and similarity grouping.
         measure_batches: Validation batches to run before and after each event. Defaults to all; 0 disables it.

@@ -6,7 +6,7 @@ from lightning_utilities.core.rank_zero import rank_zero_info
 
 from billhook.fit.event import Event, EventCallback, ModelChange
 from billhook.fit.fit import Fit, Metrics
-from billhook.fit.ranks import check_identical, fail_together, sum_over_ranks
+from billhook.fit.ranks import check_identical, fail_together, from_first_rank
 from billhook.repairs.polish import PolishConfig
 from billhook.training.polish import check_can_polish, polish
 from billhook.training.targets import Targets
@@ -59,9 +59,7 @@ class PolishingCallback(EventCallback, ABC):
         with fail_together(fit, who):
             polished = polish(fit.model, dense, how=self.polish)
         for parameter in fit.model.parameters():  # ranks may differ by rounding
-            if fit.world_size > 1:
-                first = parameter.detach().clone() if fit.rank == 0 else parameter.detach().new_zeros(parameter.shape)
-                parameter.data.copy_(sum_over_ranks(fit, first))
+            parameter.data.copy_(from_first_rank(fit, who, "the polished weights", parameter))
         event["polish"] = polished.to_json()
         event["what"] += f"; {polished.words}"
         rank_zero_info(f"billhook, step {event['step']}: {polished.text()}")

@@ -50,9 +50,9 @@ class Shrinking(PolishingCallback, ShapeCallback):
         at: When to apply it: a step (int), a fraction of training (float), or `"start"` (before the first step).
         calibration: Calibration data: batches, a `Calibration`, or a number of training examples. Defaults to 128 examples.
             A fifth is held out for measuring.
+        search: Search settings, such as `Search(generations=0)`. Defaults to `Search()`.
         polish: Training toward the dense model on the calibration data, after the search (see `PolishConfig`). Defaults to None
             (off).
-        search: Search settings, such as `Search(generations=0)`. Defaults to `Search()`.
         measure_batches: Validation batches to run before and after each event. Defaults to all; 0 disables it.
 
     Attributes:

@@ -231,7 +231,7 @@ def _to_jsonargparse(words: Sequence[str], kinds: dict[str, Any], positional: in
         if not word.startswith("-"):
             values.append(word)
             continue
-        name, *value = word.removeprefix("--").split("=", 1)
+        name, *value = word.removeprefix("--").split("=", 1) if word.startswith("--") else [word]
         earlier = [run for run in runs[1:] if run[0] == name and len(runs[0]) > positional and _list_types(kinds.get(name))]
         if earlier:  # `--data a --data b` means `--data a b`
             values = earlier[0]

@@ -310,3 +310,30 @@ def test_a_tokenizer_with_tokens_that_the_model_has_lost(text, tokenizer, tmp_pa
             pl.Trainer(max_steps=1, accelerator="cpu", **quiet).fit(module, TextDataModule(text, name, length=16, batch_size=2))
     data = TextDataModule(text, str(tmp_path / "left"), length=16, batch_size=2)
     pl.Trainer(max_steps=1, accelerator="cpu", **quiet).fit(module, data)
+
+
+def test_generated_text_is_the_teachers_and_leaves_random_numbers_alone(tmp_path):
+    """A teacher of other weights is asked, not the model in training."""
+    teacher = bh.load("tiny")
+    torch.nn.init.normal_(teacher.lm_head.weight, std=0.05, generator=torch.Generator().manual_seed(1))
+    teacher.config.max_position_embeddings = 48  # short texts take less time
+    bh.save(teacher, tmp_path / "teacher", tokenizer=AutoTokenizer.from_pretrained(model_path("tiny")))
+    module = TransformerModule("tiny", distillation=bh.training.Distillation(teacher=str(tmp_path / "teacher")))
+    data = TextDataModule(["tiny", "generated"], weights=[0.5, 0.5], length=32, batch_size=4)
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    run = trainer(max_steps=1, limit_val_batches=0)
+    run.strategy.connect(module)
+    data.trainer = run
+    data.setup("fit")
+    assert torch.equal(torch.rand(1), expected)
+    written = data.tokenizer.decode(bh.generated(teacher)[0]["input_ids"][0], skip_special_tokens=True)
+    trained = [data.tokenizer.decode(row["input_ids"], skip_special_tokens=True) for row in data.splits["train"]]
+    assert any(row in written for row in trained)
+
+
+def test_generated_text_needs_a_model():
+    data = TextDataModule("generated", tokenizer="tiny")
+    with pytest.raises(ValueError, match=r"data='generated' is text of the model in training. Attach the data module"):
+        data.setup("fit")

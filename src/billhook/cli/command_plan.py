@@ -68,6 +68,7 @@ def print_plan(
     unknown: Sequence[object] = (),
     cost: float = 2,
     refits: float = 0,
+    may_end_early: bool = False,
 ) -> None:
     """Prints the steps of a command before it runs them.
 
@@ -79,6 +80,7 @@ def print_plan(
         unknown: Importances that need an unknown number of further passes.
         cost: About how many calibration passes the change itself takes, without a repair.
         refits: About how many calibration passes repairs and block-wise reconstruction take.
+        may_end_early: Whether `cost` is an upper bound.
     """
     data = work.options.data or work.options.also
     examples = f"{work.options.evaluate} examples per text"
@@ -97,7 +99,7 @@ def print_plan(
     for step in (*steps, *polishes, *calibration, *measure, *streams, f"save to {work.out}{replacement_note(work.out)}"):
         print(f"  {step}", flush=True)
     if line := _expected_time(work, cost, refits):  # which takes a while for a large model
-        print(f"  {line}")
+        print(f"  {'at most ' if may_end_early else ''}{line}")
     print(flush=True)
 
 

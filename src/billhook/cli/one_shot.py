@@ -419,7 +419,9 @@ class OneShot:
         """Returns commands to continue with, each with a comment."""
         if not generates(self.model):
             return [f"billhook summary {self.out}  # count parameters and operations"]
-        train = f"billhook fit --model.model {self.out} --model.lora '{{}}' --data.data FILE --trainer.max_steps 1000"
+        text = f"--model.distillation.teacher {self.name} --data.data '[FILE,mixed,generated]' --data.weights '[2,1,1]'"
+        text = "--data.data FILE" if self.trimmed is not None else text  # a teacher has the same vocabulary
+        train = f"billhook fit --model.model {self.out} --model.lora '{{}}' {text} --trainer.max_steps 1000"
         export = f"--trainer.callbacks+=billhook.Export --trainer.callbacks.folder {self.out}-trained"
         # plain training would make zeros nonzero
         sparse = event["after"]["zeros"] - event["before"]["zeros"] > PRUNED * event["after"]["params"]

@@ -186,7 +186,7 @@ def shrink(
     most_steps = scope.most_steps(search.generations, search.candidates)
     # modules are refitted at all levels, and each step runs the held-out tokens
     cost = 2 + most_steps * TOKENS / (work.length * sum(work.example_counts.values()))
-    print_plan(work, *steps, cost=cost, refits=refit_passes(work, search.repair))
+    print_plan(work, *steps, cost=cost, refits=refit_passes(work, search.repair), may_end_early=True)
     if dry_run:
         print_dry_run(work, search_space(scope, most_steps, None if budget.max_loss is None else budget.words))
         return

@@ -21,7 +21,9 @@ from billhook.calibration.examples import (
     pack,
     translate,
 )
+from billhook.calibration.generated import GENERATED, generated
 from billhook.calibration.reading import Data, Rows, Table, check_columns, is_line_text
+from billhook.fit.run import isolated_rng
 from billhook.model import check_tokenizer, load_tokenizer
 from billhook.training.dataset_module import DatasetModule, LabeledModule, NoExamples, label_numbers
 
@@ -63,9 +65,10 @@ class TextDataModule(TokenizedModule):
     not fill a block are dropped. Examples without a token in the loss are dropped too.
 
     Args:
-        data: `"tiny"` or `"mixed"` (packaged text, the latter of eight kinds), a Hub name (`"name"` or `"name:config"`), a
-            folder, a file, a glob of files (`"chats/*.jsonl"`), files by split, as in `{train: [a.jsonl, b.jsonl], validation:
-            c.jsonl}`, or a list of these. In Python also a `Dataset` or `DatasetDict` of `datasets`, streaming or not.
+        data: `"tiny"` or `"mixed"` (packaged text, the latter of eight kinds), `"generated"` (text that the teacher samples, or
+            without one the model before training), a Hub name (`"name"` or `"name:config"`), a folder, a file, a glob of files
+            (`"chats/*.jsonl"`), files by split, as in `{train: [a.jsonl, b.jsonl], validation: c.jsonl}`, or a list of these. In
+            Python also a `Dataset` or `DatasetDict` of `datasets`, streaming or not.
         tokenizer: Name or folder of a tokenizer. Defaults to the tokenizer saved with the model in training.
         length: Tokens per example.
         batch_size: Number of blocks per batch and device.
@@ -126,6 +129,23 @@ class TextDataModule(TokenizedModule):
                 "Use ClassificationDataModule."
             )
         super().check(model)
+
+    def load(self, source: Data | Table, model: PreTrainedModel | None) -> dict[str, Rows]:
+        """Loads the splits of a source, or generates its text.
+
+        Raises:
+            ValueError: If text is to be generated and there is no model, or it cannot generate.
+        """
+        if not (isinstance(source, str) and source == GENERATED):
+            return super().load(source, model)
+        teacher = getattr(getattr(self.trainer, "lightning_module", None), "teacher", None)
+        writer = model if teacher is None else teacher.model
+        if writer is None:
+            raise ValueError("data='generated' is text of the model in training. Attach the data module to a Trainer first.")
+        with isolated_rng():  # every process samples the same text, from the same weights and seed, also after a resume
+            rows = generated(writer)
+        texts = [self.tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True) for batch in rows]
+        return {"train": datasets.Dataset.from_dict({self.column: texts})}
 
     def encode(self, rows: Rows, split: str) -> Rows:
         """Tokenizes rows of text into examples of (at most) `length` tokens.

@@ -108,7 +108,7 @@ class DatasetModule(pl.LightningDataModule):
         sources = self.data if isinstance(self.data, list) else [self.data]
         loaded = []
         for source in sources:
-            splits = load_splits(source, self.streaming)
+            splits = self.load(source, model)
             loaded.append({split: rows for split, rows in splits.items() if split in SPLITS})
         with_train = ["train" in splits for splits in loaded]
         if self.weights is not None and not all(with_train):
@@ -143,6 +143,10 @@ class DatasetModule(pl.LightningDataModule):
             with suppress(NoExamples):
                 return self._encode_all({**splits, "train": parts["train"], "validation": parts["test"]})
         return self._encode_all(splits)
+
+    def load(self, source: Data | Table, model: PreTrainedModel | None) -> dict[str, Rows]:
+        """Loads the splits of a source."""
+        return load_splits(source, self.streaming)
 
     def prepare(self, sources: Sequence[dict[str, Rows]], model: PreTrainedModel | None) -> None:
         """Inspects the rows of all sources before they are encoded."""

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from billhook.checkpoints.save import load as load, save as save
     from billhook.model.streamed import stream as stream
     from billhook.report.summary import summary as summary
+    from billhook.report.verdict import Limits as Limits, verdict as verdict
     from billhook.training.evaluation import evaluate as evaluate
 
     from billhook.tracing.trace import trace as trace
@@ -64,6 +65,7 @@ else:
         "billhook.checkpoints.save": "load save",
         "billhook.model.streamed": "stream",
         "billhook.report.summary": "summary",
+        "billhook.report.verdict": "Limits verdict",
         "billhook.training.evaluation": "evaluate",
         "billhook.tracing.trace": "trace",
         "billhook.units.find": "find_units",

@@ -128,8 +128,9 @@ def test_resumed_with_another_model_the_ratio_is_told_and_the_divergence_is_not(
     with pytest.warns(UserWarning, match="differ from those of the resumed run.*KL divergence is not measured"):
         run.fit(other, loader(), loader(4, 4), ckpt_path=tmp_path / "step=1.ckpt")
     for mine, then in zip(told(resumed), told(straight), strict=True):
-        assert mine == [then[0] | {"kl": "nan", "kl_error": "nan"}]
-    assert capsys.readouterr().out.count("unknown") == 2
+        compared = [f"{name}{end}" for name in ("kl", "agreement", "acceptance") for end in ("", "_error")]
+        assert mine == [then[0] | dict.fromkeys(compared, "nan")]
+    assert capsys.readouterr().out.count("unknown") == 6
 
 
 def test_texts_in_the_table_the_record_and_the_loggers(tmp_path, files, capsys):
@@ -163,7 +164,8 @@ def test_texts_in_the_table_the_record_and_the_loggers(tmp_path, files, capsys):
     assert [(one["source"], one["inside"]) for one in end] == [("train", True), ("generated", False), ("other", False)]
     for step, found in ((0, start), (2, end)):  # with the first step of training
         for one in found:
-            names = {"perplexity": "after", "perplexity_ratio": "ratio", "kl": "kl"}
+            names = {"perplexity": "after", "perplexity_ratio": "ratio"}
+            names |= {name: name for name in ("kl", "agreement", "acceptance")}
             logged = {name: logger.rows[step][f"degradation/{one['source']}/{name}"] for name in names}
             assert logged == {name: one[own] for name, own in names.items()}
     said = capsys.readouterr().out

@@ -58,6 +58,13 @@ def test_perplexity_and_divergence_of_each_text_with_paired_errors():
         each = torch.stack([(p * (p.log() - q.log())).sum(-1).mean() for p, q in pairs])
         assert one.kl == pytest.approx(float(each.mean()), rel=1e-5)
         assert one.kl_error == pytest.approx(float(each.std() / len(each) ** 0.5), rel=1e-4)
+        pairs = list(zip(dense_chances, now, strict=True))
+        each = torch.stack([(p.argmax(-1) == q.argmax(-1)).double().mean() for p, q in pairs])
+        assert one.agreement == pytest.approx(float(each.mean()))
+        assert one.agreement_error == pytest.approx(float(each.std() / len(each) ** 0.5))
+        each = torch.stack([torch.minimum(p, q).sum(-1).mean() for p, q in pairs])
+        assert one.acceptance == pytest.approx(float(each.mean()), rel=1e-5)
+        assert one.acceptance_error == pytest.approx(float(each.std() / len(each) ** 0.5), rel=1e-3)
 
 
 def test_ranks_read_a_share_each_and_all_know_all():
@@ -86,7 +93,9 @@ def test_what_is_kept_goes_on_with_the_same_model_and_tells_no_divergence_with_a
         assert not other.load_state_dict(kept)
         for one, then in zip(other.degradation(changed), expected, strict=True):
             assert math.isnan(one.kl)
-            assert replace(one, kl=then.kl, kl_error=then.kl_error) == then
+            compared = [f"{name}{end}" for name in ("kl", "agreement", "acceptance") for end in ("", "_error")]
+            assert all(math.isnan(getattr(one, name)) for name in compared)
+            assert replace(one, **{name: getattr(then, name) for name in compared}) == then
 
 
 def test_a_model_that_predicts_nothing_is_refused():
@@ -95,7 +104,7 @@ def test_a_model_that_predicts_nothing_is_refused():
 
 
 def one(source, ratio, inside, error=0.0):
-    return TextDegradation(source, inside, 10.0, 10.0 * ratio, error, 0.1, 0.01, 8)
+    return TextDegradation(source, inside, 10.0, 10.0 * ratio, error, 0.1, 0.01, 8, 0.9, 0.02, 0.8, 0.03)
 
 
 def test_a_text_outside_that_loses_twice_as_much_is_warned_of():
@@ -126,14 +135,15 @@ def test_with_another_tokenizer_bits_per_byte_are_warned_of():
 
 def test_the_table_and_the_record():
     shown = degradation_table([one("in", 1.2, True, 0.05), one("out", 1.5, False, math.nan)])
+    others = ["0.900", "±", "0.020", "0.800", "±", "0.030"]
     assert [row.split() for row in shown.splitlines()[2:]] == [
-        ["in", "calibrated", "on", "10", "12", "1.200", "±", "0.050", "0.100", "±", "0.010"],
-        ["out", "not", "calibrated", "on", "10", "15", "1.500", "0.100", "±", "0.010"],
+        ["in", "calibrated", "on", "10", "12", "1.200", "±", "0.050", "0.100", "±", "0.010", *others],
+        ["out", "not", "calibrated", "on", "10", "15", "1.500", "0.100", "±", "0.010", *others],
     ]
     assert one("out", 1.5, False, math.nan).to_json()["ratio_error"] == "nan"
     again = TextDegradation.from_json(one("out", 1.5, False, math.nan).to_json())
     assert repr(again) == repr(one("out", 1.5, False, math.nan))
-    assert degradation_table([replace(again, kl=math.nan)]).split()[-1] == "unknown"
+    assert degradation_table([replace(again, acceptance=math.nan)]).split()[-1] == "unknown"
 
 
 def test_with_another_tokenizer_the_same_text_is_compared_in_bits_per_byte():

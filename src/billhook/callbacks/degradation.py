@@ -17,6 +17,7 @@ from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_identical, comm_of, fail_together
 from billhook.report.degradation import DenseReference, degradation_warning
 from billhook.report.generation import generates
+from billhook.report.predictions import Comparison
 
 
 class Degradation(EventFollower):
@@ -107,7 +108,8 @@ class Degradation(EventFollower):
             degradation = self._dense.degradation(model)
         metrics = dict[str, float]()
         for text in degradation:
-            values = {"perplexity": text.after, "perplexity_ratio": text.ratio, "kl": text.kl}
+            values = {"perplexity": text.after, "perplexity_ratio": text.ratio}
+            values |= {name: getattr(text, name) for name in Comparison._fields}
             metrics |= {f"degradation/{text.source}/{name}": value for name, value in values.items()}
         fit.log_metrics(metrics)
         if warning := degradation_warning(degradation):

@@ -103,7 +103,9 @@ SPARSE = 0.1
 COMPLETE = "See `billhook.json` for the complete record, such as the removed units."
 UNRECORDED = "No record of the changes: billhook.save was called without record=."
 LEGEND = (
-    "± is the paired standard error over examples. KL is the divergence of next-token predictions from the dense model, in nats."
+    "± is the paired standard error over examples. KL is the divergence of next-token predictions from the dense model, in nats. "
+    "`same token` is the share of positions with the same most likely token, and `accepted` the share of drafted tokens that the "
+    "dense model would accept in speculative sampling."
 )
 BITS_LEGEND = "The tokenizer has fewer tokens, so losses per token are not comparable. `tokens` counts those of the same text."
 
@@ -223,9 +225,11 @@ def _quality(record: Record) -> list[str]:
         heads = ["bits per byte of", "", "before", "after", "ratio", "tokens"]
         return [*([when] if when else []), table(heads, rows), BITS_LEGEND]
     for text in degradation:
-        pairs = [with_error(text[name], text[f"{name}_error"]) for name in ("ratio", "kl")]
+        names = ("ratio", "kl", "agreement", "acceptance")
+        pairs = [with_error(text.get(name), text.get(f"{name}_error")) for name in names]
         rows.append([text["source"], _where(text), text["before"], text["after"], *pairs])
-    parts = [table(["perplexity on", "", "before", "after", "ratio", "KL"], rows), LEGEND] if rows else []
+    heads = ["perplexity on", "", "before", "after", "ratio", "KL", "same token", "accepted"]
+    parts = [table(heads, rows), LEGEND] if rows else []
     if rows and all(text["inside"] for text in degradation):
         parts.append("Only text of the calibration sources was measured. Other text may degrade more.")
     return [when, *parts] if when and parts else parts

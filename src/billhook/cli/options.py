@@ -37,6 +37,7 @@ COMMANDS = {
     "summary": "inspect",
     "inspect": "inspect",
     "evaluate": "evaluate",
+    "verdict": "verdict",
     "bench": "bench",
     "serve-check": "export",
 }

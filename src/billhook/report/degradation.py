@@ -30,7 +30,7 @@ from billhook.engine import (
 from billhook.model import check_ids
 from billhook.progress import OnProgress
 from billhook.report.generation import generates
-from billhook.report.predictions import Example, ExampleText, Predictions, compute_logits, mean_loss
+from billhook.report.predictions import Comparison, Example, ExampleText, Predictions, compute_logits, mean_loss
 
 
 @torch.no_grad()
@@ -78,6 +78,8 @@ def accuracy(model: PreTrainedModel, batches: Iterable[dict[str, Tensor]]) -> fl
 
 SAME = 1e-3
 """Models whose losses on every example differ by less than this ratio count as the same model."""
+NUMBERS = ("before", "after", "ratio_error", *(f"{name}{end}" for name in Comparison._fields for end in ("", "_error")))
+"""Numbers of a text in records."""
 TWICE = 2.0
 """A warning lists out-of-domain texts that degrade more than this many times as much as in-domain texts."""
 
@@ -95,8 +97,12 @@ class TextDegradation:
         kl: Mean KL divergence of next-token predictions from the dense model, in nats.
         kl_error: Standard error of `kl` over examples.
         rows: Number of examples.
+        agreement: Share of positions at which both models have the same most likely token.
+        agreement_error: Standard error of `agreement` over examples.
+        acceptance: Share of this model's drafted tokens that the dense model accepts in speculative sampling, sum of min(p, q).
+        acceptance_error: Standard error of `acceptance` over examples.
         token_bytes: Bytes of text per token of the dense model. Set if the changed model has another tokenizer; `after` is then
-            per token of the dense model too, and there is no `kl`.
+            per token of the dense model too, and there is no `kl`, `agreement`, or `acceptance`.
         token_ratio: Tokens of the changed model per token of the dense model.
     """
 
@@ -108,6 +114,10 @@ class TextDegradation:
     kl: float
     kl_error: float
     rows: int
+    agreement: float = math.nan
+    agreement_error: float = math.nan
+    acceptance: float = math.nan
+    acceptance_error: float = math.nan
     token_bytes: float | None = None
     token_ratio: float = 1.0
 
@@ -133,7 +143,7 @@ class TextDegradation:
     def to_json(self) -> dict[str, Any]:
         """Returns JSON-compatible data; non-finite numbers become strings."""
         plain: dict[str, Any] = {"source": self.source, "inside": self.inside, "rows": self.rows}
-        for name in ("before", "after", "ratio", "ratio_error", "kl", "kl_error"):
+        for name in ("ratio", *NUMBERS):
             value = getattr(self, name)
             plain[name] = value if math.isfinite(value) else str(value)
         if self.token_bytes is not None:
@@ -143,7 +153,7 @@ class TextDegradation:
     @classmethod
     def from_json(cls, plain: Mapping[str, Any]) -> Self:
         """Restores the result of `to_json`."""
-        numbers = {name: float(plain[name]) for name in ("before", "after", "ratio_error", "kl", "kl_error")}
+        numbers = {name: float(plain[name]) for name in NUMBERS if name in plain}
         texts = {name: plain[name] for name in ("token_bytes", "token_ratio") if name in plain}
         return cls(source=plain["source"], inside=plain["inside"], rows=plain["rows"], **numbers, **texts)
 
@@ -161,6 +171,7 @@ class DenseReference:
         inside: Names of the sources of the calibration data.
         comm: Ranks, each of which evaluates a share of the examples.
         tokenizer: The model's tokenizer, if the changed model will have another. Examples are then compared as texts.
+        stored: What `tensors` of an equal object has returned; the model is then not evaluated.
 
     Attributes:
         rows: The examples, each with the name of its source.
@@ -186,6 +197,7 @@ class DenseReference:
         comm: Comm = SINGLE_PROCESS,
         progress: OnProgress | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
+        stored: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.inside, self._comm = set(inside), comm
         self.rows = [(source_of(batch), ids.cpu()) for batch in batches for ids in batch["input_ids"]]
@@ -193,6 +205,12 @@ class DenseReference:
         self._examples = [text.encoded(tokenizer) for text in self._texts] if tokenizer else _examples(self.rows)
         self._rank_rows = range(comm.rank, len(self.rows), comm.size)
         self._predictions = dict[int, Predictions]()
+        if stored:
+            self.losses = stored["losses"]
+            for row in self._rank_rows:
+                logs = stored[f"logs.{row}"].float().log_softmax(-1)  # as rounded probabilities do not sum to one
+                self._predictions[row] = Predictions(stored[f"positions.{row}"], logs)
+            return
         losses = torch.zeros(len(self.rows), dtype=torch.float64)
 
         def visit(row: int, logits: Tensor, loss: float) -> None:
@@ -238,14 +256,14 @@ class DenseReference:
         `progress` is called with the number of finished examples and the total. `tokenizer` is the changed model's, if it is not
         the dense model's; this object must have been made with a tokenizer then.
         """
-        results = torch.zeros(len(self.rows), 2, dtype=torch.float64)  # loss and divergence
+        results = torch.zeros(len(self.rows), 1 + len(Comparison._fields), dtype=torch.float64)  # the loss is first
         examples = [text.encoded(tokenizer) for text in self._texts] if tokenizer else self._examples
         num_before, num_after = ([example.predicted for example in encoded] for encoded in (self._examples, examples))
 
         def visit(row: int, logits: Tensor, loss: float) -> None:
             dense = self._predictions.get(row) if tokenizer is None else None
             results[row, 0] = loss * num_after[row] / num_before[row]  # per token of the dense model
-            results[row, 1] = math.nan if dense is None else dense.divergence(logits) / len(dense.positions)
+            results[row, 1:] = torch.tensor([math.nan] * len(Comparison._fields) if dense is None else dense.compare(logits))
 
         self._evaluate(model, examples, visit, progress)
         self._comm.sum_(results)
@@ -254,8 +272,10 @@ class DenseReference:
             rows_by_source.setdefault(source, []).append(row)
         degradation = []
         for source, rows in rows_by_source.items():
-            before, (after, kl) = self.losses[rows], results[rows].T
-            others = {}
+            before, (after, *compared) = self.losses[rows], results[rows].T
+            others = dict[str, float]()
+            for name, values in zip(Comparison._fields, compared, strict=True):
+                others |= {name: float(values.mean()), f"{name}_error": _error(values)}
             if tokenizer:
                 count = sum(num_before[row] for row in rows)
                 others["token_bytes"] = sum(self._texts[row].bytes for row in rows) / count
@@ -267,13 +287,18 @@ class DenseReference:
                     before=math.exp(float(before.mean())),
                     after=math.exp(float(after.mean())),
                     ratio_error=math.exp(float((after - before).mean())) * _error(after - before),
-                    kl=float(kl.mean()),
-                    kl_error=_error(kl),
                     rows=len(rows),
                     **others,
                 )
             )
         return degradation
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the losses and predictions of the dense model, to be stored; log-probabilities in float16."""
+        tensors = {"losses": self.losses}
+        for row, predicted in self._predictions.items():
+            tensors |= {f"positions.{row}": predicted.positions.cpu(), f"logs.{row}": predicted.logs.cpu().half()}
+        return tensors
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the examples and the dense model's losses, without its large predictions."""
@@ -308,14 +333,20 @@ def degradation_table(degradation: Sequence[TextDegradation]) -> str:
 
     It shows perplexity, or bits per byte of text and the number of tokens if the changed model has another tokenizer.
     """
+    return render_table(*degradation_rows(degradation), aligns="<<>")
+
+
+def degradation_rows(degradation: Sequence[TextDegradation]) -> tuple[list[str], list[list[str]]]:
+    """Returns the headers and cells of `degradation_table`."""
     rows, in_bits = list[list[str]](), any(text.bits_per_byte for text in degradation)
     for text in degradation:
         sizes = [f"{text.before:,.4g}", f"{text.after:,.4g}", with_error(*text.shown_ratio), with_error(text.kl, text.kl_error)]
+        sizes += [with_error(text.agreement, text.agreement_error), with_error(text.acceptance, text.acceptance_error)]
         if (bits := text.bits_per_byte) is not None:
             sizes = [f"{bits[0]:.4f}", f"{bits[1]:.4f}", with_error(*text.shown_ratio), f"{text.token_ratio:.3f}"]
         rows.append([text.source, "calibrated on" if text.inside else "not calibrated on", *sizes])
-    what, last = ("bits per byte of", "tokens") if in_bits else ("perplexity on", "KL")
-    return render_table([what, "", "before", "after", "ratio", last], rows, aligns="<<>")
+    what, last = ("bits per byte of", ["tokens"]) if in_bits else ("perplexity on", ["KL", "same token", "accepted"])
+    return [what, "", "before", "after", "ratio", *last], rows
 
 
 def degradation_warning(degradation: Sequence[TextDegradation]) -> str | None:

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,21 @@ ELEMENTS = 2**22
 """Number of logits to process at once."""
 BYTES = 2**28
 """Memory for a dense model's predictions in all runs, at evenly spaced positions."""
+
+
+class Comparison(NamedTuple):
+    """Means over positions of a comparison of predictions p of a dense model with q of a changed one.
+
+    Attributes:
+        kl: KL(p || q), in nats.
+        agreement: Share of positions with the same most likely token.
+        acceptance: Sum of min(p, q): the share of drafted tokens that speculative sampling accepts
+            (https://arxiv.org/abs/2211.17192, corollary 3.6).
+    """
+
+    kl: float
+    agreement: float
+    acceptance: float
 
 
 @dataclass(frozen=True)
@@ -48,9 +64,21 @@ class Predictions:
 
         They are `[positions, classes]`.
         """
-        device = self.logs.device
-        each = ((_log_probs(logits, self.positions[part], device), self.logs[part]) for part in _parts(self.logs))
-        return _sum([kl_div(now, then, reduction="sum", log_target=True) for now, then in each])
+        return _sum([kl_div(now, then, reduction="sum", log_target=True) for now, then in self._pairs(logits)])
+
+    def compare(self, logits: Tensor) -> Comparison:
+        """Compares a changed model's logits, `[positions, classes]`, at the stored positions."""
+        sums = list[Tensor]()
+        for now, then in self._pairs(logits):
+            kl = kl_div(now, then, reduction="sum", log_target=True)
+            same = (now.argmax(-1) == then.argmax(-1)).sum()
+            sums.append(torch.stack([kl, same.to(kl), torch.minimum(now, then).exp().sum()]))
+        return Comparison(*(value / len(self.positions) for value in torch.stack(sums).cpu().double().sum(0).tolist()))
+
+    def _pairs(self, logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields log-probabilities of the changed and of the dense model, part by part."""
+        for part in _parts(self.logs):
+            yield _log_probs(logits, self.positions[part], self.logs.device), self.logs[part]
 
 
 def mean_loss(logits: Tensor, labels: Tensor) -> float:

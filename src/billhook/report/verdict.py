@@ -1,0 +1,297 @@
+"""Verdict on a changed language model: what it predicts and writes, compared with the dense model and with limits."""
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import RenderableType
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from billhook.arguments import check_fraction, check_int, check_number, check_types
+from billhook.checkpoints.card import table
+from billhook.display import Printable, render_table
+from billhook.engine import Batch, fingerprint, identity_of, replace_file, source_of
+from billhook.model import tokenizer_of
+from billhook.progress import OnProgress
+from billhook.report.degradation import DenseReference, TextDegradation, degradation_rows, degradation_table
+from billhook.report.generation import generates
+from billhook.report.writing import PROMPT_TOKENS, TEMPERATURES, Writing, prompt_ids, write
+
+CERTAIN = 2.0
+"""Standard errors between a figure and its limit from which the comparison is certain."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a changed model may differ from the dense model. None sets no limit.
+
+    Args:
+        max_ratio: Most that the perplexity on each calibrated text may rise, as a ratio (bits per byte with another tokenizer).
+        max_unseen_ratio: The same for each text that was not calibrated on.
+        max_loops: Largest share, in [0, 1], of texts that loop where the dense model's text does not.
+        min_agreement: Smallest share, in [0, 1], of positions of each text at which both have the same most likely token.
+
+    Raises:
+        ValueError: If a limit is out of range.
+    """
+
+    max_ratio: float | None = None
+    max_unseen_ratio: float | None = None
+    max_loops: float | None = None
+    min_agreement: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_ratio", "max_unseen_ratio"):
+            if (ratio := getattr(self, name)) is not None:
+                check_number(name, ratio, above=0)
+        for name in ("max_loops", "min_agreement"):
+            if (share := getattr(self, name)) is not None:
+                check_fraction(name, share, "[0, 1]")
+
+
+@dataclass(frozen=True)
+class Check:
+    """A figure and its limit.
+
+    Attributes:
+        limit: Name of the limit.
+        of: Name of the text, or what was written.
+        value: The figure.
+        error: Its standard error.
+        bound: The limit.
+        examples: Number of examples of the figure.
+    """
+
+    limit: str
+    of: str
+    value: float
+    error: float
+    bound: float
+    examples: int
+
+    @property
+    def passes(self) -> bool:
+        """Returns whether the figure is within the limit."""
+        within = self.value >= self.bound if self.limit.startswith("min") else self.value <= self.bound
+        return within and not math.isnan(self.value)
+
+    def text(self) -> str:
+        """Returns a line with the figure, its standard error, and the limit, and how many examples would decide."""
+        line = f"{self.limit}={self.bound:g}: {self.of} {self.value:.3f} ± {self.error:.3f}"
+        distance = abs(self.value - self.bound)
+        if not distance < CERTAIN * self.error:
+            return line
+        if distance == 0:
+            return f"{line} (undecided)"
+        needed = math.ceil(self.examples * (CERTAIN * self.error / distance) ** 2)
+        return f"{line} (undecided: {self.examples} examples, and about {needed:,} would decide)"
+
+
+@dataclass(frozen=True, repr=False)
+class Verdict(Printable):
+    """Result of `verdict`.
+
+    Attributes:
+        texts: Comparison of predictions on each text.
+        before: What the dense model has written, by temperature; empty if nothing was.
+        after: The same of the changed model.
+        limits: The limits.
+    """
+
+    texts: Sequence[TextDegradation]
+    before: Mapping[float, Writing]
+    after: Mapping[float, Writing]
+    limits: Limits = field(default_factory=Limits)
+
+    @property
+    def checks(self) -> list[Check]:
+        """All figures that have a limit."""
+        return list(self._checks())
+
+    @property
+    def broken(self) -> list[Check]:
+        """Figures beyond their limits."""
+        return [check for check in self.checks if not check.passes]
+
+    def _checks(self) -> Iterator[Check]:
+        limits = self.limits
+        for text in self.texts:
+            name = "max_ratio" if text.inside else "max_unseen_ratio"
+            if (bound := getattr(limits, name)) is not None:
+                yield Check(name, text.source, *text.shown_ratio, bound, text.rows)
+            if limits.min_agreement is not None:
+                yield Check("min_agreement", text.source, text.agreement, text.agreement_error, limits.min_agreement, text.rows)
+        if limits.max_loops is not None:
+            for temperature, writing in self.after.items():
+                share, error = writing.new_loops(self.before[temperature])
+                yield Check("max_loops", f"texts written {_decoding(temperature)}", share, error, limits.max_loops, writing.texts)
+
+    def _written(self) -> list[list[str]]:
+        rows = []
+        for temperature, after in self.after.items():
+            before = self.before[temperature]
+            pairs = (before.loop_share, after.loop_share), (before.distinct, after.distinct)
+            shares = [f"{old:.2f} -> {new:.2f}" for old, new in pairs]
+            tokens = f"{before.tokens:.0f} -> {after.tokens:.0f}"
+            rows.append([_decoding(temperature), str(after.texts), *shares, tokens, f"{before.ended:.2f} -> {after.ended:.2f}"])
+        return rows
+
+    def text(self) -> str:
+        """Returns tables of what the model predicts and writes, and a line for each limit."""
+        lines = [degradation_table(self.texts)]
+        if self.after:
+            lines += ["", render_table(WRITTEN, self._written(), aligns="<>")]
+        for check in self.checks:
+            lines += [f"{'pass' if check.passes else 'FAIL'}  {check.text()}"]
+        return "\n".join(lines)
+
+    def markdown(self) -> str:
+        """Returns the tables and limits in Markdown, such as for a pull request."""
+        heads, rows = degradation_rows(self.texts)
+        parts = [table(heads, rows)]
+        parts += [table(WRITTEN, self._written())] * bool(self.after)
+        parts += ["\n".join(f"- {'pass' if check.passes else '**FAIL**'} {check.text()}" for check in self.checks)]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data."""
+        written = {
+            _decoding(heat): {"before": asdict(self.before[heat]), "after": asdict(self.after[heat])} for heat in self.after
+        }
+        checks = [asdict(check) | {"passes": check.passes} for check in self.checks]
+        checks = [{name: None if value != value else value for name, value in check.items()} for check in checks]  # not a number
+        return {"texts": [text.to_json() for text in self.texts], "written": written, "checks": checks}
+
+    def _renderables(self) -> list[RenderableType]:
+        return [self.text()]
+
+
+WRITTEN = ["texts written", "", "loop", "distinct 4-grams", "tokens", "ended"]
+
+
+def _decoding(temperature: float) -> str:
+    return f"T={temperature:g}" if temperature else "greedy"
+
+
+def verdict(
+    dense: PreTrainedModel,
+    model: PreTrainedModel,
+    batches: Iterable[Any],
+    inside: Sequence[str] = (),
+    limits: Limits | None = None,
+    prompts: int = 4,
+    seed: int = 0,
+    tokenizers: tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase] | None = None,
+    folder: Path | None = None,
+    progress: OnProgress | None = None,
+) -> Verdict:
+    """Compares what a changed language model predicts and writes with the dense model.
+
+    Predictions are compared on all batches. Both models also continue the first 32 tokens of some examples by at most 256 tokens,
+    greedily and at a temperature of 0.7; a model with a chat template is asked to continue the text. A text loops if fewer than
+    0.55 of its 4-grams are distinct, or if it does not end and its last phrase of at least two tokens repeats three times.
+
+    Args:
+        dense: The dense model.
+        model: The changed model.
+        batches: Examples to compare on, `{"input_ids": [batch, length]}`, with the names of their sources (`Batch`).
+        inside: Names of sources that the model was calibrated on.
+        limits: How much the models may differ. Defaults to no limits.
+        prompts: Number of texts to write for each source and temperature. 0 writes none.
+        seed: Sampling seed.
+        tokenizers: Tokenizers of both models. Defaults to those saved with them.
+        folder: Folder that keeps the dense model's figures for further models. Defaults to None.
+        progress: Callback with the number of finished examples and texts, and the total.
+
+    Raises:
+        ValueError: If a model predicts no next token, there is no text, or a figure with a limit cannot be measured.
+
+    Example:
+        >>> import torch, billhook as bh
+        >>> from billhook.report.verdict import Limits
+        >>> dense, model = bh.load("tiny"), bh.load("tiny")
+        >>> batches = [{"input_ids": torch.arange(i, i + 32)[None]} for i in range(4)]
+        >>> result = bh.verdict(dense, model, batches, limits=Limits(max_unseen_ratio=1.1), prompts=0)
+        >>> result.broken, result.texts[0].agreement
+        ([], 1.0)
+    """
+    check_types(verdict, locals())
+    check_int("prompts", prompts, 0)
+    limits = limits or Limits()
+    for name, candidate in {"dense": dense, "model": model}.items():
+        if not generates(candidate):
+            raise ValueError(f"{name}: {type(candidate).__name__} predicts no next token. Pass causal language models.")
+    rows = [Batch({"input_ids": ids[None]}, source_of(batch)) for batch in batches for ids in batch["input_ids"]]
+    if not rows:
+        raise ValueError("batches is empty. Pass at least one example.")
+    before, after = tokenizers or (None, None)
+    if tokenizers is None and prompts:
+        before, after = tokenizer_of(dense, None), tokenizer_of(model, None)
+    differ = before is not None and after is not None and before.get_vocab() != after.get_vocab()
+    _check_measured(limits, {batch.source for batch in rows}, inside, prompts, differ)
+    starts = _prompts(rows, prompts, before)
+    file, stored = None, dict[str, Tensor]()
+    if folder is not None:
+        key = fingerprint(identity_of(dense), [batch["input_ids"] for batch in rows], starts, seed, differ)
+        file = folder / f"{key[:16]}.safetensors"
+        with suppress(OSError):
+            stored = load_file(file)
+    each = len(rows) + len(starts) * len(TEMPERATURES)
+    done, total = 0, each * (1 if stored else 2)
+
+    def report(finished: int, _: int) -> None:
+        if progress is not None:
+            progress(done + finished, total)
+
+    def all_written(writer: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[float, Tensor]:
+        texts = dict[float, Tensor]()
+        for temperature in TEMPERATURES if starts else ():
+            assert tokenizer is not None
+            texts[temperature] = write(writer, [prompt_ids(start, tokenizer) for start in starts], temperature, seed)
+            report(len(rows) + len(texts) * len(starts), total)
+        return texts
+
+    reference = DenseReference(dense, rows, inside, progress=report, tokenizer=before if differ else None, stored=stored)
+    if stored:
+        written = {heat: stored[f"written.{heat}"] for heat in TEMPERATURES if starts}
+    else:
+        written = all_written(dense, before)
+        done = each
+    if file is not None and not stored:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        draft = file.with_suffix(".draft")
+        save_file(reference.tensors() | {f"written.{heat}": tokens for heat, tokens in written.items()}, draft)
+        replace_file(draft, file)
+    texts = reference.degradation(model, report, after if differ else None)
+    judged = [{heat: Writing.of(tokens) for heat, tokens in of.items()} for of in (written, all_written(model, after))]
+    return Verdict(texts, judged[0], judged[1], limits)
+
+
+def _prompts(rows: Sequence[Batch], count: int, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """Returns the beginnings of the first examples of each source."""
+    starts, counts = list[str](), Counter[str]()
+    for batch in rows:
+        counts[batch.source] += 1
+        if counts[batch.source] <= count:
+            assert tokenizer is not None
+            starts.append(str(tokenizer.decode(batch["input_ids"][0, :PROMPT_TOKENS].tolist(), skip_special_tokens=True)))
+    return starts
+
+
+def _check_measured(limits: Limits, sources: Collection[str], inside: Sequence[str], prompts: int, differ: bool) -> None:
+    """Raises if a figure with a limit will not be measured."""
+    problems = {
+        "max_ratio": "" if {*inside} & {*sources} else "no text was calibrated on",
+        "max_unseen_ratio": "" if {*sources} - {*inside} else "every text was calibrated on",
+        "max_loops": "" if prompts else "prompts=0 writes no text",
+        "min_agreement": "the models have different tokenizers" if differ else "",
+    }
+    for name, problem in problems.items():
+        if problem and (bound := getattr(limits, name)) is not None:
+            raise ValueError(f"{name}={bound:g} has no figure, because {problem}. Remove the limit.")

@@ -426,7 +426,7 @@ class OneShot:
         # plain training would make zeros nonzero
         sparse = event["after"]["zeros"] - event["before"]["zeros"] > PRUNED * event["after"]["params"]
         return [
-            f"billhook evaluate {self.name} {self.out} --text FILE  # compare both models on your text",
+            f"billhook verdict {self.name} {self.out} --data FILE  # compare both models on more text, and what they write",
             *([] if sparse else [f"{train} {export}  # recovery training on your text"]),
             f"billhook serve-check {self.out}  # check the outputs in llama.cpp",
         ]

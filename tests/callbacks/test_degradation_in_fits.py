@@ -12,6 +12,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import Logger
 
 import billhook as bh
+from billhook.model import load_tokenizer
+from billhook.report import writing
+from billhook.report.writing import Writing, write
 from kit.events import EVENTS, Own, loader
 from kit.families import BERT
 from kit.fits import data, module, same, trainer, weights
@@ -130,7 +133,9 @@ def test_resumed_with_another_model_the_ratio_is_told_and_the_divergence_is_not(
     for mine, then in zip(told(resumed), told(straight), strict=True):
         compared = [f"{name}{end}" for name in ("kl", "agreement", "acceptance") for end in ("", "_error")]
         assert mine == [then[0] | dict.fromkeys(compared, "nan")]
-    assert capsys.readouterr().out.count("unknown") == 6
+    table = capsys.readouterr().out.partition("perplexity on")[2]
+    assert table
+    assert not {"KL", "unknown"} & {*table.split()}  # columns without a figure
 
 
 def test_texts_in_the_table_the_record_and_the_loggers(tmp_path, files, capsys):
@@ -175,6 +180,86 @@ def test_texts_in_the_table_the_record_and_the_loggers(tmp_path, files, capsys):
     assert f"{end[2]['ratio']:.3f} ± {end[2]['ratio_error']:.3f}" in last[4]
 
 
+TIGHT, LOOSE = bh.Limits(max_ratio=1 + 1e-6), bh.Limits(max_ratio=100.0, min_agreement=0.0)
+
+
+@pytest.mark.filterwarnings("ignore:(Degradation, step|Export failed)")
+def test_a_broken_limit_ends_training_and_the_export_refuses(tmp_path):
+    callbacks = [EVENTS["mean"](2), degradation(stop=TIGHT), bh.Export(str(tmp_path / "out"))]
+    run = trainer(tmp_path, callbacks, max_steps=9)
+    with (
+        pytest.warns(UserWarning, match=r"limit\. max_ratio=1: generated 1\.\d+.*Training ends"),
+        pytest.raises(ValueError, match="Export: the model breaks a limit of Degradation. max_ratio=1: generated"),
+    ):
+        run.fit(Own(), loader(), loader(4, 4))
+    assert run.global_step == 2
+    assert not (tmp_path / "out").exists()
+    assert (tmp_path / "out-unverified").is_dir()
+
+
+def test_an_event_at_the_start_that_breaks_a_limit_is_an_error(tmp_path):
+    callbacks = [EVENTS["mean"]("start"), degradation(stop=TIGHT), bh.Export(str(tmp_path / "out"))]
+    run = trainer(tmp_path, callbacks, max_steps=9)
+    with pytest.raises(
+        ValueError, match=r"Degradation, step 0, after 4 -> 2 KV heads \(mean\): the model breaks a limit\. max_rat"
+    ):
+        run.fit(Own(), loader(), loader(4, 4))
+    assert run.global_step == 0
+    assert not [*tmp_path.glob("out*")]
+
+
+def test_limits_that_hold_change_nothing(tmp_path):
+    callbacks = [EVENTS["mean"](2), degradation(stop=LOOSE), bh.Export(str(tmp_path / "out"))]
+    run = trainer(tmp_path, callbacks, max_steps=4)
+    run.fit(Own(), loader(), loader(4, 4))
+    assert run.global_step == 4
+    assert (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"stop": bh.Limits(max_unseen_ratio=1.5)}, "max_unseen_ratio=1.5 has no figure, because every text was calibrated on"),
+        ({"stop": bh.Limits(max_loops=0.1)}, "max_loops=0.1 has no figure, because prompts=0 writes no text"),
+    ],
+)
+def test_a_limit_without_a_figure_is_refused_before_training(tmp_path, options, match):
+    callback, lit = EVENTS["mean"]("start"), Own()
+    with pytest.raises(ValueError, match=match):
+        trainer(tmp_path, [degradation(**options), callback], max_steps=1).fit(lit, loader(), loader(4, 4))
+    assert not callback.events
+
+
+def test_what_the_model_writes_is_told_recorded_and_resumed(tmp_path, files, capsys, monkeypatch):
+    monkeypatch.setattr(writing, "NEW_TOKENS", 8)
+
+    def fit(folder, checkpoint=None):
+        measures = bh.Degradation(bh.Calibration({"train": files["train"]}, tokens=64, length=16), examples=2, prompts=2)
+        keep = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        callbacks = [EVENTS["mean"](1), measures, bh.Export(str(folder)), bh.Report(str(tmp_path / "plot.png"))]
+        lit, dense = module(num_attention_heads=4), module(num_attention_heads=4).model
+        trainer(tmp_path, [*callbacks, *([] if checkpoint else [keep])], max_steps=2).fit(lit, data(files), ckpt_path=checkpoint)
+        return lit.model, dense, measures, callbacks[0].events[0]
+
+    model, dense, measures, event = fit(tmp_path / "out")
+    prompts = [tokens[:32].tolist() for _, tokens in measures._dense.rows]  # two of the file, two of generated text
+    tokenizer = load_tokenizer("tiny")
+    prompts = [tokenizer(tokenizer.decode(ids), add_special_tokens=False)["input_ids"] for ids in prompts]
+    for temperature, found in zip((0.0, 0.7), measures.written, strict=True):
+        assert found["temperature"] == temperature
+        for when, written_by in (("before", dense), ("after", model)):
+            assert found[when]["loops"] == Writing.of(write(written_by, prompts, temperature)).loops
+            assert found[when]["texts"] == 4
+    assert [texts["before"] for texts in event["written"]] == [texts["before"] for texts in measures.written]
+    record = json.loads((tmp_path / "out" / "billhook.json").read_text())
+    assert record["written"] == json.loads(json.dumps(measures.written))
+    assert record["events"][0]["written"] == json.loads(json.dumps(event["written"]))
+    assert "| texts written |" in (tmp_path / "out" / "README.md").read_text()
+    assert capsys.readouterr().out.count("texts written") == 2
+    _, _, resumed, _ = fit(tmp_path / "again", tmp_path / "step=1.ckpt")
+    assert resumed.written == measures.written
+
+
 @pytest.mark.parametrize(
     ("callbacks", "match"),
     [
@@ -205,6 +290,8 @@ def test_a_model_that_predicts_no_next_token_is_refused(tmp_path):
             "also: 'a' is the name of another text",
         ),
         (lambda: degradation(also=3), "also=3 must be"),
+        (lambda: degradation(prompts=-1), "prompts=-1 must be a whole number of at least 0"),
+        (lambda: degradation(stop=0.5), "stop=0.5 must be"),
     ],
 )
 def test_arguments(make, match):

@@ -308,6 +308,27 @@ def test_events_and_the_table_count_no_adapters(tmp_path, capsys):
     assert f" {before} " in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("ignore:(Degradation, step|Export failed)")
+def test_a_broken_limit_ends_training(tmp_path):
+    stops = bh.Degradation(bh.Calibration(tokens=48, length=12), examples=3, stop=bh.Limits(max_ratio=1 + 1e-6))
+    callbacks, model = [EVENTS["mean"](2), stops, bh.Export(str(tmp_path / "out"))], Own().net
+    told = []
+
+    class Counts(TrainerCallback):
+        def on_step_end(self, args, state, control, **_):
+            told.append(state.global_step)
+
+    with (
+        pytest.warns(UserWarning, match="max_ratio=1: generated.*Training ends"),
+        pytest.raises(ValueError, match="Export: the model breaks a limit of Degradation"),
+    ):
+        train(tmp_path, callbacks, model, others=[Counts()], max_steps=9)
+    assert told == [1, 2, 3]
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ValueError, match="Degradation, step 0, after 4 -> 2 KV heads .*: the model breaks a limit"):
+        train(tmp_path, [EVENTS["mean"]("start"), stops])
+
+
 def test_monitors(tmp_path):
     """A round that the metric forbids is undone."""
     stop = bh.StopWhenWorse("val_loss", keep=1.0)

@@ -13,7 +13,7 @@ from billhook.cli.main import main
 from billhook.engine.batches import Batch
 from billhook.report import writing
 from billhook.report.verdict import Check
-from billhook.report.writing import ENDED, Writing, distinct_share, repeats, write
+from billhook.report.writing import ENDED, Writing, Written, distinct_share, repeats, write
 from kit.families import llama, tokens
 
 
@@ -98,7 +98,7 @@ def test_loops(row, loops):
 
 def test_loops_of_the_dense_model_are_not_held_against_the_changed_one():
     then, now = (Writing(loops, 1.0, 8.0, 0.0) for loops in ((True, False, False), (True, True, False)))
-    share, error = now.new_loops(then)
+    share, error = Written(0.0, then, now).new_loops()
     assert share == 1 / 3
     assert error == pytest.approx(math.sqrt(3 / 7 * 4 / 7 / 7))
 
@@ -160,8 +160,7 @@ def test_stored_figures_give_the_same_verdict_and_another_dense_model_does_not_u
     dense.register_forward_hook(lambda *_: calls.append(1))
     again = bh.verdict(dense, changed, batches, prompts=2, folder=tmp_path)
     assert not calls
-    assert again.before == first.before
-    assert again.after == first.after
+    assert again.written == first.written
     for one, then in zip(again.texts, first.texts, strict=True):
         assert one.ratio == then.ratio
         assert one.kl == pytest.approx(then.kl, rel=1e-2)  # log-probabilities are stored in half precision
@@ -191,8 +190,8 @@ def test_the_command_measures_what_the_pruning_command_measured_and_ends_with_a_
     common = ["tiny", pruned, "--data", text, "--length", 64, "--examples", 3, "--prompts", 0, "--cache", tmp_path / "cache"]
     assert run(*common, "--json", tmp_path / "found.json", "--markdown", tmp_path / "found.md", "--max_unseen_ratio", 9) == 0
     found = json.loads((tmp_path / "found.json").read_text())
-    assert {one["source"]: one["inside"] for one in found["texts"]} == {"own": True, "mixed": True, "unseen": False}
-    for one in found["texts"]:
+    assert {one["source"]: one["inside"] for one in found["degradation"]} == {"own": True, "mixed": True, "unseen": False}
+    for one in found["degradation"]:
         assert one["ratio"] == pytest.approx(record[one["source"]]["ratio"], rel=1e-5)
     assert "| own | calibrated on |" in (tmp_path / "found.md").read_text()
     capsys.readouterr()

@@ -1,4 +1,4 @@
-"""The Degradation callback: perplexity and KL divergence after each event."""
+"""The Degradation callback: what the model predicts and writes after each event, compared with the dense model."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,24 +10,28 @@ from transformers import PreTrainedModel
 
 from billhook.arguments import check_int, check_types
 from billhook.calibration.calibration import Calibration, OtherTexts, check_other_texts, evaluation_batches
-from billhook.engine import is_sharded, reshard
+from billhook.engine import is_sharded, reshard, source_of
 from billhook.fit.calibration import FitCalibration
 from billhook.fit.event import Event, EventCallback, EventFollower, State
 from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_identical, comm_of, fail_together
+from billhook.model import tokenizer_of
 from billhook.report.degradation import DenseReference, degradation_warning
 from billhook.report.generation import generates
 from billhook.report.predictions import Comparison
+from billhook.report.verdict import Limits, Verdict, check_measured
+from billhook.report.writing import DenseWriting
 
 
 class Degradation(EventFollower):
-    """Measures the degradation caused by each event: perplexity ratio and KL divergence.
+    """Compares what the model predicts and writes after each event with the dense model, as `bh.verdict` does.
 
     The dense model is the model before any event; it is evaluated in `setup`. The model is evaluated again after each event and
     at the end, on held-out examples of the calibration data, self-generated text, and the texts in `also`. Results, each with
     its paired standard error over examples, go to the loggers (`degradation/SOURCE/perplexity_ratio` and others), the events,
     the table of `Report`, and the record of `Export`. A warning lists out-of-domain texts that degrade more than twice as much
-    as the calibration texts.
+    as the calibration texts. If a limit in `stop` is broken after an event, training ends after the current step; if one is
+    broken at the end, `Export` refuses the checkpoint and keeps the weights as unverified.
 
     Training is not affected: random state, modes, and gradients are restored. Each evaluation runs one forward pass over all
     examples. At most 256 MiB of the dense model's predictions are stored, at evenly spaced positions. They are not saved in
@@ -41,25 +45,41 @@ class Degradation(EventFollower):
         texts: The `Calibration` that the other callbacks use.
         also: Further texts to evaluate on: a file, any other `Calibration` source, or a list of them.
         examples: Number of examples to evaluate from each text.
+        prompts: Number of texts that the model writes for each of them and temperature. 0 writes none.
+        stop: Limits that end training. Defaults to none.
 
     Raises:
         ValueError: If an argument is not legal. Before training, if the model does not predict next tokens, the strategy is not
-            supported, or the order of callbacks is wrong.
+            supported, a figure with a limit is not measured, or the order of callbacks is wrong. After an event at the start
+            that breaks a limit.
 
     >>> import billhook as bh
     >>> text = bh.Calibration(["generated", "manual.txt"])
     >>> callback = bh.Degradation(text, also="other.txt")  # before Export and Report
     """
 
-    def __init__(self, texts: Calibration, also: OtherTexts = None, examples: int = 16) -> None:
+    def __init__(
+        self,
+        texts: Calibration,
+        also: OtherTexts = None,
+        examples: int = 16,
+        prompts: int = 0,
+        stop: Limits | None = None,
+    ) -> None:
         check_types(Degradation, locals())
         check_int("examples", examples)
+        check_int("prompts", prompts, 0)
         check_other_texts(texts, also)
         self.texts = texts
         self.also = also
         self.examples = examples
+        self.prompts = prompts
+        self.stop = stop
         self.last: list[dict[str, Any]] | None = None
+        self.written: list[dict[str, Any]] = []
+        self.broken: list[str] = []
         self._dense: DenseReference | None = None
+        self._writing: DenseWriting | None = None
         self._begun = False
 
     def prepare(self, fit: Fit) -> None:
@@ -73,8 +93,10 @@ class Degradation(EventFollower):
         if self._begun:
             return
         fit.check_strategy("Degradation")
+        if self.prompts and fit.is_sharded:
+            raise ValueError(f"prompts={self.prompts} requires a model that is not sharded. Set prompts to 0.")
         self._begun = True
-        self.last = None
+        self.last, self.written, self.broken = None, [], []
         if self._dense is None or fit.step == 0:  # otherwise an earlier training run continues
             fit.once_model_exists(partial(self._read, fit))
 
@@ -87,42 +109,65 @@ class Degradation(EventFollower):
         with fail_together(fit, "Degradation"), _undisturbed(fit, model):
             read = evaluation_batches(self.texts, model, self.examples, self.also, fit.tokenizer)
             check_identical(fit, "Degradation", "the evaluation examples", [batch["input_ids"] for batch in read])
+            if self.stop is not None:
+                check_measured(self.stop, {source_of(batch) for batch in read}, list(self.texts.named), self.prompts)
             self._dense = DenseReference(model, read, list(self.texts.named), comm_of(fit))
+            if self.prompts:
+                tokenizer = fit.tokenizer or tokenizer_of(model, None)
+                self._writing = DenseWriting(model, self._dense.rows, self.prompts, tokenizer, comm=comm_of(fit))
 
     def on_event(self, fit: Fit, event: Event) -> None:
         """Evaluates the model after an event; after the last event if several share a step."""
         if any(event is callback.events[-1] for callback in fit.callbacks(EventCallback) if callback.events):
-            event["degradation"] = self._measure(fit, f"after {event['label']}")
+            when = f"after {event['label']}"
+            event["degradation"], written = self._measure(fit, when)
+            event |= {"written": written} if written else {}
+            if self.broken:
+                problem = f"Degradation, step {fit.step}, {when}: the model breaks a limit. {'; '.join(self.broken)}"
+                if fit.step == 0:  # Lightning would end without end_training
+                    raise ValueError(problem)
+                rank_zero_warn(f"{problem}. Training ends.")
+                fit.stop()
 
     def end_training(self, fit: Fit) -> None:
         """Evaluates the model at the end of training."""
         if not fit.is_tuning:
-            self.last = self._measure(fit, "end of training")
+            self.last, self.written = self._measure(fit, "end of training")
 
-    def _measure(self, fit: Fit, when: str) -> list[dict[str, Any]]:
-        """Evaluates the current model, logs the results, and warns."""
+    def _measure(self, fit: Fit, when: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Evaluates the current model, logs the results, and warns; returns records of what it predicts and writes."""
         assert self._dense is not None
         model = fit.model
         step = fit.step
         with fail_together(fit, "Degradation"), _undisturbed(fit, model):
             degradation = self._dense.degradation(model)
+            written = self._writing.compare(model) if self._writing else []
+        self.broken = [check.text() for check in Verdict(degradation, written, self.stop or Limits()).broken]
         metrics = dict[str, float]()
         for text in degradation:
             values = {"perplexity": text.after, "perplexity_ratio": text.ratio}
             values |= {name: getattr(text, name) for name in Comparison._fields}
             metrics |= {f"degradation/{text.source}/{name}": value for name, value in values.items()}
+        metrics |= {f"degradation/loops/{texts.temperature:g}": texts.new_loops()[0] for texts in written}
         fit.log_metrics(metrics)
         if warning := degradation_warning(degradation):
             rank_zero_warn(f"Degradation, step {step}, {when}: {warning}")
-        return [text.to_json() for text in degradation]
+        return [text.to_json() for text in degradation], [texts.to_json() for texts in written]
 
     def state_dict(self) -> State:
-        """Returns the examples, the dense model's losses, and the results at the end."""
-        return {} if self._dense is None else self._dense.state_dict() | {"last": self.last}
+        """Returns the examples, the dense model's losses and texts, and the results at the end."""
+        if self._dense is None:
+            return {}
+        writing = self._writing.state_dict() if self._writing else {}
+        return self._dense.state_dict() | {"last": self.last, "written": self.written, "writing": writing}
 
     def load_state_dict(self, state_dict: State) -> None:
-        """Restores the examples and the dense model's losses of the resumed run."""
-        if state_dict and self._dense is not None and not self._dense.load_state_dict(state_dict):
+        """Restores the examples, and the dense model's losses and texts, of the resumed run."""
+        if not state_dict or self._dense is None:
+            return
+        if self._writing is not None and state_dict["writing"]:
+            self._writing.load_state_dict(state_dict["writing"])
+        if not self._dense.load_state_dict(state_dict):
             rank_zero_warn(
                 "Degradation: the model before loading the checkpoint, or the texts, differ from those of the resumed run. "
                 "Perplexity ratios use the dense perplexities stored in the checkpoint; KL divergence is not measured."

@@ -67,7 +67,7 @@ class Export(FitCallback):
     Raises:
         ValueError: Before training, if `folder` is not a billhook checkpoint, an argument is not legal, the model cannot be
             saved, verified, or converted, or there is no token for `push_to_hub`. If the model has another size than the last
-            event left, before a resumed run and at the end.
+            event left, before a resumed run and at the end. At the end, if it breaks a limit of `Degradation`.
 
     >>> import billhook as bh
     >>> callback = bh.Export("outputs/model")  # last in Trainer(callbacks=[...])
@@ -203,6 +203,9 @@ class Export(FitCallback):
         failed = list[Exception]()
         try:
             _check_events_kept(fit)
+            for callback in fit.callbacks(Degradation):
+                if callback.broken:
+                    raise ValueError(f"Export: the model breaks a limit of Degradation. {'; '.join(callback.broken)}")
         except ValueError as error:
             failed.append(error)  # the weights are kept
         else:
@@ -222,6 +225,7 @@ class Export(FitCallback):
             record = {"steps": fit.step, **({"start": start} if start else {}), "events": events_of(fit), **fit.record()}
             for callback in fit.callbacks(Degradation):
                 record.setdefault("degradation", callback.last)
+                record |= {"written": callback.written} if callback.written else {}
             try:
                 check_target(folder)
             except ValueError as error:  # it is in use meanwhile

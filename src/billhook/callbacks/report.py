@@ -17,7 +17,7 @@ from billhook.fit.fit import Fit
 from billhook.fit.ranks import on_first_rank
 from billhook.plots.style import PLOT_SUFFIXES
 from billhook.plots.validation import validation
-from billhook.report.degradation import TextDegradation, degradation_table
+from billhook.report.degradation import degradation_table
 from billhook.report.summary import ReportRow, report_table, summary
 
 
@@ -130,11 +130,15 @@ class Report(FitCallback):
                 rank_zero_warn(f"Report: {path} was not written ({error}).")
             else:
                 notes.append((kind, str(path)))
-        degradation = [(f"after {event['label']}", event["degradation"]) for event in events if "degradation" in event]
-        degradation += [
-            ("end of training", measured.last) for measured in fit.callbacks(Degradation) if measured.last is not None
+        measured = [
+            (f"after {event['label']}", event["degradation"], event.get("written", ()))
+            for event in events
+            if "degradation" in event
         ]
-        tables = [f"{when}\n{degradation_table(list(map(TextDegradation.from_json, texts)))}\n" for when, texts in degradation]
+        for end in fit.callbacks(Degradation):
+            if end.last is not None:
+                measured.append(("end of training", end.last, end.written))
+        tables = [f"{when}\n{degradation_table(texts, written)}\n" for when, texts, written in measured]
         print("\n".join(["", report_table(rows, notes, name, self._dtype), "", *tables]))
 
     def _rows(self, fit: Fit, events: list[Event], last: ReportRow) -> list[ReportRow]:

@@ -56,7 +56,7 @@ def plain(value: object) -> str:
 
 OTHER_SECTIONS = {
     *("base_model", "made_of", "license", "license_name", "license_link", "saved", "files"),
-    *("events", "steps", "start", "degradation", "accuracy", "perplexity", "bits_per_byte", "metrics"),
+    *("events", "steps", "start", "degradation", "accuracy", "perplexity", "bits_per_byte", "metrics", "written"),
 }
 """Keys of a record that other sections of the card show."""
 MAX_SETTING = 150
@@ -98,6 +98,7 @@ SIZES = {
     "flops": "FLOPs per token or image",
 }
 LOSSES = ("source", "inside", "before", "after", "ratio", "ratio_error", "kl", "kl_error")
+WRITINGS = ("temperature", "before", "after")
 SPARSE = 0.1
 """Share of zeros from which a model is tagged as sparse."""
 COMPLETE = "See `billhook.json` for the complete record, such as the removed units."
@@ -107,7 +108,13 @@ LEGEND = (
     "`same token` is the share of positions with the same most likely token, and `accepted` the share of drafted tokens that the "
     "dense model would accept in speculative sampling."
 )
-BITS_LEGEND = "The tokenizer has fewer tokens, so losses per token are not comparable. `tokens` counts those of the same text."
+BITS_LEGEND = "The tokenizers differ, so losses per token are not comparable. `tokens` counts those of the same text."
+WRITTEN_LEGEND = (
+    "Both models have continued the same prompts. A text loops if fewer than 0.55 of its 4-grams are distinct, or if it does not "
+    "end and its last phrase repeats three times."
+)
+COMPARED = {"kl": "KL", "agreement": "same token", "acceptance": "accepted"}
+"""Columns of figures that compare predictions."""
 
 
 def card(record: Record, loading: str, config: PretrainedConfig) -> str:
@@ -202,34 +209,58 @@ def _mapping(record: Record, name: str) -> Record:
     return part if isinstance(part, Mapping) else {}
 
 
-def _where(text: Record) -> str:
-    return "calibrated on" if text["inside"] else "not calibrated on"
+def degradation_rows(texts: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Returns headers and cells of a table of degradation by text; ± is the standard error over examples.
+
+    It shows perplexity, or bits per byte and the number of tokens if the changed model has another tokenizer. Columns without a
+    figure are left out.
+
+    Args:
+        texts: Results of `TextDegradation.to_json`, or what an untrusted record has instead.
+    """
+    in_bits = any(text.get("bits_per_byte") for text in texts)
+    measured = {name for text in texts for name in COMPARED if isinstance(text.get(name), float)} if not in_bits else set()
+    columns = {name: head for name, head in COMPARED.items() if name in measured}
+    rows = []
+    for text in texts:
+        losses, ratio, error = [text["before"], text["after"]], text["ratio"], text["ratio_error"]
+        compared = [with_error(text.get(name), text.get(f"{name}_error")) for name in columns]
+        match text.get("bits_per_byte"):
+            case [float(before), float(after)] if before > 0:
+                losses, ratio, error = [before, after], after / before, text.get("bits_ratio_error")
+                compared = [with_error(text.get("token_ratio"), None)]
+        where = "calibrated on" if text["inside"] else "not calibrated on"
+        rows.append([str(text["source"]), where, *map(number, losses), with_error(ratio, error), *compared])
+    of = "bits per byte of" if in_bits else "perplexity on"
+    return [of, "", "before", "after", "ratio", *(["tokens"] if in_bits else columns.values())], rows
+
+
+def written_rows(written: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Returns headers and cells of a table of what models have written, from results of `Written.to_json`."""
+    rows = []
+    for texts in written:
+        before, after = _mapping(texts, "before"), _mapping(texts, "after")
+        pairs = [(before.get(name), after.get(name)) for name in ("loop_share", "distinct", "tokens", "ended")]
+        temperature = texts["temperature"]
+        decoding = f"T={number(temperature)}" if temperature else "greedy"
+        rows.append([decoding, number(after.get("texts")), *(f"{number(old)} -> {number(new)}" for old, new in pairs)])
+    return ["texts written", "", "loop", "distinct 4-grams", "tokens", "ended"], rows
 
 
 def _quality(record: Record) -> list[str]:
-    """Returns a table of the degradation on texts, or of accuracy."""
+    """Returns tables of the degradation on texts and of what the models have written, or of accuracy."""
     accuracy = record.get("accuracy")
-    rows = []
     if isinstance(accuracy, Mapping) and {"before", "after"} <= accuracy.keys() and accuracy["after"] is not None:
         return [table(["", "before", "after"], [["accuracy", accuracy["before"], accuracy["after"]]])]
-    degradation = listed(record, "degradation", LOSSES)
-    when = ""
-    for event in listed(record, "events", ("step", "degradation"))[-1:] if not degradation else ():
-        degradation = listed(event, "degradation", LOSSES)
-        when = f"Right after step {plain(event['step'])}:"
-    for text in degradation:
-        match text.get("bits_per_byte"):
-            case [float(before), float(after)] if before > 0 and after > 0 and "token_ratio" in text:
-                rows.append([text["source"], _where(text), before, after, after / before, text["token_ratio"]])
-    if rows:
-        heads = ["bits per byte of", "", "before", "after", "ratio", "tokens"]
-        return [*([when] if when else []), table(heads, rows), BITS_LEGEND]
-    for text in degradation:
-        names = ("ratio", "kl", "agreement", "acceptance")
-        pairs = [with_error(text.get(name), text.get(f"{name}_error")) for name in names]
-        rows.append([text["source"], _where(text), text["before"], text["after"], *pairs])
-    heads = ["perplexity on", "", "before", "after", "ratio", "KL", "same token", "accepted"]
-    parts = [table(heads, rows), LEGEND] if rows else []
-    if rows and all(text["inside"] for text in degradation):
-        parts.append("Only text of the calibration sources was measured. Other text may degrade more.")
-    return [when, *parts] if when and parts else parts
+    when, measured = [], record
+    for event in listed(record, "events", ("step", "degradation"))[-1:] if not listed(record, "degradation", LOSSES) else ():
+        when, measured = [f"Right after step {plain(event['step'])}:"], event
+    parts = []
+    if degradation := listed(measured, "degradation", LOSSES):
+        heads, rows = degradation_rows(degradation)
+        parts = [*when, table(heads, rows), BITS_LEGEND if "tokens" in heads else LEGEND]
+        if all(text["inside"] for text in degradation):
+            parts.append("Only text of the calibration sources was measured. Other text may degrade more.")
+    if written := listed(measured, "written", WRITINGS):
+        parts += [table(*written_rows(written)), WRITTEN_LEGEND]
+    return parts

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.adapters.checkpoint import base_checkpoint, restore_adapters
 from billhook.atomic_folder import check_target
-from billhook.checkpoints.card import LOSSES, listed
+from billhook.checkpoints.card import LOSSES, WRITINGS, listed
 from billhook.checkpoints.origin import origin_of
 from billhook.checkpoints.save import Saved, save
 from billhook.checkpoints.verify import logits_of, make_probe
@@ -48,14 +48,14 @@ TRAINED = "billhook_trained"
 
 
 def history(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Returns the record of a training run: settings, events in order, and degradation.
+    """Returns the record of a training run: settings, events in order, degradation, and what was written.
 
     Malformed entries are skipped, because the file may come from anywhere.
     """
     callbacks = checkpoint.get("callbacks")
     noted = checkpoint.get(TRAINED)
     events = list[Mapping[str, Any]]()
-    degradation = list[Mapping[str, Any]]()
+    degradation, written = list[Mapping[str, Any]](), list[Mapping[str, Any]]()
     record = dict[str, Any]()
     for state in callbacks.values() if isinstance(callbacks, Mapping) else ():
         if not isinstance(state, Mapping):
@@ -64,13 +64,14 @@ def history(checkpoint: Checkpoint) -> dict[str, Any]:
             if type(event["number"]) is type(event["step"]) is int and _is_plain(event):
                 events.append(event)
         degradation += filter(_is_plain, listed(state, "last", LOSSES))
+        written += filter(_is_plain, listed(state, "written", WRITINGS))
         start = state.get("start")
         if _is_plain(start) and start:  # in this order, because the truth value of a tensor may raise
             record.setdefault("start", dict(start))
     record["events"] = sorted(events, key=lambda event: (event["step"], event["number"]))
     facts = noted if isinstance(noted, Mapping) else {}
     record |= {name: dict(facts[name]) for name in ("training", "metrics") if _is_plain(facts.get(name))}
-    return record | ({"degradation": degradation} if degradation else {})
+    return record | ({"degradation": degradation} if degradation else {}) | ({"written": written} if written else {})
 
 
 def _is_plain(value: object) -> bool:

@@ -71,7 +71,7 @@ def sizes_of(model: PreTrainedModel) -> dict[str, int | None]:
 def degradation_text(before: Before, degradation: Degradation) -> str | None:
     """Returns a table of the degradation on texts, or a line on the accuracy."""
     if isinstance(degradation, list):
-        return degradation_table(degradation)
+        return degradation_table([text.to_json() for text in degradation])
     return None if degradation is None else f"Accuracy: {before:,.4g} before, {degradation:,.4g} after"
 
 

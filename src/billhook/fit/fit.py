@@ -104,6 +104,10 @@ class Fit(ABC):
         """True if the training step updates weights, as under manual optimization."""
         return False
 
+    @abstractmethod
+    def stop(self) -> None:
+        """Ends training after the current step."""
+
     # What the trainer supports
 
     @abstractmethod

@@ -106,6 +106,10 @@ class LightningFit(Fit):
         """True under manual optimization."""
         return not self.module.automatic_optimization
 
+    def stop(self) -> None:
+        """Ends training after the current step."""
+        self.trainer.should_stop = True
+
     def check_takes_steps(self, name: str) -> None:
         """Raises `ValueError` if training takes no step, so that callbacks have no effect."""
         for limit in ("max_steps", "max_epochs", "limit_train_batches"):

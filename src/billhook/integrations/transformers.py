@@ -106,7 +106,7 @@ class Callbacks(TrainerCallback, ExportableState):
         saved = _read(folder.parent if folder.name == BASE else folder)
         self._loaded = None if saved is None else (saved["step"], saved["run"])
         self._metrics = {}
-        with self._fitting(args, state, hooked, resumes=saved is not None) as fit:
+        with self._fitting(args, state, control, hooked, resumes=saved is not None) as fit:
             for callback in self.callbacks:
                 callback.prepare(fit)
             if saved is not None:
@@ -138,7 +138,7 @@ class Callbacks(TrainerCallback, ExportableState):
                 f"the model is from step {self._loaded[0]} of a run with these callbacks. Call "
                 "train(resume_from_checkpoint=...), or load a model that bh.save has saved."
             )
-        with self._fitting(args, state, hooked, resumes=bool(state.global_step)) as fit:
+        with self._fitting(args, state, control, hooked, resumes=bool(state.global_step)) as fit:
             for callback in self.callbacks:
                 callback.resolve(fit)
             for event_callback in fit.callbacks(EventCallback):  # can its events after the start happen in this Trainer?
@@ -160,7 +160,7 @@ class Callbacks(TrainerCallback, ExportableState):
 
     def on_step_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **hooked: Any) -> None:  # noqa: ANN401
         """Applies events that are due after the last step."""
-        with self._fitting(args, state, hooked) as fit:
+        with self._fitting(args, state, control, hooked) as fit:
             for callback in self.callbacks:
                 callback.after_batch(fit)
             for callback in self.callbacks:
@@ -177,7 +177,7 @@ class Callbacks(TrainerCallback, ExportableState):
         """Passes the metrics on."""
         self._metrics = val_metrics(metrics or {}, hooked["model"])
         if self._fit is not None and self._fit.optimizers:
-            with self._fitting(args, state, hooked) as fit:
+            with self._fitting(args, state, control, hooked) as fit:
                 for callback in self.callbacks:
                     callback.after_validation(fit)
 
@@ -216,7 +216,7 @@ class Callbacks(TrainerCallback, ExportableState):
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **hooked: Any) -> None:  # noqa: ANN401
         """Applies events that are due after the last step, and ends training."""
-        with self._fitting(args, state, hooked) as fit:
+        with self._fitting(args, state, control, hooked) as fit:
             for callback in self.callbacks:
                 callback.after_batch(fit)
             for callback in self.callbacks:
@@ -234,12 +234,18 @@ class Callbacks(TrainerCallback, ExportableState):
 
     @contextmanager
     def _fitting(
-        self, args: TrainingArguments, state: TrainerState, hooked: Mapping[str, Any], resumes: bool | None = None
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        hooked: Mapping[str, Any],
+        resumes: bool | None = None,
     ) -> Iterator[TransformersFit]:
         """Yields the run; within, the model's forward pass is without accelerate's autocast."""
         model = hooked["model"]
         resumes = self._fit is not None and self._fit.resumes if resumes is None else resumes
-        self._fit = fit = TransformersFit(self.callbacks, args, state, model, resumes, self.validation, self._metrics, hooked)
+        run = (args, state, model, resumes, self.validation, self._metrics, hooked, control)
+        self._fit = fit = TransformersFit(self.callbacks, *run)
         plain = vars(model).get("_original_forward")  # of accelerate, which replaces `forward` for mixed precision
         try:
             with nullcontext() if plain is None else overridden(model, forward=plain):

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from accelerate.state import AcceleratorState
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers import PreTrainedTokenizerBase, TrainerState, TrainingArguments
+from transformers import PreTrainedTokenizerBase, TrainerControl, TrainerState, TrainingArguments
 
 from billhook.checkpoints.save import state_shape
 from billhook.engine import Run, evaluating_without_grad, is_sharded, model_loss, runs_of, tree_map_only
@@ -40,6 +40,7 @@ class TransformersFit(Fit):
     _validation: Iterable[Any] | None
     _metrics: Metrics
     _hooked: Mapping[str, Any]
+    control: TrainerControl
 
     @property
     def all_callbacks(self) -> Sequence[object]:
@@ -76,6 +77,10 @@ class TransformersFit(Fit):
     def existing_optimizers(self) -> list[Optimizer]:
         """The optimizer that was passed to the Trainer, if any."""
         return self.optimizers
+
+    def stop(self) -> None:
+        """Ends training after the current step."""
+        self.control.should_training_stop = True
 
     def check_takes_steps(self, name: str) -> None:
         """Raises `ValueError` if training takes no step."""

@@ -73,7 +73,8 @@ def _copied(model: Module, memo: dict[int, Any]) -> Module:
                     except Exception:  # whatever a class of somebody's own raises
                         shared[id(value)] = value
         copied = copy.deepcopy(model, memo | shared)
-    copied.train(False)
+    for module in copied.modules():
+        module.training = False  # transformers' train() looks for kernels, of which there are none for the meta device
     return copied
 
 

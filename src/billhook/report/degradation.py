@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from typing_extensions import Self
 
 from billhook.calibration.reading import Rows
-from billhook.checkpoints.card import with_error
+from billhook.checkpoints.card import Record, degradation_rows, written_rows
 from billhook.display import render_table
 from billhook.engine import (
     SINGLE_PROCESS,
@@ -148,14 +147,8 @@ class TextDegradation:
             plain[name] = value if math.isfinite(value) else str(value)
         if self.token_bytes is not None:
             plain |= {"token_bytes": self.token_bytes, "token_ratio": self.token_ratio, "bits_per_byte": self.bits_per_byte}
+            plain["bits_ratio_error"] = self.shown_ratio[1]
         return plain
-
-    @classmethod
-    def from_json(cls, plain: Mapping[str, Any]) -> Self:
-        """Restores the result of `to_json`."""
-        numbers = {name: float(plain[name]) for name in NUMBERS if name in plain}
-        texts = {name: plain[name] for name in ("token_bytes", "token_ratio") if name in plain}
-        return cls(source=plain["source"], inside=plain["inside"], rows=plain["rows"], **numbers, **texts)
 
 
 def _examples(rows: Iterable[tuple[str, Tensor]]) -> list[Example]:
@@ -328,25 +321,10 @@ def _error(values: Tensor) -> float:
     return float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.nan
 
 
-def degradation_table(degradation: Sequence[TextDegradation]) -> str:
-    """Formats degradation as a table by text; ± is the standard error over examples.
-
-    It shows perplexity, or bits per byte of text and the number of tokens if the changed model has another tokenizer.
-    """
-    return render_table(*degradation_rows(degradation), aligns="<<>")
-
-
-def degradation_rows(degradation: Sequence[TextDegradation]) -> tuple[list[str], list[list[str]]]:
-    """Returns the headers and cells of `degradation_table`."""
-    rows, in_bits = list[list[str]](), any(text.bits_per_byte for text in degradation)
-    for text in degradation:
-        sizes = [f"{text.before:,.4g}", f"{text.after:,.4g}", with_error(*text.shown_ratio), with_error(text.kl, text.kl_error)]
-        sizes += [with_error(text.agreement, text.agreement_error), with_error(text.acceptance, text.acceptance_error)]
-        if (bits := text.bits_per_byte) is not None:
-            sizes = [f"{bits[0]:.4f}", f"{bits[1]:.4f}", with_error(*text.shown_ratio), f"{text.token_ratio:.3f}"]
-        rows.append([text.source, "calibrated on" if text.inside else "not calibrated on", *sizes])
-    what, last = ("bits per byte of", ["tokens"]) if in_bits else ("perplexity on", ["KL", "same token", "accepted"])
-    return [what, "", "before", "after", "ratio", *last], rows
+def degradation_table(degradation: Sequence[Record], written: Sequence[Record] = ()) -> str:
+    """Formats results of `TextDegradation.to_json`, and of `Written.to_json` if any, as tables."""
+    tables = [degradation_rows(degradation), *([written_rows(written)] if written else [])]
+    return "\n\n".join(render_table(heads, rows, aligns="<<>") for heads, rows in tables)
 
 
 def degradation_warning(degradation: Sequence[TextDegradation]) -> str | None:

@@ -1,8 +1,7 @@
 """Verdict on a changed language model: what it predicts and writes, compared with the dense model and with limits."""
 
 import math
-from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,14 +13,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from billhook.arguments import check_fraction, check_int, check_number, check_types
-from billhook.checkpoints.card import table
-from billhook.display import Printable, render_table
+from billhook.checkpoints.card import degradation_rows, table, written_rows
+from billhook.display import Printable
 from billhook.engine import Batch, fingerprint, identity_of, replace_file, source_of
 from billhook.model import tokenizer_of
 from billhook.progress import OnProgress
-from billhook.report.degradation import DenseReference, TextDegradation, degradation_rows, degradation_table
+from billhook.report.degradation import DenseReference, TextDegradation, degradation_table
 from billhook.report.generation import generates
-from billhook.report.writing import PROMPT_TOKENS, TEMPERATURES, Writing, prompt_ids, write
+from billhook.report.writing import TEMPERATURES, DenseWriting, Written
 
 CERTAIN = 2.0
 """Standard errors between a figure and its limit from which the comparison is certain."""
@@ -99,14 +98,12 @@ class Verdict(Printable):
 
     Attributes:
         texts: Comparison of predictions on each text.
-        before: What the dense model has written, by temperature; empty if nothing was.
-        after: The same of the changed model.
+        written: What both models have written, by temperature; empty if nothing was.
         limits: The limits.
     """
 
     texts: Sequence[TextDegradation]
-    before: Mapping[float, Writing]
-    after: Mapping[float, Writing]
+    written: Sequence[Written] = ()
     limits: Limits = field(default_factory=Limits)
 
     @property
@@ -128,55 +125,35 @@ class Verdict(Printable):
             if limits.min_agreement is not None:
                 yield Check("min_agreement", text.source, text.agreement, text.agreement_error, limits.min_agreement, text.rows)
         if limits.max_loops is not None:
-            for temperature, writing in self.after.items():
-                share, error = writing.new_loops(self.before[temperature])
-                yield Check("max_loops", f"texts written {_decoding(temperature)}", share, error, limits.max_loops, writing.texts)
-
-    def _written(self) -> list[list[str]]:
-        rows = []
-        for temperature, after in self.after.items():
-            before = self.before[temperature]
-            pairs = (before.loop_share, after.loop_share), (before.distinct, after.distinct)
-            shares = [f"{old:.2f} -> {new:.2f}" for old, new in pairs]
-            tokens = f"{before.tokens:.0f} -> {after.tokens:.0f}"
-            rows.append([_decoding(temperature), str(after.texts), *shares, tokens, f"{before.ended:.2f} -> {after.ended:.2f}"])
-        return rows
+            for written in self.written:
+                of = f"texts written at T={written.temperature:g}" if written.temperature else "texts written greedily"
+                yield Check("max_loops", of, *written.new_loops(), limits.max_loops, len(written.after.loops))
 
     def text(self) -> str:
         """Returns tables of what the model predicts and writes, and a line for each limit."""
-        lines = [degradation_table(self.texts)]
-        if self.after:
-            lines += ["", render_table(WRITTEN, self._written(), aligns="<>")]
+        plain = self.to_json()
+        lines = [degradation_table(plain["degradation"], plain["written"])]
         for check in self.checks:
             lines += [f"{'pass' if check.passes else 'FAIL'}  {check.text()}"]
         return "\n".join(lines)
 
     def markdown(self) -> str:
         """Returns the tables and limits in Markdown, such as for a pull request."""
-        heads, rows = degradation_rows(self.texts)
-        parts = [table(heads, rows)]
-        parts += [table(WRITTEN, self._written())] * bool(self.after)
+        plain = self.to_json()
+        parts = [table(*degradation_rows(plain["degradation"]))]
+        parts += [table(*written_rows(plain["written"]))] * bool(self.written)
         parts += ["\n".join(f"- {'pass' if check.passes else '**FAIL**'} {check.text()}" for check in self.checks)]
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data."""
-        written = {
-            _decoding(heat): {"before": asdict(self.before[heat]), "after": asdict(self.after[heat])} for heat in self.after
-        }
         checks = [asdict(check) | {"passes": check.passes} for check in self.checks]
         checks = [{name: None if value != value else value for name, value in check.items()} for check in checks]  # not a number
-        return {"texts": [text.to_json() for text in self.texts], "written": written, "checks": checks}
+        plain = {"degradation": [text.to_json() for text in self.texts], "written": [texts.to_json() for texts in self.written]}
+        return plain | {"checks": checks}
 
     def _renderables(self) -> list[RenderableType]:
         return [self.text()]
-
-
-WRITTEN = ["texts written", "", "loop", "distinct 4-grams", "tokens", "ended"]
-
-
-def _decoding(temperature: float) -> str:
-    return f"T={temperature:g}" if temperature else "greedy"
 
 
 def verdict(
@@ -234,57 +211,40 @@ def verdict(
     if tokenizers is None and prompts:
         before, after = tokenizer_of(dense, None), tokenizer_of(model, None)
     differ = before is not None and after is not None and before.get_vocab() != after.get_vocab()
-    _check_measured(limits, {batch.source for batch in rows}, inside, prompts, differ)
-    starts = _prompts(rows, prompts, before)
+    sources = {batch.source for batch in rows}
+    check_measured(limits, sources, inside, prompts, differ)
     file, stored = None, dict[str, Tensor]()
     if folder is not None:
-        key = fingerprint(identity_of(dense), [batch["input_ids"] for batch in rows], starts, seed, differ)
+        key = fingerprint(
+            identity_of(dense), [batch["input_ids"] for batch in rows], prompts, seed, before and before.chat_template, differ
+        )
         file = folder / f"{key[:16]}.safetensors"
         with suppress(OSError):
             stored = load_file(file)
-    each = len(rows) + len(starts) * len(TEMPERATURES)
-    done, total = 0, each * (1 if stored else 2)
+    texts = len(TEMPERATURES) * sum(min(prompts, sum(batch.source == source for batch in rows)) for source in sources)
+    done, total = 0, (len(rows) + texts) * (1 if stored else 2)
 
-    def report(finished: int, _: int) -> None:
+    def report(finished: int, of: int) -> None:
+        nonlocal done
         if progress is not None:
             progress(done + finished, total)
-
-    def all_written(writer: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> dict[float, Tensor]:
-        texts = dict[float, Tensor]()
-        for temperature in TEMPERATURES if starts else ():
-            assert tokenizer is not None
-            texts[temperature] = write(writer, [prompt_ids(start, tokenizer) for start in starts], temperature, seed)
-            report(len(rows) + len(texts) * len(starts), total)
-        return texts
+        done += of if finished == of else 0
 
     reference = DenseReference(dense, rows, inside, progress=report, tokenizer=before if differ else None, stored=stored)
-    if stored:
-        written = {heat: stored[f"written.{heat}"] for heat in TEMPERATURES if starts}
-    else:
-        written = all_written(dense, before)
-        done = each
+    writing = None
+    if prompts:
+        assert before is not None
+        writing = DenseWriting(dense, reference.rows, prompts, before, seed, progress=report, stored=stored)
     if file is not None and not stored:
         file.parent.mkdir(parents=True, exist_ok=True)
         draft = file.with_suffix(".draft")
-        save_file(reference.tensors() | {f"written.{heat}": tokens for heat, tokens in written.items()}, draft)
+        save_file(reference.tensors() | (writing.tensors() if writing else {}), draft)
         replace_file(draft, file)
-    texts = reference.degradation(model, report, after if differ else None)
-    judged = [{heat: Writing.of(tokens) for heat, tokens in of.items()} for of in (written, all_written(model, after))]
-    return Verdict(texts, judged[0], judged[1], limits)
+    degradation = reference.degradation(model, report, after if differ else None)
+    return Verdict(degradation, writing.compare(model, after, report) if writing else (), limits)
 
 
-def _prompts(rows: Sequence[Batch], count: int, tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
-    """Returns the beginnings of the first examples of each source."""
-    starts, counts = list[str](), Counter[str]()
-    for batch in rows:
-        counts[batch.source] += 1
-        if counts[batch.source] <= count:
-            assert tokenizer is not None
-            starts.append(str(tokenizer.decode(batch["input_ids"][0, :PROMPT_TOKENS].tolist(), skip_special_tokens=True)))
-    return starts
-
-
-def _check_measured(limits: Limits, sources: Collection[str], inside: Sequence[str], prompts: int, differ: bool) -> None:
+def check_measured(limits: Limits, sources: Collection[str], inside: Sequence[str], prompts: int, differ: bool = False) -> None:
     """Raises if a figure with a limit will not be measured."""
     problems = {
         "max_ratio": "" if {*inside} & {*sources} else "no text was calibrated on",

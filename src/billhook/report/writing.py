@@ -1,17 +1,19 @@
 """Text that a model writes after prompts: whether it loops, how long it is, and whether it ends."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
-from billhook.engine import evaluating_without_grad, overridden
+from billhook.engine import SINGLE_PROCESS, Comm, evaluating_without_grad, overridden
 from billhook.model import text_config
+from billhook.progress import OnProgress
 
 PROMPT_TOKENS = 32
 NEW_TOKENS = 256
@@ -93,24 +95,105 @@ class Writing:
         count = len(rows)
         return cls(tuple(loops), sum(distinct) / count, sum(map(len, rows)) / count, sum(ended) / count)
 
-    @property
-    def texts(self) -> int:
-        """Number of texts."""
-        return len(self.loops)
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data, with the number of texts and the share that loops."""
+        return {"texts": len(self.loops), "loop_share": sum(self.loops) / len(self.loops), **asdict(self)}
 
-    @property
-    def loop_share(self) -> float:
-        """Share of texts that loop."""
-        return sum(self.loops) / self.texts
 
-    def new_loops(self, dense: "Writing") -> tuple[float, float]:
+class Written(NamedTuple):
+    """What the dense and a changed model have written at a temperature."""
+
+    temperature: float
+    before: Writing
+    after: Writing
+
+    def new_loops(self) -> tuple[float, float]:
         """Returns the share of texts that loop where the dense model's do not, and its standard error.
 
         The error is of Agresti and Coull's estimate, which is not 0 if no text loops.
         """
-        count = sum(now and not then for now, then in zip(self.loops, dense.loops, strict=True))
-        share = (count + 2) / (self.texts + 4)
-        return count / self.texts, math.sqrt(share * (1 - share) / (self.texts + 4))
+        texts = len(self.after.loops)
+        count = sum(now and not then for now, then in zip(self.after.loops, self.before.loops, strict=True))
+        share = (count + 2) / (texts + 4)
+        return count / texts, math.sqrt(share * (1 - share) / (texts + 4))
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data."""
+        return {"temperature": self.temperature, "before": self.before.to_json(), "after": self.after.to_json()}
+
+
+class DenseWriting:
+    """What a dense language model writes after prompts, for comparing changed models.
+
+    The prompts are the first 32 tokens of the first examples of each source.
+
+    Args:
+        model: The dense model.
+        rows: Examples, each with the name of its source.
+        prompts: Number of prompts of each source.
+        tokenizer: The model's tokenizer.
+        seed: Sampling seed.
+        comm: Ranks, each of which writes a share of the texts.
+        progress: Callback with the number of finished texts and the total.
+        stored: What `tensors` of an equal object has returned; the model then writes nothing.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        rows: Iterable[tuple[str, Tensor]],
+        prompts: int,
+        tokenizer: PreTrainedTokenizerBase,
+        seed: int = 0,
+        comm: Comm = SINGLE_PROCESS,
+        progress: OnProgress | None = None,
+        stored: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self._tokenizer, self._seed, self._comm = tokenizer, seed, comm
+        self.prompts, counts = list[str](), Counter[str]()
+        for source, ids in rows:
+            counts[source] += 1
+            if counts[source] <= prompts:
+                self.prompts.append(str(tokenizer.decode(ids[:PROMPT_TOKENS].tolist(), skip_special_tokens=True)))
+        if stored:
+            self._texts = {temperature: stored[f"written.{temperature}"] for temperature in TEMPERATURES}
+        else:
+            self._texts = self._write(model, tokenizer, progress)
+
+    def _write(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: OnProgress | None
+    ) -> dict[float, Tensor]:
+        """Returns the new tokens of all texts, by temperature."""
+        texts = dict[float, Tensor]()
+        share = range(self._comm.rank, len(self.prompts), self._comm.size)
+        for temperature in TEMPERATURES:
+            written = torch.zeros(len(self.prompts), NEW_TOKENS, dtype=torch.int64)
+            if share:
+                ids = [prompt_ids(self.prompts[number], tokenizer) for number in share]
+                written[list(share)] = write(model, ids, temperature, self._seed)
+            texts[temperature] = self._comm(written)
+            if progress is not None:
+                progress(len(texts) * len(self.prompts), len(TEMPERATURES) * len(self.prompts))
+        return texts
+
+    def compare(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, progress: OnProgress | None = None
+    ) -> list[Written]:
+        """Lets a changed model continue the prompts. `tokenizer` is its tokenizer, if it is not the dense model's."""
+        after = self._write(model, tokenizer or self._tokenizer, progress)
+        return [Written(heat, Writing.of(self._texts[heat]), Writing.of(after[heat])) for heat in TEMPERATURES]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Returns the new tokens of the dense model, to be stored."""
+        return {f"written.{temperature}": tokens for temperature, tokens in self._texts.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Returns the prompts, and the new tokens of the dense model."""
+        return {"prompts": self.prompts, "texts": self._texts}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restores the prompts and texts of an earlier process."""
+        self.prompts, self._texts = state["prompts"], state["texts"]
 
 
 def distinct_share(row: Sequence[int]) -> float:

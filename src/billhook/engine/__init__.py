@@ -56,12 +56,14 @@ from billhook.engine.state import (
     overridden,
     random_state,
     replaced,
+    restored_modes,
     seed_random_state,
     seeded,
     set_random_state,
     set_torch_state,
     torch_state,
     uninterrupted,
+    without_kernels,
 )
 from billhook.engine.statistics import ROWS, TOKENS, InputGram, InputNorms, Statistics, add_products
 from billhook.engine.store import BlockStore, store_of

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
+from transformers import PretrainedConfig, PreTrainedModel
 
 LOADING = threading.RLock()  # lock of `one_thread`, which nested calls take again
 PROBLEM = "problem_type"  # config field that a classifier's forward sets from its labels
@@ -296,14 +296,46 @@ def evaluating_without_grad(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
+def restored_modes(model: nn.Module) -> Iterator[None]:
+    """Restores afterward the modes of modules, and the Hub kernels that transformers uses in them."""
+    modes = {module: module.training for module in model.modules()}
+    kernels = {module: mode for module in modes if (mode := _kernels_of(module)) is not None}
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+        for kernelized, mode in kernels.items():
+            kernelized.kernels_mode = mode  # type: ignore[assignment]  # chooses kernels again where the mode has changed
+
+
+@contextmanager
+def without_kernels(model: nn.Module) -> Iterator[None]:
+    """Uses torch in place of Hub kernels within the context, and restores modes and kernels afterward.
+
+    From 5.25, transformers replaces forwards of norms, activations, and more by kernels for the device. Some have no gradients,
+    and they do not compute on the meta device.
+    """
+    with restored_modes(model):
+        for module in model.modules():
+            if _kernels_of(module) is not None:
+                module.reset_kernels()  # type: ignore[operator]
+        yield
+
+
+def _kernels_of(module: nn.Module) -> object:
+    """Returns the mode for which transformers has chosen kernels in a model, if it has."""
+    return getattr(module, "kernels_mode", None) if isinstance(module, PreTrainedModel) else None
+
+
+@contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluates without dropout, KV cache, or compiled code within the context.
+    """Evaluates without dropout, KV cache, Hub kernels, or compiled code within the context.
 
     Modes, random state, and configs are restored afterwards.
     """
-    modes = {module: module.training for module in model.modules()}
     caching, problems = dict[int, Any](), {}
-    for module in modes:
+    for module in model.modules():
         config = getattr(module, "config", None)
         if getattr(config, "use_cache", False):
             caching[id(config)] = config
@@ -314,14 +346,17 @@ def evaluating(model: nn.Module) -> Iterator[None]:
     try:
         for config in caching.values():
             config.use_cache = False
-        model.train()  # some modules discard values computed from parameters, such as LeViT its position biases
-        model.eval()
         # eager: compiled code would ignore replaced forwards and new hooks
-        with fresh_autocast_cache(), torch.random.fork_rng(devices, device_type=kind), torch.compiler.set_stance("force_eager"):
+        with (
+            without_kernels(model),
+            fresh_autocast_cache(),
+            torch.random.fork_rng(devices, device_type=kind),
+            torch.compiler.set_stance("force_eager"),
+        ):
+            model.train()  # some modules discard values computed from parameters, such as LeViT its position biases
+            model.eval()
             yield
     finally:
-        for module, mode in modes.items():
-            module.training = mode
         for config in caching.values():
             config.use_cache = True
         for fields, problem in problems.values():

@@ -15,7 +15,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from transformers import PreTrainedModel
 
-from billhook.engine import TorchState, overridden
+from billhook.engine import TorchState, overridden, restored_modes
 from billhook.fit.fit import Fit
 from billhook.fit.ranks import check_identical
 from billhook.linalg import widest_float
@@ -139,15 +139,12 @@ class LoggedMetrics:
 def validating(trainer: Trainer, pl_module: LightningModule, logged: LoggedMetrics) -> Iterator[None]:
     """Replaces `log` in the validation stage; restores stage, modes, and random state."""
     stage = trainer.state.stage
-    modes = {name: m.training for name, m in pl_module.named_modules()}
     trainer.state.stage = RunningStage.VALIDATING  # modules and loaders read it
-    pl_module.eval()
     try:
-        with overridden(pl_module, log=logged), torch.no_grad(), isolated_rng():
+        with restored_modes(pl_module), overridden(pl_module, log=logged), torch.no_grad(), isolated_rng():
+            pl_module.eval()
             yield
     finally:
         for metric in logged.metrics.values():
             metric.reset()
-        for name, module in pl_module.named_modules():
-            module.training = modes[name]
         trainer.state.stage = stage

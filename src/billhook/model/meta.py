@@ -20,7 +20,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from billhook.assets import model_path
-from billhook.engine import is_sharded, sizes_only
+from billhook.engine import is_sharded, sizes_only, without_kernels
 from billhook.model.config_fields import build_or_refuse, named_class
 from billhook.model.shape import KEY
 from billhook.model.shaped import apply_entry
@@ -41,7 +41,7 @@ PARTS = ("torch.nn.utils.", "transformers.")
 def to_meta(model: Module) -> Module:
     """Copies a module to the meta device in eval mode, without values."""
     if is_sharded(model):
-        with sizes_only(model):
+        with without_kernels(model), sizes_only(model):
             return to_meta(model)
     memo: dict[int, Any] = {id(buffer): torch.empty_like(buffer, device="meta") for buffer in model.buffers()}
     for parameter in model.parameters():
@@ -56,7 +56,8 @@ def to_meta(model: Module) -> Module:
             for key, hook in hooks.items() if before or kind == "_forward_hooks" else ():
                 if not getattr(hook, "keeps_shapes", False):
                     new[key] = hook if _function(hook).__module__.startswith(PARTS) else HookStandIn(hook, module, before)
-    return _copied(model, memo)
+    with without_kernels(model):
+        return _copied(model, memo)
 
 
 def _copied(model: Module, memo: dict[int, Any]) -> Module:
@@ -73,9 +74,7 @@ def _copied(model: Module, memo: dict[int, Any]) -> Module:
                     except Exception:  # whatever a class of somebody's own raises
                         shared[id(value)] = value
         copied = copy.deepcopy(model, memo | shared)
-    for module in copied.modules():
-        module.training = False  # transformers' train() looks for kernels, of which there are none for the meta device
-    return copied
+    return copied.train(False)
 
 
 class HookStandIn:

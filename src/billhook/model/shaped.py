@@ -89,7 +89,7 @@ def load_on_meta(
     if entry is not None:
         with _entry_errors(name):
             shape = _checked(kind, config, _from_entry(entry), {key: tuple(size.shape) for key, size in sizes.items()})
-    options = {"state_dict": dict(sizes), "device_map": {"": "meta"}}
+    options = {"state_dict": dict(sizes), "device_map": {"": "meta"}, "use_kernels": False}
     model, gaps = load_and_compare(_with_tensors(kind, shape) if shape else kind, None, config=config, dtype=dtype, **options)
     refuse_gaps(model, gaps, name)
     if quantization is not None:

@@ -31,7 +31,7 @@ from billhook.adapters.masked import mask_nonzero
 from billhook.adapters.merge import has_adapters, merge
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches
-from billhook.engine import evaluating, evaluating_without_grad, is_sharded, store_of
+from billhook.engine import evaluating, evaluating_without_grad, is_sharded, restored_modes, store_of
 from billhook.fit.run import isolated_rng
 from billhook.model import find_transformer, is_linear, is_pruned, weight_holders, weight_of
 from billhook.progress import OnProgress
@@ -336,12 +336,10 @@ def _in_float32(model: nn.Module) -> Iterator[None]:
 def _as_before(model: nn.Module) -> Iterator[None]:
     """Restores afterward which parameters have gradients, and the modes of modules."""
     requires_grad = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
-    modes = {module: module.training for module in model.modules()}
     try:
-        yield
+        with restored_modes(model):
+            yield
     finally:
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(requires_grad[name])
             parameter.grad = None
-        for module, mode in modes.items():
-            module.training = mode

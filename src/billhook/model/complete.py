@@ -35,14 +35,17 @@ def check_shards(name: str) -> None:
         named = set(map(str, json.loads(read.read_text())["weight_map"].values()))
     except (ValueError, KeyError, TypeError, AttributeError):  # reported when it is read
         return
+    if outside := sorted(file for file in named if Path(file).is_absolute() or ".." in Path(file).parts):
+        raise ValueError(f"'{name}': {outside[0]}, which {read.name} names, is outside of the folder, so it cannot be loaded")
     if absent := sorted(file for file in named if not Path(name, file).is_file()):
         more = f", nor are {len(absent) - 1} more" if len(absent) > 1 else ""
         raise ValueError(f"'{name}': {absent[0]}, which {read.name} names, is not there{more}")
 
 
 def load_and_compare(kind: ModelLoader, name: str | None, **options: Any) -> tuple[PreTrainedModel, Gaps]:  # noqa: ANN401
-    """Loads a checkpoint and returns its gaps, where the model has random values."""
-    model, info = kind.from_pretrained(name, ignore_mismatched_sizes=True, output_loading_info=True, **options)
+    """Loads a checkpoint without Hub kernels, and returns its gaps, where the model has random values."""
+    how = {"ignore_mismatched_sizes": True, "output_loading_info": True, "use_kernels": False}
+    model, info = kind.from_pretrained(name, **how, **options)
     # classes create integer buffers, such as positions and batch counts
     created = {name for name, buffer in model.named_buffers() if not buffer.is_floating_point()}
     return model, Gaps(sorted({*info["missing_keys"]} - created), sorted(info["mismatched_keys"]))

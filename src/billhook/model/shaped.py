@@ -89,7 +89,7 @@ def load_on_meta(
     if entry is not None:
         with _entry_errors(name):
             shape = _checked(kind, config, _from_entry(entry), {key: tuple(size.shape) for key, size in sizes.items()})
-    options = {"state_dict": dict(sizes), "device_map": {"": "meta"}, "use_kernels": False}
+    options = {"state_dict": dict(sizes), "device_map": {"": "meta"}}
     model, gaps = load_and_compare(_with_tensors(kind, shape) if shape else kind, None, config=config, dtype=dtype, **options)
     refuse_gaps(model, gaps, name)
     if quantization is not None:
@@ -140,7 +140,8 @@ def build_shaped(
     kind: type[PreTrainedModel], config: PretrainedConfig, shape: Shape, state: dict[str, Tensor], dtype: torch.dtype
 ) -> PreTrainedModel:
     """Builds a model with weights in a shape that its config cannot express."""
-    return _finish(_with_tensors(kind, shape).from_pretrained(None, config=config, state_dict=state, dtype=dtype), kind, shape)
+    built = _with_tensors(kind, shape).from_pretrained(None, config=config, state_dict=state, dtype=dtype, use_kernels=False)
+    return _finish(built, kind, shape)
 
 
 def _with_tensors(kind: type[PreTrainedModel], shape: Shape) -> type[PreTrainedModel]:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from billhook.tracing.axes import Axis, Irregular, concat, cut, factors, leaves, mark, notes_of, product, split
+from billhook.tracing.axes import Axis, Irregular, concat, cut, factors, leaves, mark, notes_of, product, segments, split
 from billhook.tracing.tape import Tape, axes_of, broadcast, is_data, join, note, record, record_move
 
 Rules = dict[str, Callable[..., None]]
@@ -141,9 +141,12 @@ def slice_(
 
 
 def select(tape: Tape, out: Tensor, x: Tensor, dim: int, index: int) -> None:
-    """Takes a single index, which makes the indices of its axis distinguishable."""
+    """Takes a single index, which makes the indices of its axis, or of its segment, distinguishable."""
     axes = list(axes_of(x))
     selected = axes.pop(dim)
+    if len(segments(selected)) > 1:  # as Falcon takes a key and a value after the queries of a group
+        at = index % selected.size
+        selected = narrow(selected, at, at + 1)
     new = record_move(out, axes, x, lambda t: t.select(dim, index))
     new.pending += ((selected, "fixed", "the code takes single indices by their number"),)
     if (columns := note(x).columns) and dim % x.dim() == x.dim() - 1:

@@ -92,11 +92,12 @@ def legal(name):
             "masks": {},
         },
         **{"texts": bh.Calibration(), "name": "a", "checkpoint_path": "nowhere.ckpt", "index": np.zeros(1), "kv_of": np.zeros(1)},
-        **{"in_features": 4, "totals": {}, "counts": {}, "dense": bh.training.Targets([]), "examples": []},
+        **{"in_features": 4, "totals": {}, "counts": {}, "examples": []},
+        "dense": MODEL if name == "verdict" else bh.training.Targets([]),
         **dict.fromkeys(("readers", "leaves", "kv_leaves", "members"), ()),
     }
     needed = [key for key, own in inspect.signature(PUBLIC[name]).parameters.items() if own.default is own.empty]
-    return {key: by_name[key] for key in needed if key in by_name}
+    return {key: by_name[key] for key in needed if key in by_name} | ({"prompts": 0} if name == "verdict" else {})
 
 
 def state(model):

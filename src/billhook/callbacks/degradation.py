@@ -1,4 +1,4 @@
-"""The Degradation callback: what the model predicts and writes after each event, compared with the dense model."""
+"""The Degradation callback: a comparison with the dense model after each event."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +24,7 @@ from billhook.report.writing import DenseWriting
 
 
 class Degradation(EventFollower):
-    """Compares what the model predicts and writes after each event with the dense model, as `bh.verdict` does.
+    """Compares the model with the dense model after each event, as `bh.verdict` does.
 
     The dense model is the model before any event; it is evaluated in `setup`. The model is evaluated again after each event and
     at the end, on held-out examples of the calibration data, self-generated text, and the texts in `also`. Results, each with
@@ -135,7 +135,7 @@ class Degradation(EventFollower):
             self.last, self.written = self._measure(fit, "end of training")
 
     def _measure(self, fit: Fit, when: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-        """Evaluates the current model, logs the results, and warns; returns records of what it predicts and writes."""
+        """Evaluates the current model, logs the results, and warns; returns records."""
         assert self._dense is not None
         model = fit.model
         step = fit.step

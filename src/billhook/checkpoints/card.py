@@ -210,7 +210,7 @@ def _mapping(record: Record, name: str) -> Record:
 
 
 def degradation_rows(texts: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Returns headers and cells of a table of degradation by text; ± is the standard error over examples.
+    """Returns headers and cells of a table of degradation by text, with standard errors.
 
     It shows perplexity, or bits per byte and the number of tokens if the changed model has another tokenizer. Columns without a
     figure are left out.
@@ -236,7 +236,7 @@ def degradation_rows(texts: Sequence[Record]) -> tuple[list[str], list[list[str]
 
 
 def written_rows(written: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Returns headers and cells of a table of what models have written, from results of `Written.to_json`."""
+    """Returns headers and cells of a table of written text from `Written.to_json`."""
     rows = []
     for texts in written:
         before, after = _mapping(texts, "before"), _mapping(texts, "after")
@@ -248,7 +248,7 @@ def written_rows(written: Sequence[Record]) -> tuple[list[str], list[list[str]]]
 
 
 def _quality(record: Record) -> list[str]:
-    """Returns tables of the degradation on texts and of what the models have written, or of accuracy."""
+    """Returns tables of the degradation on texts and of written text, or of accuracy."""
     accuracy = record.get("accuracy")
     if isinstance(accuracy, Mapping) and {"before", "after"} <= accuracy.keys() and accuracy["after"] is not None:
         return [table(["", "before", "after"], [["accuracy", accuracy["before"], accuracy["after"]]])]

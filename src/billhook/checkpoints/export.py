@@ -48,7 +48,7 @@ TRAINED = "billhook_trained"
 
 
 def history(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Returns the record of a training run: settings, events in order, degradation, and what was written.
+    """Returns the record of a training run: settings, events in order, and figures.
 
     Malformed entries are skipped, because the file may come from anywhere.
     """

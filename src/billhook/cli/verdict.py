@@ -1,4 +1,4 @@
-"""`billhook verdict`: compares what a changed model predicts and writes with the dense model, and with limits."""
+"""`billhook verdict`: compares a changed model with the dense model and with limits."""
 
 import json as encoding
 import os
@@ -43,7 +43,7 @@ def verdict(
     json: str | None = None,
     markdown: str | None = None,
 ) -> None:
-    """Compares what a changed model predicts and writes with the dense model, and fails if it breaks a limit.
+    """Compares a changed model with the dense model, and fails if it breaks a limit.
 
     On each text it measures the ratio of perplexities (of bits per byte if the tokenizers differ), the KL divergence, the share
     of positions with the same most likely token, and the share of drafted tokens that the dense model would accept. Both models
@@ -120,7 +120,7 @@ def _record(model: str) -> Mapping[str, Any]:
 def _texts(
     data: Sequence[str], record: Mapping[str, Any], length: int, column: str, tokenizer: str
 ) -> tuple[Calibration, list[str]]:
-    """Returns texts whose held-out examples are those that the recorded command has measured, and the calibrated ones."""
+    """Returns texts, with the recorded command's held-out examples, and the calibrated ones."""
     recorded = record.get("calibration")
     counts, seed = dict[str, int](), 0
     if isinstance(recorded, dict):

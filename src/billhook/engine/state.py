@@ -297,7 +297,7 @@ def evaluating_without_grad(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def restored_modes(model: nn.Module) -> Iterator[None]:
-    """Restores afterward the modes of modules, and the Hub kernels that transformers uses in them."""
+    """Restores the modes of modules and their Hub kernels afterward."""
     modes = {module: module.training for module in model.modules()}
     kernels = {module: mode for module in modes if (mode := _kernels_of(module)) is not None}
     try:
@@ -311,10 +311,10 @@ def restored_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def without_kernels(model: nn.Module) -> Iterator[None]:
-    """Uses torch in place of Hub kernels within the context, and restores modes and kernels afterward.
+    """Uses torch in place of Hub kernels within the context.
 
-    From 5.25, transformers replaces forwards of norms, activations, and more by kernels for the device. Some have no gradients,
-    and they do not compute on the meta device.
+    Modes and kernels are restored afterward. From 5.25, transformers replaces forwards of norms, activations, and more by kernels
+    for the device. Some have no gradients, and they do not compute on the meta device.
     """
     with restored_modes(model):
         for module in model.modules():

@@ -43,7 +43,7 @@ def check_shards(name: str) -> None:
 
 
 def load_and_compare(kind: ModelLoader, name: str | None, **options: Any) -> tuple[PreTrainedModel, Gaps]:  # noqa: ANN401
-    """Loads a checkpoint without Hub kernels, and returns its gaps, where the model has random values."""
+    """Loads a checkpoint without Hub kernels, and returns its gaps, which have random values."""
     how = {"ignore_mismatched_sizes": True, "output_loading_info": True, "use_kernels": False}
     model, info = kind.from_pretrained(name, **how, **options)
     # classes create integer buffers, such as positions and batch counts

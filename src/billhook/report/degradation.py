@@ -287,7 +287,7 @@ class DenseReference:
         return degradation
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the losses and predictions of the dense model, to be stored; log-probabilities in float16."""
+        """Returns the losses and predictions to store; log-probabilities in float16."""
         tensors = {"losses": self.losses}
         for row, predicted in self._predictions.items():
             tensors |= {f"positions.{row}": predicted.positions.cpu(), f"logs.{row}": predicted.logs.cpu().half()}
@@ -322,7 +322,7 @@ def _error(values: Tensor) -> float:
 
 
 def degradation_table(degradation: Sequence[Record], written: Sequence[Record] = ()) -> str:
-    """Formats results of `TextDegradation.to_json`, and of `Written.to_json` if any, as tables."""
+    """Formats records of `TextDegradation`, and of `Written` if any, as tables."""
     tables = [degradation_rows(degradation), *([written_rows(written)] if written else [])]
     return "\n\n".join(render_table(heads, rows, aligns="<<>") for heads, rows in tables)
 

@@ -1,7 +1,7 @@
-"""Verdict on a changed language model: what it predicts and writes, compared with the dense model and with limits."""
+"""Verdict on a changed language model, compared with the dense model and with limits."""
 
 import math
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -15,7 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from billhook.arguments import check_fraction, check_int, check_number, check_types
 from billhook.checkpoints.card import degradation_rows, table, written_rows
 from billhook.display import Printable
-from billhook.engine import Batch, fingerprint, identity_of, replace_file, source_of
+from billhook.engine import Batch, check_batches, fingerprint, identity_of, replace_file, source_of
 from billhook.model import tokenizer_of
 from billhook.progress import OnProgress
 from billhook.report.degradation import DenseReference, TextDegradation, degradation_table
@@ -38,6 +38,10 @@ class Limits:
 
     Raises:
         ValueError: If a limit is out of range.
+
+    Example:
+        >>> Limits(max_ratio=1.2, max_loops=0.05)
+        Limits(max_ratio=1.2, max_unseen_ratio=None, max_loops=0.05, min_agreement=None)
     """
 
     max_ratio: float | None = None
@@ -81,7 +85,7 @@ class Check:
         return within and not math.isnan(self.value)
 
     def text(self) -> str:
-        """Returns a line with the figure, its standard error, and the limit, and how many examples would decide."""
+        """Returns a line with the figure, its standard error, and the limit."""
         line = f"{self.limit}={self.bound:g}: {self.of} {self.value:.3f} ± {self.error:.3f}"
         distance = abs(self.value - self.bound)
         if not distance < CERTAIN * self.error:
@@ -130,7 +134,7 @@ class Verdict(Printable):
                 yield Check("max_loops", of, *written.new_loops(), limits.max_loops, len(written.after.loops))
 
     def text(self) -> str:
-        """Returns tables of what the model predicts and writes, and a line for each limit."""
+        """Returns tables of predictions and of written text, and a line for each limit."""
         plain = self.to_json()
         lines = [degradation_table(plain["degradation"], plain["written"])]
         for check in self.checks:
@@ -168,7 +172,7 @@ def verdict(
     folder: Path | None = None,
     progress: OnProgress | None = None,
 ) -> Verdict:
-    """Compares what a changed language model predicts and writes with the dense model.
+    """Compares predictions and text of a changed language model with the dense model's.
 
     Predictions are compared on all batches. Both models also continue the first 32 tokens of some examples by at most 256 tokens,
     greedily and at a temperature of 0.7; a model with a chat template is asked to continue the text. A text loops if fewer than
@@ -200,15 +204,18 @@ def verdict(
     """
     check_types(verdict, locals())
     check_int("prompts", prompts, 0)
+    check_int("seed", seed, 0)
     limits = limits or Limits()
     for name, candidate in {"dense": dense, "model": model}.items():
         if not generates(candidate):
             raise ValueError(f"{name}: {type(candidate).__name__} predicts no next token. Pass causal language models.")
-    rows = [Batch({"input_ids": ids[None]}, source_of(batch)) for batch in batches for ids in batch["input_ids"]]
+    rows = [Batch({"input_ids": ids[None]}, source_of(batch)) for batch in check_batches(batches) for ids in _ids(batch)]
     if not rows:
         raise ValueError("batches is empty. Pass at least one example.")
     before, after = tokenizers or (None, None)
     if tokenizers is None and prompts:
+        if not (dense.name_or_path and model.name_or_path):
+            raise ValueError("tokenizers: a model does not say where it came from. Pass both tokenizers, or prompts=0.")
         before, after = tokenizer_of(dense, None), tokenizer_of(model, None)
     differ = before is not None and after is not None and before.get_vocab() != after.get_vocab()
     sources = {batch.source for batch in rows}
@@ -242,6 +249,18 @@ def verdict(
         replace_file(draft, file)
     degradation = reference.degradation(model, report, after if differ else None)
     return Verdict(degradation, writing.compare(model, after, report) if writing else (), limits)
+
+
+def _ids(batch: Any) -> Tensor:  # noqa: ANN401 - whatever is in a user's batches
+    """Returns the tokens of a batch, `[batch, length]`. Raises if it has none, or padding."""
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] < 2:
+        shape = list(ids.shape) if isinstance(ids, Tensor) else type(batch if ids is None else ids).__name__
+        raise ValueError(f'batches: a batch must have "input_ids", [batch, length], of at least 2 tokens; got {shape}.')
+    mask = batch.get("attention_mask")
+    if mask is not None and not mask.all():
+        raise ValueError("batches: an example is padded. Pass each example in a batch without padding.")
+    return ids
 
 
 def check_measured(limits: Limits, sources: Collection[str], inside: Sequence[str], prompts: int, differ: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Text that a model writes after prompts: whether it loops, how long it is, and whether it ends."""
+"""Text that a model writes after prompts: whether it loops, its length, and its end."""
 
 import math
 from collections import Counter
@@ -31,7 +31,7 @@ CONTINUE = "Continue this text:\n\n{}"
 
 
 def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Returns the tokens of a prompt: the text, or a chat that asks to continue it if there is a chat template."""
+    """Returns the tokens of a prompt: the text, or a chat that asks to continue it."""
     if not tokenizer.chat_template:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     chat = [{"role": "user", "content": CONTINUE.format(text)}]
@@ -71,7 +71,7 @@ def write(model: PreTrainedModel, prompts: Sequence[Sequence[int]], temperature:
 
 @dataclass(frozen=True)
 class Writing:
-    """What a model has written.
+    """Statistics of texts that a model has written.
 
     Attributes:
         loops: Whether each text loops.
@@ -101,14 +101,14 @@ class Writing:
 
 
 class Written(NamedTuple):
-    """What the dense and a changed model have written at a temperature."""
+    """Texts of the dense and of a changed model at a temperature."""
 
     temperature: float
     before: Writing
     after: Writing
 
     def new_loops(self) -> tuple[float, float]:
-        """Returns the share of texts that loop where the dense model's do not, and its standard error.
+        """Returns the share of texts that loop where the dense model's do not, with its error.
 
         The error is of Agresti and Coull's estimate, which is not 0 if no text loops.
         """
@@ -123,7 +123,7 @@ class Written(NamedTuple):
 
 
 class DenseWriting:
-    """What a dense language model writes after prompts, for comparing changed models.
+    """Stored texts of a dense language model after prompts, for comparing changed models.
 
     The prompts are the first 32 tokens of the first examples of each source.
 
@@ -179,7 +179,7 @@ class DenseWriting:
     def compare(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, progress: OnProgress | None = None
     ) -> list[Written]:
-        """Lets a changed model continue the prompts. `tokenizer` is its tokenizer, if it is not the dense model's."""
+        """Lets a changed model continue the prompts, with its tokenizer if it has another."""
         after = self._write(model, tokenizer or self._tokenizer, progress)
         return [Written(heat, Writing.of(self._texts[heat]), Writing.of(after[heat])) for heat in TEMPERATURES]
 

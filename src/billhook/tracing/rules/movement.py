@@ -141,7 +141,7 @@ def slice_(
 
 
 def select(tape: Tape, out: Tensor, x: Tensor, dim: int, index: int) -> None:
-    """Takes a single index, which makes the indices of its axis, or of its segment, distinguishable."""
+    """Takes a single index, which makes the indices of its segment distinguishable."""
     axes = list(axes_of(x))
     selected = axes.pop(dim)
     if len(segments(selected)) > 1:  # as Falcon takes a key and a value after the queries of a group

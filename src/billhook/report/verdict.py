@@ -16,7 +16,7 @@ from billhook.arguments import check_fraction, check_int, check_number, check_ty
 from billhook.checkpoints.card import degradation_rows, table, written_rows
 from billhook.display import Printable
 from billhook.engine import Batch, check_batches, fingerprint, identity_of, replace_file, source_of
-from billhook.model import tokenizer_of
+from billhook.model import check_values, tokenizer_of
 from billhook.progress import OnProgress
 from billhook.report.degradation import DenseReference, TextDegradation, degradation_table
 from billhook.report.generation import generates
@@ -209,6 +209,7 @@ def verdict(
     for name, candidate in {"dense": dense, "model": model}.items():
         if not generates(candidate):
             raise ValueError(f"{name}: {type(candidate).__name__} predicts no next token. Pass causal language models.")
+        check_values(candidate)
     rows = [Batch({"input_ids": ids[None]}, source_of(batch)) for batch in check_batches(batches) for ids in _ids(batch)]
     if not rows:
         raise ValueError("batches is empty. Pass at least one example.")

@@ -19,7 +19,8 @@ from transformers import AutoTokenizer
 
 import billhook as bh
 from billhook.engine.batches import Batch
-from billhook.report.predictions import ExampleText, bits_per_byte
+from billhook.report.degradation import DenseReference
+from billhook.report.predictions import ExampleText
 
 COUNTED = 6_000_000
 ROWS = {
@@ -73,15 +74,16 @@ def smaller(options, name, model, tokenizer):
 
 
 def measured(options, name):
-    """Bits and tokens per byte of each text, measured once."""
+    """Bits per byte of each text, and tokens over those of the dense model, measured once."""
     file = options.work / f"{name}.json"
     if not file.exists():
         model, tokenizer = bh.load(str(options.model), dtype="float32"), AutoTokenizer.from_pretrained(options.model)
-        texts = {text: [ExampleText.of(row, tokenizer) for row in rows] for text, rows in tests(options, left_out=False).items()}
+        rows = [Batch({"input_ids": row[None]}, text) for text, rows in tests(options, left_out=False).items() for row in rows]
+        reference = DenseReference(model, rows, tokenizer=tokenizer)
         start = time.process_time()
         fewer = tokenizer if ROWS[name] is None else smaller(options, name, model, tokenizer)
         row = {"seconds": time.process_time() - start, "parameters": model.num_parameters(), "tokens": model.config.vocab_size}
-        row |= {text: bits_per_byte(model, fewer, examples) for text, examples in texts.items()}
+        row |= {text.source: (text.bits_per_byte[1], text.token_ratio) for text in reference.degradation(model, tokenizer=fewer)}
         bh.save(model, options.work / name, fewer)
         file.write_text(json.dumps(row))
     return json.loads(file.read_text())

@@ -22,7 +22,6 @@ from billhook.model import check_tokenizer, load_tokenizer, model_class, read_co
 from billhook.model import stream as open_streamed
 from billhook.progress import progress_bar
 from billhook.report.choices import read_questions
-from billhook.report.predictions import ExampleText, bits_per_byte
 from billhook.training.evaluation import (
     LONGEST,
     Asked,
@@ -47,7 +46,6 @@ class _Work:
     tokenizer: PreTrainedTokenizerBase
     sets: dict[str, Asked]
     text: Rows | None
-    same_texts: Sequence[ExampleText]
     tasks: list[str]
     length: int
     examples: int
@@ -62,9 +60,6 @@ class _Work:
             scored = score_choices(model, f"models: '{self.model}'", self.sets, self.batch_size, progress)
         with model_progress(model, f"{self.model}: text", "blocks") as progress:
             figures = [*on_questions(scored), *on_text(model, self.text, self.length, self.examples, progress)]
-            if self.same_texts:
-                bits, tokens = bits_per_byte(model, self.tokenizer, self.same_texts, progress)
-                figures += [Figure(figures[-1].of, "bits per byte", bits), Figure(figures[-1].of, "tokens per byte", tokens)]
         answers = {}
         for file, likelihoods in scored.items():
             right, right_normed = accuracies(file, likelihoods)
@@ -131,9 +126,8 @@ def evaluate(
         data: Files of questions, as JSON Lines: `{"context": "Question: ... Answer:", "choices": ["one", "two"], "label": 1}`. A
             choice follows the context and a space. For image classifiers, folders with one subfolder per class, .parquet files,
             or Hub names, evaluated on the split `test`, else `validation`, else the only split.
-        text: File (.txt, .jsonl, .csv, .parquet) to measure perplexity on, or "tiny" (the packaged text). For models with
-            different tokenizers, whose perplexities are not comparable, also bits per byte, and tokens per byte, on the text of
-            the first model's blocks.
+        text: File (.txt, .jsonl, .csv, .parquet) to measure perplexity on, or "tiny" (the packaged text). All models must have
+            the same tokenizer; for others, see `billhook verdict`.
         tasks: lm-eval tasks, such as `--tasks hellaswag,arc_easy`; requires `pip install 'billhook[eval]'`. Their differences
             have no standard errors.
         limit: Number of questions per file and per lm-eval task, from the start, or of images, drawn at random with a fixed seed.
@@ -231,15 +225,15 @@ def _prepare(
     questions = [read_questions(file, limit, "data") for file in data]
     works = list[images.Work]()
     tokenizers = list(map(load_tokenizer, models))
-    same_texts = list[ExampleText]()
-    differ = any(t.get_vocab() != tokenizers[0].get_vocab() for t in tokenizers)
+    if text is not None and any(tokenizer.get_vocab() != tokenizers[0].get_vocab() for tokenizer in tokenizers):
+        raise ValueError(
+            "text: perplexities of models with different tokenizers are not comparable. "
+            "`billhook verdict` compares bits per byte."
+        )
     for name, tokenizer in zip(models, tokenizers, strict=True):
         rows = None if text is None else blocks(text, model_path(name), length, column)
-        if differ and rows is not None and not same_texts:
-            of_blocks = (torch.tensor(rows[number]["input_ids"]) for number in range(min(examples, len(rows))))
-            same_texts = [ExampleText.of(ids, tokenizer) for ids in of_blocks]
         sets = encoded(questions, tokenizer, length, "data")
-        works.append(_Work(name, tokenizer, sets, rows, same_texts, tasks, length, examples, batch_size, limit))
+        works.append(_Work(name, tokenizer, sets, rows, tasks, length, examples, batch_size, limit))
     return works
 
 

@@ -1,9 +1,7 @@
 """Predictions of a dense model, KL divergence from them, and the text of examples."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,8 +10,7 @@ from torch.nn.functional import cross_entropy, kl_div
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
-from billhook.engine import Run, evaluating_without_grad, run_side_by_side, token_logits
-from billhook.progress import OnProgress
+from billhook.engine import Run, evaluating_without_grad, token_logits
 
 ELEMENTS = 2**22
 """Number of logits to process at once."""
@@ -155,32 +152,3 @@ class ExampleText:
     def bytes(self) -> int:
         """The number of bytes that are predicted."""
         return len(self.rest.encode())
-
-
-@torch.no_grad()
-def bits_per_byte(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Sequence[ExampleText], progress: OnProgress | None = None
-) -> tuple[float, float]:
-    """Returns the bits per byte of texts, and the tokens per byte.
-
-    Args:
-        model: The model.
-        tokenizer: Its tokenizer.
-        texts: The texts.
-        progress: Callback with the number of finished examples and the total.
-    """
-    examples = [text.encoded(tokenizer) for text in texts]
-    losses = {}
-
-    def read(number: int) -> None:
-        example = examples[number]
-        ids = example.ids.to(model.device)
-        logits = model(input_ids=ids[None], use_cache=False).logits[0, example.first - 1 : -1]
-        losses[number] = mean_loss(logits, ids[example.first :]) * example.predicted  # in nats
-        if progress is not None:
-            progress(len(losses), len(examples))
-
-    run_side_by_side(model, [partial(read, number) for number in range(len(examples))])
-    size = sum(text.bytes for text in texts)
-    tokens = sum(example.predicted for example in examples)
-    return sum(losses.values()) / math.log(2) / size, tokens / size

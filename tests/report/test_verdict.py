@@ -167,6 +167,8 @@ def test_stored_figures_give_the_same_verdict_and_another_dense_model_does_not_u
         assert one.acceptance == pytest.approx(then.acceptance, rel=1e-3)
     bh.verdict(changed, dense, batches, prompts=2, folder=tmp_path)
     assert len(list(tmp_path.iterdir())) == 2
+    apart = [Batch(batch, f"text {number}") for number, batch in enumerate(batches)]  # three prompts in place of two
+    assert len(bh.verdict(dense, changed, apart, prompts=2, folder=tmp_path).written[0].before.loops) == 3
 
 
 def run(*words):

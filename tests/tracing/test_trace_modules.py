@@ -374,3 +374,14 @@ def test_memory_on_the_cpu_is_refused():
 def test_inputs_are_asked_for_by_name():
     with pytest.raises(ValueError, match="example_inputs"):
         trace(nn.Linear(2, 3))
+
+
+@pytest.mark.parametrize(("key", "is_free"), [(-2, True), (3, False)])
+def test_a_range_before_a_single_index_is_free_if_the_index_counts_from_the_end(key, is_free):
+    def forward(net, x):
+        heads = net.a(x).unflatten(-1, (5, 4))  # three, a key, and a value
+        return net.b(heads[..., :-2, :].flatten(-2)) + net.c(heads[..., key, :]) + net.d(heads[..., -1, :])
+
+    structure = asked(Net(forward, a=nn.Linear(8, 20), b=nn.Linear(12, 8), c=nn.Linear(4, 8), d=nn.Linear(4, 8)), X)
+    blocks = {(size, members) for _, size, members in free(structure) if {"a.weight:0", "b.weight:1"} <= members}
+    assert any(size == 3 for size, _ in blocks) == is_free

@@ -165,8 +165,8 @@ class Degradation(EventFollower):
         """Restores the examples, and the dense model's losses and texts, of the resumed run."""
         if not state_dict or self._dense is None:
             return
-        if self._writing is not None and state_dict["writing"]:
-            self._writing.load_state_dict(state_dict["writing"])
+        if self._writing is not None and (writing := state_dict.get("writing")):
+            self._writing.load_state_dict(writing)
         if not self._dense.load_state_dict(state_dict):
             rank_zero_warn(
                 "Degradation: the model before loading the checkpoint, or the texts, differ from those of the resumed run. "

@@ -1,6 +1,7 @@
 """Verdict on a changed language model, compared with the dense model and with limits."""
 
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -219,17 +220,17 @@ def verdict(
             raise ValueError("tokenizers: a model does not say where it came from. Pass both tokenizers, or prompts=0.")
         before, after = tokenizer_of(dense, None), tokenizer_of(model, None)
     differ = before is not None and after is not None and before.get_vocab() != after.get_vocab()
-    sources = {batch.source for batch in rows}
-    check_measured(limits, sources, inside, prompts, differ)
+    counts = Counter(batch.source for batch in rows)
+    check_measured(limits, counts, inside, prompts, differ)
     file, stored = None, dict[str, Tensor]()
     if folder is not None:
-        key = fingerprint(
-            identity_of(dense), [batch["input_ids"] for batch in rows], prompts, seed, before and before.chat_template, differ
-        )
+        examples = [(batch.source, batch["input_ids"]) for batch in rows]  # the sources decide on the prompts
+        writer = before and (before.name_or_path, before.chat_template)
+        key = fingerprint(identity_of(dense), examples, prompts, seed, writer, differ)
         file = folder / f"{key[:16]}.safetensors"
         with suppress(OSError):
             stored = load_file(file)
-    texts = len(TEMPERATURES) * sum(min(prompts, sum(batch.source == source for batch in rows)) for source in sources)
+    texts = len(TEMPERATURES) * sum(min(prompts, count) for count in counts.values())
     done, total = 0, (len(rows) + texts) * (1 if stored else 2)
 
     def report(finished: int, of: int) -> None:

@@ -141,12 +141,11 @@ def slice_(
 
 
 def select(tape: Tape, out: Tensor, x: Tensor, dim: int, index: int) -> None:
-    """Takes a single index, which makes the indices of its segment distinguishable."""
+    """Takes a single index, which makes the indices up to it distinguishable; a negative one, those from it on."""
     axes = list(axes_of(x))
     selected = axes.pop(dim)
-    if len(segments(selected)) > 1:  # as Falcon takes a key and a value after the queries of a group
-        at = index % selected.size
-        selected = narrow(selected, at, at + 1)
+    if len(segments(selected)) > 1:  # Falcon takes a key and a value, -2 and -1, after any number of queries of a group
+        selected = narrow(selected, 0, index + 1) if index >= 0 else narrow(selected, selected.size + index, selected.size)
     new = record_move(out, axes, x, lambda t: t.select(dim, index))
     new.pending += ((selected, "fixed", "the code takes single indices by their number"),)
     if (columns := note(x).columns) and dim % x.dim() == x.dim() - 1:

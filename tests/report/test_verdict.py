@@ -50,7 +50,29 @@ def test_greedy_texts_are_those_of_single_steps_whatever_the_lengths_of_prompts(
     dense.generation_config.eos_token_id = None
     dense.config.eos_token_id = None
     prompts = [[5, 6, 7, 8], [9, 3], [4]]
-    assert write(dense, prompts, 0.0).tolist() == [greedy(dense, prompt, 10) for prompt in prompts]
+    assert write(dense, prompts, [0.0])[0].tolist() == [greedy(dense, prompt, 10) for prompt in prompts]
+
+
+def test_one_batch_writes_at_all_temperatures(dense, monkeypatch):
+    monkeypatch.setattr(writing, "NEW_TOKENS", 6)
+    dense.generation_config.eos_token_id = dense.config.eos_token_id = None
+    prompts, steps = [[5, 6, 7, 8], [9, 3]], []
+    cold, sampled, frozen = write(dense, prompts, [0.0, 0.7, 1e-6], step=steps.append)
+    assert cold.tolist() == frozen.tolist() == [greedy(dense, prompt, 6) for prompt in prompts]
+    assert sampled.tolist() != cold.tolist()
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_samples_are_of_the_tempered_distribution(dense, monkeypatch):
+    monkeypatch.setattr(writing, "NEW_TOKENS", 1)
+    dense.lm_head.weight.data *= 40
+    dense.generation_config.eos_token_id = dense.config.eos_token_id = None
+    found = write(dense, [[5, 6, 7, 8]] * 4000, [0.7]).flatten()
+    with torch.no_grad():
+        expected = (dense(input_ids=torch.tensor([[5, 6, 7, 8]])).logits[0, -1] / 0.7).softmax(-1)
+    shares = torch.bincount(found, minlength=len(expected)) / len(found)
+    assert expected.max() > 0.05
+    assert (shares - expected).abs().max() < 0.04
 
 
 def test_a_text_ends_at_the_end_token(dense, monkeypatch):
@@ -59,7 +81,7 @@ def test_a_text_ends_at_the_end_token(dense, monkeypatch):
     end = free[4]
     dense.generation_config.eos_token_id = [end, 10_000]
     first = free.index(end)
-    assert write(dense, [[5, 6, 7, 8]], 0.0).tolist() == [free[:first] + [ENDED] * (10 - first)]
+    assert write(dense, [[5, 6, 7, 8]], [0.0])[0].tolist() == [free[:first] + [ENDED] * (10 - first)]
 
 
 def test_sampling_follows_the_seed_and_leaves_random_numbers_alone(dense, monkeypatch):
@@ -67,7 +89,7 @@ def test_sampling_follows_the_seed_and_leaves_random_numbers_alone(dense, monkey
     torch.manual_seed(5)
     expected = torch.rand(2)
     torch.manual_seed(5)
-    first, again, other = (write(dense, [[1, 2], [3, 4]], 0.7, seed) for seed in (0, 0, 1))
+    first, again, other = (write(dense, [[1, 2], [3, 4]], [0.7], seed) for seed in (0, 0, 1))
     assert torch.equal(torch.rand(2), expected)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

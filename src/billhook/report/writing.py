@@ -2,13 +2,13 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
 from billhook.engine import SINGLE_PROCESS, Comm, evaluating_without_grad, overridden
@@ -39,34 +39,61 @@ def prompt_ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return list(encoded["input_ids"])
 
 
-def write(model: PreTrainedModel, prompts: Sequence[Sequence[int]], temperature: float, seed: int = 0) -> Tensor:
+class _Temperatures(LogitsProcessor):
+    """Divides each text's logits by its temperature; at 0, only the most likely token remains.
+
+    As one batch writes at all temperatures, the weights are read once per token. `step` is called with each token's number.
+    """
+
+    def __init__(self, temperatures: Tensor, step: Callable[[int], None]) -> None:
+        self._sampled = (temperatures > 0).nonzero()[:, 0]
+        self._temperatures, self._step, self._tokens = temperatures[self._sampled, None], step, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._tokens += 1
+        self._step(self._tokens)
+        chosen = torch.full_like(scores, -torch.inf).scatter_(1, scores.argmax(1, keepdim=True), 0.0)
+        return chosen.index_copy_(0, self._sampled, scores[self._sampled] / self._temperatures)
+
+
+def write(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    temperatures: Sequence[float] = TEMPERATURES,
+    seed: int = 0,
+    step: Callable[[int], None] = lambda tokens: None,
+) -> Tensor:
     """Continues prompts by `NEW_TOKENS` tokens, or until the model ends the text.
 
     Args:
         model: A causal language model.
         prompts: Tokens of each prompt.
-        temperature: Sampling temperature; 0 takes the most likely token.
+        temperatures: Sampling temperatures; 0 takes the most likely token.
         seed: Sampling seed. The random state is as before afterward.
+        step: Callback with the number of new tokens of each text so far.
 
     Returns:
-        The new tokens, int64, `[prompts, NEW_TOKENS]`, on the CPU; `ENDED` from the end token on.
+        The new tokens, int64, `[temperatures, prompts, NEW_TOKENS]`, on the CPU; `ENDED` from the end token on.
     """
+    heats = torch.tensor(temperatures, device=model.device).repeat_interleave(len(prompts))
+    prompts = [*prompts] * len(temperatures)
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=model.device)
     ends = model.generation_config.eos_token_id if model.generation_config is not None else None
     ends = text_config(model.config).eos_token_id if ends is None else ends
     ends = ends if isinstance(ends, list) else [] if ends is None else [ends]
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {"do_sample": False}
+    sampling = {"do_sample": True, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
     settings = GenerationConfig(**sampling, max_new_tokens=NEW_TOKENS, eos_token_id=ends or None, pad_token_id=0, use_cache=True)  # type: ignore[no-untyped-call]
+    processors = LogitsProcessorList([_Temperatures(heats, step)])
     devices = [model.device] if model.device.type == "cuda" else []
     with evaluating_without_grad(model), torch.random.fork_rng(devices), overridden(model, generation_config=settings):
         torch.manual_seed(seed)
-        rows = model.generate(ids, attention_mask=mask, generation_config=settings)[:, longest:].cpu()  # type: ignore[operator]
+        rows: Tensor = model.generate(ids, attention_mask=mask, generation_config=settings, logits_processor=processors)  # type: ignore[operator]
     written = torch.full((len(prompts), NEW_TOKENS), ENDED)
-    written[:, : rows.shape[1]] = rows
+    written[:, : rows.shape[1] - longest] = rows[:, longest:].cpu()
     ended = torch.isin(written, torch.tensor(ends or [ENDED])).cumsum(1) > 0
-    return written.masked_fill(ended, ENDED)
+    return written.masked_fill(ended, ENDED).view(len(temperatures), -1, NEW_TOKENS)
 
 
 @dataclass(frozen=True)
@@ -156,36 +183,40 @@ class DenseWriting:
             if counts[source] <= prompts:
                 self.prompts.append(str(tokenizer.decode(ids[:PROMPT_TOKENS].tolist(), skip_special_tokens=True)))
         if stored:
-            self._texts = {temperature: stored[f"written.{temperature}"] for temperature in TEMPERATURES}
+            self._texts = stored["written"]
         else:
             self._texts = self._write(model, tokenizer, progress)
 
-    def _write(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: OnProgress | None
-    ) -> dict[float, Tensor]:
-        """Returns the new tokens of all texts, by temperature."""
-        texts = dict[float, Tensor]()
+    def _write(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, progress: OnProgress | None) -> Tensor:
+        """Returns the new tokens of all texts, `[temperatures, prompts, tokens]`."""
         share = range(self._comm.rank, len(self.prompts), self._comm.size)
-        for temperature in TEMPERATURES:
-            written = torch.zeros(len(self.prompts), NEW_TOKENS, dtype=torch.int64)
-            if share:
-                ids = [prompt_ids(self.prompts[number], tokenizer) for number in share]
-                written[list(share)] = write(model, ids, temperature, self._seed)
-            texts[temperature] = self._comm(written)
+        texts = len(TEMPERATURES) * len(self.prompts)
+        written = torch.zeros(len(TEMPERATURES), len(self.prompts), NEW_TOKENS, dtype=torch.int64)
+
+        def report(done: int) -> None:
             if progress is not None:
-                progress(len(texts) * len(self.prompts), len(TEMPERATURES) * len(self.prompts))
-        return texts
+                progress(done, texts)
+
+        if share:
+            ids = [prompt_ids(self.prompts[number], tokenizer) for number in share]
+            step = lambda tokens: report(tokens * (texts - 1) // NEW_TOKENS)  # noqa: E731 - the last one ends when all do
+            written[:, list(share)] = write(model, ids, seed=self._seed, step=step)
+        report(texts)
+        return self._comm(written)
 
     def compare(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, progress: OnProgress | None = None
     ) -> list[Written]:
         """Lets a changed model continue the prompts, with its tokenizer if it has another."""
         after = self._write(model, tokenizer or self._tokenizer, progress)
-        return [Written(heat, Writing.of(self._texts[heat]), Writing.of(after[heat])) for heat in TEMPERATURES]
+        return [
+            Written(temperature, Writing.of(before), Writing.of(now))
+            for temperature, before, now in zip(TEMPERATURES, self._texts, after, strict=True)
+        ]
 
     def tensors(self) -> dict[str, Tensor]:
         """Returns the new tokens of the dense model, to be stored."""
-        return {f"written.{temperature}": tokens for temperature, tokens in self._texts.items()}
+        return {"written": self._texts}
 
     def state_dict(self) -> dict[str, Any]:
         """Returns the prompts, and the new tokens of the dense model."""

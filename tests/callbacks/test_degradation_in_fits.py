@@ -51,6 +51,22 @@ def independent(dense, changed, rows):
     return {name: float(value) for name, value in figures.items()}
 
 
+class Memory(Logger):
+    """Keeps what is logged, by step."""
+
+    name, version = "memory", 0
+
+    def __init__(self):
+        super().__init__()
+        self.rows = {}
+
+    def log_metrics(self, metrics, step=None):
+        self.rows.setdefault(step, {}).update(metrics)
+
+    def log_hyperparams(self, *_, **__):
+        pass
+
+
 class Copies(pl.Callback):
     """Keeps the model as it is right after each event: it stands behind."""
 
@@ -139,19 +155,6 @@ def test_resumed_with_another_model_the_ratio_is_told_and_the_divergence_is_not(
 
 
 def test_texts_in_the_table_the_record_and_the_loggers(tmp_path, files, capsys):
-    class Memory(Logger):
-        name, version = "memory", 0
-
-        def __init__(self):
-            super().__init__()
-            self.rows = {}
-
-        def log_metrics(self, metrics, step=None):
-            self.rows.setdefault(step, {}).update(metrics)
-
-        def log_hyperparams(self, *_, **__):
-            pass
-
     text = bh.Calibration({"train": files["train"]}, tokens=64, length=16)
     (tmp_path / "other.txt").write_text("A hydra is an animal of fresh water. " * 40)
     mine = bh.Degradation(text, also=str(tmp_path / "other.txt"), examples=2)
@@ -273,11 +276,46 @@ def test_the_wrong_place_is_refused(tmp_path, callbacks, match):
         trainer(tmp_path, callbacks(tmp_path), max_steps=1).fit(Own(), loader(), loader(4, 4))
 
 
-def test_a_model_that_predicts_no_next_token_is_refused(tmp_path):
-    lit = Own()
-    lit.net = transformers.BertForMaskedLM(transformers.BertConfig(**BERT))
-    with pytest.raises(ValueError, match="Degradation does not support BertForMaskedLM, which does not predict next tokens"):
-        trainer(tmp_path, [degradation()], max_steps=1).fit(lit, loader(), loader(4, 4))
+class Encoder(Own):
+    """Training of an encoder toward states of length 1 or labels of its tokens."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.net, self.lr = getattr(transformers, kind)(transformers.BertConfig(**BERT)).train(), 1e-3
+
+    def training_step(self, batch, batch_idx):
+        return self.net(**{name: tensor for name, tensor in batch.items() if name != "labels"})[0].square().mean()
+
+    validation_step = None
+
+
+@pytest.mark.parametrize(("kind", "figure"), [("BertForMaskedLM", "agreement"), ("BertModel", "cosine")])
+def test_encoders_are_compared_by_labels_or_cosine_and_write_nothing(tmp_path, files, kind, figure):
+    text = bh.Calibration({"train": files["train"]}, tokens=64, length=16, tokenizer="tiny")
+
+    def fit(folder, checkpoint=None, **options):
+        measures, logger = bh.Degradation(text, examples=2, **options), Memory()
+        keep = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        callbacks = [EVENTS["wanda"](1), measures, bh.Export(str(folder)), *([] if checkpoint else [keep])]
+        trainer(tmp_path, callbacks, max_steps=2, logger=logger, log_every_n_steps=1).fit(
+            Encoder(kind), loader(), ckpt_path=checkpoint
+        )
+        return measures.last, logger.rows[2]
+
+    with pytest.raises(ValueError, match=f"prompts=1: {kind} predicts no next token"):
+        fit(tmp_path / "out", prompts=1)
+    with pytest.raises(ValueError, match="max_unseen_ratio=2 has no figure, because the models predict no next token"):
+        fit(tmp_path / "out", stop=bh.Limits(max_unseen_ratio=2.0))
+    (end,), logged = fit(tmp_path / "out", stop=bh.Limits(**{f"min_{figure}": 0.0}))
+    assert 0 < end[figure] < 1
+    assert end["ratio"] == "nan"
+    assert logged[f"degradation/train/{figure}"] == pytest.approx(end[figure])
+    assert "degradation/train/perplexity" not in logged
+    assert json.loads((tmp_path / "out" / "billhook.json").read_text())["degradation"] == [end]
+    head = "cosine" if figure == "cosine" else "KL | same label"
+    assert f"| outputs on |  | {head} |" in (tmp_path / "out" / "README.md").read_text()
+    again, _ = fit(tmp_path / "again", tmp_path / "step=1.ckpt")
+    assert again == [end]
 
 
 @pytest.mark.parametrize(

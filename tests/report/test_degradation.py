@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import billhook as bh
 from billhook.calibration.reading import load_splits
@@ -15,7 +16,7 @@ from billhook.model.preprocessors import load_tokenizer
 from billhook.report.degradation import DenseReference, TextDegradation, degradation_table, degradation_warning
 from billhook.vocabulary.scores import token_shares
 from billhook.vocabulary.tokenizer import Vocabulary
-from kit.families import llama, tokens
+from kit.families import BERT, llama, tokens
 from kit.ranks import Ranks
 
 
@@ -26,6 +27,10 @@ def texts():
         Batch({"input_ids": tokens(3, 9)}, "two"),
         Batch({"input_ids": tokens(1, 12)}, "one"),
     ]
+
+
+def plain(degradation):
+    return [text.to_json() for text in degradation]  # where NaN equals NaN
 
 
 def chances(model, ids):
@@ -88,19 +93,54 @@ def test_what_is_kept_goes_on_with_the_same_model_and_tells_no_divergence_with_a
     expected, kept = first.degradation(changed), first.state_dict()
     again = DenseReference(dense, batches, inside=["one"])
     assert again.load_state_dict(kept)
-    assert again.degradation(changed) == expected
+    assert plain(again.degradation(changed)) == plain(expected)
     for other in (DenseReference(changed, batches), DenseReference(dense, batches[:2]), DenseReference(dense, texts()[::-1])):
         assert not other.load_state_dict(kept)
         for one, then in zip(other.degradation(changed), expected, strict=True):
             assert math.isnan(one.kl)
             compared = [f"{name}{end}" for name in ("kl", "agreement", "acceptance") for end in ("", "_error")]
             assert all(math.isnan(getattr(one, name)) for name in compared)
-            assert replace(one, **{name: getattr(then, name) for name in compared}) == then
+            assert plain([replace(one, **{name: getattr(then, name) for name in compared})]) == plain([then])
 
 
-def test_a_model_that_predicts_nothing_is_refused():
-    with pytest.raises(ValueError, match="LlamaModel has no logits"):
-        DenseReference(llama().model, texts())
+def test_a_model_without_outputs_for_tokens_is_refused():
+    model = llama().model
+    model.register_forward_hook(lambda *_: {"pooled": torch.ones(1)})
+    with pytest.raises(ValueError, match="LlamaModel has neither logits nor token states"):
+        DenseReference(model, texts())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["BertModel", "BertForMaskedLM", "BertForTokenClassification"])
+def test_outputs_of_encoders_against_plain_computations(kind):
+    def bert(seed):
+        torch.manual_seed(seed)
+        return getattr(transformers, kind)(transformers.BertConfig(**BERT)).eval()
+
+    dense, changed, batches = bert(0), bert(1), texts()
+    reference = DenseReference(dense, batches, inside=["two"])
+    stored = DenseReference(dense, batches, stored=reference.tensors())
+    for text, again in zip(reference.degradation(changed), stored.degradation(changed), strict=True):
+        kls, same, cosines = [], [], []
+        for row in (row for batch in batches if batch.source == text.source for row in batch["input_ids"]):
+            then, now = (copy.deepcopy(model).double()(input_ids=row[None])[0][0] for model in (dense, changed))
+            p, q = then.softmax(-1), now.softmax(-1)
+            kls.append((p * (p.log() - q.log())).sum(-1).mean())
+            same.append((p.argmax(-1) == q.argmax(-1)).double().mean())
+            cosines.append(((then * now).sum(-1) / then.norm(dim=-1) / now.norm(dim=-1)).mean())
+        measured = {"cosine": cosines} if kind == "BertModel" else {"kl": kls, "agreement": same}
+        for name, values in measured.items():
+            assert getattr(text, name) == pytest.approx(float(torch.stack(values).mean()), rel=1e-4, abs=1e-6)
+            error = float(torch.stack(values).std() / len(values) ** 0.5)
+            assert getattr(text, f"{name}_error") == pytest.approx(error, rel=1e-3, abs=1e-6)
+            assert getattr(again, name) == pytest.approx(getattr(text, name), rel=1e-2)
+        absent = {"before", "after", "ratio", "kl", "agreement", "acceptance", "cosine"} - {*measured}
+        assert all(math.isnan(getattr(text, name)) for name in absent)
+    heads = degradation_table(plain([text])).splitlines()[0].split("  ")
+    assert [head.strip() for head in heads if head.strip()] == [
+        "outputs on",
+        *(["cosine"] if kind == "BertModel" else ["KL", "same label"]),
+    ]
 
 
 def one(source, ratio, inside, error=0.0):

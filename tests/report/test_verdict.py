@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+import transformers
 from transformers import AutoTokenizer
 
 import billhook as bh
@@ -14,7 +15,7 @@ from billhook.engine.batches import Batch
 from billhook.report import writing
 from billhook.report.verdict import Check
 from billhook.report.writing import ENDED, Writing, Written, distinct_share, repeats, write
-from kit.families import llama, tokens
+from kit.families import BERT, llama, tokens
 
 
 @pytest.fixture
@@ -161,9 +162,84 @@ def test_a_limit_without_a_figure_is_refused(dense, changed, limit, inside, prob
         bh.verdict(dense, changed, rows(), inside, bh.Limits(**limit), prompts=0)
 
 
-def test_models_without_a_next_token_and_empty_texts_are_refused(dense):
-    with pytest.raises(ValueError, match="model: LlamaModel predicts no next token"):
-        bh.verdict(dense, dense.model, rows(), prompts=0)
+def encoder(kind, **config):
+    torch.manual_seed(0)
+    return getattr(transformers, kind)(transformers.BertConfig(**BERT | config)).eval()
+
+
+def test_encoders_write_nothing_and_are_judged_by_cosine_or_labels(tmp_path):
+    dense, changed = encoder("BertModel"), encoder("BertModel")
+    limits = bh.Limits(min_cosine=0.999)
+    same = bh.verdict(dense, changed, rows(), limits=limits, folder=tmp_path)
+    assert not same.broken
+    assert not same.written
+    with torch.no_grad():
+        changed.encoder.layer[0].output.dense.weight.mul_(-50)
+    found = bh.verdict(dense, changed, rows(), limits=limits, folder=tmp_path)  # with the stored states
+    assert [check.of for check in found.broken] == ["seen", "other"]
+    assert all(-1 < text.cosine < 0.999 for text in found.texts)
+    assert f"FAIL  min_cosine=0.999: seen {found.texts[0].cosine:.3f} ±" in found.text()
+    classifier = encoder("BertForTokenClassification")
+    assert bh.verdict(classifier, classifier, rows(), limits=bh.Limits(min_agreement=1.0)).checks[0].value == 1
+
+
+@pytest.mark.parametrize(
+    ("dense", "changed", "options", "problem"),
+    [
+        (
+            "BertModel",
+            "BertModel",
+            {"limits": bh.Limits(max_ratio=1.1)},
+            "max_ratio=1.1 .*, because the models predict no next token",
+        ),
+        (
+            "BertModel",
+            "BertModel",
+            {"limits": bh.Limits(max_loops=0.1)},
+            "max_loops=0.1 .*, because the models predict no next token",
+        ),
+        (
+            "BertModel",
+            "BertModel",
+            {"limits": bh.Limits(min_agreement=0.1)},
+            "min_agreement=0.1 .*, because the models have no logits",
+        ),
+        ("BertForMaskedLM", "BertForMaskedLM", {"limits": bh.Limits(min_cosine=0.1)}, "because the models have logits"),
+        (
+            "BertModel",
+            "BertForMaskedLM",
+            {},
+            "model: BertForMaskedLM does not return token states of size 32 for each token, as BertModel",
+        ),
+        ("BertModel", "narrow", {}, "model: BertModel does not return token states of size 32"),
+        ("llama", "BertModel", {}, "model: BertModel does not return next-token predictions, as LlamaForCausalLM does"),
+        ("T5Model", "BertModel", {}, "dense: T5Model is neither a causal language model nor an encoder of text"),
+        ("ViTModel", "BertModel", {}, "dense: ViTModel is neither"),
+        ("BertModel", "BertModel", {"tokenizers": ("tiny", "small")}, "Pass models with the same tokenizer"),
+    ],
+)
+def test_outputs_that_cannot_be_compared_are_refused(dense, changed, options, problem):
+    makers = {
+        "llama": llama,
+        "narrow": lambda: encoder("BertModel", hidden_size=16),
+        "T5Model": lambda: transformers.T5Model(
+            transformers.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+        ),
+        "ViTModel": lambda: transformers.ViTModel(
+            transformers.ViTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+        ),
+    }
+    before, after = (makers.get(name, lambda name=name: encoder(name))() for name in (dense, changed))
+    if "tokenizers" in options:
+        tokenizer = AutoTokenizer.from_pretrained(model_path("tiny"))
+        other = AutoTokenizer.from_pretrained(model_path("tiny"))
+        other.add_tokens(["billhook"])
+        options = {"tokenizers": (tokenizer, other)}
+    with pytest.raises(ValueError, match=problem):
+        bh.verdict(before, after, rows(), ["seen"], **{"prompts": 0} | options)
+
+
+def test_empty_texts_are_refused(dense):
     with pytest.raises(ValueError, match="batches is empty"):
         bh.verdict(dense, dense, [], prompts=0)
     with pytest.raises(ValueError, match=r"max_loops=1.5 must be in \[0, 1\]"):

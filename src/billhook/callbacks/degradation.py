@@ -1,5 +1,6 @@
 """The Degradation callback: a comparison with the dense model after each event."""
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -18,8 +19,8 @@ from billhook.fit.ranks import check_identical, comm_of, fail_together
 from billhook.model import tokenizer_of
 from billhook.report.degradation import DenseReference, degradation_warning
 from billhook.report.generation import generates
-from billhook.report.predictions import Comparison
-from billhook.report.verdict import Limits, Verdict, check_measured
+from billhook.report.predictions import Comparison, outputs_kind
+from billhook.report.verdict import Limits, Verdict, check_compared, check_measured
 from billhook.report.writing import DenseWriting
 
 
@@ -49,9 +50,9 @@ class Degradation(EventFollower):
         stop: Limits that end training. Defaults to none.
 
     Raises:
-        ValueError: If an argument is not legal. Before training, if the model does not predict next tokens, the strategy is not
-            supported, a figure with a limit is not measured, or the order of callbacks is wrong. After an event at the start
-            that breaks a limit.
+        ValueError: If an argument is not legal. Before training, if the model is neither a causal language model nor an encoder
+            of text, the strategy is not supported, a figure with a limit is not measured, or the order of callbacks is wrong.
+            After an event at the start that breaks a limit.
 
     >>> import billhook as bh
     >>> text = bh.Calibration(["generated", "manual.txt"])
@@ -102,15 +103,15 @@ class Degradation(EventFollower):
 
     def _read(self, fit: Fit) -> None:
         model = fit.model
-        if not generates(model):
-            raise ValueError(
-                f"Degradation does not support {type(model).__name__}, which does not predict next tokens. Remove the callback."
-            )
+        check_compared("Degradation", model)
+        if self.prompts and not generates(model):
+            raise ValueError(f"prompts={self.prompts}: {type(model).__name__} predicts no next token. Set prompts to 0.")
         with fail_together(fit, "Degradation"), _undisturbed(fit, model):
-            read = evaluation_batches(self.texts, model, self.examples, self.also, fit.tokenizer)
+            read = evaluation_batches(self.texts, model, self.examples, self.also, fit.tokenizer, generates(model))
             check_identical(fit, "Degradation", "the evaluation examples", [batch["input_ids"] for batch in read])
             if self.stop is not None:
-                check_measured(self.stop, {source_of(batch) for batch in read}, list(self.texts.named), self.prompts)
+                kind, _ = outputs_kind(model, read[0])
+                check_measured(self.stop, {source_of(batch) for batch in read}, list(self.texts.named), self.prompts, kind)
             self._dense = DenseReference(model, read, list(self.texts.named), comm_of(fit))
             if self.prompts:
                 tokenizer = fit.tokenizer or tokenizer_of(model, None)
@@ -147,7 +148,7 @@ class Degradation(EventFollower):
         for text in degradation:
             values = {"perplexity": text.after, "perplexity_ratio": text.ratio}
             values |= {name: getattr(text, name) for name in Comparison._fields}
-            metrics |= {f"degradation/{text.source}/{name}": value for name, value in values.items()}
+            metrics |= {f"degradation/{text.source}/{name}": value for name, value in values.items() if not math.isnan(value)}
         metrics |= {f"degradation/loops/{texts.temperature:g}": texts.new_loops()[0] for texts in written}
         fit.log_metrics(metrics)
         if warning := degradation_warning(degradation):

@@ -108,13 +108,17 @@ LEGEND = (
     "`same token` is the share of positions with the same most likely token, and `accepted` the share of drafted tokens that the "
     "dense model would accept in speculative sampling."
 )
+OUTPUTS_LEGEND = (
+    "± is the standard error over examples. The outputs at each token are compared with the dense model's: KL is the divergence "
+    "of predictions, in nats, `same label` the share of tokens with the same class, and `cosine` that of token states."
+)
 BITS_LEGEND = "The tokenizers differ, so losses per token are not comparable. `tokens` counts those of the same text."
 WRITTEN_LEGEND = (
     "Both models have continued the same prompts. A text loops if fewer than 0.55 of its 4-grams are distinct, or if it does not "
     "end and its last phrase repeats three times."
 )
-COMPARED = {"kl": "KL", "agreement": "same token", "acceptance": "accepted"}
-"""Columns of figures that compare predictions."""
+COMPARED = {"kl": "KL", "agreement": "same token", "acceptance": "accepted", "cosine": "cosine"}
+"""Columns of figures that compare outputs."""
 
 
 def card(record: Record, loading: str, config: PretrainedConfig) -> str:
@@ -212,8 +216,8 @@ def _mapping(record: Record, name: str) -> Record:
 def degradation_rows(texts: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
     """Returns headers and cells of a table of degradation by text, with standard errors.
 
-    It shows perplexity, or bits per byte and the number of tokens if the changed model has another tokenizer. Columns without a
-    figure are left out.
+    It shows perplexity, or bits per byte and the number of tokens if the changed model has another tokenizer, or no loss if the
+    models predict no next token. Columns without a figure are left out.
 
     Args:
         texts: Results of `TextDegradation.to_json`, or what an untrusted record has instead.
@@ -221,6 +225,7 @@ def degradation_rows(texts: Sequence[Record]) -> tuple[list[str], list[list[str]
     in_bits = any(text.get("bits_per_byte") for text in texts)
     measured = {name for text in texts for name in COMPARED if isinstance(text.get(name), float)} if not in_bits else set()
     columns = {name: head for name, head in COMPARED.items() if name in measured}
+    has_loss = any(text["before"] != "nan" for text in texts)
     rows = []
     for text in texts:
         losses, ratio, error = [text["before"], text["after"]], text["ratio"], text["ratio_error"]
@@ -230,9 +235,16 @@ def degradation_rows(texts: Sequence[Record]) -> tuple[list[str], list[list[str]
                 losses, ratio, error = [before, after], after / before, text.get("bits_ratio_error")
                 compared = [with_error(text.get("token_ratio"), None)]
         where = "calibrated on" if text["inside"] else "not calibrated on"
-        rows.append([str(text["source"]), where, *map(number, losses), with_error(ratio, error), *compared])
+        shown = [*map(number, losses), with_error(ratio, error)] if has_loss else []
+        rows.append([str(text["source"]), where, *shown, *compared])
+    if not has_loss:
+        return ["outputs on", "", *("same label" if name == "agreement" else head for name, head in columns.items())], rows
     of = "bits per byte of" if in_bits else "perplexity on"
     return [of, "", "before", "after", "ratio", *(["tokens"] if in_bits else columns.values())], rows
+
+
+def _legend(heads: Sequence[str]) -> str:
+    return BITS_LEGEND if "tokens" in heads else LEGEND if "before" in heads else OUTPUTS_LEGEND
 
 
 def written_rows(written: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
@@ -258,7 +270,7 @@ def _quality(record: Record) -> list[str]:
     parts = []
     if degradation := listed(measured, "degradation", LOSSES):
         heads, rows = degradation_rows(degradation)
-        parts = [*when, table(heads, rows), BITS_LEGEND if "tokens" in heads else LEGEND]
+        parts = [*when, table(heads, rows), _legend(heads)]
         if all(text["inside"] for text in degradation):
             parts.append("Only text of the calibration sources was measured. Other text may degrade more.")
     if written := listed(measured, "written", WRITINGS):

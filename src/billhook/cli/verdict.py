@@ -19,7 +19,7 @@ from billhook.cli.machine import check_file, device_of, file_progress, write_jso
 from billhook.model import load_tokenizer
 from billhook.progress import format_duration, progress_bar
 from billhook.report.generation import generates
-from billhook.report.verdict import Limits
+from billhook.report.verdict import Limits, check_compared
 from billhook.report.verdict import verdict as compare
 from billhook.report.writing import NEW_TOKENS, TEMPERATURES
 
@@ -48,7 +48,8 @@ def verdict(
     On each text it measures the ratio of perplexities (of bits per byte if the tokenizers differ), the KL divergence, the share
     of positions with the same most likely token, and the share of drafted tokens that the dense model would accept. Both models
     also write up to 256 tokens after prompts, greedily and at a temperature of 0.7, and the command counts the texts that loop.
-    The exit code is 0 if all limits hold, 2 if one is broken, and 1 after an error.
+    Encoders are compared by the KL divergence and labels of each token, or by the cosine of token states. The exit code is 0 if
+    all limits hold, 2 if one is broken, and 1 after an error.
 
     Args:
         dense: The dense model: a folder, a Hub name, or "tiny".
@@ -57,7 +58,8 @@ def verdict(
         data: Text files, such as those that the model was calibrated on and others from your domain. Calibration examples are
             left out. Packaged text of eight kinds, and code and fiction that no command calibrates on, are always measured.
         examples: Number of examples of each text.
-        prompts: Number of texts to write for each source and temperature, from the first 32 tokens of examples. 0 writes none.
+        prompts: Number of texts to write for each source and temperature, from the first 32 tokens of examples. 0 writes none,
+            as do encoders.
         length: Tokens per example.
         column: Column of the text.
         seed: Seed for sampling.
@@ -69,7 +71,7 @@ def verdict(
         markdown: Markdown file (.md) for the tables, such as for a pull request.
 
     Raises:
-        ValueError: If an argument is not legal, a model predicts no next token, or a figure with a limit is not measured.
+        ValueError: If an argument is not legal, the models cannot be compared, or a figure with a limit is not measured.
     """
     check_int("examples", examples)
     check_int("length", length, 2)
@@ -84,15 +86,14 @@ def verdict(
     with file_progress(f"loading {model}"):
         after = load(model, dtype)
     for name, loaded in {"dense": before, "model": after}.items():
-        if not generates(loaded):
-            raise ValueError(f"{name}: '{dense if name == 'dense' else model}' predicts no next token.")
+        check_compared(name, loaded)
         loaded.to(device_of(device))  # type: ignore[arg-type]
     calibration, inside = _texts(data or [], record, length, column, model_path(dense))
     batches = evaluation_batches(calibration, before, examples, UNSEEN, generated=False)
     count = sum(len(batch["input_ids"]) for batch in batches)
     time_forward(before, WARMUP_TOKENS)
     # a step of generation takes about as long as a forward pass on one token of each text
-    texts = min(prompts, examples) * len({batch.source for batch in batches})
+    texts = min(prompts, examples) * len({batch.source for batch in batches}) * generates(before)
     seconds = 2 * count * time_forward(before, length)
     seconds += 2 * len(TEMPERATURES) * NEW_TOKENS * time_forward(before, texts) if texts else 0
     print(f"{count} examples of {length} tokens, {texts} prompts: about {format_duration(seconds)} in all", flush=True)

@@ -3,6 +3,7 @@
 from billhook.engine.batches import (
     Batch,
     Loss,
+    Outputs,
     Run,
     check_batches,
     check_one_device,
@@ -13,7 +14,7 @@ from billhook.engine.batches import (
     runs_fingerprint,
     runs_of,
     source_of,
-    token_logits,
+    token_outputs,
     with_progress,
 )
 from billhook.engine.comm import SINGLE_PROCESS, Comm, Reduce

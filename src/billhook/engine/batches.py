@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any, NamedTuple, TypeGuard
 from uuid import uuid4
 
 import torch
@@ -61,13 +61,28 @@ def inputs_of(batch: Any) -> Any:  # noqa: ANN401
     return batch.batch if isinstance(batch, Run) else batch
 
 
-def token_logits(run: Run) -> Tensor | None:
-    """Returns a model's logits at non-padding positions, `[positions, classes]`, if any."""
-    logits = getattr(run.forward(), "logits", None)
-    if not isinstance(logits, Tensor):
-        return None
-    mask = run.tokens.get("decoder_attention_mask", run.tokens.get("attention_mask"))
-    return logits[mask] if mask is not None and mask.shape == logits.shape[:-1] else logits.flatten(0, -2)
+class Outputs(NamedTuple):
+    """A model's outputs at non-padding positions.
+
+    Attributes:
+        values: Logits, `[positions, classes]`, or token states, `[positions, hidden]`.
+        is_logits: False for token states, which a model without logits has.
+    """
+
+    values: Tensor
+    is_logits: bool
+
+
+def token_outputs(run: Run) -> Outputs | None:
+    """Runs a model, and returns its logits, else its token states (`last_hidden_state`); None if it has neither."""
+    output = run.visit()
+    for name in ("logits", "last_hidden_state"):
+        values = getattr(output, name, None)
+        if isinstance(values, Tensor):
+            mask = run.tokens.get("decoder_attention_mask", run.tokens.get("attention_mask"))
+            masked = mask is not None and mask.shape == values.shape[:-1]
+            return Outputs(values[mask] if masked else values.flatten(0, -2), name == "logits")
+    return None
 
 
 def runs_of(model: nn.Module, batches: Iterable[Any]) -> list[Run]:

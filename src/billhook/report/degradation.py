@@ -1,4 +1,4 @@
-"""Degradation of a language model: perplexity ratio and KL divergence."""
+"""Degradation of a model: perplexity ratio, and comparison of its outputs with the dense model's."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,6 +17,7 @@ from billhook.display import render_table
 from billhook.engine import (
     SINGLE_PROCESS,
     Comm,
+    Outputs,
     Run,
     activation_files,
     evaluating_without_grad,
@@ -25,11 +26,12 @@ from billhook.engine import (
     runs_of,
     source_of,
     store_of,
+    token_outputs,
 )
 from billhook.model import check_ids
 from billhook.progress import OnProgress
 from billhook.report.generation import generates
-from billhook.report.predictions import Comparison, Example, ExampleText, Predictions, compute_logits, mean_loss
+from billhook.report.predictions import Comparison, Example, ExampleText, Predictions, mean_loss
 
 
 @torch.no_grad()
@@ -90,16 +92,18 @@ class TextDegradation:
     Attributes:
         source: Name of the text.
         inside: True if the text is a source of the calibration data.
-        before: Perplexity of the dense model.
+        before: Perplexity of the dense model. NaN, as all figures that do not apply, if it predicts no next token.
         after: Perplexity of the changed model.
         ratio_error: Paired standard error of after / before over examples.
-        kl: Mean KL divergence of next-token predictions from the dense model, in nats.
+        kl: Mean KL divergence of predictions from the dense model's, in nats.
         kl_error: Standard error of `kl` over examples.
         rows: Number of examples.
-        agreement: Share of positions at which both models have the same most likely token.
+        agreement: Share of positions at which both models have the same most likely token, or label.
         agreement_error: Standard error of `agreement` over examples.
         acceptance: Share of this model's drafted tokens that the dense model accepts in speculative sampling, sum of min(p, q).
         acceptance_error: Standard error of `acceptance` over examples.
+        cosine: Mean cosine of the token states of models without logits.
+        cosine_error: Standard error of `cosine` over examples.
         token_bytes: Bytes of text per token of the dense model. Set if the changed model has another tokenizer; `after` is then
             per token of the dense model too, and there is no `kl`, `agreement`, or `acceptance`.
         token_ratio: Tokens of the changed model per token of the dense model.
@@ -117,6 +121,8 @@ class TextDegradation:
     agreement_error: float = math.nan
     acceptance: float = math.nan
     acceptance_error: float = math.nan
+    cosine: float = math.nan
+    cosine_error: float = math.nan
     token_bytes: float | None = None
     token_ratio: float = 1.0
 
@@ -156,7 +162,9 @@ def _examples(rows: Iterable[tuple[str, Tensor]]) -> list[Example]:
 
 
 class DenseReference:
-    """Stored losses and predictions of a dense language model, for comparing changed models.
+    """Stored losses and outputs of a dense model, for comparing changed models.
+
+    A model that predicts next tokens is compared by its loss and predictions, others by logits or token states alone.
 
     Args:
         model: The dense model.
@@ -168,10 +176,11 @@ class DenseReference:
 
     Attributes:
         rows: The examples, each with the name of its source.
-        losses: The dense model's loss on each example, float64, `[rows]`.
+        losses: The dense model's loss on each example, float64, `[rows]`; of a model that predicts no next token, the root mean
+            square of its outputs, which tells two models apart.
 
     Raises:
-        ValueError: If the model has no logits.
+        ValueError: If the model has neither logits nor token states.
 
     Example:
         >>> import billhook as bh
@@ -192,7 +201,7 @@ class DenseReference:
         tokenizer: PreTrainedTokenizerBase | None = None,
         stored: Mapping[str, Tensor] | None = None,
     ) -> None:
-        self.inside, self._comm = set(inside), comm
+        self.inside, self._comm, self._has_loss = set(inside), comm, generates(model)
         self.rows = [(source_of(batch), ids.cpu()) for batch in batches for ids in batch["input_ids"]]
         self._texts = [ExampleText.of(ids, tokenizer) for _, ids in self.rows] if tokenizer else []
         self._examples = [text.encoded(tokenizer) for text in self._texts] if tokenizer else _examples(self.rows)
@@ -201,15 +210,17 @@ class DenseReference:
         if stored:
             self.losses = stored["losses"]
             for row in self._rank_rows:
-                logs = stored[f"logs.{row}"].float().log_softmax(-1)  # as rounded probabilities do not sum to one
-                self._predictions[row] = Predictions(stored[f"positions.{row}"], logs)
+                is_logits = f"logs.{row}" in stored
+                values = stored[f"logs.{row}" if is_logits else f"states.{row}"].float()
+                values = values.log_softmax(-1) if is_logits else values  # rounded probabilities do not sum to one
+                self._predictions[row] = Predictions(stored[f"positions.{row}"], values, is_logits)
             return
         losses = torch.zeros(len(self.rows), dtype=torch.float64)
 
-        def visit(row: int, logits: Tensor, loss: float) -> None:
-            predicted = Predictions.of(logits, len(self._rank_rows))
+        def visit(row: int, outputs: Outputs, loss: float) -> None:
+            predicted = Predictions.of(outputs, len(self._rank_rows))
             losses[row] = loss
-            self._predictions[row] = predicted if files is None else replace(predicted, logs=files.copy(predicted.logs))
+            self._predictions[row] = predicted if files is None else replace(predicted, values=files.copy(predicted.values))
 
         with activation_files(store_of(model)) as files:
             self._evaluate(model, self._examples, visit, progress)
@@ -219,16 +230,22 @@ class DenseReference:
         self,
         model: PreTrainedModel,
         examples: Sequence[Example],
-        visit: Callable[[int, Tensor, float], None],
+        visit: Callable[[int, Outputs, float], None],
         progress: OnProgress | None,
     ) -> None:
-        """Calls `visit` with each of this rank's examples, its logits, and its mean loss."""
+        """Calls `visit` with each of this rank's examples, its outputs, and its mean loss."""
         finished = set()
 
         def read(row: int, run: Run) -> None:
-            example = examples[row]
-            logits = compute_logits(model, run)[example.first - 1 : -1]
-            visit(row, logits, mean_loss(logits, example.ids[example.first :].to(logits.device)))
+            example, outputs = examples[row], token_outputs(run)
+            if outputs is None:
+                raise ValueError(f"model: {type(model).__name__} has neither logits nor token states to compare.")
+            if self._has_loss:
+                outputs = outputs._replace(values=outputs.values[example.first - 1 : -1])
+                loss = mean_loss(outputs.values, example.ids[example.first :].to(outputs.values.device))
+            else:
+                loss = float(outputs.values.float().square().mean().sqrt())
+            visit(row, outputs, loss)
             finished.add(row)
             if progress is not None:
                 progress(len(finished), len(self._rank_rows))
@@ -253,10 +270,13 @@ class DenseReference:
         examples = [text.encoded(tokenizer) for text in self._texts] if tokenizer else self._examples
         num_before, num_after = ([example.predicted for example in encoded] for encoded in (self._examples, examples))
 
-        def visit(row: int, logits: Tensor, loss: float) -> None:
+        def visit(row: int, outputs: Outputs, loss: float) -> None:
             dense = self._predictions.get(row) if tokenizer is None else None
             results[row, 0] = loss * num_after[row] / num_before[row]  # per token of the dense model
-            results[row, 1:] = torch.tensor([math.nan] * len(Comparison._fields) if dense is None else dense.compare(logits))
+            comparison = Comparison() if dense is None else dense.compare(outputs)
+            if not self._has_loss:
+                comparison = comparison._replace(acceptance=math.nan)
+            results[row, 1:] = torch.tensor(comparison)
 
         self._evaluate(model, examples, visit, progress)
         self._comm.sum_(results)
@@ -266,6 +286,8 @@ class DenseReference:
         degradation = []
         for source, rows in rows_by_source.items():
             before, (after, *compared) = self.losses[rows], results[rows].T
+            if not self._has_loss:
+                before = after = torch.full_like(before, math.nan)
             others = dict[str, float]()
             for name, values in zip(Comparison._fields, compared, strict=True):
                 others |= {name: float(values.mean()), f"{name}_error": _error(values)}
@@ -287,10 +309,12 @@ class DenseReference:
         return degradation
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the losses and predictions to store; log-probabilities in float16."""
+        """Returns the losses and outputs to store: log-probabilities in float16, token states in bfloat16."""
         tensors = {"losses": self.losses}
         for row, predicted in self._predictions.items():
-            tensors |= {f"positions.{row}": predicted.positions.cpu(), f"logs.{row}": predicted.logs.cpu().half()}
+            values = predicted.values.cpu()
+            tensors[f"positions.{row}"] = predicted.positions.cpu()
+            tensors |= {f"logs.{row}": values.half()} if predicted.is_logits else {f"states.{row}": values.bfloat16()}
         return tensors
 
     def state_dict(self) -> dict[str, Any]:

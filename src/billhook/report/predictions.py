@@ -1,16 +1,18 @@
-"""Predictions of a dense model, KL divergence from them, and the text of examples."""
+"""Outputs of a dense model, their comparison with a changed model's, and the text of examples."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div
+from torch.nn.functional import cosine_similarity, cross_entropy, kl_div
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from typing_extensions import Self
 
-from billhook.engine import Run, evaluating_without_grad, token_logits
+from billhook.engine import Outputs, Run, evaluating_without_grad, runs_of, token_outputs
+from billhook.report.generation import generates
 
 ELEMENTS = 2**22
 """Number of logits to process at once."""
@@ -19,63 +21,77 @@ BYTES = 2**28
 
 
 class Comparison(NamedTuple):
-    """Means over positions of a comparison of predictions p of a dense model with q of a changed one.
+    """Means over positions of a comparison of a dense model's outputs with a changed one's.
+
+    With logits, their predictions p and q are compared, else their token states. What does not apply is NaN.
 
     Attributes:
         kl: KL(p || q), in nats.
         agreement: Share of positions with the same most likely token.
         acceptance: Sum of min(p, q): the share of drafted tokens that speculative sampling accepts
             (https://arxiv.org/abs/2211.17192, corollary 3.6).
+        cosine: Cosine of the token states.
     """
 
-    kl: float
-    agreement: float
-    acceptance: float
+    kl: float = math.nan
+    agreement: float = math.nan
+    acceptance: float = math.nan
+    cosine: float = math.nan
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Log-probabilities of a run, float32, `[positions, classes]`, and their positions.
+    """Log-probabilities or token states of a run, float32, `[positions, size]`, and their positions.
 
-    They are stored on the device of the logits, or on the CPU if the device is out of memory.
+    They are stored on the device of the outputs, or on the CPU if the device is out of memory.
     """
 
     positions: Tensor
-    logs: Tensor
+    values: Tensor
+    is_logits: bool = True
 
     @classmethod
-    def of(cls, logits: Tensor, runs: int) -> Self:
-        """Stores predictions from logits, `[positions, classes]`, in this run's share of `BYTES`."""
-        limit = max(BYTES // (4 * logits.shape[-1] * runs), 1)
-        positions = torch.linspace(0, len(logits) - 1, min(limit, len(logits))).round().long().to(logits.device)
+    def of(cls, outputs: Outputs, runs: int) -> Self:
+        """Stores a run's outputs in its share of `BYTES`."""
+        count, size = outputs.values.shape
+        device = outputs.values.device
+        limit = max(BYTES // (4 * size * runs), 1)
+        positions = torch.linspace(0, count - 1, min(limit, count)).round().long().to(device)
         try:
-            logs = torch.empty(len(positions), logits.shape[-1], device=logits.device)
+            values = torch.empty(len(positions), size, device=device)
         except torch.OutOfMemoryError:
-            logs = torch.empty(len(positions), logits.shape[-1])
-        for part in _parts(logs):
-            logs[part] = _log_probs(logits, positions[part], logs.device)
-        return cls(positions, logs)
+            values = torch.empty(len(positions), size)
+        for part in _parts(values):
+            values[part] = _stored(outputs, positions[part], values.device)
+        return cls(positions, values, outputs.is_logits)
 
     def divergence(self, logits: Tensor) -> float:
         """Returns the sum of KL(dense || changed) over the stored positions, in nats, by logits.
 
         They are `[positions, classes]`.
         """
-        return _sum([kl_div(now, then, reduction="sum", log_target=True) for now, then in self._pairs(logits)])
+        pairs = self._pairs(Outputs(logits, is_logits=True))
+        return _sum([kl_div(now, then, reduction="sum", log_target=True) for now, then in pairs])
 
-    def compare(self, logits: Tensor) -> Comparison:
-        """Compares a changed model's logits, `[positions, classes]`, at the stored positions."""
+    def compare(self, outputs: Outputs) -> Comparison:
+        """Compares a changed model's outputs at the stored positions; all NaN if they differ in size."""
+        if outputs.is_logits != self.is_logits or outputs.values.shape[-1] != self.values.shape[-1]:
+            return Comparison()
         sums = list[Tensor]()
-        for now, then in self._pairs(logits):
-            kl = kl_div(now, then, reduction="sum", log_target=True)
-            same = (now.argmax(-1) == then.argmax(-1)).sum()
-            sums.append(torch.stack([kl, same.to(kl), torch.minimum(now, then).exp().sum()]))
-        return Comparison(*(value / len(self.positions) for value in torch.stack(sums).cpu().double().sum(0).tolist()))
+        for now, then in self._pairs(outputs):
+            if self.is_logits:
+                kl = kl_div(now, then, reduction="sum", log_target=True)
+                same = (now.argmax(-1) == then.argmax(-1)).sum()
+                sums.append(torch.stack([kl, same.to(kl), torch.minimum(now, then).exp().sum()]))
+            else:
+                sums.append(cosine_similarity(now, then, -1).sum()[None])
+        means = [value / len(self.positions) for value in torch.stack(sums).cpu().double().sum(0).tolist()]
+        return Comparison(*means) if self.is_logits else Comparison(cosine=means[0])
 
-    def _pairs(self, logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields log-probabilities of the changed and of the dense model, part by part."""
-        for part in _parts(self.logs):
-            yield _log_probs(logits, self.positions[part], self.logs.device), self.logs[part]
+    def _pairs(self, outputs: Outputs) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yields what is stored of the changed and of the dense model, part by part."""
+        for part in _parts(self.values):
+            yield _stored(outputs, self.positions[part], self.values.device), self.values[part]
 
 
 def mean_loss(logits: Tensor, labels: Tensor) -> float:
@@ -95,26 +111,42 @@ def _parts(logits: Tensor) -> Iterator[slice]:
         yield slice(start, start + step)
 
 
-def _log_probs(logits: Tensor, positions: Tensor, device: torch.device) -> Tensor:
-    return logits[positions.to(logits.device)].to(device).float().log_softmax(-1)
+def _stored(outputs: Outputs, positions: Tensor, device: torch.device) -> Tensor:
+    """Returns log-probabilities, or token states, at some positions."""
+    values = outputs.values[positions.to(outputs.values.device)].to(device).float()
+    return values.log_softmax(-1) if outputs.is_logits else values
+
+
+OutputsKind = Literal["next-token predictions", "logits", "token states"]
+"""What of a model's outputs is compared."""
+
+
+def outputs_kind(model: PreTrainedModel, inputs: Any) -> tuple[OutputsKind, int]:  # noqa: ANN401
+    """Returns what of a model's outputs is compared, and their size; 0 for next-token predictions.
+
+    Raises:
+        ValueError: If there is nothing.
+    """
+    if generates(model):
+        return "next-token predictions", 0
+    with evaluating_without_grad(model):
+        outputs = token_outputs(runs_of(model, [inputs])[0])
+    if outputs is None:
+        raise ValueError(f"model: {type(model).__name__} has neither logits nor token states (last_hidden_state) to compare.")
+    return "logits" if outputs.is_logits else "token states", outputs.values.shape[-1]
 
 
 def eval_logits(model: PreTrainedModel, run: Run) -> Tensor:
-    """Returns logits at non-padding positions, `[positions, classes]`, in evaluation mode."""
-    with evaluating_without_grad(model):
-        return compute_logits(model, run)
-
-
-def compute_logits(model: PreTrainedModel, run: Run) -> Tensor:
-    """Returns the logits as `eval_logits` does, for a model in evaluation mode.
+    """Returns logits at non-padding positions, `[positions, classes]`, in evaluation mode.
 
     Raises:
         ValueError: If the model has none.
     """
-    logits = token_logits(run)
-    if logits is None:
+    with evaluating_without_grad(model):
+        outputs = token_outputs(run)
+    if outputs is None or not outputs.is_logits:
         raise ValueError(f"model: {type(model).__name__} has no logits, so its loss cannot be measured.")
-    return logits
+    return outputs.values
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Verdict on a changed language model, compared with the dense model and with limits."""
+"""Verdict on a changed model, compared with the dense model and with limits."""
 
 import math
 from collections import Counter
@@ -21,6 +21,7 @@ from billhook.model import check_values, tokenizer_of
 from billhook.progress import OnProgress
 from billhook.report.degradation import DenseReference, TextDegradation, degradation_table
 from billhook.report.generation import generates
+from billhook.report.predictions import OutputsKind, outputs_kind
 from billhook.report.writing import TEMPERATURES, DenseWriting, Written
 
 CERTAIN = 2.0
@@ -35,26 +36,28 @@ class Limits:
         max_ratio: Most that the perplexity on each calibrated text may rise, as a ratio (bits per byte with another tokenizer).
         max_unseen_ratio: The same for each text that was not calibrated on.
         max_loops: Largest share, in [0, 1], of texts that loop where the dense model's text does not.
-        min_agreement: Smallest share, in [0, 1], of positions of each text at which both have the same most likely token.
+        min_agreement: Smallest share, in [0, 1], of positions of each text with the same most likely token, or label.
+        min_cosine: Smallest mean cosine, in [0, 1], of the token states of models without logits, on each text.
 
     Raises:
         ValueError: If a limit is out of range.
 
     Example:
         >>> Limits(max_ratio=1.2, max_loops=0.05)
-        Limits(max_ratio=1.2, max_unseen_ratio=None, max_loops=0.05, min_agreement=None)
+        Limits(max_ratio=1.2, max_unseen_ratio=None, max_loops=0.05, min_agreement=None, min_cosine=None)
     """
 
     max_ratio: float | None = None
     max_unseen_ratio: float | None = None
     max_loops: float | None = None
     min_agreement: float | None = None
+    min_cosine: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_ratio", "max_unseen_ratio"):
             if (ratio := getattr(self, name)) is not None:
                 check_number(name, ratio, above=0)
-        for name in ("max_loops", "min_agreement"):
+        for name in ("max_loops", "min_agreement", "min_cosine"):
             if (share := getattr(self, name)) is not None:
                 check_fraction(name, share, "[0, 1]")
 
@@ -127,8 +130,9 @@ class Verdict(Printable):
             name = "max_ratio" if text.inside else "max_unseen_ratio"
             if (bound := getattr(limits, name)) is not None:
                 yield Check(name, text.source, *text.shown_ratio, bound, text.rows)
-            if limits.min_agreement is not None:
-                yield Check("min_agreement", text.source, text.agreement, text.agreement_error, limits.min_agreement, text.rows)
+            for name in ("agreement", "cosine"):
+                if (bound := getattr(limits, f"min_{name}")) is not None:
+                    yield Check(f"min_{name}", text.source, getattr(text, name), getattr(text, f"{name}_error"), bound, text.rows)
         if limits.max_loops is not None:
             for written in self.written:
                 of = f"texts written at T={written.temperature:g}" if written.temperature else "texts written greedily"
@@ -173,9 +177,10 @@ def verdict(
     folder: Path | None = None,
     progress: OnProgress | None = None,
 ) -> Verdict:
-    """Compares predictions and text of a changed language model with the dense model's.
+    """Compares outputs of a changed model with the dense model's, and text that both write.
 
-    Predictions are compared on all batches. Both models also continue the first 32 tokens of some examples by at most 256 tokens,
+    Outputs are compared on all batches: next-token predictions, else the logits or states of each token. Language models also
+    continue the first 32 tokens of some examples by at most 256 tokens,
     greedily and at a temperature of 0.7; a model with a chat template is asked to continue the text. A text loops if fewer than
     0.55 of its 4-grams are distinct, or if it does not end and its last phrase of at least two tokens repeats three times.
 
@@ -185,14 +190,15 @@ def verdict(
         batches: Examples to compare on, `{"input_ids": [batch, length]}`, with the names of their sources (`Batch`).
         inside: Names of sources that the model was calibrated on.
         limits: How much the models may differ. Defaults to no limits.
-        prompts: Number of texts to write for each source and temperature. 0 writes none.
+        prompts: Number of texts to write for each source and temperature. 0 writes none, as do models that predict no next token.
         seed: Sampling seed.
         tokenizers: Tokenizers of both models. Defaults to those saved with them.
         folder: Folder that keeps the dense model's figures for further models. Defaults to None.
         progress: Callback with the number of finished examples and texts, and the total.
 
     Raises:
-        ValueError: If a model predicts no next token, there is no text, or a figure with a limit cannot be measured.
+        ValueError: If the models are not causal language models or encoders of text, their outputs are of different kinds, there
+            is no text, or a figure with a limit cannot be measured.
 
     Example:
         >>> import torch, billhook as bh
@@ -208,20 +214,26 @@ def verdict(
     check_int("seed", seed, 0)
     limits = limits or Limits()
     for name, candidate in {"dense": dense, "model": model}.items():
-        if not generates(candidate):
-            raise ValueError(f"{name}: {type(candidate).__name__} predicts no next token. Pass causal language models.")
+        check_compared(name, candidate)
         check_values(candidate)
     rows = [Batch({"input_ids": ids[None]}, source_of(batch)) for batch in check_batches(batches) for ids in _ids(batch)]
     if not rows:
         raise ValueError("batches is empty. Pass at least one example.")
+    prompts = prompts if generates(dense) else 0
     before, after = tokenizers or (None, None)
     if tokenizers is None and prompts:
         if not (dense.name_or_path and model.name_or_path):
             raise ValueError("tokenizers: a model does not say where it came from. Pass both tokenizers, or prompts=0.")
         before, after = tokenizer_of(dense, None), tokenizer_of(model, None)
     differ = before is not None and after is not None and before.get_vocab() != after.get_vocab()
+    if differ and not generates(dense):
+        raise ValueError("tokenizers: the tokens of encoders are compared one by one. Pass models with the same tokenizer.")
+    kind, size = outputs_kind(dense, rows[0])
+    if outputs_kind(model, rows[0]) != (kind, size):
+        sizes = f" of size {size:,} for each token" if size else ""
+        raise ValueError(f"model: {type(model).__name__} does not return {kind}{sizes}, as {type(dense).__name__} does.")
     counts = Counter(batch.source for batch in rows)
-    check_measured(limits, counts, inside, prompts, differ)
+    check_measured(limits, counts, inside, prompts, kind, differ)
     file, stored = None, dict[str, Tensor]()
     if folder is not None:
         examples = [(batch.source, batch["input_ids"]) for batch in rows]  # the sources decide on the prompts
@@ -265,13 +277,24 @@ def _ids(batch: Any) -> Tensor:  # noqa: ANN401 - whatever is in a user's batche
     return ids
 
 
-def check_measured(limits: Limits, sources: Collection[str], inside: Sequence[str], prompts: int, differ: bool = False) -> None:
+def check_compared(name: str, model: PreTrainedModel) -> None:
+    """Raises if a model is neither a causal language model nor an encoder of text."""
+    if model.config.is_encoder_decoder or model.main_input_name != "input_ids":
+        raise ValueError(f"{name}: {type(model).__name__} is neither a causal language model nor an encoder of text.")
+
+
+def check_measured(
+    limits: Limits, sources: Collection[str], inside: Sequence[str], prompts: int, kind: OutputsKind, differ: bool = False
+) -> None:
     """Raises if a figure with a limit will not be measured."""
+    no_loss = "" if kind == "next-token predictions" else "the models predict no next token"
+    states = kind == "token states"
     problems = {
-        "max_ratio": "" if {*inside} & {*sources} else "no text was calibrated on",
-        "max_unseen_ratio": "" if {*sources} - {*inside} else "every text was calibrated on",
-        "max_loops": "" if prompts else "prompts=0 writes no text",
-        "min_agreement": "the models have different tokenizers" if differ else "",
+        "max_ratio": no_loss or ("" if {*inside} & {*sources} else "no text was calibrated on"),
+        "max_unseen_ratio": no_loss or ("" if {*sources} - {*inside} else "every text was calibrated on"),
+        "max_loops": no_loss or ("" if prompts else "prompts=0 writes no text"),
+        "min_agreement": "the models have different tokenizers" if differ else "the models have no logits" * states,
+        "min_cosine": "" if states else "the models have logits",
     }
     for name, problem in problems.items():
         if problem and (bound := getattr(limits, name)) is not None:

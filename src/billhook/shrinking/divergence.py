@@ -11,7 +11,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from billhook.engine import Batch, ModulesByName, Run, evaluating_without_grad, overridden, source_of, tree_leaves, tree_map_only
+from billhook.engine import (
+    Batch,
+    ModulesByName,
+    Outputs,
+    Run,
+    evaluating_without_grad,
+    overridden,
+    source_of,
+    tree_leaves,
+    tree_map_only,
+)
 from billhook.repairs.repair import RepairConfig
 from billhook.report.predictions import Predictions, eval_logits
 from billhook.units import UnitNumbers, find_blocks
@@ -211,7 +221,7 @@ class Divergence:
         self._dense = []
         for run in runs:
             with self._replay.recording():  # no local keeps the logits while the next run makes its own
-                self._dense.append((run, Predictions.of(eval_logits(model, run), len(runs))))
+                self._dense.append((run, Predictions.of(Outputs(eval_logits(model, run), is_logits=True), len(runs))))
         # where blocks hand on more than they return, as keys and values of earlier ones, models run as a whole
         try:
             with self._replay.before(list(blocks)[-1:], 0):

@@ -14,13 +14,14 @@ from typing_extensions import Self
 from billhook.arguments import check_types
 from billhook.calibration.calibration import Batches, read_batches
 from billhook.engine import (
-    Run,
+    Outputs,
     evaluating_without_grad,
     examples_of,
     inputs_of,
     run_side_by_side,
     runs_of,
     source_of,
+    token_outputs,
     tree_map_only,
 )
 from billhook.model import find_transformer
@@ -51,22 +52,16 @@ class Target(NamedTuple):
     width: int
 
 
-def outputs_of(run: Run) -> tuple[Tensor, bool]:
-    """Returns logits, `[positions, classes]`, or else token states, at non-padding positions.
-
-    The second value is True for logits.
+def outputs_of(model: nn.Module, inputs: dict[str, Any]) -> Outputs:
+    """Runs a model on an example; see `token_outputs`.
 
     Raises:
-        ValueError: If the model returns neither.
+        ValueError: If the model returns neither logits nor token states.
     """
-    output: Any = run.visit()
-    values = getattr(output, "logits", None)
-    is_logits = isinstance(values, Tensor)
-    values = values if is_logits else getattr(output, "last_hidden_state", None)
-    if not isinstance(values, Tensor):
-        raise ValueError(f"polish: {type(output).__name__} has neither logits nor token states (last_hidden_state) to compare.")
-    mask = run.tokens.get("decoder_attention_mask", run.tokens.get("attention_mask"))
-    return values[mask] if mask is not None and mask.shape == values.shape[:-1] else values.flatten(0, -2), is_logits
+    outputs = token_outputs(runs_of(model, [inputs])[0])
+    if outputs is None:
+        raise ValueError(f"polish: {type(model).__name__} has neither logits nor token states (last_hidden_state) to compare.")
+    return outputs
 
 
 def divergence(model: nn.Module, target: Target) -> Tensor:
@@ -79,7 +74,7 @@ def divergence(model: nn.Module, target: Target) -> Tensor:
     Raises:
         ValueError: If the outputs of the models differ in size.
     """
-    values, _ = outputs_of(runs_of(model, [target.inputs])[0])
+    values, _ = outputs_of(model, target.inputs)
     if values.shape[-1] != target.width:
         raise ValueError(
             f"polish: the model has {values.shape[-1]:,} outputs for each position, and the dense model had {target.width:,}. "
@@ -139,7 +134,7 @@ class Targets:
 
         def predict(number: int) -> None:
             inputs, source = examples[number]
-            values, is_logits = outputs_of(runs_of(subject, [inputs])[0])
+            values, is_logits = outputs_of(subject, inputs)
             classes = values.topk(min(TOP, values.shape[-1])).indices if is_logits else None
             stored = values.bfloat16() if classes is None else _with_rest(values.float(), classes).half()
             stored_classes = None if classes is None else classes.int().cpu()

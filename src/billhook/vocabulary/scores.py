@@ -20,7 +20,7 @@ from billhook.engine import (
     runs_of,
     source_of,
     store_of,
-    token_logits,
+    token_outputs,
 )
 from billhook.model import named_token_ids
 from billhook.units import Units
@@ -97,10 +97,10 @@ def predicted_shares(model: PreTrainedModel, size: int, batches: Sequence[Any], 
     sums = torch.zeros(size, dtype=torch.float64)
 
     def read(run: Run) -> None:
-        logits = token_logits(run)
-        if logits is None or logits.shape[-1] != size:
+        outputs = token_outputs(run)
+        if outputs is None or not outputs.is_logits or outputs.values.shape[-1] != size:
             return
-        for part in torch.split(logits, max(ELEMENTS // size, 1)):
+        for part in torch.split(outputs.values, max(ELEMENTS // size, 1)):
             sums.add_(part.float().softmax(-1).sum(0).cpu())
 
     with evaluating_without_grad(model), store_of(model).independently(comm):

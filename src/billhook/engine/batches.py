@@ -74,7 +74,7 @@ class Outputs(NamedTuple):
 
 
 def token_outputs(run: Run) -> Outputs | None:
-    """Runs a model, and returns its logits, else its token states (`last_hidden_state`); None if it has neither."""
+    """Runs a model, and returns its logits or token states; None if it has neither."""
     output = run.visit()
     for name in ("logits", "last_hidden_state"):
         values = getattr(output, name, None)

@@ -1,4 +1,4 @@
-"""Degradation of a model: perplexity ratio, and comparison of its outputs with the dense model's."""
+"""Degradation of a model: perplexity ratio, and comparison of outputs."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -309,7 +309,7 @@ class DenseReference:
         return degradation
 
     def tensors(self) -> dict[str, Tensor]:
-        """Returns the losses and outputs to store: log-probabilities in float16, token states in bfloat16."""
+        """Returns the losses and outputs to store (float16; states in bfloat16)."""
         tensors = {"losses": self.losses}
         for row, predicted in self._predictions.items():
             values = predicted.values.cpu()

@@ -1,4 +1,4 @@
-"""Outputs of a dense model, their comparison with a changed model's, and the text of examples."""
+"""Outputs of a dense model and their comparison with a changed model's."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ BYTES = 2**28
 
 
 class Comparison(NamedTuple):
-    """Means over positions of a comparison of a dense model's outputs with a changed one's.
+    """Mean differences, over positions, between outputs of a dense and a changed model.
 
     With logits, their predictions p and q are compared, else their token states. What does not apply is NaN.
 
@@ -41,7 +41,7 @@ class Comparison(NamedTuple):
 
 @dataclass(frozen=True)
 class Predictions:
-    """Log-probabilities or token states of a run, float32, `[positions, size]`, and their positions.
+    """Log-probabilities or token states of a run, float32, `[positions, size]`.
 
     They are stored on the device of the outputs, or on the CPU if the device is out of memory.
     """
@@ -74,7 +74,7 @@ class Predictions:
         return _sum([kl_div(now, then, reduction="sum", log_target=True) for now, then in pairs])
 
     def compare(self, outputs: Outputs) -> Comparison:
-        """Compares a changed model's outputs at the stored positions; all NaN if they differ in size."""
+        """Compares outputs at the stored positions; all NaN if they differ in size."""
         if outputs.is_logits != self.is_logits or outputs.values.shape[-1] != self.values.shape[-1]:
             return Comparison()
         sums = list[Tensor]()
@@ -89,7 +89,7 @@ class Predictions:
         return Comparison(*means) if self.is_logits else Comparison(cosine=means[0])
 
     def _pairs(self, outputs: Outputs) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields what is stored of the changed and of the dense model, part by part."""
+        """Yields values of the changed and of the dense model, part by part."""
         for part in _parts(self.values):
             yield _stored(outputs, self.positions[part], self.values.device), self.values[part]
 
@@ -122,7 +122,7 @@ OutputsKind = Literal["next-token predictions", "logits", "token states"]
 
 
 def outputs_kind(model: PreTrainedModel, inputs: Any) -> tuple[OutputsKind, int]:  # noqa: ANN401
-    """Returns what of a model's outputs is compared, and their size; 0 for next-token predictions.
+    """Returns the kind and size of compared outputs; size 0 for next-token predictions.
 
     Raises:
         ValueError: If there is nothing.

@@ -95,6 +95,17 @@ def test_two_processes_tell_the_degradation_that_one_does(of_two, files, tmp_pat
         assert two[0]["rows"] == 3
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("name", ["written"])
+def test_two_processes_write_the_texts_that_one_does(of_two, files, tmp_path, name):
+    """Greedily; each samples its share with draws of its own."""
+    _, written = of_two(name)
+    _, _, written_by_one = FITS[name].run(tmp_path, files)
+    for (greedy, sampled), (greedy_of_one, _) in zip(written, written_by_one, strict=True):
+        assert greedy["before"] == greedy_of_one["before"]
+        assert [texts[when]["texts"] for texts in (greedy, sampled) for when in ("before", "after")] == [3] * 4
+
+
 @pytest.fixture
 def stopped(fitted):
     return json.loads((fitted / "stopped.json").read_text())

@@ -114,6 +114,17 @@ def degraded():
     )
 
 
+def written():
+    """Each process writes a share of the texts."""
+    text = bh.Calibration(length=16, tokens=64)
+    return Fit(
+        partial(module, num_attention_heads=4),
+        lambda: [KVHeadConversion(2, at=1, **NONE), bh.Degradation(text, examples=3, prompts=3)],
+        lambda both: [both[0].events[0]["written"], both[1].written],
+        steps=2,
+    )
+
+
 FITS = {
     "convert in stages": conversion(),
     "weights, text": weight_pruning(),
@@ -125,6 +136,7 @@ FITS = {
     "shrink": shrinking(),
     "KV heads in stages": with_own_batches([1, 3], heads=[2, 1], method="svd"),
     "degradation": degraded(),
+    "written": written(),
 }
 
 

@@ -198,7 +198,7 @@ def main():
         shown = [lines[label] for label in map(label_of, (DENSE, *ROWS)) if label in lines]
         table = [COLUMNS, ["---", *["---:"] * (len(COLUMNS) - 1)], *shown]
         options.out.write_text("".join(f"| {' | '.join(line)} |\n" for line in table))
-    if options.plot:
+    if options.plot and lines:
         draw(lines, options.plot)
 
 

@@ -277,7 +277,7 @@ def test_the_wrong_place_is_refused(tmp_path, callbacks, match):
 
 
 class Encoder(Own):
-    """Training of an encoder toward states of length 1 or labels of its tokens."""
+    """Training of an encoder toward outputs of zero."""
 
     def __init__(self, kind):
         super().__init__()

@@ -143,6 +143,16 @@ def test_outputs_of_encoders_against_plain_computations(kind):
     ]
 
 
+@pytest.mark.parametrize("kind", ["BertModel", "BertForMaskedLM"])
+def test_another_encoder_is_not_taken_for_the_dense_one(kind):
+    """Although a norm makes the states of both equally long."""
+    torch.manual_seed(0)
+    dense, other = (getattr(transformers, kind)(transformers.BertConfig(**BERT)).eval() for _ in range(2))
+    kept = DenseReference(dense, texts()).state_dict()
+    assert DenseReference(dense, texts()).load_state_dict(kept)
+    assert not DenseReference(other, texts()).load_state_dict(kept)
+
+
 def one(source, ratio, inside, error=0.0):
     return TextDegradation(source, inside, 10.0, 10.0 * ratio, error, 0.1, 0.01, 8, 0.9, 0.02, 0.8, 0.03)
 

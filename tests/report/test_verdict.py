@@ -216,11 +216,13 @@ def test_encoders_write_nothing_and_are_judged_by_cosine_or_labels(tmp_path):
         ("T5Model", "BertModel", {}, "dense: T5Model is neither a causal language model nor an encoder of text"),
         ("ViTModel", "BertModel", {}, "dense: ViTModel is neither"),
         ("BertModel", "BertModel", {"tokenizers": ("tiny", "small")}, "Pass models with the same tokenizer"),
+        ("BertModel", "fewer tokens", {}, r"a model does not say where it came from. Pass both tokenizers\."),
     ],
 )
 def test_outputs_that_cannot_be_compared_are_refused(dense, changed, options, problem):
     makers = {
         "llama": llama,
+        "fewer tokens": lambda: encoder("BertModel", vocab_size=60),
         "narrow": lambda: encoder("BertModel", hidden_size=16),
         "T5Model": lambda: transformers.T5Model(
             transformers.T5Config(vocab_size=64, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2)

@@ -110,7 +110,7 @@ class Degradation(EventFollower):
             read = evaluation_batches(self.texts, model, self.examples, self.also, fit.tokenizer, generates(model))
             check_identical(fit, "Degradation", "the evaluation examples", [batch["input_ids"] for batch in read])
             if self.stop is not None:
-                kind, _ = outputs_kind(model, read[0])
+                kind, _ = outputs_kind(model)
                 check_measured(self.stop, {source_of(batch) for batch in read}, list(self.texts.named), self.prompts, kind)
             self._dense = DenseReference(model, read, list(self.texts.named), comm_of(fit))
             if self.prompts:
@@ -171,7 +171,8 @@ class Degradation(EventFollower):
         if not self._dense.load_state_dict(state_dict):
             rank_zero_warn(
                 "Degradation: the model before loading the checkpoint, or the texts, differ from those of the resumed run. "
-                "Perplexity ratios use the dense perplexities stored in the checkpoint; KL divergence is not measured."
+                "Perplexity ratios use the dense perplexities stored in the checkpoint; KL divergence is not measured, nor "
+                "are other comparisons of outputs."
             )
 
     def release(self, fit: Fit, completed: bool) -> None:

@@ -26,12 +26,11 @@ from billhook.engine import (
     runs_of,
     source_of,
     store_of,
-    token_outputs,
 )
 from billhook.model import check_ids
 from billhook.progress import OnProgress
 from billhook.report.generation import generates
-from billhook.report.predictions import Comparison, Example, ExampleText, Predictions, mean_loss
+from billhook.report.predictions import Comparison, Example, ExampleText, Predictions, compared_outputs, mean_loss
 
 
 @torch.no_grad()
@@ -177,7 +176,7 @@ class DenseReference:
     Attributes:
         rows: The examples, each with the name of its source.
         losses: The dense model's loss on each example, float64, `[rows]`; of a model that predicts no next token, the root mean
-            square of its outputs, which tells two models apart.
+            square of a fixed component of its outputs, which tells two models apart.
 
     Raises:
         ValueError: If the model has neither logits nor token states.
@@ -237,14 +236,14 @@ class DenseReference:
         finished = set()
 
         def read(row: int, run: Run) -> None:
-            example, outputs = examples[row], token_outputs(run)
-            if outputs is None:
-                raise ValueError(f"model: {type(model).__name__} has neither logits nor token states to compare.")
+            example, outputs = examples[row], compared_outputs(model, run)
             if self._has_loss:
                 outputs = outputs._replace(values=outputs.values[example.first - 1 : -1])
                 loss = mean_loss(outputs.values, example.ids[example.first :].to(outputs.values.device))
             else:
-                loss = float(outputs.values.float().square().mean().sqrt())
+                # a last norm fixes the mean square of states, but not that of their components in one direction
+                direction = torch.arange(outputs.values.shape[-1], device=outputs.values.device).float().cos()
+                loss = float((outputs.values.float() @ direction).square().mean().sqrt())
             visit(row, outputs, loss)
             finished.add(row)
             if progress is not None:

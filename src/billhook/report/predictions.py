@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Predictions:
 
     positions: Tensor
     values: Tensor
-    is_logits: bool = True
+    is_logits: bool
 
     @classmethod
     def of(cls, outputs: Outputs, runs: int) -> Self:
@@ -121,7 +121,7 @@ OutputsKind = Literal["next-token predictions", "logits", "token states"]
 """What of a model's outputs is compared."""
 
 
-def outputs_kind(model: PreTrainedModel, inputs: Any) -> tuple[OutputsKind, int]:  # noqa: ANN401
+def outputs_kind(model: PreTrainedModel) -> tuple[OutputsKind, int]:
     """Returns the kind and size of compared outputs; size 0 for next-token predictions.
 
     Raises:
@@ -130,10 +130,21 @@ def outputs_kind(model: PreTrainedModel, inputs: Any) -> tuple[OutputsKind, int]
     if generates(model):
         return "next-token predictions", 0
     with evaluating_without_grad(model):
-        outputs = token_outputs(runs_of(model, [inputs])[0])
+        probe = {"input_ids": torch.zeros(1, 2, dtype=torch.int64)}  # every vocabulary has token 0
+        outputs = compared_outputs(model, runs_of(model, [probe])[0])
+    return "logits" if outputs.is_logits else "token states", outputs.values.shape[-1]
+
+
+def compared_outputs(model: PreTrainedModel, run: Run) -> Outputs:
+    """Runs a model, and returns its logits or token states at non-padding positions.
+
+    Raises:
+        ValueError: If the model has neither.
+    """
+    outputs = token_outputs(run)
     if outputs is None:
         raise ValueError(f"model: {type(model).__name__} has neither logits nor token states (last_hidden_state) to compare.")
-    return "logits" if outputs.is_logits else "token states", outputs.values.shape[-1]
+    return outputs
 
 
 def eval_logits(model: PreTrainedModel, run: Run) -> Tensor:

@@ -17,7 +17,7 @@ from billhook.arguments import check_fraction, check_int, check_number, check_ty
 from billhook.checkpoints.card import degradation_rows, table, written_rows
 from billhook.display import Printable
 from billhook.engine import Batch, check_batches, fingerprint, identity_of, replace_file, source_of
-from billhook.model import check_values, tokenizer_of
+from billhook.model import check_values, text_config, tokenizer_of
 from billhook.progress import OnProgress
 from billhook.report.degradation import DenseReference, TextDegradation, degradation_table
 from billhook.report.generation import generates
@@ -180,9 +180,9 @@ def verdict(
     """Compares outputs of a changed model with the dense model's, and text that both write.
 
     Outputs are compared on all batches: next-token predictions, else the logits or states of each token. Language models also
-    continue the first 32 tokens of some examples by at most 256 tokens,
-    greedily and at a temperature of 0.7; a model with a chat template is asked to continue the text. A text loops if fewer than
-    0.55 of its 4-grams are distinct, or if it does not end and its last phrase of at least two tokens repeats three times.
+    continue the first 32 tokens of some examples by at most 256 tokens, greedily and at a temperature of 0.7; a model with a chat
+    template is asked to continue the text. A text loops if fewer than 0.55 of its 4-grams are distinct, or if it does not end and
+    its last phrase of at least two tokens repeats three times.
 
     Args:
         dense: The dense model.
@@ -219,19 +219,21 @@ def verdict(
     rows = [Batch({"input_ids": ids[None]}, source_of(batch)) for batch in check_batches(batches) for ids in _ids(batch)]
     if not rows:
         raise ValueError("batches is empty. Pass at least one example.")
+    kind, size = outputs_kind(dense)
+    if outputs_kind(model) != (kind, size):
+        sizes = f" of size {size:,} for each token" if size else ""
+        raise ValueError(f"model: {type(model).__name__} does not return {kind}{sizes}, as {type(dense).__name__} does.")
     prompts = prompts if generates(dense) else 0
     before, after = tokenizers or (None, None)
-    if tokenizers is None and prompts:
+    resized = text_config(dense.config).vocab_size != text_config(model.config).vocab_size
+    if tokenizers is None and (prompts or resized):
         if not (dense.name_or_path and model.name_or_path):
-            raise ValueError("tokenizers: a model does not say where it came from. Pass both tokenizers, or prompts=0.")
+            choice = "" if resized else ", or prompts=0"
+            raise ValueError(f"tokenizers: a model does not say where it came from. Pass both tokenizers{choice}.")
         before, after = tokenizer_of(dense, None), tokenizer_of(model, None)
     differ = before is not None and after is not None and before.get_vocab() != after.get_vocab()
     if differ and not generates(dense):
         raise ValueError("tokenizers: the tokens of encoders are compared one by one. Pass models with the same tokenizer.")
-    kind, size = outputs_kind(dense, rows[0])
-    if outputs_kind(model, rows[0]) != (kind, size):
-        sizes = f" of size {size:,} for each token" if size else ""
-        raise ValueError(f"model: {type(model).__name__} does not return {kind}{sizes}, as {type(dense).__name__} does.")
     counts = Counter(batch.source for batch in rows)
     check_measured(limits, counts, inside, prompts, kind, differ)
     file, stored = None, dict[str, Tensor]()
